@@ -1,0 +1,879 @@
+"""Datasets, tokenizer, collation and augmentation.
+
+Every dataset is a list of *photos* (rows). Several photos show one product and share its one description.
+
+    synthetic    garments drawn here, with the ground truth of what every photo shows
+    fashiongen   FashionGen's two HDF5 files, as distributed
+    jsonl        one's own photos: one JSON object a line
+
+Photos are decoded to uint8 squares and stay uint8 until they are on the training device, where `augment` or
+`normalise` turns a whole batch to floats at once.
+
+    python data.py export-fashiongen DIR --items N     synthetic items in FashionGen's own HDF5 layout
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageDraw, ImageOps, UnidentifiedImageError
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+DataName = Literal["synthetic", "fashiongen", "jsonl"]
+Split = Literal["train", "val"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the key or line, and what to do."""
+
+
+@dataclass
+class Unreadable:
+    """Stands for a photo that could not be decoded; `Collate` leaves it out and counts it."""
+
+    reason: str
+
+
+class PhotoDataset(Dataset):
+    """What training, sampling and evaluation need to know of photos. Subclasses decode one in `photo(row)`.
+
+    captions: description of each row · product_ids, caption_ids: int64 arrays, equal where product or wording is
+    categories, subcategories: one string a row, "" where unknown · problems: rows left out at opening, as text
+    """
+
+    def __init__(
+        self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
+    ):
+        self.captions, self.categories, self.subcategories = captions, categories, subcategories
+        self.product_ids = np.unique(np.asarray(products), return_inverse=True)[1].astype(np.int64)
+        self.caption_ids = np.unique(np.asarray(captions), return_inverse=True)[1].astype(np.int64)
+        self.image_size = image_size
+        self.problems: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def photo(self, row: int) -> Image.Image:
+        """The RGB photo of a row. Raises OSError or ValueError when it cannot be decoded."""
+        raise TypeError(f"{type(self).__name__} does not say how to read a photo")
+
+    def __getitem__(self, row: int) -> dict | Unreadable:
+        try:
+            photo = self.photo(row)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return Unreadable(f"{self.name_of(row)}: {error}")
+        image = torch.from_numpy(np.array(square(photo, self.image_size))).permute(2, 0, 1)  # (3, S, S) uint8
+        return {
+            "row": row,
+            "image": image,
+            "caption": self.captions[row],
+            "product_id": self.product_ids[row],
+            "caption_id": self.caption_ids[row],
+        }
+
+    def name_of(self, row: int) -> str:
+        """How to call a row in messages."""
+        return f"row {row}"
+
+    def report(self) -> str:
+        """One line for the user: how much there is, and what was left out and why."""
+        line = f"{len(self):,} photos of {self.product_ids.max() + 1:,} products"
+        if self.problems:
+            shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
+            line += f", {len(self.problems):,} left out ({shown})"
+        return line
+
+
+def square(photo: Image.Image, size: int) -> Image.Image:
+    """The whole photo, padded to a square with white (choice: nothing is cut off) and scaled to `size` pixels."""
+    if photo.size == (size, size):
+        return photo
+    return ImageOps.pad(photo, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
+
+
+def build_dataset(
+    name: DataName,
+    root: str | Path | None,
+    split: Split,
+    image_size: int,
+    seed: int = 0,
+    products: int = 2500,
+    progress: bool = True,
+) -> PhotoDataset:
+    """Open a split of a data set. Raises DataError with one clear line when it cannot be used.
+
+    root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
+    seed: of the synthetic set, and of the split by product where the data has none
+    products: synthetic products in the training split; validation has 400
+    """
+    if name == "synthetic":
+        return Synthetic(split, products if split == "train" else 400, image_size, seed, progress)
+    folder = Path(root or f"data/{name}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")
+    return FashionGen(folder, split, image_size) if name == "fashiongen" else Jsonl(folder, split, image_size, seed)
+
+
+# ------------------------------------------------------------------------------- synthetic: the wardrobe
+#
+# Garment space: x to the right, y down, the whole garment inside [−1, 1]². An outline is the right half of
+# the garment from (0, top) to (0, bottom); the left half mirrors it.
+
+COLOURS = {
+    "black": (35, 35, 38), "white": (246, 246, 242), "grey": (140, 142, 145), "navy": (28, 40, 92),
+    "blue": (52, 120, 215), "red": (204, 36, 40), "green": (38, 132, 66), "yellow": (244, 206, 52),
+    "orange": (240, 128, 36), "purple": (122, 58, 160), "pink": (244, 150, 184), "brown": (112, 70, 42),
+    "beige": (216, 194, 158), "teal": (22, 146, 150),
+}  # fmt: skip
+PATTERNS = {
+    "striped": ("Striped pattern", "Horizontal stripes"), "pinstriped": ("Pinstriped pattern", "Pinstripes"),
+    "checked": ("Check pattern", "Checks"), "dotted": ("Polka dot pattern", "Dots"),
+    "zigzag": ("Zigzag pattern", "Zigzags"), "diamond": ("Argyle pattern", "Diamonds"),
+}  # fmt: skip
+SLEEVES = {
+    "sleeveless": [],
+    "short": [(0.33, -0.56), (0.62, -0.27), (0.48, -0.12), (0.33, -0.26)],
+    "long": [(0.33, -0.56), (0.66, 0.30), (0.50, 0.36), (0.33, -0.16)],
+}
+NECKS = {
+    "crew": ("Crew neck", "Round neckline"), "v": ("V-neck", "V-neckline"),
+    "spread": ("Spread collar", "Pointed collar"), "turtle": ("Turtleneck", "Rollneck collar"),
+    "hood": ("Hood", "Drawstring hood"),
+}  # fmt: skip
+GRAPHICS = ("star", "heart", "circle", "triangle", "cross")
+# Details a description may name: wordings, the views that show them, whether they have a colour of their own.
+# `{…}` marks the words that the truth is about; COLOUR and SHAPE stand for the product's own.
+DETAILS = {
+    "pocket": (("{Patch pocket} at chest", "{Pocket} at breast"), ("front",), False),
+    "logo": (("{Logo patch} in {COLOUR} at front", "{COLOUR logo} at front"), ("front",), True),
+    "graphic": (("{SHAPE graphic} in {COLOUR} at back", "{COLOUR SHAPE print} at back"), ("back",), True),
+    "badge": (("{SHAPE badge} in {COLOUR} at front", "{COLOUR SHAPE appliqué} at front"), ("front",), True),
+    "belt": (("{Belt} in {COLOUR} at waist", "{COLOUR belt} at waist"), ("front", "back"), True),
+    "buttons": (("{Button closure} at front", "{Buttons} in {COLOUR} at front"), ("front",), True),
+    "zip": (("{Zip closure} at front", "{Zip} in {COLOUR} at front"), ("front",), True),
+    "hem": (("{Contrast hem} in {COLOUR}", "{COLOUR trim} at hem"), ("front", "back"), True),
+    "cuffs": (("{Ribbed cuffs} in {COLOUR}", "{COLOUR cuffs}"), ("front", "back"), True),
+    "stripe": (("{Side stripe} in {COLOUR}", "{COLOUR band} at sides"), ("front", "back"), True),
+    "knees": (("{Knee patches} in {COLOUR}", "{COLOUR panels} at knees"), ("front",), True),
+    "label": (("{Leather label} at back", "{Label} in {COLOUR} at back"), ("back",), True),
+}  # fmt: skip
+UNSEEN = ("{Tonal stitching}", "{Fully lined}", "{Cotton poplin}", "{Organic cotton}", "{Soft handle}", "{Dry clean}")
+
+
+@dataclass(frozen=True)
+class Garment:
+    """A sub-category: its outline and which attributes it can have. Heights (y) of waist and hem, chest centre."""
+
+    category: str
+    outline: tuple
+    details: tuple
+    sleeves: tuple = ()
+    necks: tuple = ()
+    waist: float = 0.0
+    hem: float = 0.5
+    chest: tuple = (0.0, -0.18)
+    extras: tuple = ()  # more polygons of the same cloth: straps, handles, brims
+
+
+def _torso(waist: float, hem: float, bottom: float) -> tuple:
+    return ((0, -0.6), (0.16, -0.6), (0.38, -0.54), (0.36, -0.12), (waist, 0.08), (hem, bottom), (0, bottom))
+
+
+def _legs(thigh: float, ankle: float, bottom: float) -> tuple:
+    return ((0, -0.8), (0.27, -0.8), (thigh, -0.35), (ankle, bottom), (max(ankle - 0.24, 0.03), bottom), (0, -0.22))
+
+
+def _skirt(hip: float, hem: float, bottom: float) -> tuple:
+    return ((0, -0.6), (0.25, -0.6), (hip, -0.25), (hem, bottom), (0, bottom))
+
+
+_TOP = ("pocket", "logo", "graphic", "badge", "hem", "cuffs")
+_COAT = ("pocket", "logo", "graphic", "belt", "buttons", "zip", "hem", "cuffs")
+_LEG = {"waist": -0.74, "chest": (0.0, -0.5)}
+GARMENTS = {
+    "t-shirt": Garment("TOPS", _torso(0.36, 0.37, 0.5), _TOP, ("short",), ("crew", "v")),
+    "tank top": Garment("TOPS", _torso(0.33, 0.35, 0.5), _TOP[:5], ("sleeveless",), ("crew", "v")),
+    "shirt": Garment("SHIRTS", _torso(0.34, 0.38, 0.58), (*_TOP, "buttons"), ("short", "long"), ("spread",), hem=0.58),
+    "polo": Garment("SHIRTS", _torso(0.36, 0.37, 0.5), (*_TOP, "buttons"), ("short", "long"), ("spread",)),
+    "sweater": Garment("KNITWEAR", _torso(0.38, 0.34, 0.48), _TOP, ("long",), ("crew", "v", "turtle"), hem=0.48),
+    "cardigan": Garment("KNITWEAR", _torso(0.38, 0.36, 0.55), (*_TOP, "buttons"), ("long",), ("v",), hem=0.55),
+    "hoodie": Garment("SWEATSHIRTS", _torso(0.4, 0.35, 0.52), (*_TOP, "zip"), ("long",), ("hood",), hem=0.52),
+    "bomber": Garment("JACKETS", _torso(0.42, 0.33, 0.4), _COAT[:3] + _COAT[5:], ("long",), ("crew", "turtle"), hem=0.4),
+    "coat": Garment("COATS", _torso(0.36, 0.46, 0.86), _COAT, ("long",), ("spread", "turtle"), hem=0.86),
+    "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _COAT, ("long",), ("hood",), hem=0.72),
+    "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _COAT, tuple(SLEEVES), ("crew", "v"), hem=0.52),
+    "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _COAT, tuple(SLEEVES), ("crew", "v"), hem=0.9),
+    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), ("belt", "buttons", "zip", "hem", "label", "logo"),
+                          waist=-0.54, hem=0.12, chest=(0, -0.2)),
+    "midi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), ("belt", "buttons", "zip", "hem", "label", "badge"),
+                          waist=-0.54, hem=0.72, chest=(0, -0.1)),
+    "trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), ("belt", "stripe", "knees", "label", "hem", "logo"), hem=0.88, **_LEG),
+    "flared pants": Garment("PANTS", _legs(0.31, 0.46, 0.9), ("belt", "stripe", "knees", "label", "hem", "logo"), hem=0.9, **_LEG),
+    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), ("belt", "stripe", "label", "hem", "logo"), hem=0.08, **_LEG),
+    "tote bag": Garment("BAGS", ((0, -0.2), (0.5, -0.2), (0.42, 0.62), (0, 0.62)), ("logo", "badge", "graphic", "hem", "zip"),
+                        hem=0.62, chest=(0, 0.2), extras=(((0.2, -0.2), (0.15, -0.72), (0, -0.72), (0, -0.65), (0.1, -0.65), (0.14, -0.2)),)),
+    "backpack": Garment("BAGS", ((0, -0.62), (0.26, -0.6), (0.4, -0.4), (0.44, 0.6), (0, 0.62)), ("logo", "badge", "graphic", "pocket", "zip", "label"),
+                        hem=0.6, chest=(0, 0.1), extras=(((0.34, -0.3), (0.56, -0.1), (0.56, 0.4), (0.5, 0.4), (0.48, -0.05), (0.36, -0.15)),)),
+    "cap": Garment("HATS", ((0, -0.5), (0.22, -0.46), (0.42, -0.25), (0.48, 0.1), (0, 0.16)), ("logo", "badge", "label", "hem"),
+                   hem=0.1, chest=(0, -0.2), extras=(((0, 0.08), (0.46, 0.06), (0.62, 0.28), (0.3, 0.36), (0, 0.38)),)),
+    "beanie": Garment("HATS", ((0, -0.6), (0.2, -0.56), (0.42, -0.3), (0.46, 0.3), (0, 0.3)), ("logo", "badge", "label", "hem"),
+                      hem=0.3, chest=(0, -0.1), extras=(((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56)),)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """One synthetic product: what it is, and its description with `{key|words}` marking what words are about."""
+
+    garment: str
+    colour: str
+    pattern: tuple[str, str] | None  # kind, colour
+    sleeve: str | None
+    neck: str | None
+    details: tuple  # (key, colour, graphic shape)
+    marked_caption: str
+
+    @staticmethod
+    def draw(rng: np.random.Generator) -> "Product":
+        """A random product and its wording."""
+        pick = lambda options: options[int(rng.integers(len(options)))]
+        name = pick(tuple(GARMENTS))
+        garment = GARMENTS[name]
+        colour = pick(tuple(COLOURS))
+        others = tuple(c for c in COLOURS if c != colour)
+        pattern = (pick(tuple(PATTERNS)), pick(others)) if rng.random() < 0.5 else None
+        sleeve = pick(garment.sleeves) if garment.sleeves else None
+        neck = pick(garment.necks) if garment.necks else None
+        options = [d for d in garment.details if not (d == "cuffs" and sleeve != "long")]
+        chosen = rng.permutation(options)[: int(rng.integers(2, 4))].tolist()
+        if "zip" in chosen and "buttons" in chosen:
+            chosen.remove("zip")
+        seen = tuple(c for c in others if not pattern or c != pattern[1])
+        details = tuple((key, pick(seen), pick(GRAPHICS)) for key in sorted(chosen))
+
+        title = {"garment": name, "colour": colour}
+        forms = ["{garment|%(garment)s} in {colour|%(colour)s}", "{colour|%(colour)s} {garment|%(garment)s}"]
+        sentences = []
+        if sleeve:
+            word = sleeve if sleeve == "sleeveless" else f"{sleeve} sleeve"
+            forms = ["{sleeve|%s} %s" % (word, form) for form in forms] + [
+                form + ". {sleeve|%s}" % word for form in forms
+            ]
+        sentences.append(pick(forms) % title)
+        if pattern:
+            long, short = PATTERNS[pattern[0]]
+            sentences.append(pick((f"{{pattern|{long}}} in {{pattern|{pattern[1]}}} throughout",
+                                   f"{{pattern|{pattern[1]} {short.lower()}}} throughout")))  # fmt: skip
+        parts = ["{neck|%s}" % pick(NECKS[neck])] if neck else []
+        for key, own, shape in details:
+            words = pick(DETAILS[key][0]).replace("COLOUR", own).replace("SHAPE", shape)
+            parts.append(words.replace("{", "{%s|" % key))
+        parts.append(pick(UNSEEN).replace("{", "{unseen|"))
+        sentences += rng.permutation(parts).tolist()
+        caption = ". ".join(s if s.startswith("{") else s[0].upper() + s[1:] for s in sentences) + "."
+        return Product(name, colour, pattern, sleeve, neck, details, caption)
+
+    def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str]]]:
+        """The description, and (start, end, key) of every stretch of it that names an attribute."""
+        caption, spans = "", []
+        for marked, key, words, plain in re.findall(r"(\{(\w+)\|([^}]*)\})|([^{]+)", self.marked_caption):
+            if marked:
+                if not caption or caption.endswith(". "):
+                    words = words[0].upper() + words[1:]
+                spans.append((len(caption), len(caption) + len(words), key))
+            caption += words if marked else plain
+        return caption, spans
+
+
+# ------------------------------------------------------------------------------- synthetic: the camera
+
+
+SUPERSAMPLING = 3
+ZOOMS = {"close-up": (2.0, 2.6), "half": (1.4, 1.8)}  # other views show the whole garment
+
+
+class Canvas:
+    """A supersampled photo under way, and for every attribute the mask of where it was painted."""
+
+    def __init__(self, size: int, view: str, rng: np.random.Generator, focus: tuple[float, float], fit: float):
+        self.size = size
+        angle = np.deg2rad(rng.uniform(-7, 7))
+        zoom = rng.uniform(*ZOOMS[view]) if view in ZOOMS else fit * rng.uniform(0.78, 1.02)
+        centre = np.array(focus) + rng.uniform(-0.08, 0.08, 2) / zoom
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        self.place = lambda points: ((np.asarray(points, float) - centre) @ turn * zoom + 1) * size / 2
+        self.unit = zoom * size / 2  # pixels of one garment unit
+        light = rng.uniform(196, 236) + rng.uniform(-8, 8, 3)
+        self.image = Image.new("RGB", (size, size), tuple(int(c) for c in light))
+        self.regions: dict[str, Image.Image] = {}
+
+    def mask(self, polygons: list, mirrored: bool = True, clip: Image.Image | None = None) -> Image.Image:
+        """What some polygons, and with `mirrored` their mirror images, cover of the photo, inside `clip`."""
+        mask = Image.new("L", (self.size, self.size))
+        draw = ImageDraw.Draw(mask)
+        for polygon in polygons:
+            for side in (1, -1) if mirrored else (1,):
+                draw.polygon([tuple(p) for p in self.place([(side * x, y) for x, y in polygon])], fill=255)
+        return ImageChops.darker(mask, clip) if clip else mask
+
+    def paint(self, key: str, mask: Image.Image, fill: tuple | Image.Image, edge: float = 0.72) -> None:
+        """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`."""
+        rim = max(1, round(0.018 * self.unit))
+        tone = fill if isinstance(fill, tuple) else fill.resize((1, 1)).getpixel((0, 0))
+        dark = tuple(int(c * edge) for c in tone)
+        self._fill(dark, ImageChops.lighter(mask, _shift(mask, rim)))
+        self._fill(fill, ImageChops.darker(mask, _shift(mask, -rim)))
+        known = self.regions.get(key)
+        self.regions[key] = ImageChops.lighter(known, mask) if known else mask
+
+    def _fill(self, fill: tuple | Image.Image, mask: Image.Image) -> None:
+        if box := mask.getbbox():  # pasting is the costly part: only where there is something
+            self.image.paste(fill if isinstance(fill, tuple) else fill.crop(box), box, mask.crop(box))
+
+    def cloth(self, colour: tuple, pattern: tuple[str, tuple] | None) -> Image.Image:
+        """A texture as large as the photo; the period of the pattern grows with the zoom."""
+        image = Image.new("RGB", (self.size, self.size), colour)
+        if pattern is None:
+            return image
+        draw, (kind, ink), size = ImageDraw.Draw(image), pattern, self.size
+        step = 0.2 * self.unit
+        for i in range(int(size / step) + 2):
+            for j in range(int(size / step) + 2) if kind in ("dotted", "zigzag", "diamond") else (0,):
+                a, b = i * step, j * step
+                if kind in ("striped", "checked"):
+                    draw.rectangle((0, a, size, a + step * 0.4), fill=ink)
+                if kind == "checked":
+                    draw.rectangle((a, 0, a + step * 0.3, size), fill=ink)
+                if kind == "pinstriped":
+                    draw.rectangle((a * 0.7, 0, a * 0.7 + step * 0.16, size), fill=ink)
+                if kind == "dotted":
+                    x = a + (j % 2) * step / 2
+                    draw.ellipse((x, b, x + step * 0.45, b + step * 0.45), fill=ink)
+                if kind == "zigzag":
+                    corners = [(a, b), (a + step / 2, b + step / 2), (a + step, b)]
+                    draw.line(corners, fill=ink, width=int(step * 0.22))
+                if kind == "diamond":
+                    r = step * 0.42
+                    draw.polygon([(a, b - r), (a + r, b), (a, b + r), (a - r, b)], fill=ink)
+        return image
+
+
+def _shift(mask: Image.Image, by: int) -> Image.Image:
+    """The mask moved right and down, black where it came from."""
+    moved = Image.new("L", mask.size)
+    moved.paste(mask, (by, by))
+    return moved
+
+
+def _disc(x: float, y: float, rx: float, ry: float | None = None, corners: int = 24, start: float = 0.0) -> list:
+    angles = start + np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    return [(x + rx * np.cos(a), y + (ry or rx) * np.sin(a)) for a in angles]
+
+
+def _box(x: float, y: float, half_width: float, half_height: float) -> list:
+    return [(x + sx * half_width, y + sy * half_height) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+
+
+def _shape(name: str, x: float, y: float, r: float) -> list[list]:
+    """The polygons of one of GRAPHICS."""
+    if name == "star":
+        points = zip(_disc(x, y, r, corners=5, start=-np.pi / 2), _disc(x, y, r * 0.42, corners=5, start=-0.3 * np.pi))
+        return [[p for pair in points for p in pair]]
+    if name == "heart":
+        lobes = [_disc(x + s * r * 0.45, y - r * 0.3, r * 0.5) for s in (1, -1)]
+        return [*lobes, [(x - 0.9 * r, y - 0.08 * r), (x + 0.9 * r, y - 0.08 * r), (x, y + r)]]
+    if name == "triangle":
+        return [_disc(x, y + 0.15 * r, r, corners=3, start=-np.pi / 2)]
+    if name == "cross":
+        return [_box(x, y, r, r * 0.32), _box(x, y, r * 0.32, r)]
+    return [_disc(x, y, r * 0.9)]
+
+
+def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple, inside: tuple) -> None:
+    dark = tuple(int(c * 0.62) if sum(tone) > 200 else int(c * 0.5 + 70) for c in tone)
+    if neck == "hood":  # seen from both sides
+        canvas.paint("neck", canvas.mask([_disc(0, -0.66, 0.27, 0.2)], False), dark)
+        if front:
+            canvas.paint("neck", canvas.mask([_disc(0, -0.64, 0.17, 0.13)], False), inside)
+    elif neck == "turtle":
+        canvas.paint("neck", canvas.mask([_box(0, -0.64, 0.17, 0.09)], False), dark)
+    elif front and neck == "spread":
+        canvas.paint("neck", canvas.mask([[(0.02, -0.52), (0.15, -0.66), (0.27, -0.46), (0.1, -0.34)]]), dark)
+    elif front:
+        depth = {"crew": 0.17, "v": 0.36}[neck]
+        curve = lambda w, d: [(-w, -0.61), (w, -0.61), *([(0, -0.61 + d)] if neck == "v" else
+                              [(w * np.cos(a), -0.61 + d * np.sin(a)) for a in np.linspace(0, np.pi, 12)])]  # fmt: skip
+        canvas.paint("neck", canvas.mask([curve(0.21, depth)], False), dark)
+        canvas.paint("neck", canvas.mask([curve(0.14, depth * 0.66)], False), inside)
+
+
+def _paint_detail(
+    canvas: Canvas, garment: Garment, key: str, tone: tuple, shape: str, body: Image.Image, sleeves: Image.Image
+) -> None:
+    (x, y), wide = garment.chest, 1.0
+    base = canvas.image
+    match key:
+        case "pocket":
+            cloth = tuple(int(c * 0.7) for c in base.getpixel(tuple(np.clip(canvas.place([(x, y)])[0], 0, canvas.size - 1).astype(int))))  # fmt: skip
+            canvas.paint(key, canvas.mask([_box(x + 0.18, y, 0.1, 0.11)], False), cloth, edge=0.4)
+        case "logo":
+            canvas.paint(key, canvas.mask([_box(x - 0.17, y - 0.04, 0.085, 0.055)], False), tone)
+        case "badge":
+            canvas.paint(key, canvas.mask(_shape(shape, x, y + 0.2, 0.14), False), tone)
+        case "graphic":
+            canvas.paint(key, canvas.mask(_shape(shape, x, y + 0.1, 0.25), False), tone)
+        case "belt":
+            canvas.paint(key, canvas.mask([_box(0, garment.waist, wide, 0.05)], False, body), tone)
+        case "hem":
+            canvas.paint(key, canvas.mask([_box(0, garment.hem - 0.03, wide, 0.065)], False, body), tone)
+        case "cuffs":
+            canvas.paint(key, canvas.mask([_box(0, 0.32, wide, 0.075)], False, sleeves), tone)
+        case "buttons" | "zip":
+            top, bottom = garment.outline[0][1] + (0.24 if garment.necks else 0.1), garment.hem - 0.1
+            if garment.waist < -0.5:  # the fly or front of a skirt
+                top, bottom = garment.waist + 0.08, min(garment.hem - 0.1, garment.waist + 0.6)
+            line = [_disc(0, h, 0.035) for h in np.linspace(top, bottom, 5)]
+            line = line if key == "buttons" else [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]  # fmt: skip
+            canvas.paint(key, canvas.mask(line, False), tone)
+        case "stripe":
+            side = [p for p in garment.outline[1:4]]
+            canvas.paint(key, canvas.mask([side + [(px - 0.08, py) for px, py in side[::-1]]], clip=body), tone)
+        case "knees":
+            canvas.paint(key, canvas.mask([_box(0.2, 0.2, 0.09, 0.13)], clip=body), tone)
+        case "label":
+            canvas.paint(key, canvas.mask([_box(x + 0.1, y - 0.02, 0.11, 0.06)], False), tone)
+
+
+def render(product: Product, view: str, size: int, rng: np.random.Generator) -> tuple[Image.Image, dict]:
+    """Photograph a product: (RGB image of `size` pixels, region masks by attribute at the supersampled size).
+
+    view: "front", "back", "close-up" of something at the front, "half" of the front.
+    """
+    garment = GARMENTS[product.garment]
+    front = view != "back"
+    spots = [garment.chest, (0.12, garment.chest[1] + 0.1), (0.0, garment.waist), (0.2, garment.hem - 0.1)]
+    if view == "half":
+        spots = [(0.0, -0.4), (0.0, garment.hem - 0.3)]
+    middle = (garment.outline[0][1] + garment.hem) / 2
+    focus = spots[int(rng.integers(len(spots)))] if view in ZOOMS else (0.0, middle)
+    canvas = Canvas(size * SUPERSAMPLING, view, rng, focus, fit=0.84 / max(0.55, garment.hem - middle))
+    ink = lambda name: tuple(int(np.clip(c + rng.uniform(-9, 9), 0, 255)) for c in COLOURS[name])
+    tone = ink(product.colour)
+    pattern = product.pattern and (product.pattern[0], ink(product.pattern[1]))
+    cloth = canvas.cloth(tone, pattern)
+    inside = tuple(int(c * 0.45 + 20) for c in tone)
+
+    if garment.extras:
+        canvas.paint("garment", canvas.mask(list(garment.extras)), tone)
+    sleeves = canvas.mask([SLEEVES[product.sleeve]]) if SLEEVES.get(product.sleeve) else Image.new("L", cloth.size)
+    if product.sleeve not in (None, "sleeveless"):
+        canvas.paint("sleeve", sleeves, cloth)
+    body = canvas.mask([garment.outline])
+    canvas.paint("garment", body, cloth)
+    if product.neck:
+        _paint_neck(canvas, product.neck, front, tone, inside)
+    for key, colour, shape in product.details:
+        if ("front" if front else "back") in DETAILS[key][1]:
+            _paint_detail(canvas, garment, key, ink(colour), shape, body, sleeves)
+    canvas.regions["garment"] = ImageChops.lighter(canvas.regions["garment"], sleeves)
+    canvas.regions["colour"] = canvas.regions["garment"]
+    if pattern:
+        canvas.regions["pattern"] = ImageChops.lighter(body, sleeves)
+    if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
+        canvas.regions["sleeve"] = canvas.mask([_box(0.38, -0.42, 0.08, 0.15)])
+
+    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), dtype=np.float32)
+    slope = np.linspace(*rng.uniform(0.9, 1.08, 2), size, dtype=np.float32)[:, None, None]
+    pixels = pixels * slope + rng.normal(0, 4, pixels.shape).astype(np.float32)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), canvas.regions
+
+
+class Synthetic(PhotoDataset):
+    """Drawn garments, deterministic in (seed, split, index), with three or four photos and one description each.
+
+    A product belongs to the split that the hash of its attributes says, so the splits share none.
+    """
+
+    def __init__(self, split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True):
+        self.split, self.seed = split, seed
+        self.products = [self._product(i) for i in range(products)]
+        self.rows = [(i, view) for i in range(products) for view in self._views(i)]
+        described = [product.caption_and_spans()[0] for product in self.products]
+        super().__init__(
+            captions=[described[i] for i, _ in self.rows],
+            products=[i for i, _ in self.rows],
+            categories=[GARMENTS[self.products[i].garment].category for i, _ in self.rows],
+            subcategories=[self.products[i].garment.upper() for i, _ in self.rows],
+            image_size=image_size,
+        )
+        bar = tqdm(range(len(self.rows)), f"drawing {split} photos", unit=" photos", disable=not progress, leave=False)
+        self.photos = [self._render(row)[0] for row in bar]
+
+    def _rng(self, *where: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, ("train", "val").index(self.split), *where))
+
+    def _product(self, index: int) -> Product:
+        rng = self._rng(0, index)
+        while True:
+            product = Product.draw(rng)
+            attributes = (
+                product.garment,
+                product.colour,
+                product.pattern,
+                product.sleeve,
+                product.neck,
+                product.details,
+            )
+            if (hashlib.sha256(repr(attributes).encode()).digest()[0] < 230) == (self.split == "train"):
+                return product
+
+    def _views(self, index: int) -> list[str]:
+        return ["front", "back", "close-up", "half"][: 3 + int(self._rng(1, index).integers(2))]
+
+    def _render(self, row: int) -> tuple[Image.Image, dict]:
+        index, view = self.rows[row]
+        return render(self.products[index], view, self.image_size, self._rng(2, row))
+
+    def photo(self, row: int) -> Image.Image:
+        return self.photos[row]
+
+    def truth(self, row: int, grid: int) -> tuple[list[tuple[int, int, str]], dict[str, np.ndarray]]:
+        """What the photo of `row` really shows: (start, end, key) of each attribute named in its description, and
+        for every *visible* key the patches (grid·grid,) bool that it covers, row by row."""
+        regions = {}
+        for key, mask in self._render(row)[1].items():
+            cover = np.asarray(mask.resize((grid, grid), Image.Resampling.BOX), np.float32).ravel() / 255
+            # visible: at least 0.3 % of the photo; on a patch: a quarter of it, or half of what its best patch has
+            if cover.mean() >= 0.003:
+                regions[key] = cover >= min(0.25, cover.max() / 2)
+        return self.products[self.rows[row][0]].caption_and_spans()[1], regions
+
+
+# ----------------------------------------------------------------------------------- photos from files
+
+
+class FashionGen(PhotoDataset):
+    """FashionGen (Rostamzadeh et al. 2018) as distributed: one HDF5 file a split, one row a photo.
+
+    Each process opens the file for itself, on its first photo: HDF5 handles do not survive a fork.
+    Text is iso-8859-1, in which every byte is a character, so there are no undecodable bytes.
+    """
+
+    FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
+    TEXT_KEYS = ("input_description", "input_category", "input_subcategory")
+
+    def __init__(self, folder: Path, split: Split, image_size: int):
+        self.path = folder / self.FILES[split]
+        self._handle: tuple[int, h5py.File] | None = None
+        with self._open() as file:
+            rows = self._check(file)
+            captions, categories, subcategories = (self._text(file, key) for key in self.TEXT_KEYS)
+            products = np.asarray(file["input_productID"][:]).reshape(rows)
+        self.source = [row for row in range(rows) if captions[row]]
+        if not self.source:
+            raise DataError(f"{self.path}: key input_description: every row is empty")
+        chosen = lambda values: [values[row] for row in self.source]
+        super().__init__(chosen(captions), chosen(products), chosen(categories), chosen(subcategories), image_size)
+        self.problems = [f"row {row}: empty input_description" for row in range(rows) if not captions[row]]
+
+    def _open(self) -> h5py.File:
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file; --root must be the folder that holds {self.path.name}")
+        try:
+            return h5py.File(self.path, "r")
+        except OSError as error:
+            raise DataError(f"{self.path}: not a whole HDF5 file ({error}); copy it again") from None
+
+    def _check(self, file: h5py.File) -> int:
+        for key in ("input_image", "input_productID", *self.TEXT_KEYS):
+            if key not in file:
+                raise DataError(f"{self.path}: no key {key}; is it a FashionGen file?")
+        images = file["input_image"]
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            found = f"{images.dtype} {images.shape}"
+            raise DataError(f"{self.path}: key input_image: expected uint8 (rows, height, width, 3), found {found}")
+        if not len(images):
+            raise DataError(f"{self.path}: key input_image: zero rows")
+        for key in ("input_productID", *self.TEXT_KEYS):
+            if file[key].shape not in ((len(images),), (len(images), 1)):
+                raise DataError(f"{self.path}: key {key}: shape {file[key].shape} beside {len(images)} images")
+        return len(images)
+
+    def _text(self, file: h5py.File, key: str) -> list[str]:
+        values = np.asarray(file[key][:]).reshape(-1)
+        if values.dtype.kind not in "SO" or not all(isinstance(v, bytes) for v in values[:1].tolist()):
+            raise DataError(f"{self.path}: key {key} row 0: {values.dtype} where byte strings are expected")
+        return [" ".join(value.decode("iso-8859-1").split()) for value in values.tolist()]
+
+    def photo(self, row: int) -> Image.Image:
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), self._open())
+        return Image.fromarray(self._handle[1]["input_image"][self.source[row]])
+
+    def name_of(self, row: int) -> str:
+        return f"{self.path.name} row {self.source[row]}"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_handle": None}
+
+
+class Jsonl(PhotoDataset):
+    """Photos listed one JSON object a line: `image` (relative to the folder), `caption`, `product_id`, and if you
+    have them `category` and `subcategory`. Files `train.jsonl` and `val.jsonl`; without the latter a tenth of the
+    products, chosen by hash, is held out.
+
+    A malformed line, or a path that leaves the folder, refuses the file: it is not what it seems. A missing
+    photo or an empty caption leaves out that line only, and is reported.
+    """
+
+    def __init__(self, folder: Path, split: Split, image_size: int, seed: int = 0):
+        self.folder = folder
+        own_split = (folder / "val.jsonl").is_file()
+        path = folder / (f"{split}.jsonl" if own_split else "train.jsonl")
+        records, problems = self._read(path)
+        if not own_split:
+            held_out = lambda record: zlib.crc32(f"{seed}:{record['product_id']}".encode()) % 10 == 0
+            records = [record for record in records if held_out(record) == (split == "val")]
+        if not records:
+            raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
+        self.images = [record["image"] for record in records]
+        column = lambda key: [str(record.get(key) or "") for record in records]
+        super().__init__(column("caption"), column("product_id"), column("category"), column("subcategory"), image_size)
+        self.problems = problems
+
+    def _read(self, path: Path) -> tuple[list[dict], list[str]]:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; one JSON object a line with image, caption, product_id") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        records, problems = [], []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            record = self._parse(f"{path} line {number}", line)
+            if not (self.folder / record["image"]).is_file():
+                problems.append(f"line {number}: no photo {record['image']}")
+            elif not record["caption"].strip():
+                problems.append(f"line {number}: empty caption")
+            else:
+                records.append(record)
+        return records, problems
+
+    @staticmethod
+    def _parse(where: str, line: str) -> dict:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected an object with image, caption, product_id")
+        for key in ("image", "caption"):
+            if not isinstance(record.get(key), str):
+                raise DataError(f"{where}: field {key} is missing or not text")
+        if not isinstance(record.get("product_id"), str | int):
+            raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
+        if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
+            raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
+        return record
+
+    def photo(self, row: int) -> Image.Image:
+        try:
+            with Image.open(self.folder / self.images[row]) as file:
+                file.draft("RGB", (self.image_size, self.image_size))  # JPEG: decode no more than is needed
+                photo = ImageOps.exif_transpose(file)
+                if photo.has_transparency_data:
+                    photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+                return photo.convert("RGB")
+        except UnidentifiedImageError:
+            raise OSError("not an image") from None
+
+    def name_of(self, row: int) -> str:
+        return self.images[row]
+
+
+# --------------------------------------------------------------------------------- tokenizer and batches
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def build_tokenizer(
+    captions: list[str], vocab_size: int, max_length: int, vocab: str | Path | None = None
+) -> Tokenizer:
+    """A lower-casing WordPiece tokenizer, the same as BERT's: from `vocab` (a BERT `vocab.txt`), otherwise trained
+    on `captions`. It adds [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch."""
+    if vocab is not None:
+        try:
+            words = Path(vocab).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{vocab}: cannot be read as a vocab.txt ({error})") from None
+        missing = [token for token in SPECIAL_TOKENS if token not in words]
+        if missing:
+            raise DataError(f"{vocab}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
+        tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    else:
+        tokenizer = Tokenizer(WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if vocab is None:
+        trainer = WordPieceTrainer(
+            vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+        )
+        tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]")
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Tensor]:
+    """-> token_ids, attention_mask (1 = keep) and words (True = may be masked), each (B, L)."""
+    encodings = tokenizer.encode_batch(captions)
+    attention_mask = torch.tensor([e.attention_mask for e in encodings])
+    special = torch.tensor([e.special_tokens_mask for e in encodings])
+    return {
+        "token_ids": torch.tensor([e.ids for e in encodings]),
+        "attention_mask": attention_mask,
+        "words": attention_mask.bool() & ~special.bool(),
+    }
+
+
+@dataclass
+class Collate:
+    """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), the tokenised captions padded to the longest,
+    `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos left out."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, items: list[dict | Unreadable]) -> dict:
+        good = [item for item in items if isinstance(item, dict)]
+        unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
+        if not good:
+            raise DataError(f"no photo of a whole batch could be read: {'; '.join(unreadable[:3])}")
+        return {
+            "images": torch.stack([item["image"] for item in good]),
+            **tokenize(self.tokenizer, [item["caption"] for item in good]),
+            "product_ids": torch.tensor([int(item["product_id"]) for item in good]),
+            "caption_ids": torch.tensor([int(item["caption_id"]) for item in good]),
+            "rows": torch.tensor([item["row"] for item in good]),
+            "unreadable": unreadable,
+        }
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on `device`, copied without waiting where memory is pinned."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+# ------------------------------------------------------------------------------------------ augmentation
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W), or float in [0, 1] -> float, minus ImageNet's mean and over its deviation."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+def augment(
+    images: Tensor, min_scale: float = 0.5, jitter: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Random resized crop (area share min_scale … 1, aspect 3/4 … 4/3) and flip of a whole batch, each photo its own.
+
+    images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
+    jitter: strength of random brightness, contrast and saturation; 0 by default, since captions name colours.
+    """
+    count, device = len(images), images.device
+    draw = lambda low, high: torch.rand(count, device=device, generator=generator) * (high - low) + low
+    area, aspect = draw(min_scale, 1.0), torch.exp(draw(np.log(3 / 4), np.log(4 / 3)))
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    x, y = draw(-1, 1) * (1 - width), draw(-1, 1) * (1 - height)  # centre of the crop; the photo is [−1, 1]²
+    flip = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(x)
+    theta = torch.stack([torch.stack([width * flip, zero, x], 1), torch.stack([zero, height, y], 1)], 1)  # (B, 2, 3)
+    points = F.affine_grid(theta, list(images.shape), align_corners=False)
+    pixels = F.grid_sample(images.float() / 255, points, mode="bilinear", padding_mode="border", align_corners=False)
+    if jitter > 0:
+        factor = lambda: draw(1 - jitter, 1 + jitter)[:, None, None, None]
+        pixels = pixels * factor()
+        pixels = torch.lerp(pixels.mean(dim=(1, 2, 3), keepdim=True), pixels, factor())  # contrast
+        pixels = torch.lerp(pixels.mean(dim=1, keepdim=True), pixels, factor())  # saturation
+        pixels = pixels.clamp(0, 1)
+    return normalise(pixels)
+
+
+# ---------------------------------------------------------------------------------- FashionGen's own layout
+
+
+def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int = 0) -> None:
+    """Write `items` synthetic products a split in FashionGen's HDF5 layout (validation: a tenth, at least 8)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, products in (("train", items), ("val", max(8, items // 10))):
+        path = folder / FashionGen.FILES[split]
+        if path.exists():
+            raise DataError(f"{path} exists; give an empty folder")
+        dataset = Synthetic(split, products, image_size, seed)
+        rows = [(dataset.products[i], i, view) for i, view in dataset.rows]
+        text = {
+            "input_brand": ["SYNTHETIC"] * len(rows),
+            "input_category": dataset.categories,
+            "input_composition": ["100% cotton."] * len(rows),
+            "input_concat_description": dataset.captions,
+            "input_department": ["CLOTHING"] * len(rows),
+            "input_description": dataset.captions,
+            "input_gender": ["Women" if i % 2 else "Men" for _, i, _ in rows],
+            "input_name": [f"{p.colour} {p.garment}".title() for p, _, _ in rows],
+            "input_pose": [f"id_gridfs_{dataset._views(i).index(view) + 1}" for _, i, view in rows],
+            "input_season": ["SS2018"] * len(rows),
+            "input_subcategory": dataset.subcategories,
+        }
+        with h5py.File(path, "w") as file:
+            images = np.stack([np.asarray(photo) for photo in dataset.photos])
+            file.create_dataset("input_image", data=images, chunks=(1, image_size, image_size, 3))
+            for key, values in text.items():
+                file.create_dataset(key, data=np.array([v.encode("iso-8859-1") for v in values])[:, None])
+            numbers = {"index": range(len(rows)), "index_2": range(len(rows)), "input_msrpUSD": [100] * len(rows)}
+            numbers["input_productID"] = [i for _, i, _ in rows]
+            for key, values in numbers.items():
+                dtype = np.float64 if key == "input_msrpUSD" else np.int32
+                file.create_dataset(key, data=np.array(values, dtype)[:, None])
+        print(f"{path}: {dataset.report()}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("data.py", description="Write synthetic items in FashionGen's HDF5 layout.")
+    parser.add_argument("command", choices=["export-fashiongen"])
+    parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
+    parser.add_argument("--items", type=int, default=200, help="training products (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.items < 1:
+        parser.error(f"--items {args.items}: at least 1")
+    try:
+        export_fashiongen(args.folder, args.items, seed=args.seed)
+    except (DataError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Every objective, and the choice of negatives inside a batch. Pure functions on tensors.
+
+Letters: B batch, K contrastive keys (in-batch momentum features, then the queue), M rows, V vocabulary.
+Similarities are logits: already divided by the temperature. −100 marks a label that is ignored.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NegativeMode = Literal["random", "similar", "hard", "semihard"]
+
+
+def itc_targets(product_ids: Tensor, key_product_ids: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
+    """Soft targets of ALBEF (§3.2): the momentum model's opinion mixed with the known pairs.
+
+    y = α·softmax(s_m) + (1 − α)·y_hard, with y_hard uniform over all keys of the row's product
+    product_ids (B,), key_product_ids (K,), sim_m (B, K) momentum logits -> (B, K), rows sum to 1.
+    """
+    same = (product_ids[:, None] == key_product_ids[None, :]).float()  # (B, K)
+    hard = same / same.sum(dim=1, keepdim=True)
+    return alpha * sim_m.float().softmax(dim=1) + (1 - alpha) * hard
+
+
+def itc_loss(sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor, gamma: float = 0.0) -> Tensor:
+    """Image-text contrastive loss, focal when gamma > 0. All arguments (B, K) -> scalar.
+
+    L = −½ Σ_directions mean_b Σ_j (1 − p_bj)^γ · y_bj · log p_bj
+    γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (choice: with the soft targets).
+    """
+
+    def one_way(sim: Tensor, targets: Tensor) -> Tensor:
+        log_p = F.log_softmax(sim.float(), dim=1)
+        weights = targets if gamma == 0 else targets * (1 - log_p.exp()) ** gamma
+        return -(weights * log_p).sum(dim=1).mean()
+
+    return (one_way(sim_i2t, targets_i2t) + one_way(sim_t2i, targets_t2i)) / 2
+
+
+def forbidden_negatives(product_ids: Tensor, caption_ids: Tensor) -> Tensor:
+    """Pairs (b, j) that may not serve as negatives: same product or identical caption. (B,), (B,) -> (B, B)."""
+    same_product = product_ids[:, None] == product_ids[None, :]
+    same_caption = caption_ids[:, None] == caption_ids[None, :]
+    return same_product | same_caption
+
+
+def pick_negatives(
+    sim: Tensor,
+    forbidden: Tensor,
+    mode: NegativeMode = "similar",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One in-batch negative for each row of `sim` (B, B): its column, or −1 where every column is forbidden.
+
+    random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP).
+    Logits are masked before the softmax: masking probabilities can leave an all-zero row at low temperature.
+    """
+    logits = torch.zeros_like(sim) if mode == "random" else sim.detach()
+    logits = logits.float().masked_fill(forbidden, float("-inf"))
+    possible = ~forbidden.all(dim=1)
+    logits = torch.where(possible[:, None], logits, 0.0)  # any finite row will do; its draw is discarded
+    if mode == "hard":
+        chosen = logits.argmax(dim=1)
+    else:
+        chosen = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+    return torch.where(possible, chosen, -1)
+
+
+def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Image-text matching, two-way cross-entropy (ALBEF eq. 3). logits (M, 2), labels (M,) 1 = match."""
+    return cross_entropy(logits, labels)
+
+
+def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """Masked language modelling with momentum soft targets (ALBEF eq. 4 and 7). -> scalar, 0 without labels.
+
+    L = (1 − α)·CE(label) + α·CE(softmax(logits_m)), mean over the labelled rows
+    logits, logits_m (M, V), labels (M,).
+    """
+    loss = cross_entropy(logits, labels)
+    if logits_m is None or alpha == 0:
+        return loss
+    soft = -(logits_m.float().softmax(dim=-1) * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+    labelled = labels != -100
+    return (1 - alpha) * loss + alpha * (soft * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows with a label; 0, not NaN, when there is none."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)

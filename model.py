@@ -1,0 +1,545 @@
+"""The vision-language model: ViT, BERT-style text encoder, cross-attention fusion, momentum twin.
+
+Two encoders turn a photo and its description into tokens; the fusion encoder lets every text token
+look at every image token. Everything SyncMask asks of a model is here, everything about *training* it
+is elsewhere: this file imports no other file of the project.
+
+Legend of the dimension letters in shape comments
+    B batch · N image tokens (CLS + patches) · P patches · L text tokens · D width · h heads
+    E shared embedding of the contrastive space · K queue length · V vocabulary · M any number of rows
+
+Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1),
+registers (Darcet et al. 2024). Sizes, norms and initialisation follow them, so published weights load.
+"""
+
+import argparse
+import copy
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+INITIALIZER_STD = 0.02  # of every weight matrix and embedding, in BERT as in ViT
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model. Vision, text and fusion share one width, as ViT-B and BERT-base do."""
+
+    image_size: int = field(default=64, metadata={"help": "side of the square photo the ViT sees, pixels"})
+    patch_size: int = field(default=8, metadata={"help": "side of a patch, pixels"})
+    width: int = field(default=128, metadata={"help": "token width D of all three encoders"})
+    heads: int = field(default=4, metadata={"help": "attention heads"})
+    vision_layers: int = field(default=4, metadata={"help": "ViT layers"})
+    text_layers: int = field(default=2, metadata={"help": "text encoder layers"})
+    fusion_layers: int = field(default=2, metadata={"help": "fusion encoder layers"})
+    registers: int = field(default=0, metadata={"help": "register tokens in the ViT, dropped at its output"})
+    embed_dim: int = field(default=256, metadata={"help": "width E of the contrastive space"})
+    max_length: int = field(default=64, metadata={"help": "longest description, tokens"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout in text and fusion layers (BERT: 0.1)"})
+    vocab_size: int = field(default=2048, metadata={"help": "WordPiece vocabulary, at most (a given --vocab decides)"})
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the photo."""
+        return self.image_size // self.patch_size
+
+
+PRESETS = {
+    # minutes on two CPU cores
+    "tiny": ModelConfig(),
+    # one small GPU; the width of DeiT-S and MiniLM-L12-H384
+    "small": ModelConfig(image_size=128, patch_size=16, width=384, heads=6, vision_layers=12, text_layers=6,
+                         fusion_layers=6, max_length=96, dropout=0.1, vocab_size=8192),
+    # ALBEF: ViT-B/16 at 256 px, BERT-base split into 6 text and 6 fusion layers
+    "base": ModelConfig(image_size=256, patch_size=16, width=768, heads=12, vision_layers=12, text_layers=6,
+                        fusion_layers=6, max_length=96, dropout=0.1, vocab_size=30522),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ building blocks
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to itself, or to `context` (Vaswani et al. 2017, §3.2).
+
+    Probabilities are formed explicitly only when asked for; the output is the same either way.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, D), context (B, N, D) or None, keep (B, N) bool, True where a key may be attended to
+        -> output (B, L, D), probabilities (B, h, L, N) or None."""
+        context = x if context is None else context
+        q = rearrange(self.query(x), "b l (h d) -> b h l d", h=self.heads)
+        k = rearrange(self.key(context), "b n (h d) -> b h n d", h=self.heads)
+        v = rearrange(self.value(context), "b n (h d) -> b h n d", h=self.heads)
+        mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, N)
+        dropout = self.dropout if self.training else 0.0
+        attention = None
+        if return_attention:
+            # A = softmax(q kᵀ / √d): kept in the graph, so that Grad-CAM can take its gradient
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            attention = scores.softmax(dim=-1)  # (B, h, L, N)
+            out = F.dropout(attention, dropout) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.output(rearrange(out, "b h l d -> b l (h d)")), attention
+
+
+def mlp(width: int) -> nn.Sequential:
+    """The two-layer perceptron of a transformer block, four times as wide inside, GELU (erf)."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def initialise(module: nn.Module) -> None:
+    """BERT's initialisation, which is also ViT's: normal weights, zero biases, unit norms."""
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        nn.init.normal_(module.weight, std=INITIALIZER_STD)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------- the encoders
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer block of ViT."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attention = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = mlp(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT: images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first.
+
+    `keep` (B, K) lists the patches to encode (the others are never seen, as in MAE); then N = 1 + K.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        patches = config.grid**2
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * INITIALIZER_STD)
+        self.position_embed = nn.Parameter(torch.randn(1, 1 + patches, config.width) * INITIALIZER_STD)
+        self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * INITIALIZER_STD)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")  # (B, P, D)
+        x = x + self.position_embed[:, 1:]
+        if keep is not None:
+            x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))  # (B, K, D)
+        cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        # registers took part in self-attention and are dropped here (Darcet et al. 2024)
+        return self.norm(x[:, : x.shape[1] - self.registers.shape[1]])
+
+
+class TextLayer(nn.Module):
+    """Post-norm transformer block of BERT; with `cross=True` it also looks at the image, as ALBEF's."""
+
+    def __init__(self, config: ModelConfig, cross: bool = False):
+        super().__init__()
+        self.attention = Attention(config.width, config.heads, config.dropout)
+        self.attention_norm = nn.LayerNorm(config.width, eps=1e-12)
+        if cross:
+            self.cross_attention = Attention(config.width, config.heads, config.dropout)
+            self.cross_attention_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.mlp = mlp(config.width)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, keep: Tensor, image_embeds: Tensor | None = None, return_attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        x = self.attention_norm(x + self.dropout(self.attention(x, keep=keep)[0]))
+        attention = None
+        if image_embeds is not None:
+            seen, attention = self.cross_attention(x, image_embeds, return_attention=return_attention)
+            x = self.cross_attention_norm(x + self.dropout(seen))
+        return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
+
+
+class TextEncoder(nn.Module):
+    """The lower half of BERT: token_ids (B, L), attention_mask (B, L; 1 = keep) -> text_embeds (B, L, D).
+
+    BERT's token-type embedding is constant for single sentences; it lives inside the position embeddings.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.position_embeddings = nn.Parameter(torch.randn(config.max_length, config.width) * INITIALIZER_STD)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
+
+    def forward(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.word_embeddings(token_ids) + self.position_embeddings[: token_ids.shape[1]]  # (B, L, D)
+        x = self.dropout(self.norm(x))
+        for layer in self.layers:
+            x, _ = layer(x, attention_mask.bool())
+        return x
+
+
+class FusionEncoder(nn.Module):
+    """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder).
+
+    text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D);
+    with `return_attention` also the list, one per layer, of probabilities (B, h, L, N).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
+
+    def forward(
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        x, attentions = text_embeds, []
+        for layer in self.layers:
+            x, attention = layer(x, attention_mask.bool(), image_embeds, return_attention)
+            attentions.append(attention)
+        return (x, attentions) if return_attention else x
+
+
+# --------------------------------------------------------------------------------------- whole models
+
+
+class VisionLanguageModel(nn.Module):
+    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTransformer(config)
+        self.text = TextEncoder(config)
+        self.fusion = FusionEncoder(config)
+        self.vision_proj = nn.Linear(config.width, config.embed_dim)
+        self.text_proj = nn.Linear(config.width, config.embed_dim)
+        self.itm_head = nn.Linear(config.width, 2)
+        self.mlm_head = nn.Sequential(
+            nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width, eps=1e-12)
+        )
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        self.apply(initialise)
+
+    def encode_image(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W), normalised -> image_embeds (B, N, D)."""
+        return self.vision(images, keep)
+
+    def encode_text(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """token_ids (B, L), attention_mask (B, L) -> text_embeds (B, L, D)."""
+        return self.text(token_ids, attention_mask)
+
+    def project_image(self, image_embeds: Tensor) -> Tensor:
+        """image_embeds (B, N, D) -> image_feat (B, E), unit length."""
+        return F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+
+    def project_text(self, text_embeds: Tensor) -> Tensor:
+        """text_embeds (B, L, D) -> text_feat (B, E), unit length."""
+        return F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
+
+    def fuse(
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Text tokens that have looked at the image; see `FusionEncoder`."""
+        return self.fusion(text_embeds, attention_mask, image_embeds, return_attention)
+
+    def itm_logits(self, fused: Tensor) -> Tensor:
+        """fused (B, L, D) -> (B, 2); class 1 is "match"."""
+        return self.itm_head(fused[:, 0])
+
+    def mlm_logits(self, tokens: Tensor) -> Tensor:
+        """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""
+        return F.linear(self.mlm_head(tokens), self.text.word_embeddings.weight, self.mlm_bias)
+
+    @torch.no_grad()
+    def clamp_temp(self) -> None:
+        """Keep the learnable temperature in ALBEF's range."""
+        self.temp.clamp_(0.001, 0.5)
+
+
+class MomentumModel(nn.Module):
+    """An exponential moving average of a model, called like the model itself and never trained.
+
+    θ_m ← decay·θ_m + (1 − decay)·θ      (He et al. 2020, eq. 2)
+
+    It stays in evaluation mode: a teacher without dropout (choice).
+    """
+
+    def __init__(self, model: VisionLanguageModel, decay: float = 0.995):
+        super().__init__()
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def train(self, mode: bool = True) -> "MomentumModel":
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, model: VisionLanguageModel, decay: float | None = None) -> None:
+        """Move the average towards `model`, by 1 − decay (the constructor's decay unless given)."""
+        decay = self.decay if decay is None else decay
+        ours, theirs = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+
+class FeatureQueue(nn.Module):
+    """The last K momentum features of both modalities with their products, for more ITC negatives (MoCo, ALBEF)."""
+
+    def __init__(self, length: int, embed_dim: int):
+        super().__init__()
+        self.register_buffer("image_feat", torch.zeros(length, embed_dim))
+        self.register_buffer("text_feat", torch.zeros(length, embed_dim))
+        self.register_buffer("product_ids", torch.full((length,), -1))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
+
+    def filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """image_feat (K', E), text_feat (K', E), product_ids (K',) of the entries pushed so far."""
+        count = min(int(self.pushed), len(self.product_ids))
+        return self.image_feat[:count], self.text_feat[:count], self.product_ids[:count]
+
+    @torch.no_grad()
+    def push(self, image_feat: Tensor, text_feat: Tensor, product_ids: Tensor) -> None:
+        """Overwrite the oldest entries with a batch of (B, E), (B, E) and (B,)."""
+        length = len(self.product_ids)
+        if length == 0:
+            return
+        at = (self.pushed + torch.arange(len(product_ids), device=product_ids.device)) % length
+        at, last = at[-length:], slice(-length, None)
+        self.image_feat[at] = image_feat[last].to(self.image_feat.dtype)
+        self.text_feat[at] = text_feat[last].to(self.text_feat.dtype)
+        self.product_ids[at] = product_ids[last]
+        self.pushed += len(product_ids)
+
+
+# ---------------------------------------------------------------------------------- pretrained weights
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be read, or of which nothing fits the model."""
+
+
+@dataclass
+class LoadReport:
+    """What `load_pretrained` did: names of ours that were filled, of theirs that were not used, of ours left."""
+
+    loaded: list[str]
+    skipped: dict[str, str]  # name in the file -> reason
+    missing: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
+        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  missing {name}" for name in self.missing]
+        return "\n".join(lines)
+
+
+# Their names, made ours by applying the first rule that matches. "{}" is a layer number.
+LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\."
+VISION_RULES = [
+    (r"(?:embeddings\.)?cls_token", "cls_token"),
+    (r"pos_embed|embeddings\.position_embeddings", "position_embed"),
+    (r"(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.", "patch_embed."),
+    (LAYER + r"attn\.qkv\.", r"layers.\1.attention.qkv."),
+    (LAYER + r"(?:attention\.attention\.query|attention\.q_proj)\.", r"layers.\1.attention.query."),
+    (LAYER + r"(?:attention\.attention\.key|attention\.k_proj)\.", r"layers.\1.attention.key."),
+    (LAYER + r"(?:attention\.attention\.value|attention\.v_proj)\.", r"layers.\1.attention.value."),
+    (LAYER + r"(?:attn\.proj|attention\.output\.dense|attention\.o_proj)\.", r"layers.\1.attention.output."),
+    (LAYER + r"(?:norm1|layernorm_before)\.", r"layers.\1.norm1."),
+    (LAYER + r"(?:norm2|layernorm_after)\.", r"layers.\1.norm2."),
+    (LAYER + r"(?:mlp\.fc1|intermediate\.dense)\.", r"layers.\1.mlp.0."),
+    (LAYER + r"(?:mlp\.fc2|output\.dense)\.", r"layers.\1.mlp.2."),
+    (r"(?:norm|layernorm)\.", "norm."),
+]
+TEXT_RULES = [
+    (r"embeddings\.word_embeddings\.", "text.word_embeddings."),
+    (r"embeddings\.position_embeddings\.weight", "text.position_embeddings"),
+    (r"embeddings\.LayerNorm\.", "text.norm."),
+    (LAYER + r"attention\.self\.(query|key|value)\.", r"layers.\1.attention.\2."),
+    (LAYER + r"attention\.output\.dense\.", r"layers.\1.attention.output."),
+    (LAYER + r"attention\.output\.LayerNorm\.", r"layers.\1.attention_norm."),
+    (LAYER + r"crossattention\.self\.(query|key|value)\.", r"layers.\1.cross_attention.\2."),
+    (LAYER + r"crossattention\.output\.dense\.", r"layers.\1.cross_attention.output."),
+    (LAYER + r"crossattention\.output\.LayerNorm\.", r"layers.\1.cross_attention_norm."),
+    (LAYER + r"intermediate\.dense\.", r"layers.\1.mlp.0."),
+    (LAYER + r"output\.dense\.", r"layers.\1.mlp.2."),
+    (LAYER + r"output\.LayerNorm\.", r"layers.\1.mlp_norm."),
+    (r"cls\.predictions\.transform\.dense\.", "mlm_head.0."),
+    (r"cls\.predictions\.transform\.LayerNorm\.", "mlm_head.2."),
+    (r"cls\.predictions\.bias", "mlm_bias"),
+]
+
+
+def load_pretrained(
+    model: VisionLanguageModel,
+    vision: str | Path | None = None,
+    text: str | Path | None = None,
+    whole: str | Path | None = None,
+) -> LoadReport:
+    """Fill `model` in place from published weights: `.safetensors`, or `.pth`/`.bin` without running pickled code.
+
+    vision: a ViT in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated.
+    text: a BERT in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder.
+    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads).
+    Raises WeightsError when a file cannot be read or none of its tensors fits.
+    """
+    report = LoadReport([], {}, [])
+    ours = dict(model.named_parameters())
+    for path, rename in ((vision, _rename_vision), (text, _rename_text), (whole, _rename_whole)):
+        if path is None:
+            continue
+        renamed = {}
+        for name, tensor in _read_weights(Path(path)).items():
+            parts = rename(name, tensor, model.config)
+            renamed.update(parts)
+            if not parts:
+                report.skipped[name] = "no counterpart in this model"
+        loaded = _copy_fitting(_fold_token_types(renamed), ours, report)
+        if not loaded:
+            raise WeightsError(f"{path}: none of its tensors fits this model; is it the right kind and preset?")
+        report.loaded += loaded
+    report.missing = sorted(set(ours) - set(report.loaded))
+    return report
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DeiT store their options
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such weights file") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(f"{path}: cannot be read as .safetensors or plain tensors ({reason})") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
+    return {name.removeprefix("module."): t for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def _apply(rules: list[tuple[str, str]], name: str) -> str | None:
+    for pattern, ours in rules:
+        if match := re.match(pattern, name):
+            return match.expand(ours) + name[match.end() :]
+    return None
+
+
+def _rename_vision(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    ours = _apply(VISION_RULES, re.sub(r"^(vit|deit|model)\.", "", name))
+    if ours is None:
+        return {}
+    if ".qkv." in ours:  # timm keeps the three projections in one matrix
+        parts = zip(("query", "key", "value"), tensor.chunk(3))
+        return {"vision." + ours.replace("qkv", part): t for part, t in parts}
+    if ours == "position_embed":
+        tensor = _interpolate_positions(tensor, config.grid)
+    return {"vision." + ours: tensor}
+
+
+def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
+    """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if table.ndim != 3 or side == grid or 1 + side**2 != table.shape[1]:
+        return table
+    patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1].float(), rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+def _rename_text(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # fmt: skip
+    if name == "embeddings.token_type_embeddings.weight":
+        return {"token_type": tensor}
+    ours = _apply(TEXT_RULES, name)
+    if ours is None:
+        return {}
+    if ours == "text.position_embeddings":
+        tensor = tensor[: config.max_length]
+    if match := re.match(r"layers\.(\d+)\.", ours):
+        number, rest = int(match[1]), ours[match.end() :]
+        upper = number >= config.text_layers
+        ours = f"fusion.layers.{number - config.text_layers}.{rest}" if upper else f"text.layers.{number}.{rest}"
+    return {ours: tensor}
+
+
+def _rename_whole(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    if name.startswith("visual_encoder."):
+        return _rename_vision(name.removeprefix("visual_encoder."), tensor, config)
+    if name.startswith("text_encoder."):
+        return _rename_text(name.removeprefix("text_encoder."), tensor, config)
+    if re.match(r"(vision_proj|text_proj|itm_head)\.|temp$", name):
+        return {name: tensor}
+    return {}  # momentum copies, queues, pointers
+
+
+def _fold_token_types(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT adds token type 0 at every position: add it to the position embeddings once and for all."""
+    token_type = renamed.pop("token_type", None)
+    if token_type is not None and "text.position_embeddings" in renamed:
+        renamed["text.position_embeddings"] = renamed["text.position_embeddings"] + token_type[0]
+    return renamed
+
+
+@torch.no_grad()
+def _copy_fitting(theirs: dict[str, Tensor], ours: dict[str, nn.Parameter], report: LoadReport) -> list[str]:
+    loaded = []
+    for name, tensor in theirs.items():
+        if name not in ours:
+            report.skipped[name] = "no counterpart in this model"
+        elif tensor.shape != ours[name].shape:
+            report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(ours[name].shape)}"
+        else:
+            ours[name].copy_(tensor)
+            loaded.append(name)
+    return loaded

@@ -1,0 +1,768 @@
+"""Pretraining: run config and command line, one recipe per method, one flat loop.
+
+    python train.py                                            tiny model, synthetic photos, a laptop
+    python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
+    python train.py --data jsonl --root DIR --preset tiny      one's own photos
+
+What a run leaves in --out: config.json, metrics.jsonl, curves.png, last.pt. Keys of metrics.jsonl:
+
+    step, epoch                 optimiser steps done; passes over the training photos
+    loss, itc, itm, mlm         the objective and its parts, of that step's batch
+    lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
+    itm_accuracy, mlm_accuracy  on that step's batch (matching pairs and negatives; masked words)
+    unreadable                  photos left out so far because they could not be decoded
+    samples_per_second          photos trained on a second since the last line
+    val_i2t_r1 … val_t2i_r10    held-out retrieval recall, photo to text and text to photo, by product
+    val_mlm_accuracy            masked words of held-out photos restored (the run's ratio of random words)
+    val_itm_accuracy            held-out pairs told from random wrong ones; chance is 0.5
+    final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import (
+    Collate,
+    DataError,
+    DataName,
+    PhotoDataset,
+    augment,
+    build_dataset,
+    build_tokenizer,
+    normalise,
+    to_device,
+    tokenize,
+)
+from losses import NegativeMode, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss, pick_negatives
+from masking import corrupt_words, random_word_mask
+from model import PRESETS, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, WeightsError, load_pretrained
+from sampler import BatchSampler
+
+
+class ConfigError(ValueError):
+    """Flags that do not fit together, or a checkpoint that does not fit the flags."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+# ------------------------------------------------------------------------------- config and command line
+
+
+def option(default, help: str, low: float | None = None, high: float | None = None, **metadata):
+    """A config field with what the command line needs: help and the allowed range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run. Every field is a flag; so is every field of `ModelConfig`."""
+
+    data: DataName = option("synthetic", "data set")
+    root: str | None = option(None, "folder of the data set (default data/<data>)")
+    recipe: Literal["albef"] = option("albef", "method")
+    preset: Literal["tiny", "small", "base"] = option("tiny", "sizes and schedule; synthetic tiny, jsonl small, fashiongen base unless given")  # fmt: skip
+    out: str | None = option(None, "output folder (default runs/<data>-<recipe>-<preset>)")
+    resume: bool = option(False, "go on from last.pt in the output folder")
+    stop_at: int | None = option(None, "save and stop after this step; --resume goes on", low=1)
+    seed: int = option(0, "of everything random", low=0)
+
+    steps: int | None = option(None, "optimiser steps; either this or --epochs", low=1)
+    epochs: int | None = option(None, "passes over the training photos", low=1)
+    batch_size: int = option(64, "photos a batch", low=2)
+    accumulate: int = option(1, "batches a step. ITC and ITM negatives still come from one batch at a time (and the queue): this saves memory, it is not a larger batch", low=1)  # fmt: skip
+    lr: float = option(1e-4, "peak learning rate", low=0)
+    final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
+    warmup: int = option(500, "steps of linear warm-up", low=0)
+    weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
+    clip: float = option(1.0, "largest gradient norm", low=0)
+    ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
+    alpha: float = option(0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1)  # fmt: skip
+    queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
+    mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
+    itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
+    itm_warmup: int = option(0, "steps with random ITM negatives before that", low=0)
+    crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
+    color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
+
+    products: int = option(2500, "synthetic training products", low=2)
+    vocab: str | None = option(None, "a BERT vocab.txt instead of a vocabulary trained on the captions")
+    vision_weights: str | None = option(None, "ViT weights to start from (Hugging Face, timm, DeiT, MAE naming)")
+    text_weights: str | None = option(None, "BERT weights to start from; needs --vocab")
+    weights: str | None = option(None, "a whole ALBEF checkpoint to start from; needs --vocab")
+
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to train: cpu, cuda, cuda:1, …")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
+    compile: bool = option(False, "torch.compile the encoders")
+    workers: int = option(0, "data loading processes", low=0)
+    log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
+    val_every: int = option(200, "steps between validations", low=1)
+    val_products: int = option(1000, "held-out products to validate on, at most", low=2)
+    save_every: int = option(200, "steps between checkpoints", low=1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+SCHEDULES = {
+    "tiny": dict(steps=600, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, mlm_ratio=0.5, itm_warmup=300,
+                 crop_scale=0.7),
+    "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, workers=4),
+    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000),
+}  # fmt: skip
+DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
+# What a resumed run may change: nothing that decides its result.
+FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "val_every", "save_every"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses with one line instead of a page of usage, and suggests the flag that was meant."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split()[2].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(flag, known, n=1)
+            message = f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag for each field of a config dataclass; a flag that is not given leaves no trace."""
+    hints = typing.get_type_hints(config_class)
+    for spec in fields(config_class):
+        if "help" not in spec.metadata:
+            continue
+        flag, kind = "--" + spec.name.replace("_", "-"), hints[spec.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        text = spec.metadata["help"] + ("" if spec.default is None else f" (default {spec.default})")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
+
+
+def check_ranges(config) -> None:
+    """Raise ConfigError for a field outside the range its metadata gives."""
+    for spec in fields(config):
+        value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
+        if value is None or (low is None and high is None):
+            continue
+        if not (low if low is not None else -math.inf) <= value <= (high if high is not None else math.inf):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"--{spec.name.replace('_', '-')} {value}: must be {bounds}")
+
+
+def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
+    """Command line -> config, names of the flags given. Precedence: defaults < preset < flags."""
+    parser = OneLineParser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_flags(parser, TrainConfig)
+    add_flags(parser.add_argument_group("sizes of the model (defaults: tiny's)"), ModelConfig)
+    given = vars(parser.parse_args(argv))
+    config = layer_config(given)
+    check_flags(config, given)
+    return config, set(given)
+
+
+def layer_config(given: dict) -> TrainConfig:
+    """defaults < preset < `given`, for the run and for its model."""
+    data = given.get("data", "synthetic")
+    preset = given.get("preset", DEFAULT_PRESET[data])
+    schedule = dict(SCHEDULES[preset])
+    if "steps" in given or "epochs" in given:  # the one replaces the other
+        schedule.pop("steps", None), schedule.pop("epochs", None)
+    sizes = {spec.name for spec in fields(ModelConfig)}
+    try:
+        model = replace(PRESETS[preset], **{k: v for k, v in given.items() if k in sizes})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    run = schedule | {k: v for k, v in given.items() if k not in sizes}
+    config = TrainConfig(**{"preset": preset, "model": model, **run})
+    return config if config.out else replace(config, out=f"runs/{config.data}-{config.recipe}-{preset}")
+
+
+def check_flags(config: TrainConfig, given: dict) -> None:
+    """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
+    check_ranges(config)
+    check_ranges(config.model)
+    if config.steps and config.epochs:
+        raise ConfigError("--steps and --epochs contradict each other; give one")
+    if config.data == "synthetic" and config.root:
+        raise ConfigError("--root is for data from files; synthetic photos are drawn")
+    if config.data != "synthetic" and "products" in given:
+        raise ConfigError(f"--products is for synthetic photos, not for {config.data}")
+    if config.vocab and "vocab_size" in given:
+        raise ConfigError("--vocab-size contradicts --vocab, which brings its own size")
+    if (config.text_weights or config.weights) and not config.vocab:
+        raise ConfigError("--text-weights and --weights need --vocab: word embeddings belong to their vocabulary")
+    if config.weights and (config.text_weights or config.vision_weights):
+        raise ConfigError("--weights contradicts --vision-weights and --text-weights; it holds both")
+    device = torch.device(config.device)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"--device {config.device}: no such GPU on this machine; try --device cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Run:
+    """Everything a recipe may use besides the batch."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    model: VisionLanguageModel
+    momentum: MomentumModel
+    queue: FeatureQueue
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    total_steps: int
+    epoch_steps: float  # optimiser steps in one pass over the photos
+    step: int = 0
+    seconds: float = 0.0
+    unreadable: int = 0
+    generator: torch.Generator | None = None
+
+    @property
+    def alpha(self) -> float:
+        """Share of the momentum soft targets, ramped up linearly over the first epoch (ALBEF)."""
+        return self.config.alpha * min(1.0, self.step / self.epoch_steps)
+
+    @property
+    def negative_mode(self) -> NegativeMode:
+        """Curriculum (choice): ITM does not leave chance when its negatives are hard from the first step on."""
+        return "random" if self.step < self.config.itm_warmup else self.config.itm_negatives
+
+    def corrupt(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`corrupt_words` with this run's vocabulary and generator."""
+        first_word = self.tokenizer.token_to_id("[MASK]") + 1
+        return corrupt_words(
+            token_ids,
+            word_mask,
+            self.tokenizer.token_to_id("[MASK]"),
+            self.config.model.vocab_size,
+            first_word,
+            self.generator,
+        )
+
+
+# ------------------------------------------------------------------------------------------- the recipes
+
+
+def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+    """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets. -> losses, figures to log.
+
+    Forward passes a step, in photos or captions: image B; text 2B (clean, masked); fusion 4B in one call
+    (B matching, 2B not, B masked). Momentum: image B, text 2B, fusion B (masked); text and fusion of the
+    masked half only while alpha > 0.
+    """
+    config, model, momentum = run.config, run.model, run.momentum
+    ids, keep = batch["token_ids"], batch["attention_mask"]
+    count = len(ids)
+
+    # encode: clean and masked captions share one call
+    word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    masked_ids, mlm_labels = run.corrupt(ids, word_mask)
+    image_embeds = model.encode_image(batch["images"])
+    text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
+    with torch.no_grad():
+        image_embeds_m = momentum.encode_image(batch["images"])
+        text_embeds_m = momentum.encode_text(ids, keep)
+
+    # contrast
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, image_embeds_m, text_embeds_m)
+
+    # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
+    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    wrong_text = pick_negatives(sim_i2t, forbidden, run.negative_mode, run.generator)
+    wrong_image = pick_negatives(sim_t2i, forbidden, run.negative_mode, run.generator)
+    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    fused = model.fuse(
+        torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
+        torch.cat([keep, keep[t], keep, keep]),
+        image_embeds[torch.cat([own, own, i, own])],
+    )
+
+    # losses
+    itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
+    itm_logits = model.itm_logits(fused[: 3 * count])
+    chosen = mlm_labels != -100
+    mlm_logits, labels = model.mlm_logits(fused[3 * count :][chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    mlm_logits_m = None
+    if run.alpha > 0:
+        with torch.no_grad():
+            fused_m = momentum.fuse(momentum.encode_text(masked_ids, keep), keep, image_embeds_m)
+            mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
+    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha)}  # fmt: skip
+    return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+
+
+RECIPES: dict[str, Callable] = {"albef": albef}
+
+
+def contrast(
+    run: Run, batch: dict, image_embeds: Tensor, text_embeds: Tensor, image_embeds_m: Tensor, text_embeds_m: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ITC of online queries against momentum keys (in-batch, then the queue), which it then pushes.
+
+    -> loss, and the in-batch logits (B, B) photo to text and text to photo, for choosing ITM negatives.
+    """
+    model, momentum, temp = run.model, run.momentum, run.model.temp
+    image_feat, text_feat = model.project_image(image_embeds).float(), model.project_text(text_embeds).float()
+    with torch.no_grad():
+        image_feat_m = momentum.project_image(image_embeds_m).float()
+        text_feat_m = momentum.project_text(text_embeds_m).float()
+        old_images, old_texts, old_products = run.queue.filled()
+        image_keys = torch.cat([image_feat_m, old_images])  # (K, E)
+        text_keys = torch.cat([text_feat_m, old_texts])
+        products = torch.cat([batch["product_ids"], old_products])
+        targets = lambda sim_m: itc_targets(batch["product_ids"], products, sim_m, run.alpha)
+        targets_i2t = targets(image_feat_m @ text_keys.T / temp)
+        targets_t2i = targets(text_feat_m @ image_keys.T / temp)
+    sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
+    loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
+    run.queue.push(image_feat_m, text_feat_m, batch["product_ids"])
+    count = len(image_feat)
+    return loss, sim_i2t[:, :count], sim_t2i[:, :count]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of the labelled rows (label ≥ 0) whose highest logit is the label's."""
+    right = (logits.argmax(dim=-1) == labels) & (labels >= 0)
+    return right.sum() / (labels >= 0).sum().clamp(min=1)
+
+
+# -------------------------------------------------------------------------------------------- validation
+
+
+def retrieval_recalls(
+    image_feat: Tensor, text_feat: Tensor, image_products: Tensor, text_products: Tensor, ranks: tuple = (1, 5, 10)
+) -> dict[str, float]:
+    """Full-protocol recall: every photo (n, E) against one text per product (m, E), and every text against all photos.
+
+    A text hits with the best-ranked photo of its product. Ties count against the model, so that equal features
+    earn nothing. -> {"i2t_r1": share, …, "t2i_r10": share}
+    """
+
+    def rank_of_match(queries: Tensor, keys: Tensor, query_products: Tensor, key_products: Tensor) -> Tensor:
+        found = []
+        for q, products in zip(queries.split(1024), query_products.split(1024), strict=True):
+            sim, same = q @ keys.T, products[:, None] == key_products[None, :]
+            best = sim.masked_fill(~same, -math.inf).max(dim=1, keepdim=True).values
+            found.append(((sim >= best) & ~same).sum(dim=1))
+        return torch.cat(found)
+
+    i2t = rank_of_match(image_feat, text_feat, image_products, text_products)
+    t2i = rank_of_match(text_feat, image_feat, text_products, image_products)
+    return {f"{way}_r{k}": (r < k).float().mean().item() for way, r in (("i2t", i2t), ("t2i", t2i)) for k in ranks}
+
+
+@torch.no_grad()
+def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
+    """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped."""
+    generator = torch.Generator().manual_seed(run.config.seed)
+    loader = DataLoader(first_products(dataset, run.config.val_products), run.config.batch_size, collate_fn=Collate(run.tokenizer))  # fmt: skip
+    model = run.model.eval()
+    images, products, itm, mlm, captions = [], [], [], [], {}
+    for batch in tqdm(loader, "validating", unit=" batches", leave=False, disable=None):
+        word_mask = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
+        forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+        wrong = pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, "random", generator)
+        captions |= dict(zip(batch["product_ids"].tolist(), batch["rows"].tolist(), strict=True))
+        batch, word_mask, wrong = to_device(batch, run.device), word_mask.to(run.device), wrong.to(run.device)
+        keep, ids = batch["attention_mask"], batch["token_ids"]
+        hidden = ids.masked_fill(word_mask, run.tokenizer.token_to_id("[MASK]"))
+        with autocast(run):
+            image_embeds = model.encode_image(normalise(batch["images"]))
+            text_embeds, hidden_embeds = model.encode_text(torch.cat([ids, hidden]), torch.cat([keep, keep])).chunk(2)
+            pair = torch.cat([text_embeds, text_embeds[wrong.clamp(min=0)], hidden_embeds])
+            fused = model.fuse(pair, torch.cat([keep, keep[wrong.clamp(min=0)], keep]), image_embeds.repeat(3, 1, 1))
+            matching, not_matching, hidden_fused = fused.chunk(3)
+            right = [
+                (model.itm_logits(f).argmax(-1) == label).float() for f, label in ((matching, 1), (not_matching, 0))
+            ]
+            restored = (model.mlm_logits(hidden_fused[word_mask]).argmax(-1) == ids[word_mask]).float()
+            images.append(model.project_image(image_embeds).float())
+        itm.append(torch.cat([right[0], right[1][wrong >= 0]]))
+        mlm.append(restored)
+        products.append(batch["product_ids"])
+    texts, known = [], torch.tensor(list(captions), device=run.device)
+    for rows in torch.tensor(list(captions.values())).split(256):
+        encoded = to_device(tokenize(run.tokenizer, [dataset.captions[row] for row in rows.tolist()]), run.device)
+        with autocast(run):
+            text_embeds = model.encode_text(encoded["token_ids"], encoded["attention_mask"])
+            texts.append(model.project_text(text_embeds).float())
+    recalls = retrieval_recalls(torch.cat(images), torch.cat(texts), torch.cat(products), known)
+    figures = recalls | {"mlm_accuracy": torch.cat(mlm).mean().item(), "itm_accuracy": torch.cat(itm).mean().item()}
+    return {f"val_{key}": value for key, value in figures.items()}
+
+
+def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset:
+    """All photos of the first `count` products."""
+    return torch.utils.data.Subset(dataset, (dataset.product_ids < count).nonzero()[0].tolist())
+
+
+# ------------------------------------------------------------------------------------------ the machinery
+
+
+def autocast(run: Run) -> contextlib.AbstractContextManager:
+    """bf16 where it is asked for, otherwise nothing."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16")
+
+
+def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
+    """Linear warm-up to `lr`, then half a cosine down to `final_lr`, reached with the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, total_steps - 1 - config.warmup)
+    return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """The momentum model follows closely at first, (1 + s)/(10 + s), until its decay is reached (choice)."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def build_optimizer(model: VisionLanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on biases, norms, embeddings, tokens or the temperature."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or any(part in name for part in ("embed", "cls_token", "registers"))
+        (rest if exempt and "patch_embed" not in name else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+
+def seed_for(seed: int, step: int) -> int:
+    """A seed for one step: what a step draws depends on nothing before it, so a resumed run draws the same."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def build_run(config: TrainConfig, dataset: PhotoDataset, tokenizer: Tokenizer) -> Run:
+    """Model, momentum model, queue and optimiser of a new run, on its device."""
+    torch.manual_seed(config.seed)
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
+    device = torch.device(config.device)
+    model = VisionLanguageModel(config.model)
+    if config.vision_weights or config.text_weights or config.weights:
+        print(load_pretrained(model, config.vision_weights, config.text_weights, config.weights))
+    model.to(device).train()
+    momentum = MomentumModel(model, config.ema_decay)
+    if config.compile:
+        for part in (model.vision, model.text, model.fusion, momentum.vision, momentum.text, momentum.fusion):
+            part.compile()
+    epoch_steps = -(-len(dataset) // config.batch_size) / config.accumulate
+    total = config.steps or max(1, round(config.epochs * epoch_steps))
+    queue = FeatureQueue(config.queue, config.model.embed_dim).to(device)
+    return Run(config, tokenizer, model, momentum, queue, build_optimizer(model, config), device, total, epoch_steps)
+
+
+def save_checkpoint(run: Run, sampler: BatchSampler, path: Path) -> None:
+    """Write last.pt whole or not at all: to a file beside it, flushed to the disk, then renamed over it.
+
+    There is no random state to save: every step seeds itself from (seed, step), the sampler from (seed, epoch).
+    """
+    state = {
+        "model": run.model.state_dict(),
+        "momentum": run.momentum.model.state_dict(),
+        "queue": run.queue.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "sampler": sampler.state_dict(),
+        "rng": {"seed": run.config.seed, "step": run.step},
+        "step": run.step,
+        "seconds": run.seconds,
+        "unreadable": run.unreadable,
+        "config": asdict(run.config),
+        "tokenizer": run.tokenizer.to_str(),
+    }
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(scratch, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint without running pickled code. Raises ConfigError when it is not one of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise ConfigError(f"{path}: not a checkpoint of train.py ({str(error).splitlines()[0][:80]})") from None
+    if not isinstance(state, dict) or not {"model", "config", "tokenizer", "step"} <= state.keys():
+        raise ConfigError(f"{path}: not a checkpoint of train.py")
+    return state
+
+
+def config_from_dict(saved: dict) -> TrainConfig:
+    """The config that a checkpoint or a config.json holds."""
+    return TrainConfig(**saved | {"model": ModelConfig(**saved["model"])})
+
+
+def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainConfig:
+    """The checkpoint's config; a flag that would change the result is refused."""
+    saved = config_from_dict(state["config"])
+    for name in sorted(given - FREE_ON_RESUME):
+        mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
+        theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
+        if mine != theirs:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; drop the flag, or start anew with another --out")  # fmt: skip
+    free = {name: getattr(config, name) for name in given & FREE_ON_RESUME}
+    return replace(saved, **free | {"out": config.out, "resume": True, "stop_at": config.stop_at})
+
+
+def restore(run: Run, sampler: BatchSampler, state: dict) -> None:
+    """Put a run where its checkpoint left off."""
+    run.model.load_state_dict(state["model"])
+    run.momentum.model.load_state_dict(state["momentum"])
+    run.queue.load_state_dict(state["queue"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    sampler.load_state_dict(state["sampler"])
+    run.step, run.seconds, run.unreadable = state["step"], state["seconds"], state["unreadable"]
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, resumed_step: int | None = None):
+        lines = []
+        if resumed_step is not None and path.exists():
+            lines = [line for line in map(_json_or_none, path.read_text().splitlines()) if line]
+            lines = [line for line in lines if line["step"] <= resumed_step and not line.get("final")]
+        self.path, self.lines = path, lines
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def write(self, **figures) -> None:
+        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _json_or_none(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # a line that a killed run left half written
+        return None
+
+
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """curves.png: the losses, held-out recall, held-out accuracies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "loss": ["itc", "itm", "mlm"],
+        "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
+        "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy"],
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points, strict=True), label=key.removeprefix("val_"), marker="." if len(points) < 20 else None)  # fmt: skip
+        axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.caught: str | None = None
+        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _catch(self, number: int, _frame) -> None:
+        self.caught = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _quiet_worker(_worker: int) -> None:
+    """Loader workers leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def endless_batches(dataset: PhotoDataset, sampler: BatchSampler, run: Run) -> Iterator[dict]:
+    """Batches from the current step on, epoch after epoch."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Collate(run.tokenizer),
+        num_workers=run.config.workers,
+        pin_memory=run.device.type == "cuda",
+        persistent_workers=run.config.workers > 0,
+        worker_init_fn=_quiet_worker,
+    )
+    epoch, first_batch = divmod(run.step * run.config.accumulate, len(sampler))
+    while True:
+        sampler.set_epoch(epoch, first_batch)
+        yield from loader
+        epoch, first_batch = epoch + 1, 0
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory this process held: on the GPU if it trains there, otherwise resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
+    """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early."""
+    out = Path(config.out)
+    last = out / "last.pt"
+    state = None
+    if config.resume:
+        state = load_checkpoint(last)
+        config = resumed_config(config, given, state)
+    elif last.exists():
+        raise ConfigError(f"{last} exists; add --resume to go on with that run, or choose another --out")
+    train_set, val_set = (
+        build_dataset(config.data, config.root, split, config.model.image_size, config.seed, config.products)
+        for split in ("train", "val")
+    )
+    print(f"train: {train_set.report()}\nval: {val_set.report()}")
+    if state:
+        tokenizer = Tokenizer.from_str(state["tokenizer"])
+    else:
+        tokenizer = build_tokenizer(train_set.captions, config.model.vocab_size, config.model.max_length, config.vocab)
+    run = build_run(config, train_set, tokenizer)
+    sampler = BatchSampler(len(train_set), config.batch_size, config.seed)
+    if state:
+        restore(run, sampler, state)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
+    metrics = Metrics(out / "metrics.jsonl", run.step if state else None)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{config.recipe}, {config.preset}: {parameters / 1e6:.1f} M parameters, {run.total_steps} steps on {run.device}, into {out}/")  # fmt: skip
+    try:
+        with StopSignals() as stop:
+            return loop(run, train_set, val_set, sampler, metrics, stop)
+    finally:
+        if any("itc" in line for line in metrics.lines):
+            draw_curves(metrics.lines, out / "curves.png")
+
+
+def loop(
+    run: Run, train_set: PhotoDataset, val_set: PhotoDataset, sampler: BatchSampler, metrics: Metrics, stop: StopSignals
+) -> dict | None:
+    """schedule → forward → backward → clip → step → EMA → log → validate/checkpoint, until the last step."""
+    config, last, recipe = run.config, Path(run.config.out) / "last.pt", RECIPES[run.config.recipe]
+    batches, seen, since = endless_batches(train_set, sampler, run), 0, time.perf_counter()
+    validation: dict[str, float] = {}
+    bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
+    while run.step < run.total_steps:
+        lr = learning_rate(run.step, config, run.total_steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seed_for(config.seed, run.step))  # dropout
+        run.generator = torch.Generator(run.device).manual_seed(seed_for(config.seed, run.step))
+
+        totals: dict[str, Tensor] = {}
+        for _ in range(config.accumulate):
+            batch = to_device(next(batches), run.device)
+            seen += len(batch["rows"])
+            for reason in batch["unreadable"]:
+                bar.write(f"left out: {reason}")
+            run.unreadable += len(batch["unreadable"])
+            batch["images"] = augment(batch["images"], config.crop_scale, config.color_jitter, run.generator)
+            with autocast(run):
+                losses, figures = recipe(run, batch)
+            loss = sum(losses.values()) / config.accumulate
+            loss.backward()
+            for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
+                totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
+        if not torch.isfinite(totals["loss"]):
+            parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
+            raise NonFiniteLoss(f"step {run.step + 1}: the loss is not finite ({parts}); {last if last.exists() else 'no checkpoint'} is the last good state. Try a lower --lr or --precision fp32")  # fmt: skip
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.model.clamp_temp()
+        run.momentum.update(run.model, ema_decay(run.step, config.ema_decay))
+        run.step += 1
+        sampler.set_epoch(*divmod(run.step * config.accumulate, len(sampler)))
+
+        bar.update()
+        done = run.step == run.total_steps
+        stopping = bool(stop.caught) or run.step == config.stop_at
+        if run.step % config.log_every == 0 or done or stopping:
+            now = time.perf_counter()
+            values = {key: value.item() for key, value in totals.items()}
+            rate, run.seconds = seen / (now - since), run.seconds + now - since
+            metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **values, lr=lr, temp=run.model.temp.item(),
+                          grad_norm=grad_norm.item(), unreadable=run.unreadable, samples_per_second=rate)  # fmt: skip
+            bar.set_postfix({k: f"{values[k]:.2f}" for k in losses} | {"photos/s": f"{rate:.0f}"})
+            seen, since = 0, now
+        if run.step % config.val_every == 0 or done:
+            run.seconds += time.perf_counter() - since
+            validation = validate(run, val_set)
+            run.model.train()
+            metrics.write(step=run.step, **validation)
+            bar.write(
+                f"step {run.step}: " + "  ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in validation.items())
+            )
+            since = time.perf_counter()
+        if run.step % config.save_every == 0 or done or stopping:
+            save_checkpoint(run, sampler, last)
+        if stopping and not done:
+            bar.close()
+            print(f"stopped at step {run.step} ({stop.caught or '--stop-at'}); saved in {last}, go on with --resume")
+            return None
+    bar.close()
+    final = {"step": run.step, "final": True, **validation, "seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}  # fmt: skip
+    metrics.write(**final)
+    print(f"done in {run.seconds / 60:.1f} min of training; see {last.parent}/curves.png")
+    return final
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config, given = parse_config(argv)
+        train(config, given)
+    except (ConfigError, DataError, WeightsError, NonFiniteLoss) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
