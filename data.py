@@ -453,7 +453,7 @@ def _paint_detail(
             line = line if key == "buttons" else [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]  # fmt: skip
             canvas.paint(key, canvas.mask(line, False), tone)
         case "stripe":
-            side = [p for p in garment.outline[1:4]]
+            side = list(garment.outline[1:4])
             canvas.paint(key, canvas.mask([side + [(px - 0.08, py) for px, py in side[::-1]]], clip=body), tone)
         case "knees":
             canvas.paint(key, canvas.mask([_box(0.2, 0.2, 0.09, 0.13)], clip=body), tone)
@@ -720,30 +720,44 @@ def build_tokenizer(
 ) -> Tokenizer:
     """A lower-casing WordPiece tokenizer, the same as BERT's: from `vocab` (a BERT `vocab.txt`), otherwise trained
     on `captions`. It adds [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch."""
-    if vocab is not None:
+    if vocab is None:
+        words = _train_vocabulary(captions, vocab_size)
+    else:
         try:
             words = Path(vocab).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{vocab}: cannot be read as a vocab.txt ({error})") from None
-        missing = [token for token in SPECIAL_TOKENS if token not in words]
-        if missing:
-            raise DataError(f"{vocab}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
-        tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    else:
-        tokenizer = Tokenizer(WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if vocab is None:
-        trainer = WordPieceTrainer(
-            vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-        )
-        tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    missing = [token for token in SPECIAL_TOKENS if token not in words]
+    if missing:
+        raise DataError(f"{vocab}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
+    tokenizer = _bert_style(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]")
     return tokenizer
+
+
+def _bert_style(model: WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _train_vocabulary(captions: list[str], size: int) -> list[str]:
+    """The WordPiece vocabulary of some captions, in order of id; the same one every time."""
+    tokenizer, texts = _bert_style(WordPiece({"[UNK]": 0}, unk_token="[UNK]")), sorted(set(captions))
+    letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
+    # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
+    # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
+    inner = ["##" + letter for letter in letters]
+    trainer = WordPieceTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=[*SPECIAL_TOKENS, *inner], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
 
 
 def tokenize(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Tensor]:

@@ -82,7 +82,9 @@ class TrainConfig:
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
     recipe: Literal["albef"] = option("albef", "method")
-    preset: Literal["tiny", "small", "base"] = option("tiny", "sizes and schedule; synthetic tiny, jsonl small, fashiongen base unless given")  # fmt: skip
+    preset: Literal["tiny", "small", "base"] = option(
+        "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
+    )
     out: str | None = option(None, "output folder (default runs/<data>-<recipe>-<preset>)")
     resume: bool = option(False, "go on from last.pt in the output folder")
     stop_at: int | None = option(None, "save and stop after this step; --resume goes on", low=1)
@@ -91,14 +93,18 @@ class TrainConfig:
     steps: int | None = option(None, "optimiser steps; either this or --epochs", low=1)
     epochs: int | None = option(None, "passes over the training photos", low=1)
     batch_size: int = option(64, "photos a batch", low=2)
-    accumulate: int = option(1, "batches a step. ITC and ITM negatives still come from one batch at a time (and the queue): this saves memory, it is not a larger batch", low=1)  # fmt: skip
+    accumulate: int = option(
+        1, "batches a step; negatives still come from one batch (and the queue), so it only saves memory", low=1
+    )
     lr: float = option(1e-4, "peak learning rate", low=0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
     warmup: int = option(500, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
     clip: float = option(1.0, "largest gradient norm", low=0)
     ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
-    alpha: float = option(0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1)  # fmt: skip
+    alpha: float = option(
+        0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1
+    )
     queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
     itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
@@ -125,7 +131,7 @@ class TrainConfig:
 
 SCHEDULES = {
     "tiny": dict(steps=600, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, mlm_ratio=0.5, itm_warmup=300,
-                 crop_scale=0.7),
+                 crop_scale=0.8),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000),
 }  # fmt: skip
@@ -219,7 +225,10 @@ def check_flags(config: TrainConfig, given: dict) -> None:
         raise ConfigError("--text-weights and --weights need --vocab: word embeddings belong to their vocabulary")
     if config.weights and (config.text_weights or config.vision_weights):
         raise ConfigError("--weights contradicts --vision-weights and --text-weights; it holds both")
-    device = torch.device(config.device)
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(f"--device {config.device}: no such kind of device; try cpu or cuda") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"--device {config.device}: no such GPU on this machine; try --device cpu")
 
@@ -315,7 +324,8 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
         with torch.no_grad():
             fused_m = momentum.fuse(momentum.encode_text(masked_ids, keep), keep, image_embeds_m)
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
-    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha)}  # fmt: skip
+    mlm = mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha)
+    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm}
     return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
 
 
@@ -383,7 +393,8 @@ def retrieval_recalls(
 def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
     """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped."""
     generator = torch.Generator().manual_seed(run.config.seed)
-    loader = DataLoader(first_products(dataset, run.config.val_products), run.config.batch_size, collate_fn=Collate(run.tokenizer))  # fmt: skip
+    shown = first_products(dataset, run.config.val_products)
+    loader = DataLoader(shown, run.config.batch_size, collate_fn=Collate(run.tokenizer))
     model = run.model.eval()
     images, products, itm, mlm, captions = [], [], [], [], {}
     for batch in tqdm(loader, "validating", unit=" batches", leave=False, disable=None):
@@ -449,8 +460,8 @@ def build_optimizer(model: VisionLanguageModel, config: TrainConfig) -> torch.op
     """AdamW with weight decay on matrices only: not on biases, norms, embeddings, tokens or the temperature."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim < 2 or any(part in name for part in ("embed", "cls_token", "registers"))
-        (rest if exempt and "patch_embed" not in name else decay).append(parameter)
+        table = any(part in name for part in ("embeddings", "position_embed", "cls_token", "registers"))
+        (rest if table or parameter.ndim < 2 else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
@@ -531,7 +542,8 @@ def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainCo
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
         if mine != theirs:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; drop the flag, or start anew with another --out")  # fmt: skip
+            advice = "drop the flag, or start anew with another --out"
+            raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     free = {name: getattr(config, name) for name in given & FREE_ON_RESUME}
     return replace(saved, **free | {"out": config.out, "resume": True, "stop_at": config.stop_at})
 
@@ -587,7 +599,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
     for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
-            axis.plot(*zip(*points, strict=True), label=key.removeprefix("val_"), marker="." if len(points) < 20 else None)  # fmt: skip
+            marker = "." if len(points) < 20 else None
+            axis.plot([x for x, _ in points], [y for _, y in points], label=key.removeprefix("val_"), marker=marker)
         axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -628,6 +641,7 @@ def endless_batches(dataset: PhotoDataset, sampler: BatchSampler, run: Run) -> I
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
         worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),  # its own, or making an iterator would draw from the one dropout uses
     )
     epoch, first_batch = divmod(run.step * run.config.accumulate, len(sampler))
     while True:
@@ -673,7 +687,8 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     (out / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
     metrics = Metrics(out / "metrics.jsonl", run.step if state else None)
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"{config.recipe}, {config.preset}: {parameters / 1e6:.1f} M parameters, {run.total_steps} steps on {run.device}, into {out}/")  # fmt: skip
+    size = f"{parameters / 1e6:.1f} M parameters"
+    print(f"{config.recipe}, {config.preset}: {size}, {run.total_steps} steps on {run.device}, into {out}/")
     try:
         with StopSignals() as stop:
             return loop(run, train_set, val_set, sampler, metrics, stop)
@@ -713,7 +728,8 @@ def loop(
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
         if not torch.isfinite(totals["loss"]):
             parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
-            raise NonFiniteLoss(f"step {run.step + 1}: the loss is not finite ({parts}); {last if last.exists() else 'no checkpoint'} is the last good state. Try a lower --lr or --precision fp32")  # fmt: skip
+            kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
+            raise NonFiniteLoss(f"step {run.step + 1}: the loss is not finite ({parts}); {kept}; try a lower --lr")
 
         grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
         run.optimizer.step()
@@ -750,7 +766,8 @@ def loop(
             print(f"stopped at step {run.step} ({stop.caught or '--stop-at'}); saved in {last}, go on with --resume")
             return None
     bar.close()
-    final = {"step": run.step, "final": True, **validation, "seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}  # fmt: skip
+    cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
+    final = {"step": run.step, "final": True, **validation, **cost}
     metrics.write(**final)
     print(f"done in {run.seconds / 60:.1f} min of training; see {last.parent}/curves.png")
     return final

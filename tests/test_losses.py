@@ -1,0 +1,117 @@
+"""Objectives against naive loops with gradients in float64, and the choice of negatives."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losses import forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss, pick_negatives
+
+
+def logits(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def same_with_gradients(ours, naive, inputs):
+    """The kernels work in float32 inside, so 1e-5."""
+    torch.testing.assert_close(ours.double(), naive, atol=1e-5, rtol=1e-5)
+    theirs = torch.autograd.grad(naive, inputs, retain_graph=True)
+    for mine, other in zip(torch.autograd.grad(ours, inputs), theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_itc_loss_equals_a_loop(gamma):
+    i2t, t2i = logits(4, 7), logits(4, 7)
+    targets = [torch.rand(4, 7, dtype=torch.float64).softmax(1) for _ in range(2)]
+    naive = 0
+    for sim, target in ((i2t, targets[0]), (t2i, targets[1])):
+        for b in range(4):
+            total = sum(math.e ** sim[b, k] for k in range(7))
+            for j in range(7):
+                p = math.e ** sim[b, j] / total
+                naive = naive - (1 - p) ** gamma * target[b, j] * torch.log(p) / 4 / 2
+    same_with_gradients(itc_loss(i2t, t2i, *targets, gamma=gamma), naive, (i2t, t2i))
+
+
+def test_itc_targets_spread_over_a_product_and_mix_in_momentum():
+    products, keys = torch.tensor([7, 8]), torch.tensor([7, 8, 7, 9])
+    sim_m = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3), 0.0, 0.0]])
+    hard = itc_targets(products, keys, sim_m, alpha=0.0)
+    assert hard.tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
+    soft = itc_targets(products, keys, sim_m, alpha=0.4)
+    torch.testing.assert_close(soft[0], torch.tensor([0.4, 0.1, 0.4, 0.1]))
+    torch.testing.assert_close(soft[1], torch.tensor([0.4 / 6, 0.6 + 0.4 / 2, 0.4 / 6, 0.4 / 6]))
+
+
+def test_itm_loss_equals_a_loop_and_ignores_unlabelled_rows():
+    rows, labels = logits(4, 2), torch.tensor([1, 0, -100, 0])
+    naive = 0
+    for row, label in zip(rows, labels, strict=True):
+        if label >= 0:
+            naive = naive - torch.log(math.e ** row[label] / (math.e ** row[0] + math.e ** row[1])) / 3
+    same_with_gradients(itm_loss(rows, labels), naive, (rows,))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_mlm_loss_equals_a_loop(alpha):
+    rows, soft, labels = logits(5, 9), torch.randn(5, 9, dtype=torch.float64), torch.tensor([3, -100, 0, 8, -100])
+    naive = 0
+    for r in range(5):
+        if labels[r] < 0:
+            continue
+        p, q = rows[r].exp() / rows[r].exp().sum(), soft[r].exp() / soft[r].exp().sum()
+        naive = naive - ((1 - alpha) * p[labels[r]].log() + alpha * sum(q[v] * p[v].log() for v in range(9))) / 3
+    same_with_gradients(mlm_loss(rows, labels, soft, alpha), naive, (rows,))
+
+
+def test_losses_without_a_label_are_zero_not_nan():
+    nothing = torch.zeros(0, 5, requires_grad=True)
+    assert mlm_loss(nothing, torch.zeros(0, dtype=torch.long), nothing, 0.4) == 0
+    assert itm_loss(torch.randn(3, 2), torch.full((3,), -100)) == 0
+
+
+# ------------------------------------------------------------------------------------------- negatives
+
+
+def test_forbidden_are_same_product_and_same_caption():
+    forbidden = forbidden_negatives(torch.tensor([1, 1, 2, 3]), torch.tensor([5, 6, 5, 7]))
+    assert forbidden.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+
+
+@settings(deadline=None)
+@given(
+    products=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+    mode=st.sampled_from(["random", "similar", "hard"]),
+    scale=st.sampled_from([1.0, 1e3, 1e6]),
+    seed=st.integers(0, 2**31),
+)
+def test_negatives_are_always_allowed_or_absent(products, mode, scale, seed):
+    """Also at temperatures where a softmax underflows to zero everywhere but at the positive."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor(products)
+    sim = torch.randn(len(ids), len(ids), generator=generator) + torch.eye(len(ids))
+    forbidden = forbidden_negatives(ids, torch.arange(len(ids)))
+    chosen = pick_negatives(sim * scale, forbidden, mode, generator)
+    for b, j in enumerate(chosen.tolist()):
+        if forbidden[b].all():
+            assert j == -1
+        else:
+            assert j >= 0 and not forbidden[b, j]
+
+
+def test_hard_takes_the_most_similar_and_similar_draws_by_softmax():
+    sim = torch.tensor([[9.0, 1.0, 2.0, 1.0]]).expand(4, 4)
+    forbidden = torch.eye(4).bool()
+    assert pick_negatives(sim, forbidden, "hard").tolist() == [2, 0, 0, 0]
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([pick_negatives(sim, forbidden, "similar", generator)[0] for _ in range(3000)])
+    share = torch.bincount(draws, minlength=4) / 3000
+    expected = torch.tensor([0.0, 1.0, math.e, 1.0]) / (2 + math.e)
+    torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
+    uniform = torch.stack([pick_negatives(sim, forbidden, "random", generator)[0] for _ in range(3000)])
+    torch.testing.assert_close(
+        torch.bincount(uniform, minlength=4) / 3000, torch.tensor([0, 1, 1, 1]) / 3, atol=0.03, rtol=0
+    )

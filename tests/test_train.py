@@ -1,0 +1,403 @@
+"""Recipes, the loop, resuming, stopping, refusing: end to end on small runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from model import PRESETS
+from train import ConfigError, parse_config, retrieval_recalls
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
+        "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
+        "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1"]  # fmt: skip
+
+
+def run(out, *flags):
+    config, given = parse_config([*FAST, "--out", str(out), *flags])
+    return train.train(config, given)
+
+
+def resume(out, *flags):
+    config, given = parse_config(["--resume", "--out", str(out), *flags])
+    return train.train(config, given)
+
+
+def checkpoint(out):
+    return train.load_checkpoint(Path(out) / "last.pt")
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_state(one, two):
+    for part in ("model", "momentum", "queue"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part] | two[part]), part
+    for mine, theirs in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one["sampler"] == two["sampler"] and one["step"] == two["step"]
+
+
+# -------------------------------------------------------------------------------------- the whole thing
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    final = run(tmp_path, "--steps", "4", "--val-every", "2", "--log-every", "1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "curves.png", "last.pt", "metrics.jsonl"]
+    written = lines(tmp_path)
+    training = [line for line in written if "loss" in line]
+    documented = set(train.__doc__.replace(",", " ").split())
+    for key in (
+        "step epoch loss itc itm mlm lr temp grad_norm itm_accuracy mlm_accuracy unreadable samples_per_second"
+    ).split():
+        assert key in training[0] and key in documented
+    assert training[0].keys() - documented == set()
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    assert training[0]["loss"] == pytest.approx(sum(training[0][k] for k in ("itc", "itm", "mlm")), abs=1e-4)
+    held_out = [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + [
+        "val_mlm_accuracy",
+        "val_itm_accuracy",
+    ]
+    assert [line["step"] for line in written if "val_i2t_r1" in line and "final" not in line] == [2, 4]
+    assert written[-1] == json.loads(
+        json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in final.items()})
+    )
+    assert written[-1]["final"] is True and {*held_out, "seconds", "peak_memory_mib"} <= written[-1].keys()
+    saved = train.config_from_dict(json.loads((tmp_path / "config.json").read_text()))
+    assert saved == train.config_from_dict(checkpoint(tmp_path)["config"]) and saved.model.width == 32
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--queue", "20", "--accumulate", "2"], ["--precision", "bf16", "--color-jitter", "0.2"]]
+)
+def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
+    """Six steps cross an epoch: 12 products have about 42 photos, six batches of eight."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(whole, "--steps", "6", *flags)
+    assert run(halves, "--steps", "6", "--stop-at", "3", *flags) is None
+    assert checkpoint(halves)["step"] == 3
+    resume(halves)
+    same_state(checkpoint(whole), checkpoint(halves))
+    mine, theirs = lines(whole), lines(halves)
+    assert {k: v for k, v in mine[-1].items() if k.startswith("val")} == {
+        k: v for k, v in theirs[-1].items() if k.startswith("val")
+    }
+
+
+def test_workers_change_nothing(tmp_path):
+    run(tmp_path / "none", "--steps", "3")
+    run(tmp_path / "two", "--steps", "3", "--workers", "2")
+    same_state(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "two"))
+
+
+def test_overfits_one_batch(tmp_path):
+    """Sixteen captions, no crop, no soft targets: every objective goes down to its floor."""
+    torch.manual_seed(0)
+    config, _ = parse_config([*FAST, "--products", "4", "--dropout", "0", "--alpha", "0", "--batch-size", "12"])
+    dataset = data.Synthetic("train", 4, 32, progress=False)
+    tokenizer = data.build_tokenizer(dataset.captions, 300, 64)
+    state = train.build_run(config, dataset, tokenizer)
+    one_of_each = [list(dataset.product_ids).index(p) for p in range(4)]
+    batch = data.Collate(tokenizer)([dataset[row] for row in one_of_each])
+    batch["images"] = data.normalise(batch["images"])
+    first = None
+    for step in range(150):
+        for group in state.optimizer.param_groups:
+            group["lr"] = 3e-3
+        state.generator, state.step = torch.Generator().manual_seed(7), step  # the same words masked each time
+        losses, figures = train.albef(state, batch)
+        sum(losses.values()).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.model.clamp_temp()
+        state.momentum.update(state.model, 0.8)
+        first = first or {k: v.item() for k, v in losses.items()}
+    assert losses["itc"] < 0.2 * first["itc"] and losses["itm"] < 0.1 and losses["mlm"] < 0.1 * first["mlm"]
+    assert figures["itm_accuracy"] == 1 and figures["mlm_accuracy"] == 1
+
+
+def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one():
+    config, _ = parse_config([*FAST, "--registers", "2"])
+    dataset = data.Synthetic("train", 8, 32, progress=False)
+    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state.generator, state.step = torch.Generator().manual_seed(0), 1
+    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
+    batch["images"] = data.augment(batch["images"], generator=state.generator)
+    losses, _ = train.albef(state, batch)
+    sum(losses.values()).backward()
+    assert all(p.grad is None for p in state.momentum.parameters())
+    silent = [name for name, p in state.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all("key.bias" in name for name in silent), silent  # softmax does not feel a constant shift of its keys
+
+
+# ----------------------------------------------------------------------------- interruption and damage
+
+
+def start(out, *flags):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "train.py", *FAST, "--out", str(out), *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_steps(process, out, count=1):
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if (Path(out) / "last.pt").exists() and len((Path(out) / "metrics.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step was done: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
+    process = start(tmp_path, "--steps", "100000", "--save-every", "1", "--log-every", "1", "--workers", "1")
+    wait_for_steps(process, tmp_path)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in output
+    assert f"({number.name}); saved in" in output
+    step = checkpoint(tmp_path)["step"]
+    assert lines(tmp_path)[-1]["step"] == step
+    assert resume(tmp_path, "--stop-at", str(step + 1)) is None and checkpoint(tmp_path)["step"] == step + 1
+
+
+def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
+    for attempt in range(3):
+        process = start(tmp_path / str(attempt), "--steps", "100000", "--save-every", "1", "--log-every", "1")
+        wait_for_steps(process, tmp_path / str(attempt), count=2)
+        time.sleep(0.113 * attempt)
+        process.kill()
+        process.communicate()
+        step = checkpoint(tmp_path / str(attempt))["step"]
+        with open(tmp_path / str(attempt) / "metrics.jsonl", "a") as file:
+            file.write('{"step": 999')  # a line half written
+        resume(tmp_path / str(attempt), "--stop-at", str(step + 2))
+        steps = [line["step"] for line in lines(tmp_path / str(attempt)) if "loss" in line]
+        assert steps == sorted(set(steps)) and steps[-1] == step + 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    recipe = train.RECIPES["albef"]
+
+    def poisoned(state, batch):
+        losses, figures = recipe(state, batch)
+        return losses | {"itm": losses["itm"] * (float("nan") if state.step == 3 else 1)}, figures
+
+    monkeypatch.setitem(train.RECIPES, "albef", poisoned)
+    with pytest.raises(train.NonFiniteLoss, match=r"step 4: the loss is not finite .*itm nan.*last.pt"):
+        run(tmp_path, "--steps", "6", "--save-every", "1")
+    state = checkpoint(tmp_path)
+    assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
+
+
+# ------------------------------------------------------------------------------------------ data sets
+
+
+def test_every_data_set_trains(tmp_path):
+    data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    drawn = data.Synthetic("train", 10, 48, progress=False)
+    with open(folder / "train.jsonl", "w") as file:
+        for row in range(len(drawn)):
+            drawn.photos[row].save(folder / f"{row}.jpg")
+            file.write(
+                json.dumps(
+                    {"image": f"{row}.jpg", "caption": drawn.captions[row], "product_id": int(drawn.product_ids[row])}
+                )
+                + "\n"
+            )
+    (folder / "5.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
+    sizes = [flag for flag in FAST if flag not in ("--products", "12")]
+    for name, root in (("fashiongen", tmp_path / "fg"), ("jsonl", folder)):
+        config, given = parse_config(
+            [
+                *sizes,
+                "--preset",
+                "tiny",
+                "--data",
+                name,
+                "--root",
+                str(root),
+                "--out",
+                str(tmp_path / name),
+                "--steps",
+                "5",
+            ]
+        )
+        assert train.train(config, given)["step"] == 5
+    assert (
+        lines(tmp_path / "jsonl")[-2]["step"] == 5
+        and max(line.get("unreadable", 0) for line in lines(tmp_path / "jsonl")) == 1
+    )
+
+
+def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
+    run(tmp_path / "first", "--steps", "1")
+    words = json.loads(checkpoint(tmp_path / "first")["tokenizer"])["model"]["vocab"]
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n")
+    state = checkpoint(tmp_path / "first")["model"]
+    vision = {"cls_token": state["vision.cls_token"], "pos_embed": state["vision.position_embed"]}
+    torch.save(vision, tmp_path / "vit.pth")
+    flags = [flag for flag in FAST if flag not in ("--vocab-size", "300")]
+    given = [
+        "--vocab",
+        str(tmp_path / "vocab.txt"),
+        "--vision-weights",
+        str(tmp_path / "vit.pth"),
+        "--lr",
+        "0",
+        "--final-lr",
+        "0",
+    ]
+    train.main([*flags, "--out", str(tmp_path / "second"), "--steps", "1", *given])
+    assert "2 tensors loaded" in capsys.readouterr().out
+    assert torch.equal(checkpoint(tmp_path / "second")["model"]["vision.cls_token"], state["vision.cls_token"])
+    assert checkpoint(tmp_path / "second")["config"]["model"]["vocab_size"] == len(words)
+
+
+def test_compiled_run_equals_eager(tmp_path, monkeypatch):
+    """With the backend that compiles nothing: what is tested is our use of it, not the compiler."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    run(tmp_path / "eager", "--steps", "2")
+    run(tmp_path / "compiled", "--steps", "2", "--compile")
+    one, two = checkpoint(tmp_path / "eager")["model"], checkpoint(tmp_path / "compiled")["model"]
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+# --------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
+        (["--step", "3"], "unknown flag --step"),
+        (["--steps", "3", "--epochs", "1"], "--steps and --epochs contradict each other"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
+        (["--recipe", "clip"], "invalid choice: 'clip'"),
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--root", "x"], "--root is for data from files"),
+        (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
+        (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
+        (["--text-weights", "x"], "need --vocab"),
+        (["--weights", "x", "--vision-weights", "y", "--vocab", "z"], "--weights contradicts"),
+        (["--vocab", "x", "--vocab-size", "9"], "--vocab-size contradicts --vocab"),
+        (["--image-size", "60"], "not a multiple of patch_size"),
+        (["--device", "cuda:99"], "no such GPU"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--vision-weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
+        (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        train.main(flags)
+    said = capsys.readouterr().err + (caught.value.code if isinstance(caught.value.code, str) else "")
+    said = said.strip().splitlines()[-1]
+    assert message in said and said.startswith("train.py: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_precedence_defaults_preset_flags():
+    config, _ = parse_config([])
+    assert (config.preset, config.steps, config.model) == ("tiny", train.SCHEDULES["tiny"]["steps"], PRESETS["tiny"])
+    assert config.weight_decay == 0.02 and config.out == "runs/synthetic-albef-tiny"
+    config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--registers", "4"])
+    assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
+    config, _ = parse_config(["--data", "fashiongen"])
+    assert config.preset == "base" and config.model == PRESETS["base"] and config.queue == 65536
+    config, _ = parse_config(["--no-compile", "--data", "jsonl"])
+    assert config.compile is False and config.preset == "small"
+
+
+def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritten(tmp_path):
+    run(tmp_path, "--steps", "2")
+    with pytest.raises(ConfigError, match="--lr 0.5 contradicts the run to resume"):
+        resume(tmp_path, "--lr", "0.5")
+    with pytest.raises(ConfigError, match="--width 64 contradicts"):
+        resume(tmp_path, "--width", "64")
+    with pytest.raises(ConfigError, match="exists; add --resume"):
+        run(tmp_path, "--steps", "2")
+    (tmp_path / "last.pt").write_text("something else")
+    with pytest.raises(ConfigError, match="not a checkpoint of train.py"):
+        resume(tmp_path)
+
+
+# -------------------------------------------------------------------------------- schedules and metrics
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = replace(parse_config([])[0], lr=1.0, final_lr=0.1, warmup=10)
+    rates = [train.learning_rate(step, config, 111) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
+    dataset = data.Synthetic("train", 12, 32, progress=False)
+    config, _ = parse_config([*FAST, "--alpha", "0.4", "--itm-negatives", "hard"])
+    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    seen = []
+    for step in (0, 1, 2, 1000):
+        state.step = step
+        seen.append((state.alpha, state.negative_mode))
+    assert seen[0] == (0.0, "random") and seen[3] == (0.4, "hard") and seen[2][1] == "hard"
+    assert seen[1][0] == pytest.approx(0.4 / state.epoch_steps)
+    assert train.ema_decay(0, 0.99) == 0.1 and train.ema_decay(10**6, 0.99) == 0.99
+
+
+def test_weight_decay_is_on_matrices_only():
+    config, _ = parse_config([*FAST, "--registers", "2"])
+    with torch.device("meta"):
+        model = train.VisionLanguageModel(config.model)
+    decayed, rest = train.build_optimizer(model, config).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(names) == len(decayed["params"]) + len(rest["params"])
+    assert decayed["weight_decay"] == 0.02 and rest["weight_decay"] == 0
+    assert "vision.patch_embed.weight" in {names[id(p)] for p in decayed["params"]}
+    for parameter in decayed["params"]:
+        name = names[id(parameter)]
+        assert name.endswith("weight") and not any(part in name for part in ("norm", "word_embeddings"))
+
+
+def test_retrieval_recall_by_hand():
+    """Three products with 2, 1, 1 photos on a line of similarity; ranks worked out on paper."""
+    text = torch.eye(3)
+    image = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.5], [0.1, 0.7, 0.6], [0.3, 0.4, 0.6]])
+    owner, products = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 2])
+    recalls = retrieval_recalls(image, text, owner, products, ranks=(1, 2, 3))
+    # photo → text ranks: 0, 2 (0.2 below 0.8 and 0.5), 0, 0
+    assert [recalls[f"i2t_r{k}"] for k in (1, 2, 3)] == pytest.approx([0.75, 0.75, 1.0])
+    # text 0: best photo 0 first. text 1: own 0.7 behind 0.8 of product 0. text 2: own 0.6 ties with photo 2: counted against
+    assert [recalls[f"t2i_r{k}"] for k in (1, 2, 3)] == pytest.approx([1 / 3, 1.0, 1.0])
+
+
+def test_equal_features_earn_nothing():
+    same = torch.ones(6, 4)
+    recalls = retrieval_recalls(same, same, torch.arange(6), torch.arange(6), ranks=(1, 5))
+    assert recalls == {"i2t_r1": 0, "i2t_r5": 0, "t2i_r1": 0, "t2i_r5": 0}
+
+
+def test_accuracy_ignores_unlabelled_rows():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
+    assert train.accuracy(logits, torch.tensor([0, 0, -100])) == 0.5
