@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -158,23 +158,23 @@ NECKS = {
     "hood": ("Hood", "Drawstring hood"),
 }  # fmt: skip
 GRAPHICS = ("star", "heart", "circle", "triangle", "cross")
-# Details a description may name: wordings, the views that show them, whether they have a colour of their own.
+# Details a description may name: wordings, and the views that show them.
 # `{…}` marks the words that the truth is about; COLOUR and SHAPE stand for the product's own.
 DETAILS = {
-    "pocket": (("{Patch pocket} at chest", "{Pocket} at breast"), ("front",), False),
-    "logo": (("{Logo patch} in {COLOUR} at front", "{COLOUR logo} at front"), ("front",), True),
-    "graphic": (("{SHAPE graphic} in {COLOUR} at back", "{COLOUR SHAPE print} at back"), ("back",), True),
-    "badge": (("{SHAPE badge} in {COLOUR} at front", "{COLOUR SHAPE appliqué} at front"), ("front",), True),
-    "belt": (("{Belt} in {COLOUR} at waist", "{COLOUR belt} at waist"), ("front", "back"), True),
-    "buttons": (("{Button closure} at front", "{Buttons} in {COLOUR} at front"), ("front",), True),
-    "zip": (("{Zip closure} at front", "{Zip} in {COLOUR} at front"), ("front",), True),
-    "hem": (("{Contrast hem} in {COLOUR}", "{COLOUR trim} at hem"), ("front", "back"), True),
-    "cuffs": (("{Ribbed cuffs} in {COLOUR}", "{COLOUR cuffs}"), ("front", "back"), True),
-    "stripe": (("{Side stripe} in {COLOUR}", "{COLOUR band} at sides"), ("front", "back"), True),
-    "knees": (("{Knee patches} in {COLOUR}", "{COLOUR panels} at knees"), ("front",), True),
-    "label": (("{Leather label} at back", "{Label} in {COLOUR} at back"), ("back",), True),
+    "pocket": (("{Patch pocket} at chest", "{Pocket} at breast"), ("front",)),
+    "logo": (("{Logo patch} in {COLOUR} at front", "{COLOUR logo} at front"), ("front",)),
+    "graphic": (("{SHAPE graphic} in {COLOUR} at back", "{COLOUR SHAPE print} at back"), ("back",)),
+    "badge": (("{SHAPE badge} in {COLOUR} at front", "{COLOUR SHAPE appliqué} at front"), ("front",)),
+    "belt": (("{Belt} in {COLOUR} at waist", "{COLOUR belt} at waist"), ("front", "back")),
+    "buttons": (("{Button closure} at front", "{Buttons} in {COLOUR} at front"), ("front",)),
+    "zip": (("{Zip closure} at front", "{Zip} in {COLOUR} at front"), ("front",)),
+    "hem": (("{Contrast hem} in {COLOUR}", "{COLOUR trim} at hem"), ("front", "back")),
+    "cuffs": (("{Ribbed cuffs} in {COLOUR}", "{COLOUR cuffs}"), ("front", "back")),
+    "stripe": (("{Side stripe} in {COLOUR}", "{COLOUR band} at sides"), ("front", "back")),
+    "knees": (("{Knee patches} in {COLOUR}", "{COLOUR panels} at knees"), ("front",)),
+    "label": (("{Leather label} at back", "{Label} in {COLOUR} at back"), ("back",)),
 }  # fmt: skip
-UNSEEN = ("{Tonal stitching}", "{Fully lined}", "{Cotton poplin}", "{Organic cotton}", "{Soft handle}", "{Dry clean}")
+UNSEEN = ("Tonal stitching", "Fully lined", "Cotton poplin", "Organic cotton", "Soft handle", "Dry clean")
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,17 @@ class Garment:
 
     category: str
     outline: tuple
-    details: tuple
+    details: str  # keys of DETAILS
     sleeves: tuple = ()
     necks: tuple = ()
     waist: float = 0.0
     hem: float = 0.5
     chest: tuple = (0.0, -0.18)
     extras: tuple = ()  # more polygons of the same cloth: straps, handles, brims
+
+
+def _pick(rng: np.random.Generator, options: tuple):
+    return options[int(rng.integers(len(options)))]
 
 
 def _torso(waist: float, hem: float, bottom: float) -> tuple:
@@ -204,38 +208,45 @@ def _skirt(hip: float, hem: float, bottom: float) -> tuple:
     return ((0, -0.6), (0.25, -0.6), (hip, -0.25), (hem, bottom), (0, bottom))
 
 
-_TOP = ("pocket", "logo", "graphic", "badge", "hem", "cuffs")
-_COAT = ("pocket", "logo", "graphic", "belt", "buttons", "zip", "hem", "cuffs")
-_LEG = {"waist": -0.74, "chest": (0.0, -0.5)}
+_LOW = {"waist": -0.54, "chest": (0.0, -0.15)}
+_HIGH = {"waist": -0.74, "chest": (0.0, -0.5)}
+_TOTE = ((0, -0.2), (0.5, -0.2), (0.42, 0.62), (0, 0.62))
+_HANDLE = ((0.2, -0.2), (0.15, -0.72), (0, -0.72), (0, -0.65), (0.1, -0.65), (0.14, -0.2))
+_PACK = ((0, -0.62), (0.26, -0.6), (0.4, -0.4), (0.44, 0.6), (0, 0.62))
+_STRAP = ((0.34, -0.3), (0.56, -0.1), (0.56, 0.4), (0.5, 0.4), (0.48, -0.05), (0.36, -0.15))
+_CROWN = ((0, -0.5), (0.22, -0.46), (0.42, -0.25), (0.48, 0.1), (0, 0.16))
+_BRIM = ((0, 0.08), (0.46, 0.06), (0.62, 0.28), (0.3, 0.36), (0, 0.38))
+_BEANIE = ((0, -0.6), (0.2, -0.56), (0.42, -0.3), (0.46, 0.3), (0, 0.3))
+_POMPOM = ((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56))
+
+_TOP = "pocket logo graphic badge hem cuffs"
+_SHIRT = _TOP + " buttons"
+_COAT = "pocket logo graphic belt buttons zip hem cuffs"
+_LEG = "belt stripe label hem logo"
+_ANY, _LONG, _ROUND = tuple(SLEEVES), ("long",), ("crew", "v")
 GARMENTS = {
-    "t-shirt": Garment("TOPS", _torso(0.36, 0.37, 0.5), _TOP, ("short",), ("crew", "v")),
-    "tank top": Garment("TOPS", _torso(0.33, 0.35, 0.5), _TOP[:5], ("sleeveless",), ("crew", "v")),
-    "shirt": Garment("SHIRTS", _torso(0.34, 0.38, 0.58), (*_TOP, "buttons"), ("short", "long"), ("spread",), hem=0.58),
-    "polo": Garment("SHIRTS", _torso(0.36, 0.37, 0.5), (*_TOP, "buttons"), ("short", "long"), ("spread",)),
-    "sweater": Garment("KNITWEAR", _torso(0.38, 0.34, 0.48), _TOP, ("long",), ("crew", "v", "turtle"), hem=0.48),
-    "cardigan": Garment("KNITWEAR", _torso(0.38, 0.36, 0.55), (*_TOP, "buttons"), ("long",), ("v",), hem=0.55),
-    "hoodie": Garment("SWEATSHIRTS", _torso(0.4, 0.35, 0.52), (*_TOP, "zip"), ("long",), ("hood",), hem=0.52),
-    "bomber": Garment("JACKETS", _torso(0.42, 0.33, 0.4), _COAT[:3] + _COAT[5:], ("long",), ("crew", "turtle"), hem=0.4),
-    "coat": Garment("COATS", _torso(0.36, 0.46, 0.86), _COAT, ("long",), ("spread", "turtle"), hem=0.86),
-    "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _COAT, ("long",), ("hood",), hem=0.72),
-    "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _COAT, tuple(SLEEVES), ("crew", "v"), hem=0.52),
-    "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _COAT, tuple(SLEEVES), ("crew", "v"), hem=0.9),
-    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), ("belt", "buttons", "zip", "hem", "label", "logo"),
-                          waist=-0.54, hem=0.12, chest=(0, -0.2)),
-    "midi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), ("belt", "buttons", "zip", "hem", "label", "badge"),
-                          waist=-0.54, hem=0.72, chest=(0, -0.1)),
-    "trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), ("belt", "stripe", "knees", "label", "hem", "logo"), hem=0.88, **_LEG),
-    "flared pants": Garment("PANTS", _legs(0.31, 0.46, 0.9), ("belt", "stripe", "knees", "label", "hem", "logo"), hem=0.9, **_LEG),
-    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), ("belt", "stripe", "label", "hem", "logo"), hem=0.08, **_LEG),
-    "tote bag": Garment("BAGS", ((0, -0.2), (0.5, -0.2), (0.42, 0.62), (0, 0.62)), ("logo", "badge", "graphic", "hem", "zip"),
-                        hem=0.62, chest=(0, 0.2), extras=(((0.2, -0.2), (0.15, -0.72), (0, -0.72), (0, -0.65), (0.1, -0.65), (0.14, -0.2)),)),
-    "backpack": Garment("BAGS", ((0, -0.62), (0.26, -0.6), (0.4, -0.4), (0.44, 0.6), (0, 0.62)), ("logo", "badge", "graphic", "pocket", "zip", "label"),
-                        hem=0.6, chest=(0, 0.1), extras=(((0.34, -0.3), (0.56, -0.1), (0.56, 0.4), (0.5, 0.4), (0.48, -0.05), (0.36, -0.15)),)),
-    "cap": Garment("HATS", ((0, -0.5), (0.22, -0.46), (0.42, -0.25), (0.48, 0.1), (0, 0.16)), ("logo", "badge", "label", "hem"),
-                   hem=0.1, chest=(0, -0.2), extras=(((0, 0.08), (0.46, 0.06), (0.62, 0.28), (0.3, 0.36), (0, 0.38)),)),
-    "beanie": Garment("HATS", ((0, -0.6), (0.2, -0.56), (0.42, -0.3), (0.46, 0.3), (0, 0.3)), ("logo", "badge", "label", "hem"),
-                      hem=0.3, chest=(0, -0.1), extras=(((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56)),)),
-}  # fmt: skip
+    "t-shirt": Garment("TOPS", _torso(0.36, 0.37, 0.5), _TOP, ("short",), _ROUND),
+    "tank top": Garment("TOPS", _torso(0.33, 0.35, 0.5), _TOP, ("sleeveless",), _ROUND),
+    "shirt": Garment("SHIRTS", _torso(0.34, 0.38, 0.58), _SHIRT, _ANY[1:], ("spread",), hem=0.58),
+    "polo": Garment("SHIRTS", _torso(0.36, 0.37, 0.5), _SHIRT, _ANY[1:], ("spread",)),
+    "sweater": Garment("KNITWEAR", _torso(0.38, 0.34, 0.48), _TOP, _LONG, ("crew", "v", "turtle"), hem=0.48),
+    "cardigan": Garment("KNITWEAR", _torso(0.38, 0.36, 0.55), _SHIRT, _LONG, ("v",), hem=0.55),
+    "hoodie": Garment("SWEATSHIRTS", _torso(0.4, 0.35, 0.52), _TOP + " zip", _LONG, ("hood",), hem=0.52),
+    "bomber": Garment("JACKETS", _torso(0.42, 0.33, 0.4), "pocket logo graphic zip cuffs", _LONG, ("crew",), hem=0.4),
+    "coat": Garment("COATS", _torso(0.36, 0.46, 0.86), _COAT, _LONG, ("spread", "turtle"), hem=0.86),
+    "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _COAT, _LONG, ("hood",), hem=0.72),
+    "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _COAT, _ANY, _ROUND, hem=0.52),
+    "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _COAT, _ANY, _ROUND, hem=0.9),
+    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), "belt buttons zip hem label logo", **_LOW, hem=0.12),
+    "midi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), "belt buttons zip hem label badge", **_LOW, hem=0.72),
+    "trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _LEG + " knees", **_HIGH, hem=0.88),
+    "flared pants": Garment("PANTS", _legs(0.31, 0.46, 0.9), _LEG + " knees", **_HIGH, hem=0.9),
+    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), _LEG, **_HIGH, hem=0.08),
+    "tote bag": Garment("BAGS", _TOTE, "logo badge graphic hem zip", hem=0.62, chest=(0, 0.2), extras=(_HANDLE,)),
+    "backpack": Garment("BAGS", _PACK, "logo badge graphic pocket zip", hem=0.6, chest=(0, 0.1), extras=(_STRAP,)),
+    "cap": Garment("HATS", _CROWN, "logo badge label hem", hem=0.1, chest=(0, -0.2), extras=(_BRIM,)),
+    "beanie": Garment("HATS", _BEANIE, "logo badge label hem", hem=0.3, chest=(0, -0.1), extras=(_POMPOM,)),
+}
 
 
 @dataclass(frozen=True)
@@ -248,47 +259,46 @@ class Product:
     sleeve: str | None
     neck: str | None
     details: tuple  # (key, colour, graphic shape)
-    marked_caption: str
+    marked_caption: str = ""
 
     @staticmethod
     def draw(rng: np.random.Generator) -> "Product":
         """A random product and its wording."""
-        pick = lambda options: options[int(rng.integers(len(options)))]
-        name = pick(tuple(GARMENTS))
+        name, colour = _pick(rng, tuple(GARMENTS)), _pick(rng, tuple(COLOURS))
         garment = GARMENTS[name]
-        colour = pick(tuple(COLOURS))
         others = tuple(c for c in COLOURS if c != colour)
-        pattern = (pick(tuple(PATTERNS)), pick(others)) if rng.random() < 0.5 else None
-        sleeve = pick(garment.sleeves) if garment.sleeves else None
-        neck = pick(garment.necks) if garment.necks else None
-        options = [d for d in garment.details if not (d == "cuffs" and sleeve != "long")]
-        chosen = rng.permutation(options)[: int(rng.integers(2, 4))].tolist()
-        if "zip" in chosen and "buttons" in chosen:
-            chosen.remove("zip")
-        seen = tuple(c for c in others if not pattern or c != pattern[1])
-        details = tuple((key, pick(seen), pick(GRAPHICS)) for key in sorted(chosen))
+        pattern = (_pick(rng, tuple(PATTERNS)), _pick(rng, others)) if rng.random() < 0.5 else None
+        sleeve = _pick(rng, garment.sleeves) if garment.sleeves else None
+        neck = _pick(rng, garment.necks) if garment.necks else None
+        options = [key for key in garment.details.split() if key != "cuffs" or sleeve == "long"]
+        chosen = set(rng.permutation(options)[: int(rng.integers(2, 4))].tolist())
+        if "buttons" in chosen:
+            chosen.discard("zip")
+        free = tuple(c for c in others if not pattern or c != pattern[1])
+        details = tuple((key, _pick(rng, free), _pick(rng, GRAPHICS)) for key in sorted(chosen))
+        product = Product(name, colour, pattern, sleeve, neck, details)
+        return replace(product, marked_caption=product._describe(rng))
 
-        title = {"garment": name, "colour": colour}
-        forms = ["{garment|%(garment)s} in {colour|%(colour)s}", "{colour|%(colour)s} {garment|%(garment)s}"]
+    def _describe(self, rng: np.random.Generator) -> str:
+        tag = lambda key, words: f"{{{key}|{words}}}"
+        garment, colour = tag("garment", self.garment), tag("colour", self.colour)
+        title = _pick(rng, (f"{garment} in {colour}", f"{colour} {garment}"))
+        if self.sleeve:
+            sleeve = tag("sleeve", self.sleeve if self.sleeve == "sleeveless" else f"{self.sleeve} sleeve")
+            title = _pick(rng, (f"{sleeve} {title}", f"{title}. {sleeve}"))
         sentences = []
-        if sleeve:
-            word = sleeve if sleeve == "sleeveless" else f"{sleeve} sleeve"
-            forms = ["{sleeve|%s} %s" % (word, form) for form in forms] + [
-                form + ". {sleeve|%s}" % word for form in forms
-            ]
-        sentences.append(pick(forms) % title)
-        if pattern:
-            long, short = PATTERNS[pattern[0]]
-            sentences.append(pick((f"{{pattern|{long}}} in {{pattern|{pattern[1]}}} throughout",
-                                   f"{{pattern|{pattern[1]} {short.lower()}}} throughout")))  # fmt: skip
-        parts = ["{neck|%s}" % pick(NECKS[neck])] if neck else []
-        for key, own, shape in details:
-            words = pick(DETAILS[key][0]).replace("COLOUR", own).replace("SHAPE", shape)
-            parts.append(words.replace("{", "{%s|" % key))
-        parts.append(pick(UNSEEN).replace("{", "{unseen|"))
-        sentences += rng.permutation(parts).tolist()
-        caption = ". ".join(s if s.startswith("{") else s[0].upper() + s[1:] for s in sentences) + "."
-        return Product(name, colour, pattern, sleeve, neck, details, caption)
+        if self.pattern:
+            (long, short), ink = PATTERNS[self.pattern[0]], self.pattern[1]
+            sentences.append(
+                _pick(rng, (f"{{{long}}} in {{{ink}}} throughout", f"{{{ink} {short.lower()}}} throughout"))
+            )
+            sentences[-1] = sentences[-1].replace("{", "{pattern|")
+        parts = [tag("neck", _pick(rng, NECKS[self.neck]))] if self.neck else []
+        for key, ink, shape in self.details:
+            words = _pick(rng, DETAILS[key][0]).replace("COLOUR", ink).replace("SHAPE", shape)
+            parts.append(words.replace("{", f"{{{key}|"))
+        parts.append(tag("unseen", _pick(rng, UNSEEN)))
+        return ". ".join([title, *sentences, *rng.permutation(parts).tolist()]) + "."
 
     def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str]]]:
         """The description, and (start, end, key) of every stretch of it that names an attribute."""
@@ -428,10 +438,10 @@ def _paint_detail(
     canvas: Canvas, garment: Garment, key: str, tone: tuple, shape: str, body: Image.Image, sleeves: Image.Image
 ) -> None:
     (x, y), wide = garment.chest, 1.0
-    base = canvas.image
     match key:
         case "pocket":
-            cloth = tuple(int(c * 0.7) for c in base.getpixel(tuple(np.clip(canvas.place([(x, y)])[0], 0, canvas.size - 1).astype(int))))  # fmt: skip
+            at = canvas.place([(x + 0.18, y)])[0].clip(0, canvas.size - 1)
+            cloth = tuple(int(c * 0.7) for c in canvas.image.getpixel(tuple(at.astype(int).tolist())))
             canvas.paint(key, canvas.mask([_box(x + 0.18, y, 0.1, 0.11)], False), cloth, edge=0.4)
         case "logo":
             canvas.paint(key, canvas.mask([_box(x - 0.17, y - 0.04, 0.085, 0.055)], False), tone)
@@ -449,8 +459,9 @@ def _paint_detail(
             top, bottom = garment.outline[0][1] + (0.24 if garment.necks else 0.1), garment.hem - 0.1
             if garment.waist < -0.5:  # the fly or front of a skirt
                 top, bottom = garment.waist + 0.08, min(garment.hem - 0.1, garment.waist + 0.6)
-            line = [_disc(0, h, 0.035) for h in np.linspace(top, bottom, 5)]
-            line = line if key == "buttons" else [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]  # fmt: skip
+            line = [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]
+            if key == "buttons":
+                line = [_disc(0, h, 0.035) for h in np.linspace(top, bottom, 5)]
             canvas.paint(key, canvas.mask(line, False), tone)
         case "stripe":
             side = list(garment.outline[1:4])

@@ -130,8 +130,10 @@ class TrainConfig:
 
 
 SCHEDULES = {
-    "tiny": dict(steps=600, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, mlm_ratio=0.5, itm_warmup=300,
-                 crop_scale=0.8),
+    # alpha, negatives: in so few steps soft targets only slow MLM down, and negatives drawn by similarity pull the
+    # held-out ITM accuracy against random ones from 0.96 back to 0.72
+    "tiny": dict(steps=600, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
+                 itm_negatives="random", crop_scale=0.8),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000),
 }  # fmt: skip

@@ -58,9 +58,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     written = lines(tmp_path)
     training = [line for line in written if "loss" in line]
     documented = set(train.__doc__.replace(",", " ").split())
-    for key in (
-        "step epoch loss itc itm mlm lr temp grad_norm itm_accuracy mlm_accuracy unreadable samples_per_second"
-    ).split():
+    promised = "step epoch loss itc itm mlm lr temp grad_norm itm_accuracy mlm_accuracy unreadable samples_per_second"
+    for key in promised.split():
         assert key in training[0] and key in documented
     assert training[0].keys() - documented == set()
     assert [line["step"] for line in training] == [1, 2, 3, 4]
