@@ -121,10 +121,10 @@ def build_dataset(
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
     seed: of the synthetic set, and of the split by product where the data has none
-    products: synthetic products in the training split; validation has 400
+    products: synthetic products in the training split; validation has 300
     """
     if name == "synthetic":
-        return Synthetic(split, products if split == "train" else 400, image_size, seed, progress)
+        return Synthetic(split, products if split == "train" else 300, image_size, seed, progress)
     folder = Path(root or f"data/{name}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")

@@ -49,21 +49,30 @@ def forbidden_negatives(product_ids: Tensor, caption_ids: Tensor) -> Tensor:
 def pick_negatives(
     sim: Tensor,
     forbidden: Tensor,
+    positive_sim: Tensor | None = None,
     mode: NegativeMode = "similar",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One in-batch negative for each row of `sim` (B, B): its column, or −1 where every column is forbidden.
+    """One in-batch negative for each row of `sim` (B, B): its column (B,), or −1 where every column is forbidden.
 
-    random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP).
+    random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
+    semihard: the most similar one below `positive_sim` (B,), the diagonal unless given; if none is below, the least
+    similar one (choice, after FaceNet; `sampler.chain` follows the same rule)
     Logits are masked before the softmax: masking probabilities can leave an all-zero row at low temperature.
     """
-    logits = torch.zeros_like(sim) if mode == "random" else sim.detach()
-    logits = logits.float().masked_fill(forbidden, float("-inf"))
+    sim = sim.detach().float()
     possible = ~forbidden.all(dim=1)
-    logits = torch.where(possible[:, None], logits, 0.0)  # any finite row will do; its draw is discarded
-    if mode == "hard":
-        chosen = logits.argmax(dim=1)
+    if mode in ("hard", "semihard"):
+        scores = sim
+        if mode == "semihard":
+            limit = (sim.diagonal() if positive_sim is None else positive_sim.detach().float())[:, None]
+            below = (sim < limit) & ~forbidden
+            # rows with none below take the least similar: the order turned round
+            scores = torch.where(below.any(dim=1, keepdim=True), sim.masked_fill(~below, -torch.inf), -sim)
+        chosen = scores.masked_fill(forbidden, -torch.inf).argmax(dim=1)
     else:
+        logits = torch.zeros_like(sim) if mode == "random" else sim
+        logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)  # rows without any keep finite logits
         chosen = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
     return torch.where(possible, chosen, -1)
 

@@ -1,39 +1,196 @@
-"""Which items share a batch. Deterministic in (seed, epoch), and resumable in the middle of an epoch."""
+"""Which photos share a batch: grouped batch sampling, after GRIT-VLP (Byun et al. 2022, §3.2).
+
+While an epoch runs, the features of its photos are collected. Whenever a pool of them is full, it is shuffled and cut
+into search blocks; inside a block a greedy chain
+
+    photo → the most similar unused text → the photo of that text → its most similar unused …
+
+(photo to text and text to photo in turn) orders the items, and consecutive members of the chains become the batches
+of the *next* epoch. The first epoch is random. "Most similar" depends on the mode:
+
+    random     no chains, every epoch
+    hard       the most similar unused item (GRIT-VLP)
+    semihard   the most similar one of those *less* similar than the anchor's own pair (FaceNet's rule), against false
+               negatives; SyncMask's exact rule is not published where we could read it (choice)
+
+Letters: N items, B batch, E feature width, M search block.
+"""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
+
+SamplerMode = Literal["random", "hard", "semihard"]
 
 
-class BatchSampler:
-    """Batches in a seeded random order: an iterable of index lists, every index exactly once an epoch.
+class GroupedBatchSampler:
+    """An iterable of index lists: every index exactly once an epoch, deterministic in (seed, epoch, features).
 
-    The position inside an epoch is given, not counted: loader workers fetch ahead of training, so only the
-    training loop knows how many batches were really used. It calls `set_epoch(epoch, first_batch)`.
+    No batch holds two photos of one product, or two identical captions, where a swap can avoid it; `conflicts` counts
+    the photos of the current epoch for which none could.
+
+    search_size: M, items in a search block · pool_blocks: blocks collected before they are shuffled together
+    product_ids, caption_ids: (N,), default all different
+    margin: a semihard negative is at least this much less similar than the anchor's own pair
+
+    The position inside an epoch is given, not counted: loader workers fetch ahead of training, so only the training
+    loop knows how many batches were used. It calls `collect` after each batch and `set_epoch` to move on.
     """
 
-    def __init__(self, dataset_size: int, batch_size: int, seed: int = 0):
-        if dataset_size < 1 or batch_size < 1:
-            raise ValueError(f"nothing to sample: {dataset_size} items in batches of {batch_size}")
-        self.dataset_size, self.batch_size, self.seed = dataset_size, batch_size, seed
+    def __init__(
+        self,
+        dataset_size: int,
+        batch_size: int,
+        search_size: int = 1920,
+        mode: SamplerMode = "random",
+        product_ids: np.ndarray | None = None,
+        caption_ids: np.ndarray | None = None,
+        seed: int = 0,
+        pool_blocks: int = 4,
+        margin: float = 0.0,
+    ):
+        if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
+            raise ValueError(
+                f"nothing to sample: {dataset_size} items, batches of {batch_size}, blocks of {search_size}"
+            )
+        self.dataset_size, self.batch_size, self.search_size = dataset_size, batch_size, search_size
+        self.mode, self.seed, self.pool_blocks, self.margin = mode, seed, pool_blocks, margin
+        groups = (np.arange(dataset_size) if ids is None else np.asarray(ids) for ids in (product_ids, caption_ids))
+        self.groups = np.stack(list(groups))  # (2, N)
         self.epoch, self.first_batch = 0, 0
+        self._begin_epoch(np.arange(0))
 
     def __len__(self) -> int:
-        """Batches in a whole epoch; the last one may be smaller."""
+        """Batches in a whole epoch; one of them may be smaller."""
         return -(-self.dataset_size // self.batch_size)
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Iterate over `epoch` next, from batch `first_batch` on."""
-        self.epoch, self.first_batch = epoch, first_batch
-
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.dataset_size)
-        for start in range(self.first_batch * self.batch_size, self.dataset_size, self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
+        for batch in self._batches[self.first_batch :]:
+            yield batch.tolist()
 
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "epoch": self.epoch, "first_batch": self.first_batch}
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Iterate over `epoch` next, from batch `first_batch` on. A new epoch is composed of what was collected."""
+        if epoch != self.epoch:
+            self._chain_pool()
+            self.epoch = epoch
+            self._begin_epoch(np.concatenate([np.arange(0), *self._chains]))
+        self.first_batch = first_batch
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.seed = state["seed"]
-        self.set_epoch(state["epoch"], state["first_batch"])
+    @torch.no_grad()
+    def collect(self, indices: Tensor, image_feat: Tensor, text_feat: Tensor) -> None:
+        """Remember the batch just trained on: indices (B,), unit-length features (B, E) and (B, E)."""
+        if self.mode == "random":
+            return
+        self._pool.append([indices.cpu(), image_feat.half().cpu(), text_feat.half().cpu()])
+        if sum(len(part[0]) for part in self._pool) >= self.search_size * self.pool_blocks:
+            self._chain_pool()
+
+    def _begin_epoch(self, chained: np.ndarray) -> None:
+        """Cut what was chained, then in random order what was not, into batches, and forget the last epoch."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rest = np.setdiff1d(np.arange(self.dataset_size), chained)
+        order = np.concatenate([chained, rng.permutation(rest)]).astype(np.int64)
+        self.conflicts = separate(order, self.batch_size, self.groups, rng)
+        batches = np.split(order, range(self.batch_size, self.dataset_size, self.batch_size))
+        self._batches = [batches[i] for i in rng.permutation(len(batches))]
+        self._pool: list[list[Tensor]] = []
+        self._chains: list[np.ndarray] = []
+
+    def _chain_pool(self) -> None:
+        if not self._pool:
+            return
+        indices, image_feat, text_feat = (torch.cat(parts).numpy() for parts in zip(*self._pool, strict=True))
+        rng = np.random.default_rng((self.seed, self.epoch, len(self._chains)))
+        shuffled = rng.permutation(len(indices))
+        for start in range(0, len(shuffled), self.search_size):
+            block = shuffled[start : start + self.search_size]
+            items = indices[block]
+            sim = image_feat[block].astype(np.float32) @ text_feat[block].astype(np.float32).T  # (M, M)
+            first = int(rng.integers(len(block)))
+            order = chain(sim, self.groups[:, items], first, self.batch_size, self.mode, self.margin)
+            self._chains.append(items[order])
+        self._pool = []
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, in tensors and plain numbers."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "first_batch": self.first_batch,
+            "conflicts": self.conflicts,
+            "order": torch.from_numpy(np.concatenate(self._batches)),
+            "sizes": [len(batch) for batch in self._batches],
+            "pool": self._pool,
+            "chains": [torch.from_numpy(part) for part in self._chains],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seed, self.epoch, self.first_batch = state["seed"], state["epoch"], state["first_batch"]
+        self.conflicts, self._pool = state["conflicts"], state["pool"]
+        self._batches = [part.numpy() for part in state["order"].split(state["sizes"])]
+        self._chains = [part.numpy() for part in state["chains"]]
+
+
+def chain(
+    sim: np.ndarray,
+    groups: np.ndarray,
+    first: int,
+    batch_size: int,
+    mode: SamplerMode = "hard",
+    margin: float = 0.0,
+) -> np.ndarray:
+    """Order the items of a search block greedily, from item `first` on.
+
+    sim (M, M): photo i to text j, its diagonal the items' own pairs · groups (G, M): an item is put off while one of
+    its group ids is in the batch under way, or is the anchor's. -> order (M,), a permutation.
+    """
+    count = len(sim)
+    order = np.empty(count, dtype=np.int64)
+    used = np.zeros(count, dtype=np.float32)  # −∞ once used: added to the scores
+    anchor, like_anchor, in_batch = first, np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    for position in range(count):
+        new_batch = position % batch_size == 0
+        if position:
+            row = sim[anchor] if position % 2 else sim[:, anchor]
+            scores = row
+            if mode == "semihard":
+                # cosines lie in [−1, 1]: those that qualify come first, then the rest, least violating first
+                scores = np.where(row < sim[anchor, anchor] - margin, row, -3 - row)
+            put_off = like_anchor if new_batch else in_batch
+            anchor = int((scores - 10 * put_off + used).argmax())
+        order[position] = anchor
+        used[anchor] = -np.inf
+        like_anchor = (groups == groups[:, anchor, None]).any(axis=0)
+        in_batch = like_anchor if new_batch else in_batch | like_anchor
+    return order
+
+
+def separate(order: np.ndarray, batch_size: int, groups: np.ndarray, rng: np.random.Generator) -> int:
+    """Swap items of `order` (N,) between batches, in place, until no batch holds two with the same id in a row of
+    `groups` (G, N), each item with a random one of all that fit. -> how many found none."""
+    batch_of = np.arange(len(order)) // batch_size
+    repeated = np.zeros(len(order), dtype=bool)
+    for ids in groups:
+        pairs = batch_of * (int(ids.max()) + 1) + ids[order]
+        again = np.ones(len(order), dtype=bool)
+        again[np.unique(pairs, return_index=True)[1]] = False
+        repeated |= again
+    stuck = 0
+    for position in repeated.nonzero()[0]:
+        mine, others = groups[:, order], np.flatnonzero(batch_of == batch_of[position])
+        others = others[others != position]
+        if not (mine[:, others] == mine[:, position, None]).any():
+            continue  # an earlier swap has already mended it
+        fits = np.ones(len(order), dtype=bool)
+        for ids in mine:
+            fits &= ~np.isin(ids, ids[others])  # nothing that clashes here
+            fits &= ~np.isin(batch_of, batch_of[ids == ids[position]])  # nor where this one would clash
+        if not fits.any():
+            stuck += 1
+            continue
+        there = rng.choice(fits.nonzero()[0])
+        order[position], order[there] = order[there], order[position]
+    return stuck

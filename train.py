@@ -11,6 +11,7 @@ What a run leaves in --out: config.json, metrics.jsonl, curves.png, last.pt. Key
     lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
     itm_accuracy, mlm_accuracy  on that step's batch (matching pairs and negatives; masked words)
     unreadable                  photos left out so far because they could not be decoded
+    conflicts                   photos that share a batch of this epoch with one of their product or caption
     samples_per_second          photos trained on a second since the last line
     val_i2t_r1 … val_t2i_r10    held-out retrieval recall, photo to text and text to photo, by product
     val_mlm_accuracy            masked words of held-out photos restored (the run's ratio of random words)
@@ -56,7 +57,7 @@ from data import (
 from losses import NegativeMode, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss, pick_negatives
 from masking import corrupt_words, random_word_mask
 from model import PRESETS, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, WeightsError, load_pretrained
-from sampler import BatchSampler
+from sampler import GroupedBatchSampler, SamplerMode
 
 
 class ConfigError(ValueError):
@@ -109,6 +110,9 @@ class TrainConfig:
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
     itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
     itm_warmup: int = option(0, "steps with random ITM negatives before that", low=0)
+    sampler: SamplerMode = option("random", "how photos are grouped to batches, from the second epoch on")
+    search_size: int = option(1920, "photos in which the grouping looks for similar ones", low=2)
+    margin: float = option(0.0, "semihard groups: how much less similar than the own pair", low=0, high=2)
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
     color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
 
@@ -132,7 +136,7 @@ class TrainConfig:
 SCHEDULES = {
     # alpha, negatives: in so few steps soft targets only slow MLM down, and negatives drawn by similarity pull the
     # held-out ITM accuracy against random ones from 0.96 back to 0.72
-    "tiny": dict(steps=600, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
+    "tiny": dict(steps=560, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
                  itm_negatives="random", crop_scale=0.8),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000),
@@ -255,6 +259,7 @@ class Run:
     seconds: float = 0.0
     unreadable: int = 0
     generator: torch.Generator | None = None
+    features: tuple[Tensor, Tensor] | None = None  # of the batch under way, for the sampler
 
     @property
     def alpha(self) -> float:
@@ -307,8 +312,8 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-    wrong_text = pick_negatives(sim_i2t, forbidden, run.negative_mode, run.generator)
-    wrong_image = pick_negatives(sim_t2i, forbidden, run.negative_mode, run.generator)
+    wrong_text = pick_negatives(sim_i2t, forbidden, mode=run.negative_mode, generator=run.generator)
+    wrong_image = pick_negatives(sim_t2i, forbidden, mode=run.negative_mode, generator=run.generator)
     own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
     fused = model.fuse(
         torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
@@ -356,6 +361,7 @@ def contrast(
     sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
     loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
     run.queue.push(image_feat_m, text_feat_m, batch["product_ids"])
+    run.features = image_feat_m, text_feat_m
     count = len(image_feat)
     return loss, sim_i2t[:, :count], sim_t2i[:, :count]
 
@@ -402,7 +408,9 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
     for batch in tqdm(loader, "validating", unit=" batches", leave=False, disable=None):
         word_mask = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
         forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-        wrong = pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, "random", generator)
+        wrong = pick_negatives(
+            torch.zeros_like(forbidden, dtype=torch.float), forbidden, mode="random", generator=generator
+        )
         captions |= dict(zip(batch["product_ids"].tolist(), batch["rows"].tolist(), strict=True))
         batch, word_mask, wrong = to_device(batch, run.device), word_mask.to(run.device), wrong.to(run.device)
         keep, ids = batch["attention_mask"], batch["token_ids"]
@@ -492,10 +500,10 @@ def build_run(config: TrainConfig, dataset: PhotoDataset, tokenizer: Tokenizer) 
     return Run(config, tokenizer, model, momentum, queue, build_optimizer(model, config), device, total, epoch_steps)
 
 
-def save_checkpoint(run: Run, sampler: BatchSampler, path: Path) -> None:
+def save_checkpoint(run: Run, sampler: GroupedBatchSampler, path: Path) -> None:
     """Write last.pt whole or not at all: to a file beside it, flushed to the disk, then renamed over it.
 
-    There is no random state to save: every step seeds itself from (seed, step), the sampler from (seed, epoch).
+    `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
     state = {
         "model": run.model.state_dict(),
@@ -550,7 +558,7 @@ def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainCo
     return replace(saved, **free | {"out": config.out, "resume": True, "stop_at": config.stop_at})
 
 
-def restore(run: Run, sampler: BatchSampler, state: dict) -> None:
+def restore(run: Run, sampler: GroupedBatchSampler, state: dict) -> None:
     """Put a run where its checkpoint left off."""
     run.model.load_state_dict(state["model"])
     run.momentum.model.load_state_dict(state["momentum"])
@@ -633,7 +641,7 @@ def _quiet_worker(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def endless_batches(dataset: PhotoDataset, sampler: BatchSampler, run: Run) -> Iterator[dict]:
+def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Run) -> Iterator[dict]:
     """Batches from the current step on, epoch after epoch."""
     loader = DataLoader(
         dataset,
@@ -682,7 +690,10 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     else:
         tokenizer = build_tokenizer(train_set.captions, config.model.vocab_size, config.model.max_length, config.vocab)
     run = build_run(config, train_set, tokenizer)
-    sampler = BatchSampler(len(train_set), config.batch_size, config.seed)
+    sampler = GroupedBatchSampler(
+        len(train_set), config.batch_size, config.search_size, config.sampler, train_set.product_ids,
+        train_set.caption_ids, config.seed, margin=config.margin,
+    )  # fmt: skip
     if state:
         restore(run, sampler, state)
     out.mkdir(parents=True, exist_ok=True)
@@ -700,7 +711,12 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
 
 
 def loop(
-    run: Run, train_set: PhotoDataset, val_set: PhotoDataset, sampler: BatchSampler, metrics: Metrics, stop: StopSignals
+    run: Run,
+    train_set: PhotoDataset,
+    val_set: PhotoDataset,
+    sampler: GroupedBatchSampler,
+    metrics: Metrics,
+    stop: StopSignals,
 ) -> dict | None:
     """schedule → forward → backward → clip → step → EMA → log → validate/checkpoint, until the last step."""
     config, last, recipe = run.config, Path(run.config.out) / "last.pt", RECIPES[run.config.recipe]
@@ -726,6 +742,7 @@ def loop(
                 losses, figures = recipe(run, batch)
             loss = sum(losses.values()) / config.accumulate
             loss.backward()
+            sampler.collect(batch["rows"], *run.features)
             for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
         if not torch.isfinite(totals["loss"]):
@@ -749,7 +766,8 @@ def loop(
             values = {key: value.item() for key, value in totals.items()}
             rate, run.seconds = seen / (now - since), run.seconds + now - since
             metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **values, lr=lr, temp=run.model.temp.item(),
-                          grad_norm=grad_norm.item(), unreadable=run.unreadable, samples_per_second=rate)  # fmt: skip
+                          grad_norm=grad_norm.item(), unreadable=run.unreadable, conflicts=sampler.conflicts,
+                          samples_per_second=rate)  # fmt: skip
             bar.set_postfix({k: f"{values[k]:.2f}" for k in losses} | {"photos/s": f"{rate:.0f}"})
             seen, since = 0, now
         if run.step % config.val_every == 0 or done:

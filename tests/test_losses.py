@@ -84,7 +84,7 @@ def test_forbidden_are_same_product_and_same_caption():
 @settings(deadline=None)
 @given(
     products=st.lists(st.integers(0, 3), min_size=1, max_size=8),
-    mode=st.sampled_from(["random", "similar", "hard"]),
+    mode=st.sampled_from(["random", "similar", "hard", "semihard"]),
     scale=st.sampled_from([1.0, 1e3, 1e6]),
     seed=st.integers(0, 2**31),
 )
@@ -94,7 +94,7 @@ def test_negatives_are_always_allowed_or_absent(products, mode, scale, seed):
     ids = torch.tensor(products)
     sim = torch.randn(len(ids), len(ids), generator=generator) + torch.eye(len(ids))
     forbidden = forbidden_negatives(ids, torch.arange(len(ids)))
-    chosen = pick_negatives(sim * scale, forbidden, mode, generator)
+    chosen = pick_negatives(sim * scale, forbidden, mode=mode, generator=generator)
     for b, j in enumerate(chosen.tolist()):
         if forbidden[b].all():
             assert j == -1
@@ -105,13 +105,29 @@ def test_negatives_are_always_allowed_or_absent(products, mode, scale, seed):
 def test_hard_takes_the_most_similar_and_similar_draws_by_softmax():
     sim = torch.tensor([[9.0, 1.0, 2.0, 1.0]]).expand(4, 4)
     forbidden = torch.eye(4).bool()
-    assert pick_negatives(sim, forbidden, "hard").tolist() == [2, 0, 0, 0]
+    assert pick_negatives(sim, forbidden, mode="hard").tolist() == [2, 0, 0, 0]
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([pick_negatives(sim, forbidden, "similar", generator)[0] for _ in range(3000)])
+    draws = torch.stack([pick_negatives(sim, forbidden, mode="similar", generator=generator)[0] for _ in range(3000)])
     share = torch.bincount(draws, minlength=4) / 3000
     expected = torch.tensor([0.0, 1.0, math.e, 1.0]) / (2 + math.e)
     torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
-    uniform = torch.stack([pick_negatives(sim, forbidden, "random", generator)[0] for _ in range(3000)])
+    uniform = torch.stack([pick_negatives(sim, forbidden, mode="random", generator=generator)[0] for _ in range(3000)])
     torch.testing.assert_close(
         torch.bincount(uniform, minlength=4) / 3000, torch.tensor([0, 1, 1, 1]) / 3, atol=0.03, rtol=0
     )
+
+
+@settings(deadline=None)
+@given(size=st.integers(2, 7), seed=st.integers(0, 2**31))
+def test_semihard_equals_its_definition(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sim = torch.randn(size, size, generator=generator)
+    forbidden = torch.eye(size).bool() | (torch.rand(size, size, generator=generator) < 0.2)
+    for b, chosen in enumerate(pick_negatives(sim, forbidden, mode="semihard").tolist()):
+        allowed = [j for j in range(size) if not forbidden[b, j]]
+        below = [j for j in allowed if sim[b, j] < sim[b, b]]
+        expected = max(below, key=lambda j: sim[b, j]) if below else min(allowed, key=lambda j: sim[b, j], default=-1)
+        assert chosen == expected
+    limit = torch.full((size,), -9.0)
+    lowest = pick_negatives(sim, torch.eye(size).bool(), positive_sim=limit, mode="semihard")
+    assert torch.equal(lowest, sim.fill_diagonal_(torch.inf).argmin(1))
