@@ -62,8 +62,7 @@ class PhotoDataset(Dataset):
         self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
     ):
         self.captions, self.categories, self.subcategories = captions, categories, subcategories
-        self.product_ids = np.unique(np.asarray(products), return_inverse=True)[1].astype(np.int64)
-        self.caption_ids = np.unique(np.asarray(captions), return_inverse=True)[1].astype(np.int64)
+        self.product_ids, self.caption_ids = numbered(products), numbered(captions)
         self.image_size = image_size
         self.problems: list[str] = []
 
@@ -77,7 +76,7 @@ class PhotoDataset(Dataset):
     def __getitem__(self, row: int) -> dict | Unreadable:
         try:
             photo = self.photo(row)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise many kinds for damaged files
             return Unreadable(f"{self.name_of(row)}: {error}")
         image = torch.from_numpy(np.array(square(photo, self.image_size))).permute(2, 0, 1)  # (3, S, S) uint8
         return {
@@ -92,6 +91,10 @@ class PhotoDataset(Dataset):
         """How to call a row in messages."""
         return f"row {row}"
 
+    def fingerprint(self) -> int:
+        """A number that changes with the rows: a run must be resumed on the data that it was started on."""
+        return zlib.crc32("\n".join(self.captions).encode()) ^ len(self)
+
     def report(self) -> str:
         """One line for the user: how much there is, and what was left out and why."""
         line = f"{len(self):,} photos of {self.product_ids.max() + 1:,} products"
@@ -99,6 +102,12 @@ class PhotoDataset(Dataset):
             shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
             line += f", {len(self.problems):,} left out ({shown})"
         return line
+
+
+def numbered(values: list) -> np.ndarray:
+    """Equal values get equal numbers, 0, 1, … in order of appearance. -> int64 (N,)."""
+    numbers: dict = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
 
 def square(photo: Image.Image, size: int) -> Image.Image:
@@ -275,7 +284,9 @@ class Product:
         if "buttons" in chosen:
             chosen.discard("zip")
         free = tuple(c for c in others if not pattern or c != pattern[1])
-        details = tuple((key, _pick(rng, free), _pick(rng, GRAPHICS)) for key in sorted(chosen))
+        shape = lambda key: _pick(rng, GRAPHICS) if key in ("graphic", "badge") else ""
+        ink = lambda key: colour if key == "pocket" else _pick(rng, free)
+        details = tuple((key, ink(key), shape(key)) for key in sorted(chosen))
         product = Product(name, colour, pattern, sleeve, neck, details)
         return replace(product, marked_caption=product._describe(rng))
 
@@ -596,7 +607,7 @@ class FashionGen(PhotoDataset):
         with self._open() as file:
             rows = self._check(file)
             captions, categories, subcategories = (self._text(file, key) for key in self.TEXT_KEYS)
-            products = np.asarray(file["input_productID"][:]).reshape(rows)
+            products = file["input_productID"][:].reshape(rows).tolist()
         self.source = [row for row in range(rows) if captions[row]]
         if not self.source:
             raise DataError(f"{self.path}: key input_description: every row is empty")
@@ -614,7 +625,7 @@ class FashionGen(PhotoDataset):
 
     def _check(self, file: h5py.File) -> int:
         for key in ("input_image", "input_productID", *self.TEXT_KEYS):
-            if key not in file:
+            if not isinstance(file.get(key), h5py.Dataset):
                 raise DataError(f"{self.path}: no key {key}; is it a FashionGen file?")
         images = file["input_image"]
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -628,7 +639,10 @@ class FashionGen(PhotoDataset):
         return len(images)
 
     def _text(self, file: h5py.File, key: str) -> list[str]:
-        values = np.asarray(file[key][:]).reshape(-1)
+        try:
+            values = np.asarray(file[key][:]).reshape(-1)
+        except OSError as error:
+            raise DataError(f"{self.path}: key {key}: cannot be read ({error}); copy the file again") from None
         if values.dtype.kind not in "SO" or not all(isinstance(v, bytes) for v in values[:1].tolist()):
             raise DataError(f"{self.path}: key {key} row 0: {values.dtype} where byte strings are expected")
         return [" ".join(value.decode("iso-8859-1").split()) for value in values.tolist()]
@@ -643,6 +657,14 @@ class FashionGen(PhotoDataset):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_handle": None}
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Jsonl(PhotoDataset):
@@ -660,18 +682,20 @@ class Jsonl(PhotoDataset):
         path = folder / (f"{split}.jsonl" if own_split else "train.jsonl")
         records, problems = self._read(path)
         if not own_split:
-            held_out = lambda record: zlib.crc32(f"{seed}:{record['product_id']}".encode()) % 10 == 0
-            records = [record for record in records if held_out(record) == (split == "val")]
+            products = {str(record["product_id"]) for record in records}
+            by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
+            held_out = set(by_hash[: max(1, len(products) // 10)])
+            records = [record for record in records if (str(record["product_id"]) in held_out) == (split == "val")]
         if not records:
             raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
         self.images = [record["image"] for record in records]
-        column = lambda key: [str(record.get(key) or "") for record in records]
+        column = lambda key: [str(record.get(key, "")) for record in records]
         super().__init__(column("caption"), column("product_id"), column("category"), column("subcategory"), image_size)
         self.problems = problems
 
     def _read(self, path: Path) -> tuple[list[dict], list[str]]:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # a caption may hold other line separators
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; one JSON object a line with image, caption, product_id") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -700,8 +724,12 @@ class Jsonl(PhotoDataset):
         for key in ("image", "caption"):
             if not isinstance(record.get(key), str):
                 raise DataError(f"{where}: field {key} is missing or not text")
-        if not isinstance(record.get("product_id"), str | int):
+        if not isinstance(record.get("product_id"), str | int) or isinstance(record["product_id"], bool):
             raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
+        if not record["image"].isprintable() or len(record["image"]) > 1000:
+            raise DataError(f"{where}: field image is not a path")
+        if not _is_text(record["caption"]):
+            raise DataError(f"{where}: field caption holds half a character (a lone surrogate)")
         if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
             raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
         return record
@@ -735,12 +763,14 @@ def build_tokenizer(
         words = _train_vocabulary(captions, vocab_size)
     else:
         try:
-            words = Path(vocab).read_text(encoding="utf-8").splitlines()
+            words = [word.rstrip("\r") for word in Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{vocab}: cannot be read as a vocab.txt ({error})") from None
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{vocab}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
+    if len(set(words)) < len(words):
+        raise DataError(f"{vocab}: the same word stands on two lines, {_repeated(words)!r}")
     tokenizer = _bert_style(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
@@ -748,6 +778,16 @@ def build_tokenizer(
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]")
     return tokenizer
+
+
+def _repeated(words: list[str]) -> str:
+    return next(word for i, word in enumerate(words) if word in words[:i])
+
+
+def word_ids(tokenizer: Tokenizer) -> Tensor:
+    """The ids of everything but the special tokens, for random replacements. -> (V',)."""
+    special = {tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    return torch.tensor([i for i in range(tokenizer.get_vocab_size()) if i not in special])
 
 
 def _bert_style(model: WordPiece) -> Tokenizer:
@@ -786,7 +826,8 @@ def tokenize(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Tensor]:
 @dataclass
 class Collate:
     """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), the tokenised captions padded to the longest,
-    `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos left out."""
+    `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos left out. Where none is left
+    there are just these last two."""
 
     tokenizer: Tokenizer
 
@@ -794,7 +835,7 @@ class Collate:
         good = [item for item in items if isinstance(item, dict)]
         unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
         if not good:
-            raise DataError(f"no photo of a whole batch could be read: {'; '.join(unreadable[:3])}")
+            return {"rows": torch.zeros(0, dtype=torch.long), "unreadable": unreadable}
         return {
             "images": torch.stack([item["image"] for item in good]),
             **tokenize(self.tokenizer, [item["caption"] for item in good]),
@@ -831,7 +872,8 @@ def augment(
     count, device = len(images), images.device
     draw = lambda low, high: torch.rand(count, device=device, generator=generator) * (high - low) + low
     area, aspect = draw(min_scale, 1.0), torch.exp(draw(np.log(3 / 4), np.log(4 / 3)))
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    aspect = aspect.clamp(area, 1 / area)  # or a side would be longer than the photo
+    width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
     x, y = draw(-1, 1) * (1 - width), draw(-1, 1) * (1 - height)  # centre of the crop; the photo is [−1, 1]²
     flip = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(x)

@@ -33,17 +33,16 @@ def corrupt_words(
     token_ids: Tensor,
     mask: Tensor,
     mask_id: int,
-    vocab_size: int,
-    first_word_id: int = 0,
+    word_ids: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
-    token in [first_word_id, vocab_size), 10 % stay.
+    one of `word_ids` (V',), 10 % stay.
 
     token_ids (B, L), mask (B, L) -> corrupted ids (B, L), labels (B, L) with −100 where not masked.
     """
     labels = token_ids.masked_fill(~mask, -100)
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
-    random_ids = torch.randint(first_word_id, vocab_size, token_ids.shape, device=token_ids.device, generator=generator)
+    drawn = torch.randint(len(word_ids), token_ids.shape, device=token_ids.device, generator=generator)
     ids = token_ids.masked_fill(mask & (dice < 0.8), mask_id)
-    return torch.where(mask & (dice >= 0.9), random_ids, ids), labels
+    return torch.where(mask & (dice >= 0.9), word_ids[drawn], ids), labels

@@ -16,7 +16,7 @@ import argparse
 import copy
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -47,12 +47,21 @@ class ModelConfig:
     vocab_size: int = field(default=2048, metadata={"help": "WordPiece vocabulary, at most (a given --vocab decides)"})
 
     def __post_init__(self):
+        lowest = {
+            "registers": 0,
+            "max_length": 3,
+            "vocab_size": 6,
+        }  # [CLS] word [SEP]; a word beside the special tokens
+        for spec in fields(self):
+            low, value = lowest.get(spec.name, 0 if spec.name == "dropout" else 1), getattr(self, spec.name)
+            if value < low:
+                raise ValueError(f"{spec.name} {value} is less than {low}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout {self.dropout} is not below 1")
 
     @property
     def grid(self) -> int:
@@ -380,13 +389,17 @@ class LoadReport:
     """What `load_pretrained` did: names of ours that were filled, of theirs that were not used, of ours left."""
 
     loaded: list[str]
-    skipped: dict[str, str]  # name in the file -> reason
+    skipped: dict[str, str]  # name -> reason; theirs, or ours where only the shape differs
     missing: list[str]
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
-        lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        lines += [f"  missing {name}" for name in self.missing]
+        for kind, entries in (
+            ("skipped", [f"{name}: {reason}" for name, reason in self.skipped.items()]),
+            ("missing", self.missing),
+        ):
+            lines += [f"  {kind} {entry}" for entry in entries[:8]]
+            lines += [f"  … and {len(entries) - 8} more {kind}"] if len(entries) > 8 else []
         return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ class GroupedBatchSampler:
         self._begin_epoch(np.arange(0))
 
     def __len__(self) -> int:
-        """Batches in a whole epoch; one of them may be smaller."""
+        """Batches in a whole epoch. Their sizes differ by one at most, so none is too small to learn from."""
         return -(-self.dataset_size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -90,11 +90,12 @@ class GroupedBatchSampler:
 
     def _begin_epoch(self, chained: np.ndarray) -> None:
         """Cut what was chained, then in random order what was not, into batches, and forget the last epoch."""
-        rng = np.random.default_rng((self.seed, self.epoch))
+        rng = np.random.default_rng((1, self.seed, self.epoch))
         rest = np.setdiff1d(np.arange(self.dataset_size), chained)
         order = np.concatenate([chained, rng.permutation(rest)]).astype(np.int64)
-        self.conflicts = separate(order, self.batch_size, self.groups, rng)
-        batches = np.split(order, range(self.batch_size, self.dataset_size, self.batch_size))
+        batch_of = np.arange(self.dataset_size) * len(self) // self.dataset_size
+        self.conflicts = separate(order, batch_of, self.groups, rng)
+        batches = np.split(order, np.flatnonzero(np.diff(batch_of)) + 1)
         self._batches = [batches[i] for i in rng.permutation(len(batches))]
         self._pool: list[list[Tensor]] = []
         self._chains: list[np.ndarray] = []
@@ -103,7 +104,7 @@ class GroupedBatchSampler:
         if not self._pool:
             return
         indices, image_feat, text_feat = (torch.cat(parts).numpy() for parts in zip(*self._pool, strict=True))
-        rng = np.random.default_rng((self.seed, self.epoch, len(self._chains)))
+        rng = np.random.default_rng((2, self.seed, self.epoch, len(self._chains)))
         shuffled = rng.permutation(len(indices))
         for start in range(0, len(shuffled), self.search_size):
             block = shuffled[start : start + self.search_size]
@@ -168,10 +169,12 @@ def chain(
     return order
 
 
-def separate(order: np.ndarray, batch_size: int, groups: np.ndarray, rng: np.random.Generator) -> int:
+def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> int:
     """Swap items of `order` (N,) between batches, in place, until no batch holds two with the same id in a row of
-    `groups` (G, N), each item with a random one of all that fit. -> how many found none."""
-    batch_of = np.arange(len(order)) // batch_size
+    `groups` (G, N), each item with a random one of all that fit. -> how many found none.
+
+    batch_of (N,): the batch that each position of `order` belongs to.
+    """
     repeated = np.zeros(len(order), dtype=bool)
     for ids in groups:
         pairs = batch_of * (int(ids.max()) + 1) + ids[order]

@@ -15,6 +15,7 @@ What a run leaves in --out: config.json, metrics.jsonl, curves.png, last.pt. Key
     samples_per_second          photos trained on a second since the last line
     val_i2t_r1 … val_t2i_r10    held-out retrieval recall, photo to text and text to photo, by product
     val_mlm_accuracy            masked words of held-out photos restored (the run's ratio of random words)
+    val_unreadable              held-out photos left out because they could not be decoded
     val_itm_accuracy            held-out pairs told from random wrong ones; chance is 0.5
     final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
 """
@@ -53,6 +54,7 @@ from data import (
     normalise,
     to_device,
     tokenize,
+    word_ids,
 )
 from losses import NegativeMode, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss, pick_negatives
 from masking import corrupt_words, random_word_mask
@@ -101,7 +103,7 @@ class TrainConfig:
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
     warmup: int = option(500, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
-    clip: float = option(1.0, "largest gradient norm", low=0)
+    clip: float = option(1.0, "largest gradient norm", low=1e-9)
     ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
     alpha: float = option(
         0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1
@@ -167,7 +169,10 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         flag, kind = "--" + spec.name.replace("_", "-"), hints[spec.name]
         if isinstance(kind, types.UnionType):
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        text = spec.metadata["help"] + ("" if spec.default is None else f" (default {spec.default})")
+        defaults = [str(spec.default)] if spec.default is not None else []
+        if config_class is TrainConfig:
+            defaults += [f"{name} {preset[spec.name]}" for name, preset in SCHEDULES.items() if spec.name in preset]
+        text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         elif typing.get_origin(kind) is Literal:
@@ -194,7 +199,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     add_flags(parser.add_argument_group("sizes of the model (defaults: tiny's)"), ModelConfig)
     given = vars(parser.parse_args(argv))
     config = layer_config(given)
-    check_flags(config, given)
+    if not config.resume:  # otherwise the checkpoint has a say first
+        check_flags(config, given)
     return config, set(given)
 
 
@@ -218,7 +224,6 @@ def layer_config(given: dict) -> TrainConfig:
 def check_flags(config: TrainConfig, given: dict) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_ranges(config)
-    check_ranges(config.model)
     if config.steps and config.epochs:
         raise ConfigError("--steps and --epochs contradict each other; give one")
     if config.data == "synthetic" and config.root:
@@ -235,6 +240,8 @@ def check_flags(config: TrainConfig, given: dict) -> None:
         device = torch.device(config.device)
     except RuntimeError:
         raise ConfigError(f"--device {config.device}: no such kind of device; try cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {config.device}: cpu or cuda")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"--device {config.device}: no such GPU on this machine; try --device cpu")
 
@@ -255,11 +262,16 @@ class Run:
     device: torch.device
     total_steps: int
     epoch_steps: float  # optimiser steps in one pass over the photos
+    data: int = 0  # fingerprint of the training photos
     step: int = 0
     seconds: float = 0.0
-    unreadable: int = 0
+    unreadable: set[str] = field(default_factory=set)
     generator: torch.Generator | None = None
     features: tuple[Tensor, Tensor] | None = None  # of the batch under way, for the sampler
+
+    def __post_init__(self):
+        self.mask_id = self.tokenizer.token_to_id("[MASK]")
+        self.word_ids = word_ids(self.tokenizer).to(self.device)
 
     @property
     def alpha(self) -> float:
@@ -273,15 +285,7 @@ class Run:
 
     def corrupt(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """`corrupt_words` with this run's vocabulary and generator."""
-        first_word = self.tokenizer.token_to_id("[MASK]") + 1
-        return corrupt_words(
-            token_ids,
-            word_mask,
-            self.tokenizer.token_to_id("[MASK]"),
-            self.config.model.vocab_size,
-            first_word,
-            self.generator,
-        )
+        return corrupt_words(token_ids, word_mask, self.mask_id, self.word_ids, self.generator)
 
 
 # ------------------------------------------------------------------------------------------- the recipes
@@ -355,11 +359,14 @@ def contrast(
         image_keys = torch.cat([image_feat_m, old_images])  # (K, E)
         text_keys = torch.cat([text_feat_m, old_texts])
         products = torch.cat([batch["product_ids"], old_products])
-        targets = lambda sim_m: itc_targets(batch["product_ids"], products, sim_m, run.alpha)
-        targets_i2t = targets(image_feat_m @ text_keys.T / temp)
-        targets_t2i = targets(text_feat_m @ image_keys.T / temp)
-    sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
-    loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
+    # in full precision: at a temperature of 0.02, bf16 would round the logits to steps of a quarter
+    with torch.autocast(run.device.type, enabled=False):
+        sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
+        with torch.no_grad():
+            targets = lambda sim_m: itc_targets(batch["product_ids"], products, sim_m, run.alpha)
+            targets_i2t = targets(image_feat_m @ text_keys.T / temp)
+            targets_t2i = targets(text_feat_m @ image_keys.T / temp)
+        loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
     run.queue.push(image_feat_m, text_feat_m, batch["product_ids"])
     run.features = image_feat_m, text_feat_m
     count = len(image_feat)
@@ -404,8 +411,11 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
     shown = first_products(dataset, run.config.val_products)
     loader = DataLoader(shown, run.config.batch_size, collate_fn=Collate(run.tokenizer))
     model = run.model.eval()
-    images, products, itm, mlm, captions = [], [], [], [], {}
+    images, products, itm, mlm, captions, unreadable = [], [], [], [], {}, 0
     for batch in tqdm(loader, "validating", unit=" batches", leave=False, disable=None):
+        unreadable += len(batch["unreadable"])
+        if not len(batch["rows"]):
+            continue
         word_mask = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
         forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
         wrong = pick_negatives(
@@ -414,7 +424,7 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
         captions |= dict(zip(batch["product_ids"].tolist(), batch["rows"].tolist(), strict=True))
         batch, word_mask, wrong = to_device(batch, run.device), word_mask.to(run.device), wrong.to(run.device)
         keep, ids = batch["attention_mask"], batch["token_ids"]
-        hidden = ids.masked_fill(word_mask, run.tokenizer.token_to_id("[MASK]"))
+        hidden = ids.masked_fill(word_mask, run.mask_id)
         with autocast(run):
             image_embeds = model.encode_image(normalise(batch["images"]))
             text_embeds, hidden_embeds = model.encode_text(torch.cat([ids, hidden]), torch.cat([keep, keep])).chunk(2)
@@ -429,14 +439,22 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
         itm.append(torch.cat([right[0], right[1][wrong >= 0]]))
         mlm.append(restored)
         products.append(batch["product_ids"])
-    texts, known = [], torch.tensor(list(captions), device=run.device)
-    for rows in torch.tensor(list(captions.values())).split(256):
-        encoded = to_device(tokenize(run.tokenizer, [dataset.captions[row] for row in rows.tolist()]), run.device)
+    if not images:
+        raise DataError("no photo of the validation split could be read")
+    # every wording once: identical captions must get identical features, so that they tie
+    wordings = list(dict.fromkeys(dataset.captions[row] for row in captions.values()))
+    feats = []
+    for start in range(0, len(wordings), 256):
+        encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
         with autocast(run):
             text_embeds = model.encode_text(encoded["token_ids"], encoded["attention_mask"])
-            texts.append(model.project_text(text_embeds).float())
-    recalls = retrieval_recalls(torch.cat(images), torch.cat(texts), torch.cat(products), known)
+            feats.append(model.project_text(text_embeds).float())
+    number = {wording: i for i, wording in enumerate(wordings)}
+    texts = torch.cat(feats)[[number[dataset.captions[row]] for row in captions.values()]]
+    known = torch.tensor(list(captions), device=run.device)
+    recalls = retrieval_recalls(torch.cat(images), texts, torch.cat(products), known)
     figures = recalls | {"mlm_accuracy": torch.cat(mlm).mean().item(), "itm_accuracy": torch.cat(itm).mean().item()}
+    figures["unreadable"] = unreadable
     return {f"val_{key}": value for key, value in figures.items()}
 
 
@@ -487,7 +505,7 @@ def build_run(config: TrainConfig, dataset: PhotoDataset, tokenizer: Tokenizer) 
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     device = torch.device(config.device)
     model = VisionLanguageModel(config.model)
-    if config.vision_weights or config.text_weights or config.weights:
+    if not config.resume and (config.vision_weights or config.text_weights or config.weights):
         print(load_pretrained(model, config.vision_weights, config.text_weights, config.weights))
     model.to(device).train()
     momentum = MomentumModel(model, config.ema_decay)
@@ -497,7 +515,18 @@ def build_run(config: TrainConfig, dataset: PhotoDataset, tokenizer: Tokenizer) 
     epoch_steps = -(-len(dataset) // config.batch_size) / config.accumulate
     total = config.steps or max(1, round(config.epochs * epoch_steps))
     queue = FeatureQueue(config.queue, config.model.embed_dim).to(device)
-    return Run(config, tokenizer, model, momentum, queue, build_optimizer(model, config), device, total, epoch_steps)
+    return Run(
+        config,
+        tokenizer,
+        model,
+        momentum,
+        queue,
+        build_optimizer(model, config),
+        device,
+        total,
+        epoch_steps,
+        dataset.fingerprint(),
+    )
 
 
 def save_checkpoint(run: Run, sampler: GroupedBatchSampler, path: Path) -> None:
@@ -512,13 +541,14 @@ def save_checkpoint(run: Run, sampler: GroupedBatchSampler, path: Path) -> None:
         "optimizer": run.optimizer.state_dict(),
         "sampler": sampler.state_dict(),
         "rng": {"seed": run.config.seed, "step": run.step},
+        "data": run.data,
         "step": run.step,
         "seconds": run.seconds,
-        "unreadable": run.unreadable,
+        "unreadable": sorted(run.unreadable),
         "config": asdict(run.config),
         "tokenizer": run.tokenizer.to_str(),
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.part")
     with open(scratch, "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -534,28 +564,36 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ConfigError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise ConfigError(f"{path}: not a checkpoint of train.py ({str(error).splitlines()[0][:80]})") from None
-    if not isinstance(state, dict) or not {"model", "config", "tokenizer", "step"} <= state.keys():
+    parts = {"model", "momentum", "queue", "optimizer", "sampler", "data", "config", "tokenizer", "step"}
+    if not isinstance(state, dict) or not parts <= state.keys():
         raise ConfigError(f"{path}: not a checkpoint of train.py")
     return state
 
 
 def config_from_dict(saved: dict) -> TrainConfig:
     """The config that a checkpoint or a config.json holds."""
-    return TrainConfig(**saved | {"model": ModelConfig(**saved["model"])})
+    try:
+        return TrainConfig(**saved | {"model": ModelConfig(**saved["model"])})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"the run was saved by another version of this code ({error})") from None
 
 
 def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainConfig:
     """The checkpoint's config; a flag that would change the result is refused."""
     saved = config_from_dict(state["config"])
-    for name in sorted(given - FREE_ON_RESUME):
+    for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is what training it came to
         mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
         if mine != theirs:
             flag = name.replace("_", "-")
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; {advice}")
-    free = {name: getattr(config, name) for name in given & FREE_ON_RESUME}
-    return replace(saved, **free | {"out": config.out, "resume": True, "stop_at": config.stop_at})
+    free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "device", "stop_at"}}
+    merged = replace(saved, **(free | {"resume": True}))
+    check_flags(merged, {})
+    if merged.stop_at and merged.stop_at <= state["step"]:
+        raise ConfigError(f"--stop-at {merged.stop_at}: the run is at step {state['step']} already")
+    return merged
 
 
 def restore(run: Run, sampler: GroupedBatchSampler, state: dict) -> None:
@@ -565,7 +603,7 @@ def restore(run: Run, sampler: GroupedBatchSampler, state: dict) -> None:
     run.queue.load_state_dict(state["queue"])
     run.optimizer.load_state_dict(state["optimizer"])
     sampler.load_state_dict(state["sampler"])
-    run.step, run.seconds, run.unreadable = state["step"], state["seconds"], state["unreadable"]
+    run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])
 
 
 class Metrics:
@@ -579,8 +617,13 @@ class Metrics:
         self.path, self.lines = path, lines
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
+    def last_validation(self) -> dict[str, float]:
+        """The figures of the newest validation, if it was of the step that the run is at."""
+        line = self.lines[-1] if self.lines else {}
+        return {key: value for key, value in line.items() if key.startswith("val_")}
+
     def write(self, **figures) -> None:
-        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()}
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
         self.lines.append(line)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -636,9 +679,9 @@ class StopSignals:
 
 
 def _quiet_worker(_worker: int) -> None:
-    """Loader workers leave Ctrl-C to the main process."""
+    """Loader workers leave Ctrl-C and SIGTERM, which may go to all processes at once, to the main one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Run) -> Iterator[dict]:
@@ -678,8 +721,8 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     if config.resume:
         state = load_checkpoint(last)
         config = resumed_config(config, given, state)
-    elif last.exists():
-        raise ConfigError(f"{last} exists; add --resume to go on with that run, or choose another --out")
+    elif last.exists() or (out / "metrics.jsonl").exists():
+        raise ConfigError(f"{out} holds a run already; add --resume to go on with it, or choose another --out")
     train_set, val_set = (
         build_dataset(config.data, config.root, split, config.model.image_size, config.seed, config.products)
         for split in ("train", "val")
@@ -694,11 +737,15 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
         len(train_set), config.batch_size, config.search_size, config.sampler, train_set.product_ids,
         train_set.caption_ids, config.seed, margin=config.margin,
     )  # fmt: skip
+    resumed_step = None
     if state:
+        if state["data"] != run.data:
+            raise ConfigError(f"{last} was trained on other rows than the training split holds now")
         restore(run, sampler, state)
+        resumed_step, state = run.step, None  # the checkpoint is as large as the run itself
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
-    metrics = Metrics(out / "metrics.jsonl", run.step if state else None)
+    metrics = Metrics(out / "metrics.jsonl", resumed_step)
     parameters = sum(p.numel() for p in run.model.parameters())
     size = f"{parameters / 1e6:.1f} M parameters"
     print(f"{config.recipe}, {config.preset}: {size}, {run.total_steps} steps on {run.device}, into {out}/")
@@ -720,11 +767,11 @@ def loop(
 ) -> dict | None:
     """schedule → forward → backward → clip → step → EMA → log → validate/checkpoint, until the last step."""
     config, last, recipe = run.config, Path(run.config.out) / "last.pt", RECIPES[run.config.recipe]
-    batches, seen, since = endless_batches(train_set, sampler, run), 0, time.perf_counter()
-    validation: dict[str, float] = {}
+    batches = endless_batches(train_set, sampler, run)
+    seen, took, validation = 0, 0.0, metrics.last_validation()
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
     while run.step < run.total_steps:
-        lr = learning_rate(run.step, config, run.total_steps)
+        start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(seed_for(config.seed, run.step))  # dropout
@@ -734,9 +781,11 @@ def loop(
         for _ in range(config.accumulate):
             batch = to_device(next(batches), run.device)
             seen += len(batch["rows"])
-            for reason in batch["unreadable"]:
+            for reason in set(batch["unreadable"]) - run.unreadable:
                 bar.write(f"left out: {reason}")
-            run.unreadable += len(batch["unreadable"])
+            run.unreadable |= set(batch["unreadable"])
+            if not len(batch["rows"]):
+                continue
             batch["images"] = augment(batch["images"], config.crop_scale, config.color_jitter, run.generator)
             with autocast(run):
                 losses, figures = recipe(run, batch)
@@ -745,12 +794,16 @@ def loop(
             sampler.collect(batch["rows"], *run.features)
             for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
-        if not torch.isfinite(totals["loss"]):
+        if not totals:
+            raise DataError(f"no photo of a whole step could be read: {batch['unreadable'][0]}")
+        grad_norm = totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+        if not (totals["loss"].isfinite() and grad_norm.isfinite()):
             parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
             kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
-            raise NonFiniteLoss(f"step {run.step + 1}: the loss is not finite ({parts}); {kept}; try a lower --lr")
+            raise NonFiniteLoss(
+                f"step {run.step + 1}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
+            )
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.model.clamp_temp()
@@ -759,33 +812,30 @@ def loop(
         sampler.set_epoch(*divmod(run.step * config.accumulate, len(sampler)))
 
         bar.update()
+        run.seconds, took = run.seconds + time.perf_counter() - start, took + time.perf_counter() - start
         done = run.step == run.total_steps
-        stopping = bool(stop.caught) or run.step == config.stop_at
+        stopping = not done and (bool(stop.caught) or run.step == config.stop_at)
         if run.step % config.log_every == 0 or done or stopping:
-            now = time.perf_counter()
             values = {key: value.item() for key, value in totals.items()}
-            rate, run.seconds = seen / (now - since), run.seconds + now - since
             metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **values, lr=lr, temp=run.model.temp.item(),
-                          grad_norm=grad_norm.item(), unreadable=run.unreadable, conflicts=sampler.conflicts,
-                          samples_per_second=rate)  # fmt: skip
-            bar.set_postfix({k: f"{values[k]:.2f}" for k in losses} | {"photos/s": f"{rate:.0f}"})
-            seen, since = 0, now
-        if run.step % config.val_every == 0 or done:
-            run.seconds += time.perf_counter() - since
-            validation = validate(run, val_set)
-            run.model.train()
-            metrics.write(step=run.step, **validation)
-            bar.write(
-                f"step {run.step}: " + "  ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in validation.items())
-            )
-            since = time.perf_counter()
+                          unreadable=len(run.unreadable), conflicts=sampler.conflicts,
+                          samples_per_second=seen / took)  # fmt: skip
+            bar.set_postfix({k: f"{values[k]:.2f}" for k in losses} | {"photos/s": f"{seen / took:.0f}"})
+            seen, took = 0, 0.0
         if run.step % config.save_every == 0 or done or stopping:
             save_checkpoint(run, sampler, last)
-        if stopping and not done:
+        if stopping:
             bar.close()
             print(f"stopped at step {run.step} ({stop.caught or '--stop-at'}); saved in {last}, go on with --resume")
             return None
+        if run.step % config.val_every == 0 or done:
+            validation = validate(run, val_set)
+            run.model.train()
+            metrics.write(step=run.step, **validation)
+            bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in validation.items()))
     bar.close()
+    if not validation:  # killed after the last step was saved, before it was validated
+        validation = validate(run, val_set)
     cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
     final = {"step": run.step, "final": True, **validation, **cost}
     metrics.write(**final)
@@ -797,8 +847,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config, given = parse_config(argv)
         train(config, given)
-    except (ConfigError, DataError, WeightsError, NonFiniteLoss) as error:
+    except (ConfigError, DataError, WeightsError, NonFiniteLoss, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")
 
 
 if __name__ == "__main__":

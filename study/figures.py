@@ -42,12 +42,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("figure", choices=["sheet"])
     parser.add_argument("--data", choices=get_args(DataName), default="synthetic")
     parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--split", choices=["train", "val"], default="val")
+    parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--products", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--file", type=Path, default=Path("sheet.png"))
     args = parser.parse_args(argv)
+    if args.products < 1:
+        parser.error("--products: at least 1")
     try:
         dataset = build_dataset(args.data, args.root, args.split, args.image_size, args.seed, args.products)
         draw_sheet(dataset, args.products, args.file)

@@ -38,7 +38,7 @@ def test_mask_top_takes_the_highest_candidates():
 def test_corruption_is_80_10_10_and_labels_the_masked_only():
     ids = torch.randint(5, 1000, (200, 100))
     mask = torch.rand(ids.shape) < 0.5
-    corrupted, labels = corrupt_words(ids, mask, 4, 1000, first_word_id=5, generator=torch.Generator().manual_seed(0))
+    corrupted, labels = corrupt_words(ids, mask, 4, torch.arange(5, 1000), torch.Generator().manual_seed(0))
     assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()
     assert torch.equal(corrupted[~mask], ids[~mask])
     masked, kept = (corrupted == 4)[mask].float().mean(), (corrupted == ids)[mask].float().mean()

@@ -201,7 +201,20 @@ def test_registers_take_part_and_are_dropped():
     assert not torch.allclose(vit(images), before)
 
 
-@pytest.mark.parametrize("sizes", [{"image_size": 30}, {"heads": 5}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": 30},
+        {"heads": 5},
+        {"dropout": 1.0},
+        {"patch_size": 0},
+        {"heads": 0},
+        {"width": -4},
+        {"registers": -1},
+        {"max_length": 2},
+        {"vocab_size": 0},
+    ],
+)
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match=next(iter(sizes))):
         ModelConfig(**sizes)

@@ -67,10 +67,11 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     held_out = [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + [
         "val_mlm_accuracy",
         "val_itm_accuracy",
+        "val_unreadable",
     ]
     assert [line["step"] for line in written if "val_i2t_r1" in line and "final" not in line] == [2, 4]
     assert written[-1] == json.loads(
-        json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in final.items()})
+        json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in final.items()})
     )
     assert written[-1]["final"] is True and {*held_out, "seconds", "peak_memory_mib"} <= written[-1].keys()
     saved = train.config_from_dict(json.loads((tmp_path / "config.json").read_text()))
@@ -106,7 +107,7 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_overfits_one_batch(tmp_path):
-    """Sixteen captions, no crop, no soft targets: every objective goes down to its floor."""
+    """Four products, no crop, no soft targets: every objective goes down to its floor."""
     torch.manual_seed(0)
     config, _ = parse_config([*FAST, "--products", "4", "--dropout", "0", "--alpha", "0", "--batch-size", "12"])
     dataset = data.Synthetic("train", 4, 32, progress=False)
@@ -193,6 +194,21 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         assert steps == sorted(set(steps)) and steps[-1] == step + 2
 
 
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
+    recipe = train.RECIPES["albef"]
+
+    def poisoned(state, batch):
+        losses, figures = recipe(state, batch)
+        root = torch.sqrt(state.model.temp * 0)  # value 0, gradient infinite
+        return losses | {"itm": losses["itm"] + (root if state.step == 3 else 0)}, figures
+
+    monkeypatch.setitem(train.RECIPES, "albef", poisoned)
+    with pytest.raises(train.NonFiniteLoss, match=r"step 4: .*grad_norm nan"):
+        run(tmp_path, "--steps", "6", "--save-every", "1")
+    state = checkpoint(tmp_path)
+    assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     recipe = train.RECIPES["albef"]
 
@@ -201,7 +217,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         return losses | {"itm": losses["itm"] * (float("nan") if state.step == 3 else 1)}, figures
 
     monkeypatch.setitem(train.RECIPES, "albef", poisoned)
-    with pytest.raises(train.NonFiniteLoss, match=r"step 4: the loss is not finite .*itm nan.*last.pt"):
+    with pytest.raises(train.NonFiniteLoss, match=r"step 4: the loss or its gradient is not finite .*itm nan.*last.pt"):
         run(tmp_path, "--steps", "6", "--save-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
@@ -247,6 +263,71 @@ def test_every_data_set_trains(tmp_path):
         lines(tmp_path / "jsonl")[-2]["step"] == 5
         and max(line.get("unreadable", 0) for line in lines(tmp_path / "jsonl")) == 1
     )
+
+
+def test_every_other_flag_runs(tmp_path):
+    """What the defaults and the other tests leave alone, on the schedule of `base`, for one epoch."""
+    flags = "--preset base --epochs 1 --seed 3 --clip 0.5 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
+    flags += (
+        " --mlm-ratio 0.3 --sampler hard --itm-negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
+    )
+    final = run(tmp_path, *flags.split(), "--no-compile")
+    config = train.config_from_dict(checkpoint(tmp_path)["config"])
+    assert final["step"] == 6 and config.queue == 65536 and config.model.grid == 2 and config.clip == 0.5
+
+
+def test_text_and_whole_weights_can_be_given(tmp_path, capsys):
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join([*data.SPECIAL_TOKENS, *"abcdefghij", *("##" + c for c in "abcdefghij")])
+    )
+    torch.save({"bert.embeddings.LayerNorm.weight": torch.full((32,), 0.5)}, tmp_path / "bert.bin")
+    torch.save({"model": {"itm_head.bias": torch.tensor([0.25, -0.25])}}, tmp_path / "albef.pth")
+    flags = [flag for flag in FAST if flag not in ("--vocab-size", "300")] + ["--vocab", str(tmp_path / "vocab.txt")]
+    for name, flag, key in (
+        ("bert.bin", "--text-weights", "text.norm.weight"),
+        ("albef.pth", "--weights", "itm_head.bias"),
+    ):
+        given = [
+            flag,
+            str(tmp_path / name),
+            "--lr",
+            "0",
+            "--final-lr",
+            "0",
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path / key),
+        ]
+        train.main([*flags, *given])
+        assert "1 tensors loaded" in capsys.readouterr().out
+        assert checkpoint(tmp_path / key)["model"][key].abs().max() in (0.5, 0.25)
+
+
+def test_resuming_on_other_data_is_refused(tmp_path):
+    run(tmp_path, "--steps", "2", "--stop-at", "1")
+    state = checkpoint(tmp_path)
+    torch.save(state | {"data": 1}, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match="other rows than the training split holds now"):
+        resume(tmp_path)
+    torch.save(state | {"config": state["config"] | {"colour": 1}}, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match="another version of this code"):
+        resume(tmp_path)
+
+
+def test_similarities_stay_in_full_precision_under_bf16():
+    config, _ = parse_config([*FAST, "--precision", "bf16"])
+    dataset = data.Synthetic("train", 8, 32, progress=False)
+    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
+    with train.autocast(state):
+        image_embeds = state.model.encode_image(data.normalise(batch["images"]))
+        text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
+        _, sim_i2t, _ = train.contrast(state, batch, image_embeds, text_embeds, image_embeds, text_embeds)
+    assert sim_i2t.dtype == torch.float32
+    features = state.features[0].double()
+    exact = features @ state.features[1].double().T / state.model.temp.item()
+    assert (sim_i2t.double() - exact).abs().max() < 0.05
 
 
 def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
@@ -307,6 +388,10 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--device", "cuda:99"], "no such GPU"),
         (["--device", "gpu"], "--device gpu"),
+        (["--device", "meta"], "--device meta: cpu or cuda"),
+        (["--clip", "0"], "--clip 0.0: must be at least"),
+        (["--patch-size", "0"], "patch_size 0 is less than 1"),
+        (["--out", "/dev/null/x", "--products", "2"], "/dev/null/x"),
         (["--vision-weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
     ],
@@ -339,7 +424,15 @@ def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritte
         resume(tmp_path, "--lr", "0.5")
     with pytest.raises(ConfigError, match="--width 64 contradicts"):
         resume(tmp_path, "--width", "64")
-    with pytest.raises(ConfigError, match="exists; add --resume"):
+    before = lines(tmp_path)[-1]
+    assert {k: v for k, v in resume(tmp_path, "--vocab-size", "300").items() if k.startswith("val")} == {
+        k: v for k, v in before.items() if k.startswith("val")
+    }  # finished already: the same final line
+    with pytest.raises(ConfigError, match="--stop-at 1: the run is at step 2"):
+        resume(tmp_path, "--stop-at", "1")
+    with pytest.raises(ConfigError, match="--root is for data from files"):
+        resume(tmp_path, "--root", "x")
+    with pytest.raises(ConfigError, match="holds a run already; add --resume"):
         run(tmp_path, "--steps", "2")
     (tmp_path / "last.pt").write_text("something else")
     with pytest.raises(ConfigError, match="not a checkpoint of train.py"):
