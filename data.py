@@ -364,6 +364,11 @@ class Canvas:
         known = self.regions.get(key)
         self.regions[key] = ImageChops.lighter(known, mask) if known else mask
 
+    def colour_at(self, x: float, y: float) -> tuple:
+        """The colour of the photo at a place of the garment, or at the nearest pixel inside."""
+        at = self.place([(x, y)])[0].clip(0, self.size - 1).astype(int)
+        return self.image.getpixel(tuple(at.tolist()))
+
     def _fill(self, fill: tuple | Image.Image, mask: Image.Image) -> None:
         if box := mask.getbbox():  # pasting is the costly part: only where there is something
             self.image.paste(fill if isinstance(fill, tuple) else fill.crop(box), box, mask.crop(box))
@@ -438,49 +443,45 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple, inside: tup
     elif front and neck == "spread":
         canvas.paint("neck", canvas.mask([[(0.02, -0.52), (0.15, -0.66), (0.27, -0.46), (0.1, -0.34)]]), dark)
     elif front:
-        depth = {"crew": 0.17, "v": 0.36}[neck]
-        curve = lambda w, d: [(-w, -0.61), (w, -0.61), *([(0, -0.61 + d)] if neck == "v" else
-                              [(w * np.cos(a), -0.61 + d * np.sin(a)) for a in np.linspace(0, np.pi, 12)])]  # fmt: skip
-        canvas.paint("neck", canvas.mask([curve(0.21, depth)], False), dark)
-        canvas.paint("neck", canvas.mask([curve(0.14, depth * 0.66)], False), inside)
+        corners = 12 if neck == "crew" else 3  # a half ellipse, or a triangle
+        for width, depth, fill in ((0.21, 1.0, dark), (0.14, 0.66, inside)):
+            depth *= {"crew": 0.17, "v": 0.36}[neck]
+            angles = np.linspace(0, np.pi, corners)
+            opening = [(width * np.cos(a), -0.61 + depth * np.sin(a)) for a in angles]
+            canvas.paint("neck", canvas.mask([opening], False), fill)
 
 
-def _paint_detail(
-    canvas: Canvas, garment: Garment, key: str, tone: tuple, shape: str, body: Image.Image, sleeves: Image.Image
-) -> None:
-    (x, y), wide = garment.chest, 1.0
+def _detail(garment: Garment, key: str, shape: str) -> list:
+    """The polygons of one of DETAILS."""
+    x, y = garment.chest
     match key:
         case "pocket":
-            at = canvas.place([(x + 0.18, y)])[0].clip(0, canvas.size - 1)
-            cloth = tuple(int(c * 0.7) for c in canvas.image.getpixel(tuple(at.astype(int).tolist())))
-            canvas.paint(key, canvas.mask([_box(x + 0.18, y, 0.1, 0.11)], False), cloth, edge=0.4)
+            return [_box(x + 0.18, y, 0.1, 0.11)]
         case "logo":
-            canvas.paint(key, canvas.mask([_box(x - 0.17, y - 0.04, 0.085, 0.055)], False), tone)
+            return [_box(x - 0.17, y - 0.04, 0.085, 0.055)]
+        case "label":
+            return [_box(x + 0.1, y - 0.02, 0.11, 0.06)]
         case "badge":
-            canvas.paint(key, canvas.mask(_shape(shape, x, y + 0.2, 0.14), False), tone)
+            return _shape(shape, x, y + 0.2, 0.14)
         case "graphic":
-            canvas.paint(key, canvas.mask(_shape(shape, x, y + 0.1, 0.25), False), tone)
+            return _shape(shape, x, y + 0.1, 0.25)
         case "belt":
-            canvas.paint(key, canvas.mask([_box(0, garment.waist, wide, 0.05)], False, body), tone)
+            return [_box(0, garment.waist, 1, 0.05)]
         case "hem":
-            canvas.paint(key, canvas.mask([_box(0, garment.hem - 0.03, wide, 0.065)], False, body), tone)
+            return [_box(0, garment.hem - 0.03, 1, 0.065)]
         case "cuffs":
-            canvas.paint(key, canvas.mask([_box(0, 0.32, wide, 0.075)], False, sleeves), tone)
-        case "buttons" | "zip":
-            top, bottom = garment.outline[0][1] + (0.24 if garment.necks else 0.1), garment.hem - 0.1
-            if garment.waist < -0.5:  # the fly or front of a skirt
-                top, bottom = garment.waist + 0.08, min(garment.hem - 0.1, garment.waist + 0.6)
-            line = [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]
-            if key == "buttons":
-                line = [_disc(0, h, 0.035) for h in np.linspace(top, bottom, 5)]
-            canvas.paint(key, canvas.mask(line, False), tone)
+            return [_box(0, 0.32, 1, 0.075)]
+        case "knees":
+            return [_box(0.2, 0.2, 0.09, 0.13)]
         case "stripe":
             side = list(garment.outline[1:4])
-            canvas.paint(key, canvas.mask([side + [(px - 0.08, py) for px, py in side[::-1]]], clip=body), tone)
-        case "knees":
-            canvas.paint(key, canvas.mask([_box(0.2, 0.2, 0.09, 0.13)], clip=body), tone)
-        case "label":
-            canvas.paint(key, canvas.mask([_box(x + 0.1, y - 0.02, 0.11, 0.06)], False), tone)
+            return [side + [(px - 0.08, py) for px, py in side[::-1]]]
+    top, bottom = garment.outline[0][1] + (0.24 if garment.necks else 0.1), garment.hem - 0.1
+    if garment.waist < -0.5:  # the fly, or the front of a skirt
+        top, bottom = garment.waist + 0.08, min(bottom, garment.waist + 0.6)
+    if key == "buttons":
+        return [_disc(0, h, 0.035) for h in np.linspace(top, bottom, 5)]
+    return [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]  # zip
 
 
 def render(product: Product, view: str, size: int, rng: np.random.Generator) -> tuple[Image.Image, dict]:
@@ -511,9 +512,14 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
     canvas.paint("garment", body, cloth)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone, inside)
+    clips = {"cuffs": sleeves, **dict.fromkeys(("belt", "hem", "stripe", "knees"), body)}
     for key, colour, shape in product.details:
         if ("front" if front else "back") in DETAILS[key][1]:
-            _paint_detail(canvas, garment, key, ink(colour), shape, body, sleeves)
+            polygons, fill, pocket = _detail(garment, key, shape), ink(colour), key == "pocket"
+            if pocket:  # of the cloth under it, but darker
+                fill = tuple(int(c * 0.7) for c in canvas.colour_at(garment.chest[0] + 0.18, garment.chest[1]))
+            mask = canvas.mask(polygons, mirrored=key in ("stripe", "knees"), clip=clips.get(key))
+            canvas.paint(key, mask, fill, edge=0.4 if pocket else 0.72)
     canvas.regions["garment"] = ImageChops.lighter(canvas.regions["garment"], sleeves)
     canvas.regions["colour"] = canvas.regions["garment"]
     if pattern:
