@@ -934,6 +934,7 @@ def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser("data.py", description="Write synthetic items in FashionGen's HDF5 layout.")
     parser.add_argument("command", choices=["export-fashiongen"])
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")

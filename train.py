@@ -136,8 +136,8 @@ class TrainConfig:
 
 
 SCHEDULES = {
-    # alpha, negatives: in so few steps soft targets only slow MLM down, and negatives drawn by similarity pull the
-    # held-out ITM accuracy against random ones from 0.96 back to 0.72
+    # in so few steps soft targets only slow MLM down, and ITM negatives drawn by similarity, of which many are false,
+    # undo what the random ones have taught
     "tiny": dict(steps=560, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
                  itm_negatives="random", crop_scale=0.8),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, workers=4),
@@ -844,6 +844,7 @@ def loop(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     try:
         config, given = parse_config(argv)
         train(config, given)
