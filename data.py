@@ -93,7 +93,7 @@ class PhotoDataset(Dataset):
 
     def fingerprint(self) -> int:
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
-        return zlib.crc32("\n".join(self.captions).encode()) ^ len(self)
+        return zlib.crc32("\n".join(self.captions).encode() + self.product_ids.tobytes())
 
     def report(self) -> str:
         """One line for the user: how much there is, and what was left out and why."""
@@ -690,12 +690,14 @@ class Jsonl(PhotoDataset):
         if not own_split:
             products = {str(record["product_id"]) for record in records}
             by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
+            if len(products) == 1:
+                raise DataError(f"{path}: one product cannot be split; add more, or a val.jsonl")
             held_out = set(by_hash[: max(1, len(products) // 10)])
             records = [record for record in records if (str(record["product_id"]) in held_out) == (split == "val")]
         if not records:
             raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
         self.images = [record["image"] for record in records]
-        column = lambda key: [str(record.get(key, "")) for record in records]
+        column = lambda key: ["" if record.get(key) is None else str(record[key]) for record in records]
         super().__init__(column("caption"), column("product_id"), column("category"), column("subcategory"), image_size)
         self.problems = problems
 
@@ -734,8 +736,9 @@ class Jsonl(PhotoDataset):
             raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
         if not record["image"].isprintable() or len(record["image"]) > 1000:
             raise DataError(f"{where}: field image is not a path")
-        if not _is_text(record["caption"]):
-            raise DataError(f"{where}: field caption holds half a character (a lone surrogate)")
+        for key in ("caption", "product_id"):
+            if not _is_text(str(record[key])):
+                raise DataError(f"{where}: field {key} holds half a character (a lone surrogate)")
         if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
             raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
         return record

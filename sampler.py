@@ -16,6 +16,7 @@ of the *next* epoch. The first epoch is random. "Most similar" depends on the mo
 Letters: N items, B batch, E feature width, M search block.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Literal
 
@@ -146,26 +147,28 @@ def chain(
     """Order the items of a search block greedily, from item `first` on.
 
     sim (M, M): photo i to text j, its diagonal the items' own pairs · groups (G, M): an item is put off while one of
-    its group ids is in the batch under way, or is the anchor's. -> order (M,), a permutation.
+    its group ids is among the last batch_size − 1 items, so that a batch may be cut anywhere. -> order (M,).
     """
     count = len(sim)
     order = np.empty(count, dtype=np.int64)
     used = np.zeros(count, dtype=np.float32)  # −∞ once used: added to the scores
-    anchor, like_anchor, in_batch = first, np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    recent: deque[np.ndarray] = deque()  # for each of the last items, which items share an id with it
+    put_off = np.zeros(count, dtype=np.int32)  # their sum
+    anchor = first
     for position in range(count):
-        new_batch = position % batch_size == 0
         if position:
             row = sim[anchor] if position % 2 else sim[:, anchor]
             scores = row
             if mode == "semihard":
                 # cosines lie in [−1, 1]: those that qualify come first, then the rest, least violating first
                 scores = np.where(row < sim[anchor, anchor] - margin, row, -3 - row)
-            put_off = like_anchor if new_batch else in_batch
-            anchor = int((scores - 10 * put_off + used).argmax())
+            anchor = int((scores - 10.0 * (put_off > 0) + used).argmax())
         order[position] = anchor
         used[anchor] = -np.inf
-        like_anchor = (groups == groups[:, anchor, None]).any(axis=0)
-        in_batch = like_anchor if new_batch else in_batch | like_anchor
+        recent.append((groups == groups[:, anchor, None]).any(axis=0))
+        put_off += recent[-1]
+        if len(recent) > max(1, batch_size - 1):
+            put_off -= recent.popleft()
     return order
 
 

@@ -588,7 +588,7 @@ def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainCo
             flag = name.replace("_", "-")
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; {advice}")
-    free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "device", "stop_at"}}
+    free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}
     merged = replace(saved, **(free | {"resume": True}))
     check_flags(merged, {})
     if merged.stop_at and merged.stop_at <= state["step"]:
@@ -617,10 +617,10 @@ class Metrics:
         self.path, self.lines = path, lines
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def last_validation(self) -> dict[str, float]:
-        """The figures of the newest validation, if it was of the step that the run is at."""
-        line = self.lines[-1] if self.lines else {}
-        return {key: value for key, value in line.items() if key.startswith("val_")}
+    def validation(self, step: int) -> dict[str, float]:
+        """The held-out figures written for `step`, or nothing."""
+        found = [line for line in self.lines if line["step"] == step and "val_i2t_r1" in line]
+        return {key: value for line in found for key, value in line.items() if key.startswith("val_")}
 
     def write(self, **figures) -> None:
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
@@ -678,10 +678,9 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def _quiet_worker(_worker: int) -> None:
-    """Loader workers leave Ctrl-C and SIGTERM, which may go to all processes at once, to the main one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _own_session(_worker: int) -> None:
+    """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
+    os.setsid()
 
 
 def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Run) -> Iterator[dict]:
@@ -693,7 +692,7 @@ def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Ru
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=_own_session,
         generator=torch.Generator(),  # its own, or making an iterator would draw from the one dropout uses
     )
     epoch, first_batch = divmod(run.step * run.config.accumulate, len(sampler))
@@ -721,7 +720,7 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     if config.resume:
         state = load_checkpoint(last)
         config = resumed_config(config, given, state)
-    elif last.exists() or (out / "metrics.jsonl").exists():
+    elif last.exists():
         raise ConfigError(f"{out} holds a run already; add --resume to go on with it, or choose another --out")
     train_set, val_set = (
         build_dataset(config.data, config.root, split, config.model.image_size, config.seed, config.products)
@@ -765,12 +764,21 @@ def loop(
     metrics: Metrics,
     stop: StopSignals,
 ) -> dict | None:
-    """schedule → forward → backward → clip → step → EMA → log → validate/checkpoint, until the last step."""
+    """validate → schedule → forward → backward → clip → step → EMA → log → checkpoint, until the last step."""
     config, last, recipe = run.config, Path(run.config.out) / "last.pt", RECIPES[run.config.recipe]
     batches = endless_batches(train_set, sampler, run)
-    seen, took, validation = 0, 0.0, metrics.last_validation()
+    seen, took = 0, 0.0
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
-    while run.step < run.total_steps:
+    while True:
+        done = run.step == run.total_steps
+        if run.step and (done or run.step % config.val_every == 0) and not metrics.validation(run.step):
+            figures = validate(run, val_set)
+            run.model.train()
+            metrics.write(step=run.step, **figures)
+            bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in figures.items()))
+        if done:
+            break
+
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -794,8 +802,12 @@ def loop(
             sampler.collect(batch["rows"], *run.features)
             for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
-        if not totals:
-            raise DataError(f"no photo of a whole step could be read: {batch['unreadable'][0]}")
+        if not totals:  # not one photo of this step could be read
+            if len(run.unreadable) > len(train_set) // 2:
+                raise DataError(f"most photos cannot be read, the last one: {batch['unreadable'][-1]}")
+            run.step += 1
+            bar.update()
+            continue
         grad_norm = totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
         if not (totals["loss"].isfinite() and grad_norm.isfinite()):
             parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
@@ -828,16 +840,9 @@ def loop(
             bar.close()
             print(f"stopped at step {run.step} ({stop.caught or '--stop-at'}); saved in {last}, go on with --resume")
             return None
-        if run.step % config.val_every == 0 or done:
-            validation = validate(run, val_set)
-            run.model.train()
-            metrics.write(step=run.step, **validation)
-            bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in validation.items()))
     bar.close()
-    if not validation:  # killed after the last step was saved, before it was validated
-        validation = validate(run, val_set)
     cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
-    final = {"step": run.step, "final": True, **validation, **cost}
+    final = {"step": run.step, "final": True, **metrics.validation(run.step), **cost}
     metrics.write(**final)
     print(f"done in {run.seconds / 60:.1f} min of training; see {last.parent}/curves.png")
     return final

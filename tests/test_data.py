@@ -270,6 +270,9 @@ def test_jsonl_captions_may_hold_any_separator_and_small_sets_get_a_validation_p
     )
     train, val = open_jsonl(folder), open_jsonl(folder, "val")
     assert len(train) == 4 and len(val) == 2
+    write_jsonl(folder, lines[:2])
+    with pytest.raises(DataError, match="one product cannot be split"):
+        open_jsonl(folder)
 
 
 def test_jsonl_without_a_file_or_a_line_is_refused(tmp_path):

@@ -97,8 +97,7 @@ def slow_chain(sim, groups, first, batch_size, mode, margin):
     """The definition, item by item: similarities in plain lists, no tricks."""
     order, count = [first], len(sim)
     while len(order) < count:
-        anchor, start = order[-1], len(order) // batch_size * batch_size
-        avoid = [*order[start:], anchor]
+        anchor, avoid = order[-1], order[-max(1, batch_size - 1) :]
         to_text = len(order) % 2 == 1
         candidates = []
         for item in range(count):
@@ -121,6 +120,15 @@ def test_chain_equals_the_slow_definition(size, batch, seed, mode, margin, kinds
     groups, first = rng.integers(0, kinds, (2, size)), int(rng.integers(size))
     ours = chain(sim, groups, first, batch, mode, margin)
     assert ours.tolist() == slow_chain(sim.tolist(), groups.tolist(), first, batch, mode, np.float32(margin))
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_chains_need_no_separation_where_there_is_room(mode):
+    """Also where batches are cut elsewhere than every batch_size items."""
+    image_feat, text_feat = features(205)
+    products = np.arange(205) // 4
+    order = chain((image_feat @ text_feat.T).numpy(), products[None], 0, 10, mode)[:150]  # the tail runs out of choice
+    assert all(len(set(products[order[i : i + 10]])) == 10 for i in range(140))
 
 
 def neighbours_similarity(mode):

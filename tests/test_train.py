@@ -209,6 +209,27 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
 
 
+def test_an_unforeseen_error_ends_the_run_with_its_workers(tmp_path):
+    code = "import train; train.RECIPES['albef'] = lambda run, batch: 1 / 0; train.main()"
+    command = [sys.executable, "-c", code, *FAST, "--out", str(tmp_path), "--workers", "2"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "ZeroDivisionError" in ended.stderr
+    config, given = parse_config([*FAST, "--out", str(tmp_path), "--steps", "1"])
+    assert train.train(config, given)["step"] == 1  # nothing was saved, so the folder may be used again
+
+
+def test_a_step_without_a_readable_photo_is_passed_over(tmp_path, monkeypatch):
+    collate = data.Collate.__call__
+    empty = lambda items: {"rows": torch.zeros(0, dtype=torch.long), "unreadable": ["2.png: broken"]}
+    monkeypatch.setattr(
+        data.Collate, "__call__", lambda self, items: empty(items) if items[0]["row"] % 3 == 0 else collate(self, items)
+    )
+    monkeypatch.setattr(train, "validate", lambda run, dataset: {"val_i2t_r1": 0.5})
+    final = run(tmp_path, "--steps", "6", "--log-every", "1")
+    assert final["step"] == 6 and final["val_i2t_r1"] == 0.5
+    assert 0 < len([line for line in lines(tmp_path) if "loss" in line]) < 6
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     recipe = train.RECIPES["albef"]
 
