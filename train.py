@@ -756,6 +756,14 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
             draw_curves(metrics.lines, out / "curves.png")
 
 
+def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:
+    """Raise NonFiniteLoss before a loss or gradient that is NaN or infinite reaches the weights."""
+    if not (totals["loss"].isfinite() and totals["grad_norm"].isfinite()):
+        parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
+        kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr")
+
+
 def loop(
     run: Run,
     train_set: PhotoDataset,
@@ -772,10 +780,10 @@ def loop(
     while True:
         done = run.step == run.total_steps
         if run.step and (done or run.step % config.val_every == 0) and not metrics.validation(run.step):
-            figures = validate(run, val_set)
+            held_out = validate(run, val_set)
             run.model.train()
-            metrics.write(step=run.step, **figures)
-            bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in figures.items()))
+            metrics.write(step=run.step, **held_out)
+            bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in held_out.items()))
         if done:
             break
 
@@ -808,14 +816,8 @@ def loop(
             run.step += 1
             bar.update()
             continue
-        grad_norm = totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-        if not (totals["loss"].isfinite() and grad_norm.isfinite()):
-            parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
-            kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
-            raise NonFiniteLoss(
-                f"step {run.step + 1}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
-            )
-
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+        check_finite(totals, run.step + 1, last)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.model.clamp_temp()
