@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat, UnidentifiedImageError
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
@@ -289,6 +289,12 @@ class Product:
         details = tuple((key, ink(key), shape(key)) for key in sorted(chosen))
         product = Product(name, colour, pattern, sleeve, neck, details)
         return replace(product, marked_caption=product._describe(rng))
+
+    def attributes(self) -> dict[str, object]:
+        """What is true of it: a value for every key it has."""
+        named = {"garment": self.garment, "colour": self.colour}
+        named |= {"pattern": self.pattern, "sleeve": self.sleeve, "neck": self.neck}
+        return named | {key: (colour, shape) for key, colour, shape in self.details}
 
     def _describe(self, rng: np.random.Generator) -> str:
         tag = lambda key, words: f"{{{key}|{words}}}"
@@ -586,12 +592,55 @@ class Synthetic(PhotoDataset):
         """What the photo of `row` really shows: (start, end, key) of each attribute named in its description, and
         for every *visible* key the patches (grid·grid,) bool that it covers, row by row."""
         regions = {}
-        for key, mask in self._render(row)[1].items():
+        for key, mask in _visible(self._render(row)[1]).items():
             cover = np.asarray(mask.resize((grid, grid), Image.Resampling.BOX), np.float32).ravel() / 255
-            # visible: at least 0.3 % of the photo; on a patch: a quarter of it, or half of what its best patch has
-            if cover.mean() >= 0.003:
-                regions[key] = cover >= min(0.25, cover.max() / 2)
+            regions[key] = cover >= min(0.25, cover.max() / 2)  # a quarter of a patch, or half of what the best has
         return self.products[self.rows[row][0]].caption_and_spans()[1], regions
+
+    def describes(self, product: int, row: int) -> bool:
+        """Would the description of `product` pass for the photo of `row`? It would if nothing of what it says, and
+        this camera would show, is untrue of the photo. Of another product it is then a *false* negative."""
+        said, shown = self.products[product], self.products[self.rows[row][0]]
+        if (said.garment, said.colour) != (shown.garment, shown.colour):
+            return False
+        regions = render(said, self.rows[row][1], self.image_size, self._rng(2, row))[1]  # by the same camera
+        claims, facts = said.attributes(), shown.attributes()
+        return all(claims[key] == facts.get(key) for key in _visible(regions))
+
+
+def _visible(regions: dict[str, Image.Image]) -> dict[str, Image.Image]:
+    """The regions that count as seen: at least 0.3 % of the photo."""
+    return {key: mask for key, mask in regions.items() if ImageStat.Stat(mask).mean[0] >= 0.003 * 255}
+
+
+@dataclass
+class WordTruth:
+    """`Synthetic.truth` of a batch, token by token, for tests of masks and attention. Letters: B, L, P patches."""
+
+    attribute: Tensor  # (B, L): names an attribute, visible in this photo or not
+    detail: Tensor  # (B, L): a small one, not the garment itself nor its colour or pattern
+    regions: Tensor  # (B, L, P): where this photo shows it; nowhere where it does not
+
+    @property
+    def visible(self) -> Tensor:
+        """(B, L): names an attribute that this photo shows."""
+        return self.regions.any(dim=2)
+
+
+def word_truth(dataset: Synthetic, rows: list[int], tokenizer: Tokenizer, grid: int) -> WordTruth:
+    """The truth about every token of the descriptions of `rows`, tokenised together."""
+    encodings = tokenizer.encode_batch([dataset.captions[row] for row in rows])
+    attribute = torch.zeros(len(rows), len(encodings[0].ids), dtype=torch.bool)
+    detail, regions = attribute.clone(), torch.zeros(*attribute.shape, grid**2, dtype=torch.bool)
+    for b, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
+        spans, seen = dataset.truth(row, grid)
+        for token, (start, end) in enumerate(encoding.offsets):
+            for first, last, key in spans:
+                if first <= start < end <= last:
+                    attribute[b, token], detail[b, token] = True, key not in ("garment", "colour", "pattern")
+                    if key in seen:
+                        regions[b, token] = torch.from_numpy(seen[key])
+    return WordTruth(attribute, detail, regions)
 
 
 # ----------------------------------------------------------------------------------- photos from files

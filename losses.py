@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 NegativeMode = Literal["random", "similar", "hard", "semihard"]
@@ -52,12 +53,13 @@ def pick_negatives(
     positive_sim: Tensor | None = None,
     mode: NegativeMode = "similar",
     generator: torch.Generator | None = None,
+    margin: float = 0.0,
 ) -> Tensor:
     """One in-batch negative for each row of `sim` (B, B): its column (B,), or −1 where every column is forbidden.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
-    semihard: the most similar one below `positive_sim` (B,), the diagonal unless given; if none is below, the least
-    similar one (choice, after FaceNet; `sampler.chain` follows the same rule)
+    semihard: the most similar one below `positive_sim` (B,), the diagonal unless given, by at least `margin`; if none
+    is below, the least similar one (choice, after FaceNet; `sampler.chain` follows the same rule)
     Logits are masked before the softmax: masking probabilities can leave an all-zero row at low temperature.
     """
     sim = sim.detach().float()
@@ -66,7 +68,7 @@ def pick_negatives(
         scores = sim
         if mode == "semihard":
             limit = (sim.diagonal() if positive_sim is None else positive_sim.detach().float())[:, None]
-            below = (sim < limit) & ~forbidden
+            below = (sim < limit - margin) & ~forbidden
             # rows with none below take the least similar: the order turned round
             scores = torch.where(below.any(dim=1, keepdim=True), sim.masked_fill(~below, -torch.inf), -sim)
         chosen = scores.masked_fill(forbidden, -torch.inf).argmax(dim=1)
@@ -94,6 +96,19 @@ def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alp
     soft = -(logits_m.float().softmax(dim=-1) * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
     labelled = labels != -100
     return (1 - alpha) * loss + alpha * (soft * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def mim_loss(pixels: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+    """Masked image modelling: mean squared error on the masked patches (MAE, He et al. 2022, §3). -> scalar.
+
+    L = mean over masked patches p and their pixels of (x̂_p − (x_p − mean x_p) / std x_p)²
+    pixels (B, P, 3p²) predicted, images (B, 3, H, W), patch_mask (B, P) True = masked.
+    """
+    side = round((pixels.shape[2] / 3) ** 0.5)
+    target = rearrange(images.float(), "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
+    target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    error = ((pixels.float() - target) ** 2).mean(dim=-1)  # (B, P)
+    return (error * patch_mask).sum() / patch_mask.sum().clamp(min=1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

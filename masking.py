@@ -3,11 +3,17 @@
 Pure functions on tensors. Masks are boolean, True = masked. `words` (B, L) marks the tokens that may be
 masked at all: neither [CLS], [SEP] nor [PAD]. Every draw takes a generator on the tensors' device.
 
-Letters: B batch, L text tokens, P patches, V vocabulary.
+Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+HeadReduction = Literal["mean", "max"]
+WordScore = Literal["max", "mass", "entropy"]
+PatchScore = Literal["all", "masked"]
 
 
 def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
@@ -27,6 +33,126 @@ def random_word_mask(words: Tensor, ratio: float, generator: torch.Generator | N
     """A uniformly random share of the words of each row; exact counts (see `word_counts`). (B, L) -> (B, L)."""
     scores = torch.rand(words.shape, device=words.device, generator=generator)
     return mask_top(scores, words, word_counts(words, ratio))
+
+
+def patch_counts(rows: int, patches: int, ratio: float, device: torch.device | None = None) -> Tensor:
+    """How many of the patches of each of `rows` photos to mask: round(ratio·patches), leaving one at least."""
+    return torch.full((rows,), min(round(ratio * patches), patches - 1), device=device)
+
+
+def random_patch_mask(
+    rows: int, patches: int, ratio: float, generator: torch.Generator | None = None, device: torch.device | None = None
+) -> Tensor:
+    """A uniformly random share of the patches of each photo, exact counts (see `patch_counts`). -> (rows, patches)."""
+    scores = torch.rand(rows, patches, device=device, generator=generator)
+    return mask_top(scores, torch.ones_like(scores, dtype=torch.bool), patch_counts(rows, patches, ratio, device))
+
+
+def block_patch_mask(
+    rows: int, grid: int, ratio: float, generator: torch.Generator | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Random rectangles of patches until the share is reached, as in BEiT (Bao et al. 2022, §2.3). -> (rows, grid²).
+
+    A rectangle covers a tenth to four tenths of the photo, aspect 0.3 … 1/0.3; of the last one the surplus is left
+    off at random, so that counts are exact, as `random_patch_mask`'s.
+    """
+    cells = torch.arange(grid, device=device)
+    scores = torch.rand(rows, grid * grid, device=device, generator=generator)
+    counts = patch_counts(rows, grid * grid, ratio, device)
+    covered = torch.zeros(rows, grid * grid, dtype=torch.bool, device=device)
+    for rank in range(64, 0, -1):  # patches of earlier rectangles rank higher
+        area, aspect, top, left = torch.rand(4, rows, 1, device=device, generator=generator)
+        area, aspect = (0.1 + 0.3 * area) * grid**2, 0.3 ** (2 * aspect - 1)
+        height, width = ((area * aspect) ** 0.5).clamp(1, grid).round(), ((area / aspect) ** 0.5).clamp(1, grid).round()
+        top, left = (top * (grid - height + 1)).floor(), (left * (grid - width + 1)).floor()
+        in_row = (cells >= top) & (cells < top + height)  # (rows, grid)
+        in_column = (cells >= left) & (cells < left + width)
+        fresh = (in_row[:, :, None] & in_column[:, None, :]).flatten(1) & ~covered
+        scores += rank * fresh
+        covered |= fresh
+        if (covered.sum(dim=1) >= counts).all():
+            break
+    return mask_top(scores, torch.ones_like(covered), counts)
+
+
+def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:
+    """Attention to the patches alone, the column of the image CLS dropped. (B, h, L, N) -> (B, L, P)."""
+    patches = attention[..., 1:].detach().float()
+    return patches.mean(dim=1) if heads == "mean" else patches.amax(dim=1)
+
+
+def sync_mask(
+    attention: Tensor,
+    word_mask: Tensor,
+    patch_ratio: float,
+    word_ratio: float,
+    heads: HeadReduction = "mean",
+    word_score: WordScore = "entropy",
+    patch_score: PatchScore = "masked",
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Synchronized masks: the words and the patches where text and photo have most to do with each other (SyncMask,
+    Song et al. 2024; how scores come out of the attention is our choice).
+
+    attention (B, h, L, N): cross-attention of the text tokens to the image tokens, CLS first
+    word_mask (B, L): the words that may be masked · patch_ratio, word_ratio: shares to mask
+    noise: standard deviation of what is added to the scores of a row, in standard deviations of the row: ties and
+    near-ties fall differently from epoch to epoch
+    -> patch mask (B, P), word mask (B, L); exact counts, as the random masks'. CLS, [CLS], [SEP], [PAD] never.
+
+    word_score    max      the most that the word attends to any one patch
+                  mass     what it attends to the patches that all words together attend to most
+                  entropy  how concentrated its attention is: the negative entropy over the patches
+    patch_score   all      how much the words attend to the patch, on average
+                  masked   the same of the words just masked: they and the patches are hidden together
+    """
+    a = reduce_heads(attention, heads)  # (B, L, P)
+    patches = patch_counts(len(a), a.shape[2], patch_ratio, a.device)
+    everything = torch.ones_like(a[:, 0], dtype=torch.bool)
+    mean_over = lambda words: (a * words[..., None]).sum(dim=1) / words.sum(dim=1, keepdim=True).clamp(min=1)
+    if word_score == "max":
+        score = a.amax(dim=2)
+    elif word_score == "mass":
+        score = (a * mask_top(mean_over(word_mask), everything, patches)[:, None]).sum(dim=2)
+    else:
+        # −H(w) = Σ_p q log q,  q = A[w, p] / Σ_p A[w, p]
+        q = a / a.sum(dim=2, keepdim=True).clamp(min=1e-12)
+        score = torch.xlogy(q, q).sum(dim=2)
+    score = _jitter(score, word_mask, noise, generator)
+    words = mask_top(score, word_mask, word_counts(word_mask, word_ratio))
+    # s_p = mean over words of A[w, p]
+    score = _jitter(mean_over(words if patch_score == "masked" else word_mask), everything, noise, generator)
+    return mask_top(score, everything, patches), words
+
+
+def _jitter(scores: Tensor, candidates: Tensor, noise: float, generator: torch.Generator | None) -> Tensor:
+    count = candidates.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (scores * candidates).sum(dim=1, keepdim=True) / count
+    deviation = (((scores - mean) ** 2 * candidates).sum(dim=1, keepdim=True) / count).sqrt()
+    # even without noise exact ties must not always fall to the first: a floor far below any real difference
+    draws = torch.randn(scores.shape, device=scores.device, generator=generator)
+    return scores + draws * (noise * deviation + 1e-7 * scores.abs().amax(dim=1, keepdim=True))
+
+
+def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the masked `candidates`, how many are `shared` by photo and text. All (B, X) -> hits, of how many.
+
+    Words: candidates name an attribute, shared ones name one that this photo shows. Patches: all are candidates,
+    shared ones lie on the region of an attribute that the text names.
+    """
+    masked = mask & candidates
+    return (masked & shared).sum(), masked.sum()
+
+
+def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pointing game (Zhang et al. 2016): is the most attended patch of a word in the word's region?
+
+    attention (B, L, P), regions (B, L, P), words (B, L) with a region -> hits, hits expected of a random patch,
+    of how many words.
+    """
+    hit = regions.gather(2, attention.argmax(dim=2, keepdim=True)).squeeze(2)
+    return (hit & words).sum(), regions.float().mean(dim=2)[words].sum(), words.sum()
 
 
 def corrupt_words(

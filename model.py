@@ -40,26 +40,28 @@ class ModelConfig:
     vision_layers: int = field(default=4, metadata={"help": "ViT layers"})
     text_layers: int = field(default=2, metadata={"help": "text encoder layers"})
     fusion_layers: int = field(default=2, metadata={"help": "fusion encoder layers"})
+    mim_layers: int = field(default=1, metadata={"help": "layers of the light decoder of masked image modelling"})
+    patch_layer: int = field(default=0, metadata={"help": "ViT layer whose patch tokens are put out; 0: the last"})
     registers: int = field(default=0, metadata={"help": "register tokens in the ViT, dropped at its output"})
+    cls_context: bool = field(default=True, metadata={"help": "fusion also looks at the image's CLS token"})
     embed_dim: int = field(default=256, metadata={"help": "width E of the contrastive space"})
     max_length: int = field(default=64, metadata={"help": "longest description, tokens"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in text and fusion layers (BERT: 0.1)"})
     vocab_size: int = field(default=2048, metadata={"help": "WordPiece vocabulary, at most (a given --vocab decides)"})
 
     def __post_init__(self):
-        lowest = {
-            "registers": 0,
-            "max_length": 3,
-            "vocab_size": 6,
-        }  # [CLS] word [SEP]; a word beside the special tokens
+        # [CLS] word [SEP]; a word beside the special tokens
+        lowest = {"registers": 0, "patch_layer": 0, "cls_context": 0, "dropout": 0, "max_length": 3, "vocab_size": 6}
         for spec in fields(self):
-            low, value = lowest.get(spec.name, 0 if spec.name == "dropout" else 1), getattr(self, spec.name)
+            low, value = lowest.get(spec.name, 1), getattr(self, spec.name)
             if value < low:
                 raise ValueError(f"{spec.name} {value} is less than {low}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.patch_layer > self.vision_layers:
+            raise ValueError(f"patch_layer {self.patch_layer}: there are {self.vision_layers} ViT layers")
         if self.dropout >= 1:
             raise ValueError(f"dropout {self.dropout} is not below 1")
 
@@ -149,24 +151,30 @@ def initialise(model: "VisionLanguageModel") -> None:
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm transformer block of ViT."""
+    """Pre-norm transformer block of ViT; with `cross=True` it also looks at the text, for the MIM decoder."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, cross: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attention = Attention(config.width, config.heads)
+        if cross:
+            self.cross_norm = nn.LayerNorm(config.width, eps=1e-6)
+            self.cross_attention = Attention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = mlp(config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text_embeds: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         x = x + self.attention(self.norm1(x))[0]
+        if text_embeds is not None:
+            x = x + self.cross_attention(self.cross_norm(x), text_embeds, keep)[0]
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
     """ViT: images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first.
 
-    `keep` (B, K) lists the patches to encode (the others are never seen, as in MAE); then N = 1 + K.
+    `keep` (B, K) lists the patches to encode (the others are never seen, as in MAE); then N = 1 + K. With
+    `patch_layer` the patches are as that layer leaves them, less global than after the last; CLS is always the last's.
     """
 
     def __init__(self, config: ModelConfig):
@@ -178,6 +186,7 @@ class VisionTransformer(nn.Module):
         self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * NARROW_STD)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.patch_layer = config.patch_layer or config.vision_layers
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")  # (B, P, D)
@@ -186,8 +195,11 @@ class VisionTransformer(nn.Module):
             x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))  # (B, K, D)
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
             x = layer(x)
+            if number == self.patch_layer:
+                patches = x[:, 1:]
+        x = torch.cat([x[:, :1], patches], dim=1)
         # registers took part in self-attention and are dropped here (Darcet et al. 2024)
         return self.norm(x[:, : x.shape[1] - self.registers.shape[1]])
 
@@ -207,12 +219,17 @@ class TextLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, keep: Tensor, image_embeds: Tensor | None = None, return_attention: bool = False
+        self,
+        x: Tensor,
+        keep: Tensor,
+        image_embeds: Tensor | None = None,
+        context_keep: Tensor | None = None,
+        return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         x = self.attention_norm(x + self.dropout(self.attention(x, keep=keep)[0]))
         attention = None
         if image_embeds is not None:
-            seen, attention = self.cross_attention(x, image_embeds, return_attention=return_attention)
+            seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention)
             x = self.cross_attention_norm(x + self.dropout(seen))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
 
@@ -244,27 +261,58 @@ class FusionEncoder(nn.Module):
 
     text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D);
     with `return_attention` also the list, one per layer, of probabilities (B, h, L, N).
+    Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.cls_context = config.cls_context
         self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
 
     def forward(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        x, attentions = text_embeds, []
+        x, attentions, context_keep = text_embeds, [], None
+        if not self.cls_context:
+            context_keep = torch.ones(image_embeds.shape[:2], dtype=torch.bool, device=image_embeds.device)
+            context_keep[:, 0] = False
         for layer in self.layers:
-            x, attention = layer(x, attention_mask.bool(), image_embeds, return_attention)
+            x, attention = layer(x, attention_mask.bool(), image_embeds, context_keep, return_attention)
             attentions.append(attention)
         return (x, attentions) if return_attention else x
+
+
+class PatchDecoder(nn.Module):
+    """The light decoder of masked image modelling (choice, after MAE, He et al. 2022, §3).
+
+    Mask tokens take the places of the patches that the encoder has not seen; all image tokens look at each other and,
+    so that the task is cross-modal, at the text: visible_embeds (B, 1 + K, D) of the patches `keep` (B, K),
+    text_embeds (B, L, D), attention_mask (B, L) -> normalised pixels of every patch (B, P, 3p²).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
+        self.position_embed = nn.Parameter(torch.randn(1, config.grid**2, config.width) * NARROW_STD)
+        self.layers = nn.ModuleList(VisionLayer(config, cross=True) for _ in range(config.mim_layers))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
+
+    def forward(self, visible_embeds: Tensor, keep: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        at = repeat(keep, "b k -> b k d", d=visible_embeds.shape[-1])
+        patches = self.mask_token.to(visible_embeds.dtype).expand(len(keep), self.position_embed.shape[1], -1)
+        patches = patches.scatter(1, at, visible_embeds[:, 1:]) + self.position_embed  # (B, P, D)
+        x = torch.cat([visible_embeds[:, :1], patches], dim=1)
+        for layer in self.layers:
+            x = layer(x, text_embeds, attention_mask.bool())
+        return self.pixels(self.norm(x[:, 1:]))
 
 
 # --------------------------------------------------------------------------------------- whole models
 
 
 class VisionLanguageModel(nn.Module):
-    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head."""
+    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -279,6 +327,7 @@ class VisionLanguageModel(nn.Module):
             nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width, eps=1e-12)
         )
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = PatchDecoder(config)
         self.temp = nn.Parameter(torch.tensor(0.07))
         initialise(self)
 
@@ -311,6 +360,12 @@ class VisionLanguageModel(nn.Module):
     def mlm_logits(self, tokens: Tensor) -> Tensor:
         """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""
         return F.linear(self.mlm_head(tokens), self.text.word_embeddings.weight, self.mlm_bias)
+
+    def reconstruct_patches(
+        self, visible_embeds: Tensor, keep: Tensor, text_embeds: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """encode_image(images, keep) and the text -> normalised pixels (B, P, 3p²); see `PatchDecoder`."""
+        return self.decoder(visible_embeds, keep, text_embeds, attention_mask)
 
     @torch.no_grad()
     def clamp_temp(self) -> None:

@@ -4,10 +4,10 @@
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
 
-What a run leaves in --out: config.json, metrics.jsonl, curves.png, last.pt. Keys of metrics.jsonl:
+What a run leaves in --out: config.json, metrics.jsonl, curves.png, masks.png, last.pt. Keys of metrics.jsonl:
 
     step, epoch                 optimiser steps done; passes over the training photos
-    loss, itc, itm, mlm         the objective and its parts, of that step's batch
+    loss, itc, itm, mlm, mim    the objective and its parts, of that step's batch; mim times its weight
     lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
     itm_accuracy, mlm_accuracy  on that step's batch (matching pairs and negatives; masked words)
     unreadable                  photos left out so far because they could not be decoded
@@ -17,6 +17,16 @@ What a run leaves in --out: config.json, metrics.jsonl, curves.png, last.pt. Key
     val_mlm_accuracy            masked words of held-out photos restored (the run's ratio of random words)
     val_unreadable              held-out photos left out because they could not be decoded
     val_itm_accuracy            held-out pairs told from random wrong ones; chance is 0.5
+    On synthetic photos, whose truth is known, also these; each with its value for random masks (or a random patch, or
+    random batches and negatives) beside it as …_random, and for the hardest batches and negatives as …_hard:
+    word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
+    detail_cooccurrence         the same for the small attributes alone: neither garment nor colour nor pattern
+    patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
+    pointing, pointing_whole    is the most attended patch of a visible word in its region? details; garment and cloth
+    visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
+    unseen_word_accuracy        the same of words that name what it does not show
+    false_negative_rate         share of the ITM negatives whose text in fact describes the photo
+    negative_similarity         mean cosine of the ITM negatives: their hardness
     final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
 """
 
@@ -37,7 +47,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -48,6 +60,7 @@ from data import (
     DataError,
     DataName,
     PhotoDataset,
+    Synthetic,
     augment,
     build_dataset,
     build_tokenizer,
@@ -55,11 +68,37 @@ from data import (
     to_device,
     tokenize,
     word_ids,
+    word_truth,
 )
-from losses import NegativeMode, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss, pick_negatives
-from masking import corrupt_words, random_word_mask
+from losses import (
+    NegativeMode,
+    forbidden_negatives,
+    itc_loss,
+    itc_targets,
+    itm_loss,
+    mim_loss,
+    mlm_loss,
+    pick_negatives,
+)
+from masking import (
+    HeadReduction,
+    PatchScore,
+    WordScore,
+    block_patch_mask,
+    cooccurrence,
+    corrupt_words,
+    pointing,
+    random_patch_mask,
+    random_word_mask,
+    reduce_heads,
+    sync_mask,
+)
 from model import PRESETS, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, WeightsError, load_pretrained
-from sampler import GroupedBatchSampler, SamplerMode
+from sampler import GroupedBatchSampler, SamplerMode, chain
+
+PatchMask = Literal["random", "block", "sync"]
+WordMask = Literal["random", "sync"]
+MaskSource = Literal["attention", "gradcam", "hidden"]
 
 
 class ConfigError(ValueError):
@@ -84,7 +123,7 @@ class TrainConfig:
 
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
-    recipe: Literal["albef"] = option("albef", "method")
+    recipe: Literal["syncmask", "albef"] = option("syncmask", "method")
     preset: Literal["tiny", "small", "base"] = option(
         "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
     )
@@ -110,11 +149,32 @@ class TrainConfig:
     )
     queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
+    mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
+    mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
+    patch_mask: PatchMask = option("sync", "how MIM chooses patches: at random, in random blocks, synchronized")
+    word_mask: WordMask = option("sync", "how MLM chooses words: at random, synchronized")
+    mask_source: MaskSource = option(
+        "hidden",
+        "synchronized masks come from the momentum cross-attention (attention), from it times the gradient of the match"
+        " logit (gradcam), or from that of each word while it is hidden (hidden)",
+    )
+    mask_layer: int = option(0, "fusion layer that is read, from 1 on; 0: the mean of all", low=0)
+    mask_heads: HeadReduction = option("mean", "how its heads are put together")
+    word_score: WordScore = option("entropy", "what makes a word worth masking, see masking.sync_mask")
+    patch_score: PatchScore = option(
+        "masked", "whose attention makes a patch worth masking: all words', the masked ones'"
+    )
+    mask_noise: float = option(0.1, "noise on the scores, in deviations of a row", low=0)
+    mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
+    mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
     itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
-    itm_warmup: int = option(0, "steps with random ITM negatives before that", low=0)
+    itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
+    itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
     sampler: SamplerMode = option("random", "how photos are grouped to batches, from the second epoch on")
     search_size: int = option(1920, "photos in which the grouping looks for similar ones", low=2)
-    margin: float = option(0.0, "semihard groups: how much less similar than the own pair", low=0, high=2)
+    margin: float = option(
+        0.0, "semihard groups and negatives: how much less similar than the own pair, as a cosine", low=0, high=2
+    )
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
     color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
 
@@ -139,10 +199,20 @@ SCHEDULES = {
     # in so few steps soft targets only slow MLM down, and ITM negatives drawn by similarity, of which many are false,
     # undo what the random ones have taught
     "tiny": dict(steps=560, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
-                 itm_negatives="random", crop_scale=0.8),
-    "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, workers=4),
-    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000),
+                 itm_negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
+                 crop_scale=0.8),
+    "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000,
+                  mask_warmup=1000, workers=4),
+    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000),
 }  # fmt: skip
+# what a recipe sets over its preset
+RECIPE_DEFAULTS = {
+    "syncmask": dict(mlm_ratio=0.3, sampler="semihard", itm_negatives="semihard", margin=0.2, registers=4,
+                     cls_context=False),
+    "albef": {},
+}  # fmt: skip
+# flags that only some recipes read
+RECIPE_FLAGS = {"syncmask": {"mim_weight", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"}}
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What a resumed run may change: nothing that decides its result.
 FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "val_every", "save_every"}
@@ -170,8 +240,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         if isinstance(kind, types.UnionType):
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
         defaults = [str(spec.default)] if spec.default is not None else []
-        if config_class is TrainConfig:
-            defaults += [f"{name} {preset[spec.name]}" for name, preset in SCHEDULES.items() if spec.name in preset]
+        layers = SCHEDULES | RECIPE_DEFAULTS
+        defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
         text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -193,7 +263,7 @@ def check_ranges(config) -> None:
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
-    """Command line -> config, names of the flags given. Precedence: defaults < preset < flags."""
+    """Command line -> config, names of the flags given. Precedence: defaults < preset < recipe < flags."""
     parser = OneLineParser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add_flags(parser, TrainConfig)
     add_flags(parser.add_argument_group("sizes of the model (defaults: tiny's)"), ModelConfig)
@@ -205,18 +275,18 @@ def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
 
 
 def layer_config(given: dict) -> TrainConfig:
-    """defaults < preset < `given`, for the run and for its model."""
+    """defaults < preset < recipe < `given`, for the run and for its model."""
     data = given.get("data", "synthetic")
     preset = given.get("preset", DEFAULT_PRESET[data])
-    schedule = dict(SCHEDULES[preset])
+    schedule = SCHEDULES[preset] | RECIPE_DEFAULTS[given.get("recipe", TrainConfig.recipe)]
     if "steps" in given or "epochs" in given:  # the one replaces the other
         schedule.pop("steps", None), schedule.pop("epochs", None)
-    sizes = {spec.name for spec in fields(ModelConfig)}
+    layers, sizes = schedule | given, {spec.name for spec in fields(ModelConfig)}
     try:
-        model = replace(PRESETS[preset], **{k: v for k, v in given.items() if k in sizes})
+        model = replace(PRESETS[preset], **{k: v for k, v in layers.items() if k in sizes})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    run = schedule | {k: v for k, v in given.items() if k not in sizes}
+    run = {k: v for k, v in layers.items() if k not in sizes}
     config = TrainConfig(**{"preset": preset, "model": model, **run})
     return config if config.out else replace(config, out=f"runs/{config.data}-{config.recipe}-{preset}")
 
@@ -236,6 +306,14 @@ def check_flags(config: TrainConfig, given: dict) -> None:
         raise ConfigError("--text-weights and --weights need --vocab: word embeddings belong to their vocabulary")
     if config.weights and (config.text_weights or config.vision_weights):
         raise ConfigError("--weights contradicts --vision-weights and --text-weights; it holds both")
+    for recipe, flags in RECIPE_FLAGS.items():
+        if foreign := sorted(flags & set(given)) if config.recipe != recipe else None:
+            raise ConfigError(f"--{foreign[0].replace('_', '-')} is for --recipe {recipe}, not for {config.recipe}")
+    deepest = config.model.fusion_layers
+    if config.mask_layer > deepest:
+        raise ConfigError(f"--mask-layer {config.mask_layer}: there are {deepest} fusion layers")
+    if config.mask_source == "gradcam" and config.mask_layer == deepest > 1:
+        raise ConfigError(f"--mask-layer {deepest}: only [CLS] of the last layer reaches the match logit of gradcam")
     try:
         device = torch.device(config.device)
     except RuntimeError:
@@ -279,9 +357,19 @@ class Run:
         return self.config.alpha * min(1.0, self.step / self.epoch_steps)
 
     @property
-    def negative_mode(self) -> NegativeMode:
-        """Curriculum (choice): ITM does not leave chance when its negatives are hard from the first step on."""
-        return "random" if self.step < self.config.itm_warmup else self.config.itm_negatives
+    def hard_share(self) -> float:
+        """Share of the ITM negatives that are chosen rather than drawn at random. A curriculum (choice): with hard
+        ones from the first step on ITM does not leave chance, and with nothing but hard ones it forgets the easy."""
+        warmup = self.config.itm_warmup
+        return self.config.itm_share * min(1.0, max(0.0, (self.step - warmup) / max(1, warmup)) if warmup else 1.0)
+
+    def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
+        """`pick_negatives` of logits (B, B), as the config says at this step."""
+        mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.item()
+        chosen = pick_negatives(sim, forbidden, None, mode, self.generator, margin)
+        drawn = pick_negatives(sim, forbidden, None, "random", self.generator)
+        hard = torch.rand(len(sim), device=sim.device, generator=self.generator) < self.hard_share
+        return torch.where(hard, chosen, drawn)
 
     def corrupt(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """`corrupt_words` with this run's vocabulary and generator."""
@@ -316,8 +404,7 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-    wrong_text = pick_negatives(sim_i2t, forbidden, mode=run.negative_mode, generator=run.generator)
-    wrong_image = pick_negatives(sim_t2i, forbidden, mode=run.negative_mode, generator=run.generator)
+    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
     own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
     fused = model.fuse(
         torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
@@ -340,7 +427,123 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
     return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
 
 
-RECIPES: dict[str, Callable] = {"albef": albef}
+def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, both masks from the momentum model's cross-attention.
+
+    Forward passes a step, in photos or captions: image B, and half of the patches of B (visible ones); text 2B (clean,
+    masked); fusion 4B in one call (B matching, 2B not, B masked); decoder B. Momentum: image B, text B, and for the
+    masks text and fusion 2B (source hidden) or fusion B (the others); with alpha > 0 text and fusion B more.
+    """
+    config, model, momentum = run.config, run.model, run.momentum
+    ids, keep = batch["token_ids"], batch["attention_mask"]
+    count = len(ids)
+
+    # mask: what photo and text have in common, as the momentum model sees the clean pair
+    with torch.no_grad():
+        image_embeds_m = momentum.encode_image(batch["images"])
+        text_embeds_m = momentum.encode_text(ids, keep)
+    patch_mask, word_mask = choose_masks(run, batch, image_embeds_m, text_embeds_m)
+    masked_ids, mlm_labels = run.corrupt(ids, word_mask)
+
+    # encode: clean and masked captions share one call; of the masked photos only the visible patches
+    visible = (~patch_mask).nonzero()[:, 1].view(count, -1)  # (B, K)
+    image_embeds = model.encode_image(batch["images"])
+    visible_embeds = model.encode_image(batch["images"], visible)
+    text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
+
+    # contrast
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, image_embeds_m, text_embeds_m)
+
+    # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
+    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
+    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    fused = model.fuse(
+        torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
+        torch.cat([keep, keep[t], keep, keep]),
+        image_embeds[torch.cat([own, own, i, own])],
+    )
+    # reconstruct: masked photo with its text
+    pixels = model.reconstruct_patches(visible_embeds, visible, text_embeds, keep)
+
+    # losses
+    itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
+    itm_logits = model.itm_logits(fused[: 3 * count])
+    chosen = mlm_labels != -100
+    mlm_logits, labels = model.mlm_logits(fused[3 * count :][chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    mlm_logits_m = None
+    if run.alpha > 0:
+        with torch.no_grad():
+            fused_m = momentum.fuse(momentum.encode_text(masked_ids, keep), keep, image_embeds_m)
+            mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
+    losses = {
+        "itc": itc,
+        "itm": itm_loss(itm_logits, itm_labels),
+        "mlm": mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha),
+        "mim": config.mim_weight * mim_loss(pixels, batch["images"], patch_mask),
+    }
+    return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+
+
+RECIPES: dict[str, Callable] = {"syncmask": syncmask, "albef": albef}
+
+
+def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Patch mask (B, P) and word mask (B, L) of a training batch, each random or synchronized as the config says."""
+    config, words, rows = run.config, batch["words"], len(batch["words"])
+    grid, where = config.model.grid, dict(generator=run.generator, device=run.device)
+    if config.patch_mask == "block":
+        patch_mask = block_patch_mask(rows, grid, config.mim_ratio, **where)
+    else:
+        patch_mask = random_patch_mask(rows, grid**2, config.mim_ratio, **where)
+    word_mask = random_word_mask(words, config.mlm_ratio, run.generator)
+    if run.step < config.mask_warmup or "sync" not in (config.patch_mask, config.word_mask):
+        return patch_mask, word_mask
+    attention = momentum_attention(run, batch, image_embeds_m, text_embeds_m, run.generator)
+    sync_patches, sync_words = sync_mask(
+        attention, words, config.mim_ratio, config.mlm_ratio, config.mask_heads, config.word_score,
+        config.patch_score, config.mask_noise, run.generator,
+    )  # fmt: skip
+    keep_random = torch.rand(rows, 1, **where) < config.mask_hint
+    if config.patch_mask == "sync":
+        patch_mask = torch.where(keep_random, patch_mask, sync_patches)
+    if config.word_mask == "sync":
+        word_mask = torch.where(keep_random, word_mask, sync_words)
+    return patch_mask, word_mask
+
+
+def momentum_attention(
+    run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """The momentum model's cross-attention that the masks are made of, (B, h, L, N), after `config.mask_source`.
+
+    attention  A, of the clean pair: the literal reading of SyncMask
+    gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding)
+    hidden     row w of A while word w is hidden: a word that is there needs not look at the photo, a hidden one must.
+               Two passes, each with one random half of the words hidden (choice)
+    """
+    config, momentum, words = run.config, run.momentum, batch["words"]
+    ids, keep = batch["token_ids"], batch["attention_mask"]
+    if config.mask_source == "hidden":
+        half = random_word_mask(words, 0.5, generator)
+        hidden = torch.stack([half, words & ~half])  # (2, B, L)
+        with torch.no_grad():
+            keep, image_embeds_m = keep.repeat(2, 1), image_embeds_m.repeat(2, 1, 1)
+            text = momentum.encode_text(ids.masked_fill(hidden, run.mask_id).flatten(0, 1), keep)
+            _, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
+        first, second = _one_layer(attentions, config.mask_layer).chunk(2)
+        return torch.where(half[:, None, :, None], first, second)
+    with torch.set_grad_enabled(config.mask_source == "gradcam"):
+        text = text_embeds_m.detach().requires_grad_(config.mask_source == "gradcam")
+        fused, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
+        if config.mask_source == "gradcam":
+            gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions)
+            attentions = [a * gradient.clamp(min=0) for a, gradient in zip(attentions, gradients, strict=True)]
+    return _one_layer(attentions, config.mask_layer).detach()
+
+
+def _one_layer(attentions: list[Tensor], layer: int) -> Tensor:
+    return attentions[layer - 1] if layer else torch.stack(attentions).mean(dim=0)
 
 
 def contrast(
@@ -463,6 +666,132 @@ def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset
     return torch.utils.data.Subset(dataset, (dataset.product_ids < count).nonzero()[0].tolist())
 
 
+# ------------------------------------------------------------------------- validation: truth and pictures
+
+
+def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str, float]:
+    """What masks and negatives are worth, where the data set knows it: `mask_truth` and `negative_truth`."""
+    if not (isinstance(train_set, Synthetic) and isinstance(val_set, Synthetic)):
+        return {}
+    return mask_truth(run, val_set) | negative_truth(run, train_set)
+
+
+@torch.no_grad()
+def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
+    """Synchronized masks of held-out photos against what the photos show; beside each figure that of random masks.
+
+    The masks are those that the config asks for, whether the run has trained with them or not.
+    """
+    config, generator = run.config, torch.Generator(run.device).manual_seed(run.config.seed)
+    grid, sums = config.model.grid, {}
+
+    def add(key: str, hits: Tensor, total: Tensor) -> None:
+        before = sums.get(key, (0, 0))
+        sums[key] = before[0] + hits.item(), before[1] + total.item()
+
+    shown = first_products(dataset, config.val_products)
+    loader = DataLoader(shown, config.batch_size, collate_fn=Collate(run.tokenizer))
+    for batch in tqdm(loader, "masks against the truth", unit=" batches", leave=False, disable=None):
+        known = word_truth(dataset, batch["rows"].tolist(), run.tokenizer, grid)
+        attribute, detail, regions = (t.to(run.device) for t in (known.attribute, known.detail, known.regions))
+        visible, named = regions.any(dim=2), regions.any(dim=1)
+        batch = to_device(batch, run.device)
+        attention, patch_mask, word_mask = shown_masks(run, batch, generator)
+        random_patches = random_patch_mask(len(named), grid**2, config.mim_ratio, generator, run.device)
+        random_words = random_word_mask(batch["words"], config.mlm_ratio, generator)
+        for suffix, patches, words in (("", patch_mask, word_mask), ("_random", random_patches, random_words)):
+            add("patch_cooccurrence" + suffix, *cooccurrence(patches, torch.ones_like(named), named))
+            add("word_cooccurrence" + suffix, *cooccurrence(words, attribute, visible))
+            add("detail_cooccurrence" + suffix, *cooccurrence(words, attribute & detail, visible))
+        hidden = batch["token_ids"].masked_fill(random_words, run.mask_id)
+        with autocast(run):
+            text_embeds = run.model.encode_text(hidden, batch["attention_mask"])
+            image_embeds = run.model.encode_image(normalise(batch["images"]))
+            fused = run.model.fuse(text_embeds, batch["attention_mask"], image_embeds)
+        for key, words in (("visible", random_words & visible), ("unseen", random_words & attribute & ~visible)):
+            right = run.model.mlm_logits(fused[words]).argmax(-1) == batch["token_ids"][words]
+            add(f"{key}_word_accuracy", right.sum(), words.sum())
+        heat = reduce_heads(attention, config.mask_heads)
+        for key, words in (("pointing", visible & detail), ("pointing_whole", visible & ~detail)):
+            hits, expected, total = pointing(heat, regions, words)
+            add(key, hits, total)
+            add(key + "_random", expected, total)
+    return {key: hits / max(1, total) for key, (hits, total) in sums.items()}
+
+
+def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention (B, h, L, N) and synchronized masks (B, P), (B, L) of photos that are neither cropped nor flipped."""
+    config, momentum = run.config, run.momentum
+    with autocast(run), torch.no_grad():
+        image_embeds_m = momentum.encode_image(normalise(batch["images"]))
+        text_embeds_m = momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+        attention = momentum_attention(run, batch, image_embeds_m, text_embeds_m, generator)
+    return attention, *sync_mask(
+        attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, config.word_score,
+        config.patch_score, generator=generator,
+    )  # fmt: skip
+
+
+def skill(figures: dict[str, float], key: str) -> float:
+    """How far `key` is on the way from what random masks get to perfect: (value − random) / (1 − random)."""
+    return (figures[key] - figures[key + "_random"]) / max(1e-9, 1 - figures[key + "_random"])
+
+
+def truth_in_words(figures: dict[str, float]) -> list[str]:
+    """The truth for the eye: one line for the masks as skill over random ones, one for the negatives."""
+    if not figures:
+        return []
+    times = lambda key: figures[key] / max(1e-9, figures[key + "_random"])
+    three = lambda key: " / ".join(f"{figures[key + suffix]:.3f}" for suffix in ("", "_random", "_hard"))
+    patches, words, details = (skill(figures, f"{what}_cooccurrence") for what in ("patch", "word", "detail"))
+    return [
+        f"masks, skill over random ones: patches {patches:.2f}, words {words:.2f}, of details {details:.2f}; "
+        f"pointing to details {times('pointing'):.1f} x chance, to the rest {times('pointing_whole'):.1f} x",
+        f"negatives, as configured / random / hard: false {three('false_negative_rate')}, "
+        f"similarity {three('negative_similarity')}",
+    ]
+
+
+@torch.no_grad()
+def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
+    """How many ITM negatives are false, and how similar to the anchor they are: batches composed and negatives picked
+    as the config says in the end, at random, and hard. Over some search blocks of training photos."""
+    config, rng = run.config, np.random.default_rng(run.config.seed)
+    rows = rng.permutation(len(dataset))[: 4 * config.search_size]
+    loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=Collate(run.tokenizer))
+    images, texts = [], []
+    for batch in tqdm(loader, "negatives against the truth", unit=" batches", leave=False, disable=None):
+        batch = to_device(batch, run.device)
+        with autocast(run):
+            images.append(run.momentum.project_image(run.momentum.encode_image(normalise(batch["images"]))).float())
+            embeds = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+            texts.append(run.momentum.project_text(embeds).float())
+    image_feat, text_feat = torch.cat(images).cpu(), torch.cat(texts).cpu()
+    generator, figures = torch.Generator().manual_seed(config.seed), {}
+    for suffix, grouping, picking in (("", config.sampler, config.itm_negatives), ("_random", "random", "random"),
+                                      ("_hard", "hard", "hard")):  # fmt: skip
+        false, similarity = [], []
+        for block in np.split(np.arange(len(rows)), range(config.search_size, len(rows), config.search_size)):
+            sim = image_feat[block] @ text_feat[block].T  # (M, M)
+            groups = np.stack([dataset.product_ids[rows[block]], dataset.caption_ids[rows[block]]])
+            order = np.arange(len(block))
+            if grouping != "random":
+                order = chain(sim.numpy(), groups, 0, config.batch_size, grouping, config.margin)
+            for batch in torch.from_numpy(order).split(config.batch_size):
+                own = sim[batch][:, batch]
+                forbidden = forbidden_negatives(*(torch.from_numpy(ids)[batch] for ids in groups))
+                for scores, flipped in ((own, False), (own.T, True)):
+                    logits = scores / run.model.temp.item() if picking == "similar" else scores
+                    wrong = pick_negatives(logits, forbidden, None, picking, generator, config.margin)
+                    for anchor, j in ((a, j) for a, j in enumerate(wrong.tolist()) if j >= 0):
+                        photo, text = (rows[block[batch[k]]] for k in ((j, anchor) if flipped else (anchor, j)))
+                        false.append(dataset.describes(int(dataset.product_ids[text]), int(photo)))
+                        similarity.append(scores[anchor, j].item())
+        figures["false_negative_rate" + suffix] = float(np.mean(false)) if false else 0.0
+        figures["negative_similarity" + suffix] = float(np.mean(similarity)) if similarity else 0.0
+    return figures
+
+
 # ------------------------------------------------------------------------------------------ the machinery
 
 
@@ -488,7 +817,7 @@ def build_optimizer(model: VisionLanguageModel, config: TrainConfig) -> torch.op
     """AdamW with weight decay on matrices only: not on biases, norms, embeddings, tokens or the temperature."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
-        table = any(part in name for part in ("embeddings", "position_embed", "cls_token", "registers"))
+        table = any(part in name for part in ("embeddings", "position_embed", "_token", "registers"))
         (rest if table or parameter.ndim < 2 else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
@@ -620,7 +949,7 @@ class Metrics:
     def validation(self, step: int) -> dict[str, float]:
         """The held-out figures written for `step`, or nothing."""
         found = [line for line in self.lines if line["step"] == step and "val_i2t_r1" in line]
-        return {key: value for line in found for key, value in line.items() if key.startswith("val_")}
+        return {key: value for line in found for key, value in line.items() if key != "step"}
 
     def write(self, **figures) -> None:
         line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
@@ -659,6 +988,73 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+INK, PAPER, GREY = (30, 30, 34), (255, 255, 255), (150, 150, 156)
+
+
+def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
+    """One photo of each of the first `count` products: the first of one, the second of the next, and so on."""
+    owners = dataset.product_ids
+    views = [(owners == product).nonzero()[0] for product in range(min(count, int(owners.max()) + 1))]
+    return [int(rows[number % len(rows)]) for number, rows in enumerate(views)]
+
+
+def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, side: int = 150) -> None:
+    """masks.png: for each photo the patches and words that random and that synchronized masks would hide."""
+    batch = Collate(run.tokenizer)([dataset[row] for row in rows])
+    if not len(batch["rows"]):  # none can be decoded
+        return
+    items, batch = [dataset[row] for row in batch["rows"].tolist()], to_device(batch, run.device)
+    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    _, patches, words = shown_masks(run, batch, generator)
+    grid, line = run.config.model.grid, 3 * side + 50
+    masks = [
+        ("random", random_patch_mask(len(items), grid**2, run.config.mim_ratio, generator, run.device),
+         random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
+        ("synchronized", patches, words),
+    ]  # fmt: skip
+    page = Image.new("RGB", (3 * side + 40 + 2 * line, (side + 10) * len(items) + 30), PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    for column, (title, _, _) in enumerate(masks):
+        pen.text((side * (column + 1) + 10 * (column + 2), 8), title, INK, font)
+        pen.text((3 * side + 40 + line * column, 8), f"{title} words", INK, font)
+    for i, item in enumerate(items):
+        top = 30 + (side + 10) * i
+        photo = Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        page.paste(photo, (10, top))
+        for column, (_, patch_mask, word_mask) in enumerate(masks):
+            hidden = patch_mask[i].view(grid, grid).cpu().numpy().astype(np.uint8) * 255
+            cover = Image.fromarray(hidden).resize((side, side), Image.Resampling.NEAREST)
+            page.paste(Image.composite(Image.new("RGB", photo.size, GREY), photo, cover),
+                       (side * (column + 1) + 10 * (column + 2), top))  # fmt: skip
+            draw_words(pen, font, item["caption"], run.tokenizer, word_mask[i].tolist(),
+                       (3 * side + 40 + line * column, top), line - 20)  # fmt: skip
+    page.save(path)
+
+
+def draw_words(
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont,
+    caption: str,
+    tokenizer: Tokenizer,
+    mask: list[bool],
+    corner: tuple[int, int],
+    width: int,
+) -> None:
+    """The caption from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible."""
+    (x, y), end = corner, 0
+    for (start, stop), masked in zip(tokenizer.encode(caption).offsets, mask, strict=False):
+        if start == stop:  # special tokens
+            continue
+        x += 5 if start > end else 0
+        size = font.getlength(caption[start:stop])
+        if x + size > corner[0] + width:
+            x, y = corner[0], y + 22
+        if masked:
+            pen.rectangle((x - 1, y, x + size + 1, y + 19), INK)
+        pen.text((x, y), caption[start:stop], PAPER if masked else INK, font)
+        x, end = x + size + 1, stop
 
 
 class StopSignals:
@@ -754,6 +1150,7 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     finally:
         if any("itc" in line for line in metrics.lines):
             draw_curves(metrics.lines, out / "curves.png")
+            draw_masks(run, val_set, first_photos(val_set, 6), out / "masks.png")
 
 
 def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:
@@ -781,9 +1178,12 @@ def loop(
         done = run.step == run.total_steps
         if run.step and (done or run.step % config.val_every == 0) and not metrics.validation(run.step):
             held_out = validate(run, val_set)
+            known = truth(run, train_set, val_set)
             run.model.train()
-            metrics.write(step=run.step, **held_out)
+            metrics.write(step=run.step, **held_out, **known)
             bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in held_out.items()))
+            for line in truth_in_words(known):
+                bar.write("    " + line)
         if done:
             break
 

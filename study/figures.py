@@ -1,6 +1,9 @@
 """Pictures for looking rather than reading.
 
 python study/figures.py sheet --data synthetic --file sheet.png      products with their photos and description
+python study/figures.py masks --checkpoint runs/…/last.pt            what a trained model would mask, random beside
+                                                                     synchronized; --rows chooses the photos
+python study/figures.py words --checkpoint runs/…/last.pt            for each word, where in the photo it looks
 """
 
 import argparse
@@ -14,8 +17,14 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
 
-from data import DataError, DataName, PhotoDataset, build_dataset
+from data import Collate, DataError, DataName, PhotoDataset, build_dataset, to_device
+from masking import reduce_heads
+from train import ConfigError, Run, build_run, config_from_dict, draw_masks, first_photos, load_checkpoint, shown_masks
 
 
 def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4) -> None:
@@ -37,23 +46,80 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4
     plt.close(figure)
 
 
+def draw_words(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> None:
+    """One photo a row, then for every word the photo lit by the word's attention; masked words are underlined."""
+    items = [item for item in (dataset[row] for row in rows) if isinstance(item, dict)]
+    if not items:
+        raise DataError("none of these photos can be decoded")
+    batch = to_device(Collate(run.tokenizer)(items), run.device)
+    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    attention, _, masked = shown_masks(run, batch, generator)
+    heat = reduce_heads(attention, run.config.mask_heads).cpu()  # (B, L, P)
+    columns = 1 + int(batch["words"].sum(dim=1).max())
+    figure, axes = plt.subplots(len(items), columns, figsize=(columns * 0.95, len(items) * 1.2), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for b, (item, row_axes) in enumerate(zip(items, axes, strict=True)):
+        photo = item["image"].permute(1, 2, 0).numpy() / 255
+        for axis in row_axes:
+            axis.axis("off")
+        row_axes[0].imshow(photo)
+        tokens = run.tokenizer.encode(item["caption"]).tokens
+        for axis, token in zip(row_axes[1:], batch["words"][b].nonzero()[:, 0].tolist(), strict=False):
+            map_ = heat[b, token].view(run.config.model.grid, -1).numpy()
+            light = Image.fromarray(map_ / max(map_.max(), 1e-12)).resize(photo.shape[:2], Image.Resampling.BILINEAR)
+            axis.imshow(photo * (0.15 + 0.85 * np.asarray(light)[..., None]))
+            style = {"bbox": {"facecolor": "0.8", "edgecolor": "none", "pad": 1}} if masked[b, token] else {}
+            axis.set_title(tokens[token], fontsize=7, pad=3, **style)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
+    """A trained run with its validation photos; `root` only where the files have moved. Raises ConfigError."""
+    state = load_checkpoint(checkpoint)
+    config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
+    dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
+    run = build_run(config, dataset, Tokenizer.from_str(state["tokenizer"]))
+    run.momentum.model.load_state_dict(state["momentum"])
+    run.model.load_state_dict(state["model"])
+    run.step = state["step"]
+    return run, dataset
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("figures.py", description=__doc__.split("\n")[0])
-    parser.add_argument("figure", choices=["sheet"])
-    parser.add_argument("--data", choices=get_args(DataName), default="synthetic")
+    parser = argparse.ArgumentParser(
+        "figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figure", choices=["sheet", "masks", "words"])
     parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--split", choices=["train", "val"], default="train")
-    parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--products", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--file", type=Path, default=Path("sheet.png"))
+    parser.add_argument("--file", type=Path, help="picture to write (default the figure's name, .png)")
+    sheet = parser.add_argument_group("sheet")
+    sheet.add_argument("--data", choices=get_args(DataName), default="synthetic")
+    sheet.add_argument("--split", choices=["train", "val"], default="train")
+    sheet.add_argument("--image-size", type=int, default=128)
+    sheet.add_argument("--products", type=int, default=6)
+    sheet.add_argument("--seed", type=int, default=0)
+    trained = parser.add_argument_group("masks, words")
+    trained.add_argument("--checkpoint", type=Path, help="last.pt of a run")
+    trained.add_argument("--rows", type=int, nargs="+", help="validation photos (default: of the first six products)")
+    trained.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    if args.products < 1:
-        parser.error("--products: at least 1")
+    args.file = args.file or Path(f"{args.figure}.png")
+    if args.products < 1 or args.image_size < 1:
+        parser.error("--products and --image-size: at least 1")
+    if args.figure != "sheet" and not args.checkpoint:
+        parser.error(f"{args.figure} needs --checkpoint")
     try:
-        dataset = build_dataset(args.data, args.root, args.split, args.image_size, args.seed, args.products)
-        draw_sheet(dataset, args.products, args.file)
-    except (DataError, OSError) as error:
+        if args.figure == "sheet":
+            dataset = build_dataset(args.data, args.root, args.split, args.image_size, args.seed, args.products)
+            draw_sheet(dataset, args.products, args.file)
+        else:
+            run, dataset = open_run(args.checkpoint, args.root, args.device)
+            rows = args.rows or first_photos(dataset, 6)
+            if not 0 <= min(rows) <= max(rows) < len(dataset):
+                raise ConfigError(f"--rows: the validation split has photos 0 to {len(dataset) - 1}")
+            {"masks": draw_masks, "words": draw_words}[args.figure](run, dataset, rows, args.file)
+    except (ConfigError, DataError, OSError) as error:
         sys.exit(f"figures.py: {error}")
     print(args.file)
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -77,6 +78,57 @@ def test_truth_regions_follow_the_view(wardrobe):
                 assert (key in regions) == (view in shown_on), (view, key, wardrobe.captions[row])
             elif "front" not in shown_on:
                 assert key not in regions
+
+
+def test_word_truth_is_the_truth_token_by_token(wardrobe):
+    tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
+    rows = list(range(12))
+    known = data.word_truth(wardrobe, rows, tokenizer, 8)
+    encodings = tokenizer.encode_batch([wardrobe.captions[row] for row in rows])
+    assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
+    hidden = 0
+    for b, row in enumerate(rows):
+        spans, regions = wardrobe.truth(row, 8)
+        for i, ((start, end), special) in enumerate(zip(encodings[b].offsets, encodings[b].special_tokens_mask)):
+            keys = [key for first, last, key in spans if first <= start and end <= last and not special]
+            assert known.attribute[b, i] == bool(keys)
+            shown = [key for key in keys if key in regions]
+            assert known.visible[b, i] == bool(shown)
+            if shown:
+                assert torch.equal(known.regions[b, i], torch.from_numpy(regions[shown[0]]))
+            assert known.detail[b, i] == bool(keys and keys[0] not in ("garment", "colour", "pattern"))
+            hidden += bool(keys) and not shown
+    assert hidden > 10 and not (known.visible & ~known.attribute).any()
+
+
+def test_a_description_fits_a_photo_that_shows_nothing_against_it():
+    """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
+    shirt = data.Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""), ("graphic", "pink", "star")))
+    others = {
+        "itself": shirt,
+        "another colour": replace(shirt, colour="teal"),
+        "another garment": replace(shirt, garment="polo"),
+        "another sleeve": replace(shirt, sleeve="short"),
+        "another logo": replace(shirt, details=(("logo", "white", ""), ("graphic", "pink", "star"))),
+        "no logo": replace(shirt, details=(("graphic", "pink", "star"),)),
+        "another graphic": replace(shirt, details=(("logo", "red", ""), ("graphic", "pink", "heart"))),
+        "a belt more": replace(shirt, details=(*shirt.details, ("belt", "white", ""))),
+        "striped": replace(shirt, pattern=("striped", "white")),
+    }
+    dataset = data.Synthetic("train", 1, 64, progress=False)
+    dataset.products, dataset.rows = list(others.values()), [(0, "front"), (0, "back")]
+    fits = {name: [dataset.describes(i, row) for row in (0, 1)] for i, name in enumerate(others)}
+    assert fits == {
+        "itself": [True, True],
+        "another colour": [False, False],
+        "another garment": [False, False],
+        "another sleeve": [False, False],
+        "another logo": [False, True],  # logos are at the front
+        "no logo": [True, True],  # what it says is true; it only says less
+        "another graphic": [True, False],  # graphics are at the back
+        "a belt more": [False, False],
+        "striped": [False, False],
+    }
 
 
 def test_truth_regions_are_where_the_colour_is():

@@ -1,10 +1,22 @@
-"""Masks: exact counts, only words, the 80/10/10 rule."""
+"""Masks: exact counts, only words, the 80/10/10 rule; synchronized masks by hand; what masks are measured by."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masking import corrupt_words, mask_top, random_word_mask
+from masking import (
+    block_patch_mask,
+    cooccurrence,
+    corrupt_words,
+    mask_top,
+    pointing,
+    random_patch_mask,
+    random_word_mask,
+    sync_mask,
+)
 
 WORDS = torch.tensor(
     [
@@ -13,17 +25,18 @@ WORDS = torch.tensor(
         [0, 0, 0, 0, 0, 0, 0, 0],  # a caption without a word
     ]
 ).bool()
+seeded = lambda seed: torch.Generator().manual_seed(seed)
 
 
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_random_word_mask_has_exact_counts_and_masks_only_words(ratio, seed):
-    mask = random_word_mask(WORDS, ratio, torch.Generator().manual_seed(seed))
+    mask = random_word_mask(WORDS, ratio, seeded(seed))
     assert not (mask & ~WORDS).any()
     assert mask.sum(1).tolist() == [max(1, round(6 * ratio)), 1, 0]
 
 
 def test_random_word_mask_is_seeded_and_uniform():
-    draw = lambda seed: random_word_mask(WORDS, 0.5, torch.Generator().manual_seed(seed))
+    draw = lambda seed: random_word_mask(WORDS, 0.5, seeded(seed))
     assert torch.equal(draw(3), draw(3))
     share = torch.stack([draw(seed) for seed in range(2000)]).float().mean(0)[0, 1:7]
     assert ((share - 0.5).abs() < 0.05).all()
@@ -35,13 +48,117 @@ def test_mask_top_takes_the_highest_candidates():
     assert mask_top(scores, candidates, torch.tensor([2, 1])).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0]]
 
 
+@given(grid=st.integers(2, 9), ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_patch_masks_have_exact_counts_and_leave_a_patch(grid, ratio, seed):
+    for mask in (
+        random_patch_mask(5, grid**2, ratio, seeded(seed)),
+        block_patch_mask(5, grid, ratio, seeded(seed)),
+    ):
+        assert mask.shape == (5, grid**2)
+        assert mask.sum(1).tolist() == [min(round(ratio * grid**2), grid**2 - 1)] * 5
+
+
+def test_random_patches_are_uniform_and_blocks_are_blocks():
+    scattered, blocks = random_patch_mask(4000, 64, 0.4, seeded(0)), block_patch_mask(4000, 8, 0.4, seeded(0))
+    assert ((scattered.float().mean(0) - 0.4).abs() < 0.04).all()
+    assert blocks.float().mean(0).min() > 0.05  # every patch is masked now and then
+    together = lambda mask: (mask.view(-1, 8, 8)[:, :, 1:] & mask.view(-1, 8, 8)[:, :, :-1]).float().mean()
+    assert together(scattered) < 0.18 and together(blocks) > 0.26
+
+
+# ------------------------------------------------------------------------------------- synchronized masks
+
+
+@given(
+    heads=st.sampled_from(["mean", "max"]),
+    word_score=st.sampled_from(["max", "mass", "entropy"]),
+    patch_score=st.sampled_from(["all", "masked"]),
+    patch_ratio=st.floats(0, 1),
+    word_ratio=st.floats(0, 1),
+    noise=st.sampled_from([0.0, 0.3, 100.0]),
+    seed=st.integers(0, 2**31),
+    flat=st.booleans(),
+)
+def test_sync_masks_have_exact_counts_and_mask_only_words(
+    heads, word_score, patch_score, patch_ratio, word_ratio, noise, seed, flat
+):
+    """Also where all scores tie, where a row of attention is zero, and where there is no word at all."""
+    attention = torch.randn(3, 2, 8, 10, generator=seeded(seed)).softmax(-1)
+    if flat:
+        attention = torch.zeros_like(attention)
+    patches, words = sync_mask(
+        attention, WORDS, patch_ratio, word_ratio, heads, word_score, patch_score, noise, seeded(seed)
+    )
+    assert patches.shape == (3, 9) and words.shape == (3, 8)
+    assert patches.sum(1).tolist() == [min(round(9 * patch_ratio), 8)] * 3
+    assert not (words & ~WORDS).any() and words.sum(1).tolist() == [max(1, round(6 * word_ratio)), 1, 0]
+
+
+def test_sync_mask_by_hand():
+    """One pair, two heads, [CLS] + three words + [SEP] + [PAD], image CLS + four patches."""
+    words = torch.tensor([[False, True, True, True, False, False]])
+    attention = torch.zeros(1, 2, 6, 5)
+    # CLS column first; it and the rows of special tokens must not count
+    attention[0, :, 0] = attention[0, :, 4] = attention[0, :, 5] = torch.tensor([0.0, 1.0, 0, 0, 0])
+    attention[0, :, 1] = torch.tensor([0.80, 0.02, 0.02, 0.02, 0.14])  # little on patches, but concentrated
+    attention[0, :, 2] = torch.tensor([0.00, 0.25, 0.25, 0.25, 0.25])  # spread evenly
+    attention[0, 0, 3] = torch.tensor([0.10, 0.00, 0.52, 0.38, 0.00])
+    attention[0, 1, 3] = torch.tensor([0.10, 0.00, 0.00, 0.40, 0.50])
+    masks = lambda score, whose="all", heads="mean": [
+        m[0].int().tolist() for m in sync_mask(attention, words, 0.5, 0.34, heads, score, whose)
+    ]
+    # patch scores: (0.27, 0.53, 0.66, 0.64)/3 -> the third and the fourth
+    # max: 0.14, 0.25, 0.39 · mass on the two: 0.16, 0.50, 0.64 · entropy of (.1,.1,.1,.7), uniform, (0,.29,.43,.28)
+    assert masks("max") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
+    assert masks("mass") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
+    assert masks("entropy") == [[0, 0, 1, 1], [0, 1, 0, 0, 0, 0]]
+    # the patches of the one masked word: 0, 0.26, 0.39, 0.25
+    assert masks("max", "masked") == [[0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
+    # the strongest head: word three 0, 0.52, 0.4, 0.5 -> patches 0.27, 0.79, 0.67, 0.89
+    assert masks("max", heads="max") == [[0, 1, 0, 1], [0, 0, 0, 1, 0, 0]]
+
+
+def test_noise_varies_near_ties_and_leaves_clear_cases_alone():
+    words = torch.ones(1, 2).bool()
+    attention = torch.tensor([0.0, 0.3, 0.3, 0.39, 0.01]).expand(1, 1, 2, 5)
+    drawn = torch.stack(
+        [sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(s))[0][0] for s in range(200)]
+    )
+    share = drawn.float().mean(0)
+    assert 0.3 < share[0] < 0.7 and 0.3 < share[1] < 0.7 and share[2] == 1 and share[3] == 0
+    again = sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(7))
+    assert all(map(torch.equal, again, sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(7))))
+
+
+# ------------------------------------------------------------------------------- what masks are measured by
+
+
+def test_cooccurrence_by_hand():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]]).bool()
+    candidates = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]]).bool()
+    shared = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool()
+    hits, total = cooccurrence(mask, candidates, shared)
+    assert (hits, total) == (2, 3)
+
+
+def test_pointing_by_hand():
+    """Word 0 points into its region, word 1 beside it, word 2 has none, word 3 is not asked about."""
+    attention = torch.tensor([[[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]])
+    regions = torch.tensor([[[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]]]).bool()
+    hits, expected, total = pointing(attention, regions, torch.tensor([[True, True, False, False]]))
+    assert (hits, total) == (1, 2) and expected == pytest.approx(2 / 3 + 1 / 3)
+
+
+# ----------------------------------------------------------------------------------------------- corruption
+
+
 def test_corruption_is_80_10_10_and_labels_the_masked_only():
-    ids = torch.randint(5, 1000, (200, 100))
-    mask = torch.rand(ids.shape) < 0.5
-    corrupted, labels = corrupt_words(ids, mask, 4, torch.arange(5, 1000), torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 1000, (200, 100), generator=seeded(1))
+    mask = torch.rand(ids.shape, generator=seeded(2)) < 0.5
+    corrupted, labels = corrupt_words(ids, mask, 4, torch.arange(5, 1000), seeded(0))
     assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()
     assert torch.equal(corrupted[~mask], ids[~mask])
     masked, kept = (corrupted == 4)[mask].float().mean(), (corrupted == ids)[mask].float().mean()
-    assert abs(masked - 0.8) < 0.02 and abs(kept - 0.1) < 0.02
+    assert math.isclose(masked, 0.8, abs_tol=0.02) and math.isclose(kept, 0.1, abs_tol=0.02)
     drawn = corrupted[mask & (corrupted != 4) & (corrupted != ids)]
     assert drawn.min() >= 5 and drawn.max() < 1000 and len(drawn.unique()) > 500

@@ -28,7 +28,7 @@ def run_epoch(sampler, epoch, image_feat, text_feat, first_batch=0):
     return batches
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     size=st.integers(1, 90), batch=st.integers(1, 20), search=st.integers(1, 40), pool=st.integers(1, 3),
     views=st.integers(1, 4), mode=st.sampled_from(MODES),
@@ -111,7 +111,7 @@ def slow_chain(sim, groups, first, batch_size, mode, margin):
     return order
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(size=st.integers(1, 24), batch=st.integers(1, 9), seed=st.integers(0, 10**6), mode=st.sampled_from(MODES[1:]),
        margin=st.sampled_from([0.0, 0.2]), kinds=st.integers(1, 12))  # fmt: skip
 def test_chain_equals_the_slow_definition(size, batch, seed, mode, margin, kinds):
@@ -154,7 +154,7 @@ def test_grouping_makes_batches_harder_and_semihard_less_so():
 # ------------------------------------------------------------------------------------------ separation
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=30), batch=st.integers(1, 8), seed=st.integers(0, 999))
 def test_separate_keeps_every_item_and_counts_what_is_left(sizes, batch, seed):
     products = np.repeat(np.arange(len(sizes)), sizes)

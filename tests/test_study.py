@@ -1,12 +1,21 @@
-"""The pictures are drawn, and of what they say."""
+"""The pictures are drawn, and of what they say; experiments can be stopped and gone on with."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 from PIL import Image
 
+import train
+from study import ablate, benchmark, figures, sources
+
 ROOT = Path(__file__).parent.parent
+SMALL = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
+         "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8", "--val-products", "6",
+         "--steps", "2"]  # fmt: skip
 
 
 def test_contact_sheet(tmp_path):
@@ -20,3 +29,88 @@ def test_contact_sheet(tmp_path):
         refused.returncode == 1
         and refused.stderr.strip() == "figures.py: /nowhere: no such folder; say with --root where the jsonl files are"
     )
+
+
+def test_masks_and_words_of_a_checkpoint(tmp_path, capsys):
+    config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
+    train.train(config, given)
+    checkpoint = str(tmp_path / "last.pt")
+    figures.main(["masks", "--checkpoint", checkpoint, "--file", str(tmp_path / "again.png")])
+    assert np.array_equal(np.array(Image.open(tmp_path / "masks.png")), np.array(Image.open(tmp_path / "again.png")))
+    figures.main(["masks", "--checkpoint", checkpoint, "--rows", "5", "--file", str(tmp_path / "one.png")])
+    assert Image.open(tmp_path / "one.png").height < Image.open(tmp_path / "masks.png").height / 3
+    figures.main(["words", "--checkpoint", checkpoint, "--rows", "0", "4", "--file", str(tmp_path / "words.png")])
+    assert Image.open(tmp_path / "words.png").width > 600
+    for flags, message in (
+        (["masks"], "masks needs --checkpoint"),
+        (["words", "--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
+        (["words", "--checkpoint", checkpoint, "--rows", "99999"], "--rows: the validation split has photos 0 to"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            figures.main(flags)
+        assert message in str(caught.value.code) + capsys.readouterr().err
+
+
+def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatch):
+    config, given = train.parse_config([*SMALL, "--fusion-layers", "2", "--out", str(tmp_path)])
+    train.train(config, given)
+    asked = []
+    figures_of = dict.fromkeys(["word_cooccurrence", "detail_cooccurrence", "patch_cooccurrence", "pointing"], 0.75)
+    figures_of |= {key + "_random": 0.5 for key in figures_of}
+    monkeypatch.setattr(sources, "mask_truth", lambda run, dataset: asked.append(run.config) or figures_of)
+    capsys.readouterr()
+    sources.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "7"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + len(asked) == 2 + 3 * 2 * (3 + 2 + 3)  # Grad-CAM has no last layer
+    assert len({(c.mask_source, c.mask_layer, c.word_score, c.patch_score) for c in asked}) == len(asked)
+    assert rows[2] == "| attention | 1 | max | all words | 0.50 | 0.50 | 0.50 | 1.5 |" and asked[0].val_products == 7
+    with pytest.raises(SystemExit, match="sources.py: /nowhere.pt: no such checkpoint"):
+        sources.main(["--checkpoint", "/nowhere.pt"])
+
+
+def test_masked_words_are_blacked_out(tmp_path):
+    """Black behind the masked word alone."""
+    config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
+    dataset = train.build_dataset("synthetic", None, "val", 32)
+    run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
+    page = Image.new("RGB", (400, 60), train.PAPER)
+    pen, font = train.ImageDraw.Draw(page), train.ImageFont.load_default(15)
+    train.draw_words(pen, font, "red coat", run.tokenizer, [False, False, True, False], (0, 0), 300)
+    dark = (np.array(page) == train.INK).all(2).sum(0)
+    middle = int(font.getlength("red")) + 3
+    assert dark[:middle].max() < 15 < dark[middle:].max()
+
+
+def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        ablate, "GRIDS", {"method": {"one": ["--itm-negatives", "hard"], "two": ["--word-mask", "random"]}}
+    )
+    flags = ["--seeds", "2", "--out", str(tmp_path), *SMALL]
+    with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+        ablate.main([*flags, "--stop-at", "1"])
+    assert json.loads((tmp_path / "0-0" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+    ablate.main(flags)
+    first = (tmp_path / "table.md").read_text()
+    before = (tmp_path / "1-1" / "last.pt").stat().st_mtime_ns
+    ablate.main(flags)
+    assert (tmp_path / "table.md").read_text() == first and (tmp_path / "1-1" / "last.pt").stat().st_mtime_ns == before
+    header, _, one, two = [line for line in first.splitlines() if line.startswith("|")]
+    finals = [json.loads((tmp_path / f"0-{seed}" / "metrics.jsonl").read_text().splitlines()[-1]) for seed in (0, 1)]
+    values = [100 * final["val_i2t_r1"] for final in finals]
+    assert one.split(" | ")[1] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    assert two.startswith("| two | ") and header.count("|") == one.count("|")
+    assert header.split(" | ")[1] == "R@1 i2t %" and first in capsys.readouterr().out
+
+
+def test_every_condition_of_the_ablations_is_a_valid_run():
+    for grid in ablate.GRIDS.values():
+        configs = [train.parse_config(flags)[0] for flags in grid.values()]
+        assert len(set(configs)) == len(configs)
+
+
+def test_sampler_benchmark_composes_every_photo(capsys):
+    benchmark.main(["sampler", "--items", "500", "--block", "100", "--batch", "16", "--width", "8"])
+    out = capsys.readouterr().out
+    assert "500 photos, hard" in out and "500 photos, semihard" in out
+    with pytest.raises(SystemExit):
+        benchmark.main(["sampler", "--items", "0"])

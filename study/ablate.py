@@ -1,0 +1,120 @@
+"""Ablations on the synthetic photos: every condition with several seeds, as mean ± standard deviation.
+
+python study/ablate.py                             {random, sync} masks × {random, hard, semihard} batches
+python study/ablate.py --grid attention            what makes the raw momentum cross-attention look at the right place
+
+It may be stopped at any time; the same command goes on where it stopped, and ends with the table, which it also writes
+to --file. Flags that it does not know go to train.py: --steps, --products, --batch-size, … Give the same ones when
+going on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+
+from data import DataError
+from train import ConfigError, NonFiniteLoss, parse_config, skill, train
+
+masks = lambda kind: ["--patch-mask", kind, "--word-mask", kind]
+batches = lambda kind: ["--sampler", kind, "--itm-negatives", kind]
+plain = [*masks("random"), *batches("random"), "--mask-source", "attention", "--mask-layer", "2"]
+vision = lambda registers, context: ["--registers", str(registers), f"--{context}cls-context"]
+GRIDS = {
+    "method": {f"{m} masks, {b} batches": masks(m) + batches(b)
+               for m in ("random", "sync") for b in ("random", "hard", "semihard")},
+    # random masks and batches throughout; only what is read off the clean pair's attention is of interest
+    "attention": {
+        "no MIM": [*plain, *vision(0, ""), "--mim-weight", "0"],
+        "MIM": [*plain, *vision(0, "")],
+        "MIM, 4 registers": [*plain, *vision(4, "")],
+        "MIM, no CLS in the context": [*plain, *vision(0, "no-")],
+        "MIM, both": [*plain, *vision(4, "no-")],
+        "MIM, both, patches of ViT layer 2": [*plain, *vision(4, "no-"), "--patch-layer", "2"],
+        "MIM, both, ViT of 2 layers": [*plain, *vision(4, "no-"), "--vision-layers", "2"],
+    },
+}  # fmt: skip
+percent = lambda key: lambda f: 100 * f[key]
+# a column: title, figure from the final line of a run, decimals
+COLUMNS: list[tuple[str, Callable[[dict], float], int]] = [
+    ("R@1 i2t %", percent("val_i2t_r1"), 1),
+    ("R@1 t2i %", percent("val_t2i_r1"), 1),
+    ("ITM %", percent("val_itm_accuracy"), 1),
+    ("MLM %", percent("val_mlm_accuracy"), 1),
+    ("visible words %", percent("visible_word_accuracy"), 1),
+    ("patch skill", lambda f: skill(f, "patch_cooccurrence"), 2),
+    ("word skill", lambda f: skill(f, "word_cooccurrence"), 2),
+    ("pointing × chance", lambda f: f["pointing"] / f["pointing_random"], 1),
+    ("false negatives %", percent("false_negative_rate"), 2),
+    ("their similarity", lambda f: f["negative_similarity"], 2),
+]
+
+
+def run_once(out: Path, flags: list[str]) -> dict | None:
+    """Train, go on, or read what is done already. -> the final line of metrics; None when stopped."""
+    metrics = out / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text().splitlines()
+        if lines and '"final": true' in lines[-1]:
+            return json.loads(lines[-1])
+    if (out / "last.pt").exists():
+        flags = [*flags, "--resume"]
+    config, given = parse_config([*flags, "--out", str(out)])
+    return train(config, given)
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: a condition a row, a figure a column, mean ± standard deviation over the seeds."""
+    titles = [title for title, _, _ in COLUMNS]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, finals in results.items():
+        cells = []
+        for _, figure, decimals in COLUMNS:
+            values = np.array([figure(final) for final in finals])
+            spread = f" ± {values.std(ddof=1):.{decimals}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{decimals}f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--grid", choices=GRIDS, default="method")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder of the runs (default runs/ablate-GRID)")
+    parser.add_argument("--file", type=Path, help="where the table goes (default table.md in that folder)")
+    args, flags = parser.parse_known_args(argv)
+    if args.seeds < 1:
+        parser.error("--seeds: at least 1")
+    out = args.out or Path(f"runs/ablate-{args.grid}")
+    results: dict[str, list[dict]] = {}
+    try:
+        for seed in range(args.seeds):
+            for number, (name, condition) in enumerate(GRIDS[args.grid].items()):
+                print(f"--- {name}, seed {seed}")
+                fixed = [*condition, "--seed", str(seed), "--val-every", "1000000"]
+                final = run_once(out / f"{number}-{seed}", [*fixed, *flags])
+                if final is None:
+                    sys.exit("ablate.py: stopped; the same command goes on")
+                results.setdefault(name, []).append(final)
+    except (ConfigError, DataError, NonFiniteLoss, OSError) as error:
+        sys.exit(f"ablate.py: {error}")
+    hours = sum(final["seconds"] for finals in results.values() for final in finals) / 3600
+    command = " ".join(["python study/ablate.py", f"--grid {args.grid}", f"--seeds {args.seeds}", *flags])
+    machine = f"{os.cpu_count()} cores ({platform.machine()})"
+    text = f"`{command}`\n\n{hours:.1f} hours of training on {machine}, {args.seeds} seeds\n\n{table(results)}\n"
+    file = args.file or out / "table.md"
+    file.write_text(text)
+    print(f"\n{text}\n{file}")
+
+
+if __name__ == "__main__":
+    main()
