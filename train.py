@@ -205,10 +205,11 @@ SCHEDULES = {
                   mask_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000),
 }  # fmt: skip
-# what a recipe sets over its preset
+# what a recipe sets over its preset, and what it sets for one preset alone
 RECIPE_DEFAULTS = {
-    "syncmask": dict(mlm_ratio=0.3, sampler="semihard", itm_negatives="semihard", margin=0.2, registers=4,
-                     cls_context=False),
+    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.3, sampler="semihard", itm_negatives="semihard", margin=0.2,
+                     registers=4, cls_context=False),
+    "syncmask tiny": dict(patch_layer=2),
     "albef": {},
 }  # fmt: skip
 # flags that only some recipes read
@@ -278,7 +279,8 @@ def layer_config(given: dict) -> TrainConfig:
     """defaults < preset < recipe < `given`, for the run and for its model."""
     data = given.get("data", "synthetic")
     preset = given.get("preset", DEFAULT_PRESET[data])
-    schedule = SCHEDULES[preset] | RECIPE_DEFAULTS[given.get("recipe", TrainConfig.recipe)]
+    recipe = given.get("recipe", TrainConfig.recipe)
+    schedule = SCHEDULES[preset] | RECIPE_DEFAULTS[recipe] | RECIPE_DEFAULTS.get(f"{recipe} {preset}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
         schedule.pop("steps", None), schedule.pop("epochs", None)
     layers, sizes = schedule | given, {spec.name for spec in fields(ModelConfig)}

@@ -25,7 +25,7 @@ from train import ConfigError, NonFiniteLoss, parse_config, skill, train
 masks = lambda kind: ["--patch-mask", kind, "--word-mask", kind]
 batches = lambda kind: ["--sampler", kind, "--itm-negatives", kind]
 plain = [*masks("random"), *batches("random"), "--mask-source", "attention", "--mask-layer", "2"]
-vision = lambda registers, context: ["--registers", str(registers), f"--{context}cls-context"]
+vision = lambda registers, context: ["--registers", str(registers), f"--{context}cls-context", "--patch-layer", "0"]
 GRIDS = {
     "method": {f"{m} masks, {b} batches": masks(m) + batches(b)
                for m in ("random", "sync") for b in ("random", "hard", "semihard")},
@@ -36,6 +36,7 @@ GRIDS = {
         "MIM, 4 registers": [*plain, *vision(4, "")],
         "MIM, no CLS in the context": [*plain, *vision(0, "no-")],
         "MIM, both": [*plain, *vision(4, "no-")],
+        "MIM, patches of ViT layer 2": [*plain, *vision(0, ""), "--patch-layer", "2"],
         "MIM, both, patches of ViT layer 2": [*plain, *vision(4, "no-"), "--patch-layer", "2"],
         "MIM, both, ViT of 2 layers": [*plain, *vision(4, "no-"), "--vision-layers", "2"],
     },

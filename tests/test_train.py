@@ -454,7 +454,9 @@ def test_precedence_defaults_preset_recipe_flags():
     assert config.weight_decay == 0.02 and config.out == "runs/synthetic-albef-tiny"
     assert config.itm_negatives == train.SCHEDULES["tiny"]["itm_negatives"]
     config, _ = parse_config([])
-    assert config.recipe == "syncmask" and config.model == replace(PRESETS["tiny"], registers=4, cls_context=False)
+    assert config.recipe == "syncmask" and config.model == replace(
+        PRESETS["tiny"], registers=4, cls_context=False, patch_layer=2
+    )
     assert config.itm_negatives == "semihard" and parse_config(["--itm-negatives", "hard"])[0].itm_negatives == "hard"
     config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--registers", "4"])
     assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
