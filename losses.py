@@ -53,7 +53,7 @@ def pick_negatives(
     positive_sim: Tensor | None = None,
     mode: NegativeMode = "similar",
     generator: torch.Generator | None = None,
-    margin: float = 0.0,
+    margin: float | Tensor = 0.0,
 ) -> Tensor:
     """One in-batch negative for each row of `sim` (B, B): its column (B,), or −1 where every column is forbidden.
 

@@ -103,7 +103,8 @@ def sync_mask(
 
     word_score    max      the most that the word attends to any one patch
                   mass     what it attends to the patches that all words together attend to most
-                  entropy  how concentrated its attention is: the negative entropy over the patches
+                  entropy  how concentrated its attention is: the negative entropy over the patches, less what it
+                           attends to none of them (the image CLS; patches that only some layers agree on)
     patch_score   all      how much the words attend to the patch, on average
                   masked   the same of the words just masked: they and the patches are hidden together
     """
@@ -116,9 +117,9 @@ def sync_mask(
     elif word_score == "mass":
         score = (a * mask_top(mean_over(word_mask), everything, patches)[:, None]).sum(dim=2)
     else:
-        # −H(w) = Σ_p q log q,  q = A[w, p] / Σ_p A[w, p]
-        q = a / a.sum(dim=2, keepdim=True).clamp(min=1e-12)
-        score = torch.xlogy(q, q).sum(dim=2)
+        # Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],  q = A[w, p] / Σ_p A[w, p]
+        q = (a + 1e-12) / (a + 1e-12).sum(dim=2, keepdim=True)
+        score = (q * (a + 1e-12).log()).sum(dim=2)
     score = _jitter(score, word_mask, noise, generator)
     words = mask_top(score, word_mask, word_counts(word_mask, word_ratio))
     # s_p = mean over words of A[w, p]

@@ -158,7 +158,7 @@ class TrainConfig:
         "synchronized masks come from the momentum cross-attention (attention), from it times the gradient of the match"
         " logit (gradcam), or from that of each word while it is hidden (hidden)",
     )
-    mask_layer: int = option(0, "fusion layer that is read, from 1 on; 0: the mean of all", low=0)
+    mask_layer: int = option(0, "fusion layer that is read, from 1 on; 0: what all agree on", low=0)
     mask_heads: HeadReduction = option("mean", "how its heads are put together")
     word_score: WordScore = option("entropy", "what makes a word worth masking, see masking.sync_mask")
     patch_score: PatchScore = option(
@@ -198,7 +198,7 @@ class TrainConfig:
 SCHEDULES = {
     # in so few steps soft targets only slow MLM down, and ITM negatives drawn by similarity, of which many are false,
     # undo what the random ones have taught
-    "tiny": dict(steps=560, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
+    "tiny": dict(steps=520, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
                  itm_negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
                  crop_scale=0.8),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000,
@@ -207,7 +207,7 @@ SCHEDULES = {
 }  # fmt: skip
 # what a recipe sets over its preset, and what it sets for one preset alone
 RECIPE_DEFAULTS = {
-    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.3, sampler="semihard", itm_negatives="semihard", margin=0.2,
+    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
     "albef": {},
@@ -367,7 +367,7 @@ class Run:
 
     def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
         """`pick_negatives` of logits (B, B), as the config says at this step."""
-        mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.item()
+        mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.detach()
         chosen = pick_negatives(sim, forbidden, None, mode, self.generator, margin)
         drawn = pick_negatives(sim, forbidden, None, "random", self.generator)
         hard = torch.rand(len(sim), device=sim.device, generator=self.generator) < self.hard_share
@@ -533,19 +533,25 @@ def momentum_attention(
             keep, image_embeds_m = keep.repeat(2, 1), image_embeds_m.repeat(2, 1, 1)
             text = momentum.encode_text(ids.masked_fill(hidden, run.mask_id).flatten(0, 1), keep)
             _, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
-        first, second = _one_layer(attentions, config.mask_layer).chunk(2)
+        first, second = read_layer(attentions, config.mask_layer, config.mask_heads).chunk(2)
         return torch.where(half[:, None, :, None], first, second)
     with torch.set_grad_enabled(config.mask_source == "gradcam"):
         text = text_embeds_m.detach().requires_grad_(config.mask_source == "gradcam")
         fused, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
         if config.mask_source == "gradcam":
+            attentions = attentions[:-1] or attentions  # of the last layer only [CLS] reaches the match logit
             gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions)
             attentions = [a * gradient.clamp(min=0) for a, gradient in zip(attentions, gradients, strict=True)]
-    return _one_layer(attentions, config.mask_layer).detach()
+    return read_layer(attentions, config.mask_layer, config.mask_heads)
 
 
-def _one_layer(attentions: list[Tensor], layer: int) -> Tensor:
-    return attentions[layer - 1] if layer else torch.stack(attentions).mean(dim=0)
+def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
+    """Of attention maps (B, h, L, N) that of one layer, from 1 on; or for 0 what all layers agree on, (B, 1, L, N):
+    their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
+    if layer:
+        return attentions[layer - 1].detach()
+    maps = torch.stack([a.detach().mean(dim=1) if heads == "mean" else a.detach().amax(dim=1) for a in attentions])
+    return maps.clamp(min=1e-12).log().mean(dim=0).exp()[:, None]
 
 
 def contrast(
@@ -968,23 +974,28 @@ def _json_or_none(line: str) -> dict | None:
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:
-    """curves.png: the losses, held-out recall, held-out accuracies."""
+    """curves.png: the losses, held-out recall and accuracies, and where it is known what the masks are worth."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    truths = ("patch_cooccurrence", "word_cooccurrence", "pointing")
     panels = {
-        "loss": ["itc", "itm", "mlm"],
+        "loss": ["itc", "itm", "mlm", "mim"],
         "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
-        "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy"],
+        "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "visible_word_accuracy"],
+        "held-out truth of the masks": [key + end for key in truths for end in ("", "_random")],
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+    curves = {key: [(line["step"], line[key]) for line in lines if key in line] for key in sum(panels.values(), [])}
+    panels = {title: [key for key in keys if curves[key]] for title, keys in panels.items()}
+    panels = {title: keys for title, keys in panels.items() if keys}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
         for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            marker = "." if len(points) < 20 else None
-            axis.plot([x for x, _ in points], [y for _, y in points], label=key.removeprefix("val_"), marker=marker)
+            style = {"linestyle": ":", "color": axis.lines[-1].get_color()} if key.endswith("_random") else {}
+            marker = "." if len(curves[key]) < 20 else None
+            axis.plot(*zip(*curves[key], strict=True), label=key.removeprefix("val_"), marker=marker, **style)
         axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

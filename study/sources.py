@@ -1,6 +1,9 @@
-"""Which reading of the momentum model's attention finds what photo and text have in common?
+"""Which reading of the momentum model finds what photo and text have in common?
 
-python study/sources.py --checkpoint runs/…/last.pt        every source, layer, word and patch score of masks, as skill
+python study/sources.py --checkpoint runs/…/last.pt
+
+First every source, layer, word and patch score that `train.py` offers; then word scores that need no attention: how
+well the momentum model predicts a hidden word from the photo, and how much better than from another photo.
 
 A run on synthetic photos is needed, for their truth. Skill = (share right − share of random masks) / (1 − the latter):
 0 is as good as random masks, 1 is perfect, below 0 is worse than random.
@@ -14,12 +17,57 @@ from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DataError, Synthetic
-from masking import PatchScore, WordScore
+from data import Collate, DataError, Synthetic, normalise, to_device, word_truth
+from masking import PatchScore, WordScore, cooccurrence, mask_top, random_word_mask, word_counts
 from study.figures import open_run
-from train import ConfigError, MaskSource, mask_truth, skill
+from train import ConfigError, MaskSource, Run, first_products, mask_truth, skill
+
+
+@torch.no_grad()
+def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """Scores (B, L) of the words by the momentum model's log-probability of each while it is hidden with half of the
+    others: from its own photo, over that from the photo of another pair, and over that from no photo at all."""
+    momentum, words, keep = run.momentum, batch["words"], batch["attention_mask"]
+    image_embeds = momentum.encode_image(normalise(batch["images"]))
+    half = random_word_mask(words, 0.5, generator)
+    found = {}
+    contexts = {"own": image_embeds, "other": image_embeds.roll(1, dims=0), "none": torch.zeros_like(image_embeds)}
+    for name, context in contexts.items():
+        found[name] = torch.zeros(words.shape, device=words.device)
+        for hidden in (half, words & ~half):
+            text_embeds = momentum.encode_text(batch["token_ids"].masked_fill(hidden, run.mask_id), keep)
+            logits = momentum.mlm_logits(momentum.fuse(text_embeds, keep, context)[hidden])
+            chosen = batch["token_ids"][hidden][:, None]
+            found[name][hidden] = logits.log_softmax(dim=-1).gather(1, chosen).squeeze(1)
+    return {
+        "log p(word)": found["own"],
+        "gain over another photo": found["own"] - found["other"],
+        "gain over no photo": found["own"] - found["none"],
+    }
+
+
+def prediction_skills(run: Run, dataset: Synthetic, products: int) -> dict[str, dict[str, float]]:
+    """For each of `predictions`, the co-occurrence of the words that it would mask, and of random words."""
+    generator, sums = torch.Generator(run.device).manual_seed(run.config.seed), {}
+    loader = DataLoader(first_products(dataset, products), run.config.batch_size, collate_fn=Collate(run.tokenizer))
+    for batch in tqdm(loader, "predictions", leave=False):
+        known = word_truth(dataset, batch["rows"].tolist(), run.tokenizer, run.config.model.grid)
+        attribute, detail, visible = (t.to(run.device) for t in (known.attribute, known.detail, known.visible))
+        batch = to_device(batch, run.device)
+        counts = word_counts(batch["words"], run.config.mlm_ratio)
+        random = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
+        for name, score in predictions(run, batch, generator).items():
+            for suffix, mask in (("", mask_top(score, batch["words"], counts)), ("_random", random)):
+                for key, words in (("word", attribute), ("detail", attribute & detail)):
+                    total = sums.setdefault(name, {}).setdefault(f"{key}_cooccurrence{suffix}", np.zeros(2))
+                    total += [part.item() for part in cooccurrence(mask, words, visible)]
+    return {name: {key: hits / max(1, of) for key, (hits, of) in found.items()} for name, found in sums.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,10 +104,13 @@ def main(argv: list[str] | None = None) -> None:
         found = mask_truth(run, dataset)
         whose = {"all": "all words", "masked": "masked words"}[patch_score]
         lines.append(
-            f"| {source} | {layer or 'mean'} | {word_score} | {whose} | {skill(found, 'word_cooccurrence'):.2f} | "
+            f"| {source} | {layer or 'all'} | {word_score} | {whose} | {skill(found, 'word_cooccurrence'):.2f} | "
             f"{skill(found, 'detail_cooccurrence'):.2f} | {skill(found, 'patch_cooccurrence'):.2f} | "
             f"{found['pointing'] / found['pointing_random']:.1f} |"
         )
+    for name, found in prediction_skills(run, dataset, args.products).items():
+        words, details = skill(found, "word_cooccurrence"), skill(found, "detail_cooccurrence")
+        lines.append(f"| {name} | | | | {words:.2f} | {details:.2f} | | |")
     print("\n".join(lines))
 
 

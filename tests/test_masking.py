@@ -108,10 +108,16 @@ def test_sync_mask_by_hand():
         m[0].int().tolist() for m in sync_mask(attention, words, 0.5, 0.34, heads, score, whose)
     ]
     # patch scores: (0.27, 0.53, 0.66, 0.64)/3 -> the third and the fourth
-    # max: 0.14, 0.25, 0.39 · mass on the two: 0.16, 0.50, 0.64 · entropy of (.1,.1,.1,.7), uniform, (0,.29,.43,.28)
+    # max: 0.14, 0.25, 0.39 · mass on the two: 0.16, 0.50, 0.64
+    # entropy: −0.94 − 1.61 for the little, concentrated attention, −1.39 evenly spread, −1.08 − 0.11 for the third
     assert masks("max") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
     assert masks("mass") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
-    assert masks("entropy") == [[0, 0, 1, 1], [0, 1, 0, 0, 0, 0]]
+    assert masks("entropy") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
+    attention[0, :, 2] = torch.tensor([0.00, 0.00, 0.00, 0.99, 0.01])  # now all on one patch
+    assert masks("entropy") == [[0, 0, 1, 1], [0, 0, 1, 0, 0, 0]]
+    attention[0, :, 2] = torch.tensor([0.99, 0.00, 0.00, 0.01, 0.00])  # nearly nothing, though on one patch
+    assert masks("entropy")[1] == [0, 0, 0, 1, 0, 0]
+    attention[0, :, 2] = torch.tensor([0.00, 0.25, 0.25, 0.25, 0.25])
     # the patches of the one masked word: 0, 0.26, 0.39, 0.25
     assert masks("max", "masked") == [[0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
     # the strongest head: word three 0, 0.52, 0.4, 0.5 -> patches 0.27, 0.79, 0.67, 0.89

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
@@ -61,11 +62,31 @@ def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatc
     capsys.readouterr()
     sources.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "7"])
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + len(asked) == 2 + 3 * 2 * (3 + 2 + 3)  # Grad-CAM has no last layer
+    assert len(rows) - 3 == 2 + len(asked) == 2 + 3 * 2 * (3 + 2 + 3)  # Grad-CAM has no last layer
+    assert rows[-2].startswith("| gain over another photo | | | | ")
     assert len({(c.mask_source, c.mask_layer, c.word_score, c.patch_score) for c in asked}) == len(asked)
     assert rows[2] == "| attention | 1 | max | all words | 0.50 | 0.50 | 0.50 | 1.5 |" and asked[0].val_products == 7
     with pytest.raises(SystemExit, match="sources.py: /nowhere.pt: no such checkpoint"):
         sources.main(["--checkpoint", "/nowhere.pt"])
+
+
+def test_predictions_are_those_of_the_hidden_words(tmp_path):
+    """Against one pass for every word alone, with the same half of the others hidden."""
+    config, _ = train.parse_config([*SMALL, "--out", str(tmp_path)])
+    dataset = train.build_dataset("synthetic", None, "val", 32)
+    run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
+    batch = train.Collate(run.tokenizer)([dataset[row] for row in range(3)])
+    half = sources.random_word_mask(batch["words"], 0.5, torch.Generator().manual_seed(5))
+    scores = sources.predictions(run, batch, torch.Generator().manual_seed(5))
+    images = run.momentum.encode_image(train.normalise(batch["images"]))
+    for b, word in ((0, 2), (1, 5), (2, 1)):
+        hidden = half if half[b, word] else batch["words"] & ~half
+        ids, keep = batch["token_ids"].masked_fill(hidden, run.mask_id)[b : b + 1], batch["attention_mask"][b : b + 1]
+        for photo, name, sign in ((b, "log p(word)", 1), (b - 1, "gain over another photo", -1)):
+            fused = run.momentum.fuse(run.momentum.encode_text(ids, keep), keep, images[photo][None])
+            log_p = run.momentum.mlm_logits(fused[0, word]).log_softmax(-1)[batch["token_ids"][b, word]]
+            expected = scores["log p(word)"][b, word] - scores[name][b, word] if sign < 0 else scores[name][b, word]
+            assert log_p.item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_masked_words_are_blacked_out(tmp_path):

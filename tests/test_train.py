@@ -628,7 +628,9 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
 
 @pytest.mark.parametrize("source", typing.get_args(train.MaskSource))
 def test_momentum_attention_of_every_source(source):
-    config, _ = parse_config([*FAST, "--mask-source", source, "--fusion-layers", "2", "--registers", "2"])
+    config, _ = parse_config(
+        [*FAST, "--mask-source", source, "--fusion-layers", "2", "--registers", "2", "--mask-layer", "1"]
+    )
     dataset = data.Synthetic("train", 8, 32, progress=False)
     state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
@@ -649,6 +651,13 @@ def test_momentum_attention_of_every_source(source):
     text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
     same = torch.allclose(attention[:, :, word], read()[:, :, word], rtol=1e-3, atol=0)
     assert same == (source == "hidden")
+
+
+def test_layers_are_read_one_by_one_or_where_they_agree():
+    one, two = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
+    assert torch.equal(train.read_layer([one, two], 2, "mean"), two)
+    torch.testing.assert_close(train.read_layer([one, two], 0, "mean")[:, 0], (one.mean(1) * two.mean(1)).sqrt())
+    torch.testing.assert_close(train.read_layer([one, two], 0, "max")[:, 0], (one.amax(1) * two.amax(1)).sqrt())
 
 
 def test_equal_features_earn_nothing():
