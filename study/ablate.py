@@ -12,16 +12,20 @@ import argparse
 import json
 import os
 import platform
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
+from tqdm import tqdm
 
-from data import DataError
-from train import ConfigError, NonFiniteLoss, parse_config, skill, train
+from train import ConfigError, parse_config, skill
 
+TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
 masks = lambda kind: ["--patch-mask", kind, "--word-mask", kind]
 batches = lambda kind: ["--sampler", kind, "--itm-negatives", kind]
 plain = [*masks("random"), *batches("random"), "--mask-source", "attention", "--mask-layer", "2"]
@@ -57,17 +61,29 @@ COLUMNS: list[tuple[str, Callable[[dict], float], int]] = [
 ]
 
 
-def run_once(out: Path, flags: list[str]) -> dict | None:
-    """Train, go on, or read what is done already. -> the final line of metrics; None when stopped."""
+def final_line(out: Path) -> dict | None:
+    """The last line of a finished run's metrics."""
     metrics = out / "metrics.jsonl"
-    if metrics.exists():
-        lines = metrics.read_text().splitlines()
-        if lines and '"final": true' in lines[-1]:
-            return json.loads(lines[-1])
-    if (out / "last.pt").exists():
-        flags = [*flags, "--resume"]
-    config, given = parse_config([*flags, "--out", str(out)])
-    return train(config, given)
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return json.loads(lines[-1]) if lines and '"final": true' in lines[-1] else None
+
+
+def run_once(out: Path, flags: list[str], threads: int, children: list[subprocess.Popen]) -> dict | None:
+    """Train, go on, or read what is done already; output goes to a log beside. -> final line, None when stopped."""
+    if final := final_line(out):
+        return final
+    out.parent.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if (out / "last.pt").exists() else []
+    command = [sys.executable, TRAIN, *flags, *resume, "--out", str(out)]
+    log = out.with_name(out.name + ".log")
+    with open(log, "a") as file:
+        # a session of its own: Ctrl-C reaches it through `main` only, once
+        children.append(child := subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True,
+                                                  env=os.environ | {"OMP_NUM_THREADS": str(threads)}))  # fmt: skip
+    if status := child.wait():
+        said = log.read_text().strip().splitlines() or ["nothing said"]
+        raise RuntimeError(f"{log}: status {status}, {said[-1]}")
+    return final_line(out)
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -90,26 +106,40 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--grid", choices=GRIDS, default="method")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--out", type=Path, help="folder of the runs (default runs/ablate-GRID)")
     parser.add_argument("--file", type=Path, help="where the table goes (default table.md in that folder)")
     args, flags = parser.parse_known_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds: at least 1")
-    out = args.out or Path(f"runs/ablate-{args.grid}")
-    results: dict[str, list[dict]] = {}
+    if min(args.seeds, args.jobs) < 1:
+        parser.error("--seeds and --jobs: at least 1")
+    out, threads = args.out or Path(f"runs/ablate-{args.grid}"), max(1, os.cpu_count() // args.jobs)
+    grid = GRIDS[args.grid]
+    runs = [(name, out / f"{number}-{seed}", [*condition, *flags, "--seed", str(seed), "--val-every", "1000000"])
+            for seed in range(args.seeds) for number, (name, condition) in enumerate(grid.items())]  # fmt: skip
     try:
-        for seed in range(args.seeds):
-            for number, (name, condition) in enumerate(GRIDS[args.grid].items()):
-                print(f"--- {name}, seed {seed}")
-                fixed = [*condition, "--seed", str(seed), "--val-every", "1000000"]
-                final = run_once(out / f"{number}-{seed}", [*fixed, *flags])
-                if final is None:
-                    sys.exit("ablate.py: stopped; the same command goes on")
-                results.setdefault(name, []).append(final)
-    except (ConfigError, DataError, NonFiniteLoss, OSError) as error:
+        for _, _, given in runs:
+            parse_config(given)
+    except ConfigError as error:
         sys.exit(f"ablate.py: {error}")
+    results: dict[str, list[dict]] = {name: [] for name in grid}
+    children: list[subprocess.Popen] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run_once, folder, given, threads, children) for _, folder, given in runs]
+        try:
+            for (name, _, _), future in zip(runs, tqdm(futures, args.grid, unit=" runs"), strict=True):
+                if (final := future.result()) is None:
+                    raise KeyboardInterrupt
+                results[name].append(final)
+        except (KeyboardInterrupt, RuntimeError, OSError) as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                if child.poll() is None:
+                    child.send_signal(signal.SIGINT)  # saves and ends
+            sys.exit(f"ablate.py: {error}" if str(error) else "ablate.py: stopped; the same command goes on")
     hours = sum(final["seconds"] for finals in results.values() for final in finals) / 3600
-    command = " ".join(["python study/ablate.py", f"--grid {args.grid}", f"--seeds {args.seeds}", *flags])
+    own = [f"--grid {args.grid}", f"--seeds {args.seeds}", f"--jobs {args.jobs}"]
+    command = " ".join(["python study/ablate.py", *own, *flags])
     machine = f"{os.cpu_count()} cores ({platform.machine()})"
     text = f"`{command}`\n\n{hours:.1f} hours of training on {machine}, {args.seeds} seeds\n\n{table(results)}\n"
     file = args.file or out / "table.md"

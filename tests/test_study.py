@@ -103,10 +103,9 @@ def test_masked_words_are_blacked_out(tmp_path):
 
 
 def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        ablate, "GRIDS", {"method": {"one": ["--itm-negatives", "hard"], "two": ["--word-mask", "random"]}}
-    )
-    flags = ["--seeds", "2", "--out", str(tmp_path), *SMALL]
+    grid = {"one": ["--itm-negatives", "hard"], "two": ["--word-mask", "random"]}
+    monkeypatch.setattr(ablate, "GRIDS", {"method": grid})
+    flags = ["--seeds", "2", "--jobs", "2", "--out", str(tmp_path), *SMALL]
     with pytest.raises(SystemExit, match="stopped; the same command goes on"):
         ablate.main([*flags, "--stop-at", "1"])
     assert json.loads((tmp_path / "0-0" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
@@ -121,6 +120,12 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert one.split(" | ")[1] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     assert two.startswith("| two | ") and header.count("|") == one.count("|")
     assert header.split(" | ")[1] == "R@1 i2t %" and first in capsys.readouterr().out
+    (tmp_path / "1-0" / "last.pt").write_text("something else")
+    (tmp_path / "1-0" / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit, match="1-0.log: status 1, train.py: .*not a checkpoint of train.py"):
+        ablate.main(flags)
+    with pytest.raises(SystemExit, match="ablate.py: --steps 0: must be at least 1"):
+        ablate.main([*flags, "--steps", "0"])
 
 
 def test_every_condition_of_the_ablations_is_a_valid_run():
