@@ -21,6 +21,7 @@ What a run leaves in --out: config.json, metrics.jsonl, curves.png, masks.png, l
     random batches and negatives) beside it as …_random, and for the hardest batches and negatives as …_hard:
     word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
     detail_cooccurrence         the same for the small attributes alone: neither garment nor colour nor pattern
+    attribute_share             of all masked words, the share that name an attribute
     patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
     pointing, pointing_whole    is the most attended patch of a visible word in its region? details; garment and cloth
     visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
@@ -711,6 +712,7 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
             add("patch_cooccurrence" + suffix, *cooccurrence(patches, torch.ones_like(named), named))
             add("word_cooccurrence" + suffix, *cooccurrence(words, attribute, visible))
             add("detail_cooccurrence" + suffix, *cooccurrence(words, attribute & detail, visible))
+            add("attribute_share" + suffix, *cooccurrence(words, batch["words"], attribute))
         hidden = batch["token_ids"].masked_fill(random_words, run.mask_id)
         with autocast(run):
             text_embeds = run.model.encode_text(hidden, batch["attention_mask"])

@@ -17,9 +17,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 
 from data import Collate, DataError, DataName, PhotoDataset, build_dataset, to_device
@@ -39,38 +37,42 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4
         for axis, row in zip(row_axes, rows[:photos].tolist(), strict=False):
             item = dataset[row]
             if isinstance(item, dict):
-                axis.imshow(item["image"].permute(1, 2, 0))
+                axis.imshow(item["image"].permute(1, 2, 0).numpy())
         text = textwrap.fill(dataset.captions[rows[0]], 38)
         row_axes[-1].text(0, 0.5, text, va="center", fontsize=8, transform=row_axes[-1].transAxes)
     figure.savefig(path, dpi=70)
     plt.close(figure)
 
 
-def draw_words(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> None:
-    """One photo a row, then for every word the photo lit by the word's attention; masked words are underlined."""
-    items = [item for item in (dataset[row] for row in rows) if isinstance(item, dict)]
-    if not items:
+def draw_words(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, columns: int = 13) -> None:
+    """Each photo, then for every word of its text where the word looks; masked words stand on grey."""
+    batch = Collate(run.tokenizer)([dataset[row] for row in rows])
+    if not len(batch["rows"]):
         raise DataError("none of these photos can be decoded")
-    batch = to_device(Collate(run.tokenizer)(items), run.device)
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    attention, _, masked = shown_masks(run, batch, generator)
+    attention, _, masked = shown_masks(run, to_device(batch, run.device), generator)
     heat = reduce_heads(attention, run.config.mask_heads).cpu()  # (B, L, P)
-    columns = 1 + int(batch["words"].sum(dim=1).max())
-    figure, axes = plt.subplots(len(items), columns, figsize=(columns * 0.95, len(items) * 1.2), squeeze=False,
+    lines = []  # (photo, its words on this line)
+    for b, words in enumerate(batch["words"]):
+        tokens = words.nonzero()[:, 0].tolist()
+        lines += [(b, tokens[i : i + columns - 1]) for i in range(0, len(tokens), columns - 1)]
+    figure, axes = plt.subplots(len(lines), columns, figsize=(columns, len(lines) * 1.25), squeeze=False,
                                 layout="constrained")  # fmt: skip
-    for b, (item, row_axes) in enumerate(zip(items, axes, strict=True)):
-        photo = item["image"].permute(1, 2, 0).numpy() / 255
-        for axis in row_axes:
-            axis.axis("off")
-        row_axes[0].imshow(photo)
-        tokens = run.tokenizer.encode(item["caption"]).tokens
-        for axis, token in zip(row_axes[1:], batch["words"][b].nonzero()[:, 0].tolist(), strict=False):
-            map_ = heat[b, token].view(run.config.model.grid, -1).numpy()
-            light = Image.fromarray(map_ / max(map_.max(), 1e-12)).resize(photo.shape[:2], Image.Resampling.BILINEAR)
-            axis.imshow(photo * (0.15 + 0.85 * np.asarray(light)[..., None]))
-            style = {"bbox": {"facecolor": "0.8", "edgecolor": "none", "pad": 1}} if masked[b, token] else {}
-            axis.set_title(tokens[token], fontsize=7, pad=3, **style)
-    figure.savefig(path, dpi=80)
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (b, words) in enumerate(lines):
+        photo = batch["images"][b].permute(1, 2, 0).numpy()
+        if number == 0 or lines[number - 1][0] != b:
+            axes[number, 0].imshow(photo)
+        tokens = run.tokenizer.encode(dataset.captions[int(batch["rows"][b])]).tokens
+        for axis, word in zip(axes[number, 1:], words, strict=False):
+            extent = (0, photo.shape[1], photo.shape[0], 0)
+            axis.imshow(photo.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent)
+            axis.imshow(heat[b, word].view(run.config.model.grid, -1).numpy(), cmap="inferno", alpha=0.6, extent=extent,
+                        vmin=0, interpolation="bilinear")  # fmt: skip
+            style = {"bbox": {"facecolor": "0.8", "edgecolor": "none", "pad": 1}} if masked[b, word] else {}
+            axis.set_title(tokens[word], fontsize=8, pad=3, **style)
+    figure.savefig(path, dpi=70)
     plt.close(figure)
 
 

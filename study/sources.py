@@ -6,7 +6,8 @@ First every source, layer, word and patch score that `train.py` offers; then wor
 well the momentum model predicts a hidden word from the photo, and how much better than from another photo.
 
 A run on synthetic photos is needed, for their truth. Skill = (share right − share of random masks) / (1 − the latter):
-0 is as good as random masks, 1 is perfect, below 0 is worse than random.
+0 is as good as random masks, 1 is perfect, below 0 is worse than random. Words that name no attribute do not count; the
+column "attributes %" says how many of the masked words name one.
 """
 
 import argparse
@@ -64,9 +65,11 @@ def prediction_skills(run: Run, dataset: Synthetic, products: int) -> dict[str, 
         random = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
         for name, score in predictions(run, batch, generator).items():
             for suffix, mask in (("", mask_top(score, batch["words"], counts)), ("_random", random)):
-                for key, words in (("word", attribute), ("detail", attribute & detail)):
-                    total = sums.setdefault(name, {}).setdefault(f"{key}_cooccurrence{suffix}", np.zeros(2))
-                    total += [part.item() for part in cooccurrence(mask, words, visible)]
+                for key, words, hits in (("word_cooccurrence", attribute, visible),
+                                         ("detail_cooccurrence", attribute & detail, visible),
+                                         ("attribute_share", batch["words"], attribute)):  # fmt: skip
+                    total = sums.setdefault(name, {}).setdefault(key + suffix, np.zeros(2))
+                    total += [part.item() for part in cooccurrence(mask, words, hits)]
     return {name: {key: hits / max(1, of) for key, (hits, of) in found.items()} for name, found in sums.items()}
 
 
@@ -95,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         for scores in itertools.product(get_args(WordScore), get_args(PatchScore))
         if (source, layer) != ("gradcam", config.model.fusion_layers)  # empty there: only [CLS] reaches the match logit
     ]
-    titles = "source | layer | word score | patches of | word skill | details alone | patch skill | pointing × chance"
-    lines = [f"| {titles} |", "|" + "---|" * 8]
+    titles = "source | layer | word score | patches of | attributes % | words | of details | patches | pointing ×"
+    lines = [f"| {titles} |", "|" + "---|" * 9]
     for source, layer, word_score, patch_score in tqdm(conditions, "readings", leave=False):
         run.config = replace(
             config, mask_source=source, mask_layer=layer, word_score=word_score, patch_score=patch_score
@@ -104,13 +107,14 @@ def main(argv: list[str] | None = None) -> None:
         found = mask_truth(run, dataset)
         whose = {"all": "all words", "masked": "masked words"}[patch_score]
         lines.append(
-            f"| {source} | {layer or 'all'} | {word_score} | {whose} | {skill(found, 'word_cooccurrence'):.2f} | "
+            f"| {source} | {layer or 'all'} | {word_score} | {whose} | {100 * found['attribute_share']:.0f} | "
+            f"{skill(found, 'word_cooccurrence'):.2f} | "
             f"{skill(found, 'detail_cooccurrence'):.2f} | {skill(found, 'patch_cooccurrence'):.2f} | "
             f"{found['pointing'] / found['pointing_random']:.1f} |"
         )
     for name, found in prediction_skills(run, dataset, args.products).items():
         words, details = skill(found, "word_cooccurrence"), skill(found, "detail_cooccurrence")
-        lines.append(f"| {name} | | | | {words:.2f} | {details:.2f} | | |")
+        lines.append(f"| {name} | | | | {100 * found['attribute_share']:.0f} | {words:.2f} | {details:.2f} | | |")
     print("\n".join(lines))
 
 

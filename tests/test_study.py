@@ -57,7 +57,7 @@ def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatc
     train.train(config, given)
     asked = []
     figures_of = dict.fromkeys(["word_cooccurrence", "detail_cooccurrence", "patch_cooccurrence", "pointing"], 0.75)
-    figures_of |= {key + "_random": 0.5 for key in figures_of}
+    figures_of |= {key + "_random": 0.5 for key in figures_of} | {"attribute_share": 0.4}
     monkeypatch.setattr(sources, "mask_truth", lambda run, dataset: asked.append(run.config) or figures_of)
     capsys.readouterr()
     sources.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "7"])
@@ -65,7 +65,9 @@ def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatc
     assert len(rows) - 3 == 2 + len(asked) == 2 + 3 * 2 * (3 + 2 + 3)  # Grad-CAM has no last layer
     assert rows[-2].startswith("| gain over another photo | | | | ")
     assert len({(c.mask_source, c.mask_layer, c.word_score, c.patch_score) for c in asked}) == len(asked)
-    assert rows[2] == "| attention | 1 | max | all words | 0.50 | 0.50 | 0.50 | 1.5 |" and asked[0].val_products == 7
+    assert (
+        rows[2] == "| attention | 1 | max | all words | 40 | 0.50 | 0.50 | 0.50 | 1.5 |" and asked[0].val_products == 7
+    )
     with pytest.raises(SystemExit, match="sources.py: /nowhere.pt: no such checkpoint"):
         sources.main(["--checkpoint", "/nowhere.pt"])
 

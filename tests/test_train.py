@@ -66,7 +66,14 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert training[0].keys() - documented == set()
     assert [line["step"] for line in training] == [1, 2, 3, 4]
     assert training[0]["loss"] == pytest.approx(sum(training[0][k] for k in ("itc", "itm", "mlm", "mim")), abs=1e-4)
-    known = ["word_cooccurrence", "detail_cooccurrence", "patch_cooccurrence", "pointing", "pointing_whole"]
+    known = [
+        "attribute_share",
+        "word_cooccurrence",
+        "detail_cooccurrence",
+        "patch_cooccurrence",
+        "pointing",
+        "pointing_whole",
+    ]
     known = [key + end for key in known for end in ("", "_random")] + ["visible_word_accuracy", "unseen_word_accuracy"]
     known += [key + end for key in ("false_negative_rate", "negative_similarity") for end in ("", "_random", "_hard")]
     assert {key.removesuffix("_random").removesuffix("_hard") for key in known} <= documented
