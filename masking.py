@@ -132,8 +132,9 @@ def _jitter(scores: Tensor, candidates: Tensor, noise: float, generator: torch.G
     mean = (scores * candidates).sum(dim=1, keepdim=True) / count
     deviation = (((scores - mean) ** 2 * candidates).sum(dim=1, keepdim=True) / count).sqrt()
     # even without noise exact ties must not always fall to the first: a floor far below any real difference
+    floor = (1e-7 * scores.abs().amax(dim=1, keepdim=True)).clamp(min=1e-30)
     draws = torch.randn(scores.shape, device=scores.device, generator=generator)
-    return scores + draws * (noise * deviation + 1e-7 * scores.abs().amax(dim=1, keepdim=True))
+    return scores + draws * (noise * deviation + floor)
 
 
 def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:

@@ -441,7 +441,7 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     ids, keep = batch["token_ids"], batch["attention_mask"]
     count = len(ids)
 
-    # mask: what photo and text have in common, as the momentum model sees the clean pair
+    # mask: what the momentum model finds in both, the photo and the text
     with torch.no_grad():
         image_embeds_m = momentum.encode_image(batch["images"])
         text_embeds_m = momentum.encode_text(ids, keep)
@@ -551,7 +551,8 @@ def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Te
     their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
     if layer:
         return attentions[layer - 1].detach()
-    maps = torch.stack([a.detach().mean(dim=1) if heads == "mean" else a.detach().amax(dim=1) for a in attentions])
+    attentions = [a.detach().float() for a in attentions]
+    maps = torch.stack([a.mean(dim=1) if heads == "mean" else a.amax(dim=1) for a in attentions])
     return maps.clamp(min=1e-12).log().mean(dim=0).exp()[:, None]
 
 

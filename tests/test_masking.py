@@ -136,6 +136,13 @@ def test_noise_varies_near_ties_and_leaves_clear_cases_alone():
     assert all(map(torch.equal, again, sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(7))))
 
 
+def test_exact_ties_fall_anywhere():
+    """A caption without a word, or attention that is zero: the patches are random, not always the first."""
+    for attention, words in ((torch.rand(1, 1, 8, 10), WORDS[2:]), (torch.zeros(1, 1, 8, 10), WORDS[:1])):
+        drawn = torch.stack([sync_mask(attention, words, 0.4, 0.5, generator=seeded(s))[0][0] for s in range(300)])
+        assert ((drawn.float().mean(0) - 4 / 9).abs() < 0.12).all()
+
+
 # ------------------------------------------------------------------------------- what masks are measured by
 
 
