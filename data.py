@@ -604,8 +604,17 @@ class Synthetic(PhotoDataset):
         if (said.garment, said.colour) != (shown.garment, shown.colour):
             return False
         regions = render(said, self.rows[row][1], self.image_size, self._rng(2, row))[1]  # by the same camera
+        caption, spans = said.caption_and_spans()
         claims, facts = said.attributes(), shown.attributes()
-        return all(claims[key] == facts.get(key) for key in _visible(regions))
+        for key in _visible(regions):
+            if key in DETAILS and key in facts:
+                words = " ".join(caption[start:end].lower() for start, end, named in spans if named == key)
+                pairs = zip(claims[key], facts[key], strict=True)  # colour, shape; not every wording names the colour
+                if any(claim != fact and claim in words for claim, fact in pairs):
+                    return False
+            elif claims[key] != facts.get(key):
+                return False
+        return True
 
 
 def _visible(regions: dict[str, Image.Image]) -> dict[str, Image.Image]:
@@ -615,7 +624,7 @@ def _visible(regions: dict[str, Image.Image]) -> dict[str, Image.Image]:
 
 @dataclass
 class WordTruth:
-    """`Synthetic.truth` of a batch, token by token, for tests of masks and attention. Letters: B, L, P patches."""
+    """`Synthetic.truth` of a batch, token by token. Letters: B, L, P patches."""
 
     attribute: Tensor  # (B, L): names an attribute, visible in this photo or not
     detail: Tensor  # (B, L): a small one, not the garment itself nor its colour or pattern

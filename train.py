@@ -26,8 +26,8 @@ What a run leaves in --out: config.json, metrics.jsonl, curves.png, masks.png, l
     pointing, pointing_whole    is the most attended patch of a visible word in its region? details; garment and cloth
     visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
     unseen_word_accuracy        the same of words that name what it does not show
-    false_negative_rate         share of the ITM negatives whose text in fact describes the photo
-    negative_similarity         mean cosine of the ITM negatives: their hardness
+    false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
+    negative_similarity         mean cosine of the chosen ITM negatives: their hardness
     final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
 """
 
@@ -206,9 +206,10 @@ SCHEDULES = {
                   mask_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000),
 }  # fmt: skip
-# what a recipe sets over its preset, and what it sets for one preset alone
+# What a recipe sets over its preset, and what it sets for one preset alone. All of syncmask's are choices, those of the
+# model and of the masks made on the truth of the synthetic photos; no queue beside grouped batches, as GRIT-VLP.
 RECIPE_DEFAULTS = {
-    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2,
+    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
     "albef": {},
@@ -284,6 +285,8 @@ def layer_config(given: dict) -> TrainConfig:
     schedule = SCHEDULES[preset] | RECIPE_DEFAULTS[recipe] | RECIPE_DEFAULTS.get(f"{recipe} {preset}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
         schedule.pop("steps", None), schedule.pop("epochs", None)
+    if "vision_layers" in given:
+        schedule.pop("patch_layer", None)  # was meant for the preset's number of layers
     layers, sizes = schedule | given, {spec.name for spec in fields(ModelConfig)}
     try:
         model = replace(PRESETS[preset], **{k: v for k, v in layers.items() if k in sizes})
@@ -315,16 +318,26 @@ def check_flags(config: TrainConfig, given: dict) -> None:
     deepest = config.model.fusion_layers
     if config.mask_layer > deepest:
         raise ConfigError(f"--mask-layer {config.mask_layer}: there are {deepest} fusion layers")
-    if config.mask_source == "gradcam" and config.mask_layer == deepest > 1:
-        raise ConfigError(f"--mask-layer {deepest}: only [CLS] of the last layer reaches the match logit of gradcam")
+    if config.mask_source == "gradcam":  # only [CLS] of the last layer reaches the match logit
+        if deepest == 1:
+            raise ConfigError("--mask-source gradcam needs two --fusion-layers, since it cannot read the last")
+        if config.mask_layer == deepest:
+            raise ConfigError(f"--mask-layer {deepest}: --mask-source gradcam cannot read the last layer")
+        if config.compile:
+            raise ConfigError("--compile contradicts --mask-source gradcam, which needs the gradient inside the fusion")
+    check_device(config.device)
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that is not there."""
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {config.device}: no such kind of device; try cpu or cuda") from None
+        raise ConfigError(f"--device {name}: no such kind of device; try cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {config.device}: cpu or cuda")
+        raise ConfigError(f"--device {name}: cpu or cuda")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"--device {config.device}: no such GPU on this machine; try --device cpu")
+        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -433,6 +446,7 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
 def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
     """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, both masks from the momentum model's cross-attention.
 
+    Choices: how the attention becomes masks, the form of MIM (masked photo, clean text, a pass of its own), its weight.
     Forward passes a step, in photos or captions: image B, and half of the patches of B (visible ones); text 2B (clean,
     masked); fusion 4B in one call (B matching, 2B not, B masked); decoder B. Momentum: image B, text B, and for the
     masks text and fusion 2B (source hidden) or fusion B (the others); with alpha > 0 text and fusion B more.
@@ -520,7 +534,7 @@ def momentum_attention(
 ) -> Tensor:
     """The momentum model's cross-attention that the masks are made of, (B, h, L, N), after `config.mask_source`.
 
-    attention  A, of the clean pair: the literal reading of SyncMask
+    attention  A, of the clean pair: the plainest reading of SyncMask
     gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding)
     hidden     row w of A while word w is hidden: a word that is there needs not look at the photo, a hidden one must.
                Two passes, each with one random half of the words hidden (choice)
@@ -540,7 +554,7 @@ def momentum_attention(
         text = text_embeds_m.detach().requires_grad_(config.mask_source == "gradcam")
         fused, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
         if config.mask_source == "gradcam":
-            attentions = attentions[:-1] or attentions  # of the last layer only [CLS] reaches the match logit
+            attentions = attentions[:-1]  # of the last layer only [CLS] reaches the match logit
             gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions)
             attentions = [a * gradient.clamp(min=0) for a, gradient in zip(attentions, gradients, strict=True)]
     return read_layer(attentions, config.mask_layer, config.mask_heads)
@@ -690,7 +704,7 @@ def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str,
 def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Synchronized masks of held-out photos against what the photos show; beside each figure that of random masks.
 
-    The masks are those that the config asks for, whether the run has trained with them or not.
+    They are made as the config says, whether the run trains with them or not, without noise, warm-up and hint.
     """
     config, generator = run.config, torch.Generator(run.device).manual_seed(run.config.seed)
     grid, sums = config.model.grid, {}
@@ -703,8 +717,9 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     loader = DataLoader(shown, config.batch_size, collate_fn=Collate(run.tokenizer))
     for batch in tqdm(loader, "masks against the truth", unit=" batches", leave=False, disable=None):
         known = word_truth(dataset, batch["rows"].tolist(), run.tokenizer, grid)
-        attribute, detail, regions = (t.to(run.device) for t in (known.attribute, known.detail, known.regions))
-        visible, named = regions.any(dim=2), regions.any(dim=1)
+        attribute, detail, visible = (t.to(run.device) for t in (known.attribute, known.detail, known.visible))
+        regions = known.regions.to(run.device)
+        named = regions.any(dim=1)  # (B, P)
         batch = to_device(batch, run.device)
         attention, patch_mask, word_mask = shown_masks(run, batch, generator)
         random_patches = random_patch_mask(len(named), grid**2, config.mim_ratio, generator, run.device)
@@ -758,15 +773,16 @@ def truth_in_words(figures: dict[str, float]) -> list[str]:
     return [
         f"masks, skill over random ones: patches {patches:.2f}, words {words:.2f}, of details {details:.2f}; "
         f"pointing to details {times('pointing'):.1f} x chance, to the rest {times('pointing_whole'):.1f} x",
-        f"negatives, as configured / random / hard: false {three('false_negative_rate')}, "
+        f"negatives, chosen / random / hard: false {three('false_negative_rate')}, "
         f"similarity {three('negative_similarity')}",
     ]
 
 
 @torch.no_grad()
 def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
-    """How many ITM negatives are false, and how similar to the anchor they are: batches composed and negatives picked
-    as the config says in the end, at random, and hard. Over some search blocks of training photos."""
+    """How many ITM negatives are false, and how similar to the anchor they are: batches grouped and negatives chosen
+    by the config's modes, at random, and hard. Over some search blocks of training photos; chosen negatives alone,
+    without the random ones that `itm_share` mixes in."""
     config, rng = run.config, np.random.default_rng(run.config.seed)
     rows = rng.permutation(len(dataset))[: 4 * config.search_size]
     loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=Collate(run.tokenizer))
@@ -1021,35 +1037,38 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, sid
     batch = Collate(run.tokenizer)([dataset[row] for row in rows])
     if not len(batch["rows"]):  # none can be decoded
         return
-    items, batch = [dataset[row] for row in batch["rows"].tolist()], to_device(batch, run.device)
+    images, captions = batch["images"], [dataset.captions[row] for row in batch["rows"].tolist()]
+    batch, grid, line = to_device(batch, run.device), run.config.model.grid, 3 * side + 50
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     _, patches, words = shown_masks(run, batch, generator)
-    grid, line = run.config.model.grid, 3 * side + 50
     masks = [
-        ("random", random_patch_mask(len(items), grid**2, run.config.mim_ratio, generator, run.device),
+        ("random", random_patch_mask(len(images), grid**2, run.config.mim_ratio, generator, run.device),
          random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
         ("synchronized", patches, words),
     ]  # fmt: skip
-    page = Image.new("RGB", (3 * side + 40 + 2 * line, (side + 10) * len(items) + 30), PAPER)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    font, text_left = ImageFont.load_default(15), 3 * side + 40
+    page = Image.new("RGB", (text_left + 2 * line, 30 + len(images) * 4 * side), PAPER)
+    pen, top = ImageDraw.Draw(page), 30
     for column, (title, _, _) in enumerate(masks):
         pen.text((side * (column + 1) + 10 * (column + 2), 8), title, INK, font)
-        pen.text((3 * side + 40 + line * column, 8), f"{title} words", INK, font)
-    for i, item in enumerate(items):
-        top = 30 + (side + 10) * i
-        photo = Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        pen.text((text_left + line * column, 8), f"{title} words", INK, font)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
         page.paste(photo, (10, top))
+        bottom = top + side
         for column, (_, patch_mask, word_mask) in enumerate(masks):
             hidden = patch_mask[i].view(grid, grid).cpu().numpy().astype(np.uint8) * 255
             cover = Image.fromarray(hidden).resize((side, side), Image.Resampling.NEAREST)
             page.paste(Image.composite(Image.new("RGB", photo.size, GREY), photo, cover),
                        (side * (column + 1) + 10 * (column + 2), top))  # fmt: skip
-            draw_words(pen, font, item["caption"], run.tokenizer, word_mask[i].tolist(),
-                       (3 * side + 40 + line * column, top), line - 20)  # fmt: skip
-    page.save(path)
+            corner = (text_left + line * column, top)
+            end = draw_caption(pen, font, caption, run.tokenizer, word_mask[i].tolist(), corner, line - 20)
+            bottom = max(bottom, end)
+        top = bottom + 10
+    page.crop((0, 0, page.width, top)).save(path)
 
 
-def draw_words(
+def draw_caption(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.FreeTypeFont,
     caption: str,
@@ -1057,8 +1076,8 @@ def draw_words(
     mask: list[bool],
     corner: tuple[int, int],
     width: int,
-) -> None:
-    """The caption from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible."""
+) -> int:
+    """The caption from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible. -> its foot"""
     (x, y), end = corner, 0
     for (start, stop), masked in zip(tokenizer.encode(caption).offsets, mask, strict=False):
         if start == stop:  # special tokens
@@ -1071,6 +1090,7 @@ def draw_words(
             pen.rectangle((x - 1, y, x + size + 1, y + 19), INK)
         pen.text((x, y), caption[start:stop], PAPER if masked else INK, font)
         x, end = x + size + 1, stop
+    return y + 22
 
 
 class StopSignals:
@@ -1162,11 +1182,12 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     print(f"{config.recipe}, {config.preset}: {size}, {run.total_steps} steps on {run.device}, into {out}/")
     try:
         with StopSignals() as stop:
-            return loop(run, train_set, val_set, sampler, metrics, stop)
+            final = loop(run, train_set, val_set, sampler, metrics, stop)
     finally:
         if any("itc" in line for line in metrics.lines):
             draw_curves(metrics.lines, out / "curves.png")
-            draw_masks(run, val_set, first_photos(val_set, 6), out / "masks.png")
+    draw_masks(run, val_set, first_photos(val_set, 6), out / "masks.png")
+    return final
 
 
 def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:

@@ -4,7 +4,7 @@ python study/ablate.py                             {random, sync} masks × {rand
 python study/ablate.py --grid attention            what makes the raw momentum cross-attention look at the right place
 
 It may be stopped at any time; the same command goes on where it stopped, and ends with the table, which it also writes
-to --file. Flags that it does not know go to train.py: --steps, --products, --batch-size, … Give the same ones when
+to --file. Flags that it does not know go to train.py: --steps, --products, --batch-size, … They must be the same when
 going on.
 """
 
@@ -17,32 +17,37 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from train import ConfigError, parse_config, skill
+from train import FREE_ON_RESUME, ConfigError, TrainConfig, config_from_dict, parse_config, skill
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
 masks = lambda kind: ["--patch-mask", kind, "--word-mask", kind]
 batches = lambda kind: ["--sampler", kind, "--itm-negatives", kind]
 plain = [*masks("random"), *batches("random"), "--mask-source", "attention", "--mask-layer", "2"]
-vision = lambda registers, context: ["--registers", str(registers), f"--{context}cls-context", "--patch-layer", "0"]
+vit = lambda registers, context, patch_layer: [
+    "--registers", str(registers), f"--{context}cls-context", "--patch-layer", str(patch_layer),
+]  # fmt: skip
 GRIDS = {
     "method": {f"{m} masks, {b} batches": masks(m) + batches(b)
                for m in ("random", "sync") for b in ("random", "hard", "semihard")},
     # random masks and batches throughout; only what is read off the clean pair's attention is of interest
     "attention": {
-        "no MIM": [*plain, *vision(0, ""), "--mim-weight", "0"],
-        "MIM": [*plain, *vision(0, "")],
-        "MIM, 4 registers": [*plain, *vision(4, "")],
-        "MIM, no CLS in the context": [*plain, *vision(0, "no-")],
-        "MIM, both": [*plain, *vision(4, "no-")],
-        "MIM, patches of ViT layer 2": [*plain, *vision(0, ""), "--patch-layer", "2"],
-        "MIM, both, patches of ViT layer 2": [*plain, *vision(4, "no-"), "--patch-layer", "2"],
-        "MIM, both, ViT of 2 layers": [*plain, *vision(4, "no-"), "--vision-layers", "2"],
+        "no MIM": [*plain, *vit(0, "", 0), "--mim-weight", "0"],
+        "MIM": [*plain, *vit(0, "", 0)],
+        "MIM, four times the weight": [*plain, *vit(0, "", 0), "--mim-weight", "2"],
+        "MIM, 4 registers": [*plain, *vit(4, "", 0)],
+        "MIM, no CLS in the context": [*plain, *vit(0, "no-", 0)],
+        "MIM, patches of ViT layer 2": [*plain, *vit(0, "", 2)],
+        "MIM, all three": [*plain, *vit(4, "no-", 2)],
+        "all three, ViT of 2 layers": [*plain, *vit(4, "no-", 2), "--vision-layers", "2"],
+        "all three, texts of 16 tokens": [*plain, *vit(4, "no-", 2), "--max-length", "16"],
+        "all three, semi-hard negatives after random ones": [*plain, *vit(4, "no-", 2), *batches("semihard")],
     },
 }  # fmt: skip
 percent = lambda key: lambda f: 100 * f[key]
@@ -66,6 +71,15 @@ def final_line(out: Path) -> dict | None:
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return json.loads(lines[-1]) if lines and '"final": true' in lines[-1] else None
+
+
+def check_done(out: Path, config: TrainConfig) -> None:
+    """Raise ConfigError when the folder holds a run with other settings than `config`."""
+    if (out / "config.json").exists():
+        saved = config_from_dict(json.loads((out / "config.json").read_text()))
+        free = {name: getattr(config, name) for name in FREE_ON_RESUME}
+        if replace(saved, **free, model=replace(saved.model, vocab_size=config.model.vocab_size)) != config:
+            raise ConfigError(f"{out} holds a run with other flags; give the same ones, or another --out")
 
 
 def run_once(out: Path, flags: list[str], threads: int, children: list[subprocess.Popen]) -> dict | None:
@@ -117,13 +131,16 @@ def main(argv: list[str] | None = None) -> None:
     runs = [(name, out / f"{number}-{seed}", [*condition, *flags, "--seed", str(seed), "--val-every", "1000000"])
             for seed in range(args.seeds) for number, (name, condition) in enumerate(grid.items())]  # fmt: skip
     try:
-        for _, _, given in runs:
-            parse_config(given)
+        for _, folder, given in runs:
+            config, _ = parse_config(given)
+            if config.data != "synthetic":
+                raise ConfigError("--data: only synthetic photos come with the truth that the table is about")
+            check_done(folder, config)
     except ConfigError as error:
         sys.exit(f"ablate.py: {error}")
     results: dict[str, list[dict]] = {name: [] for name in grid}
     children: list[subprocess.Popen] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(run_once, folder, given, threads, children) for _, folder, given in runs]
         try:
@@ -137,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
                 if child.poll() is None:
                     child.send_signal(signal.SIGINT)  # saves and ends
             sys.exit(f"ablate.py: {error}" if str(error) else "ablate.py: stopped; the same command goes on")
+    signal.signal(signal.SIGTERM, before)
     hours = sum(final["seconds"] for finals in results.values() for final in finals) / 3600
     own = [f"--grid {args.grid}", f"--seeds {args.seeds}", f"--jobs {args.jobs}"]
     command = " ".join(["python study/ablate.py", *own, *flags])

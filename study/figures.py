@@ -22,7 +22,17 @@ from tokenizers import Tokenizer
 
 from data import Collate, DataError, DataName, PhotoDataset, build_dataset, to_device
 from masking import reduce_heads
-from train import ConfigError, Run, build_run, config_from_dict, draw_masks, first_photos, load_checkpoint, shown_masks
+from train import (
+    ConfigError,
+    Run,
+    build_run,
+    check_device,
+    config_from_dict,
+    draw_masks,
+    first_photos,
+    load_checkpoint,
+    shown_masks,
+)
 
 
 def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4) -> None:
@@ -44,7 +54,7 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4
     plt.close(figure)
 
 
-def draw_words(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, columns: int = 13) -> None:
+def draw_attention(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, columns: int = 13) -> None:
     """Each photo, then for every word of its text where the word looks; masked words stand on grey."""
     batch = Collate(run.tokenizer)([dataset[row] for row in rows])
     if not len(batch["rows"]):
@@ -78,6 +88,7 @@ def draw_words(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, col
 
 def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
     """A trained run with its validation photos; `root` only where the files have moved. Raises ConfigError."""
+    check_device(device)
     state = load_checkpoint(checkpoint)
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
@@ -120,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = args.rows or first_photos(dataset, 6)
             if not 0 <= min(rows) <= max(rows) < len(dataset):
                 raise ConfigError(f"--rows: the validation split has photos 0 to {len(dataset) - 1}")
-            {"masks": draw_masks, "words": draw_words}[args.figure](run, dataset, rows, args.file)
+            {"masks": draw_masks, "words": draw_attention}[args.figure](run, dataset, rows, args.file)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"figures.py: {error}")
     print(args.file)

@@ -2,8 +2,8 @@
 
 python study/sources.py --checkpoint runs/…/last.pt
 
-First every source, layer, word and patch score that `train.py` offers; then word scores that need no attention: how
-well the momentum model predicts a hidden word from the photo, and how much better than from another photo.
+First every source, layer, head reduction, word and patch score that `train.py` offers; then word scores that need no
+attention: how well the momentum model predicts a hidden word from the photo, and how much better than from another.
 
 A run on synthetic photos is needed, for their truth. Skill = (share right − share of random masks) / (1 − the latter):
 0 is as good as random masks, 1 is perfect, below 0 is worse than random. Words that name no attribute do not count; the
@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Collate, DataError, Synthetic, normalise, to_device, word_truth
-from masking import PatchScore, WordScore, cooccurrence, mask_top, random_word_mask, word_counts
+from losses import forbidden_negatives, pick_negatives
+from masking import HeadReduction, PatchScore, WordScore, cooccurrence, mask_top, random_word_mask, word_counts
 from study.figures import open_run
 from train import ConfigError, MaskSource, Run, first_products, mask_truth, skill
 
@@ -33,12 +34,16 @@ from train import ConfigError, MaskSource, Run, first_products, mask_truth, skil
 @torch.no_grad()
 def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
     """Scores (B, L) of the words by the momentum model's log-probability of each while it is hidden with half of the
-    others: from its own photo, over that from the photo of another pair, and over that from no photo at all."""
+    others: from its own photo, and over those from the photo of another product, the average photo, and no photo."""
     momentum, words, keep = run.momentum, batch["words"], batch["attention_mask"]
     image_embeds = momentum.encode_image(normalise(batch["images"]))
     half = random_word_mask(words, 0.5, generator)
     found = {}
-    contexts = {"own": image_embeds, "other": image_embeds.roll(1, dims=0), "none": torch.zeros_like(image_embeds)}
+    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    other = pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, None, "random", generator)
+    average = image_embeds.mean(dim=0, keepdim=True).expand_as(image_embeds)
+    contexts = {"own": image_embeds, "another": image_embeds[other], "the average": average,
+                "no": torch.zeros_like(image_embeds)}  # fmt: skip
     for name, context in contexts.items():
         found[name] = torch.zeros(words.shape, device=words.device)
         for hidden in (half, words & ~half):
@@ -46,11 +51,8 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
             logits = momentum.mlm_logits(momentum.fuse(text_embeds, keep, context)[hidden])
             chosen = batch["token_ids"][hidden][:, None]
             found[name][hidden] = logits.log_softmax(dim=-1).gather(1, chosen).squeeze(1)
-    return {
-        "log p(word)": found["own"],
-        "gain over another photo": found["own"] - found["other"],
-        "gain over no photo": found["own"] - found["none"],
-    }
+    gains = {f"gain over {name} photo": found["own"] - found[name] for name in ("another", "the average", "no")}
+    return {"log p(word)": found["own"]} | gains
 
 
 def prediction_skills(run: Run, dataset: Synthetic, products: int) -> dict[str, dict[str, float]]:
@@ -91,30 +93,26 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"sources.py: {args.checkpoint} was trained on {run.config.data}, whose truth is not known")
     run.model.eval()
     config = replace(run.config, val_products=args.products)
-    layers = [*range(1, config.model.fusion_layers + 1), 0]
-    conditions = [
-        (source, layer, *scores)
-        for source, layer in itertools.product(get_args(MaskSource), layers)
-        for scores in itertools.product(get_args(WordScore), get_args(PatchScore))
-        if (source, layer) != ("gradcam", config.model.fusion_layers)  # empty there: only [CLS] reaches the match logit
-    ]
-    titles = "source | layer | word score | patches of | attributes % | words | of details | patches | pointing ×"
-    lines = [f"| {titles} |", "|" + "---|" * 9]
-    for source, layer, word_score, patch_score in tqdm(conditions, "readings", leave=False):
-        run.config = replace(
-            config, mask_source=source, mask_layer=layer, word_score=word_score, patch_score=patch_score
-        )
+    readings = itertools.product(get_args(MaskSource), [*range(1, config.model.fusion_layers + 1), 0],
+                                 get_args(HeadReduction), get_args(WordScore), get_args(PatchScore))  # fmt: skip
+    titles = "source | layer | heads | word score | patches of | attributes % | words | details | patches | pointing ×"
+    lines = [f"| {titles} |", "|" + "---|" * 10]
+    for source, layer, heads, word_score, patch_score in tqdm(list(readings), "readings", leave=False):
+        if source == "gradcam" and layer in (config.model.fusion_layers, 0):
+            continue  # empty in the last layer, where only [CLS] reaches the match logit
+        run.config = replace(config, mask_source=source, mask_layer=layer, mask_heads=heads, word_score=word_score,
+                             patch_score=patch_score)  # fmt: skip
         found = mask_truth(run, dataset)
         whose = {"all": "all words", "masked": "masked words"}[patch_score]
+        words, details, patches = (skill(found, f"{what}_cooccurrence") for what in ("word", "detail", "patch"))
         lines.append(
-            f"| {source} | {layer or 'all'} | {word_score} | {whose} | {100 * found['attribute_share']:.0f} | "
-            f"{skill(found, 'word_cooccurrence'):.2f} | "
-            f"{skill(found, 'detail_cooccurrence'):.2f} | {skill(found, 'patch_cooccurrence'):.2f} | "
-            f"{found['pointing'] / found['pointing_random']:.1f} |"
+            f"| {source} | {layer or 'all'} | {heads} | {word_score} | {whose} | "
+            f"{100 * found['attribute_share']:.0f} | "
+            f"{words:.2f} | {details:.2f} | {patches:.2f} | {found['pointing'] / found['pointing_random']:.1f} |"
         )
     for name, found in prediction_skills(run, dataset, args.products).items():
         words, details = skill(found, "word_cooccurrence"), skill(found, "detail_cooccurrence")
-        lines.append(f"| {name} | | | | {100 * found['attribute_share']:.0f} | {words:.2f} | {details:.2f} | | |")
+        lines.append(f"| {name} | | | | | {100 * found['attribute_share']:.0f} | {words:.2f} | {details:.2f} | | |")
     print("\n".join(lines))
 
 

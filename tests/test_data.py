@@ -103,15 +103,26 @@ def test_word_truth_is_the_truth_token_by_token(wardrobe):
 
 def test_a_description_fits_a_photo_that_shows_nothing_against_it():
     """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
-    shirt = data.Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""), ("graphic", "pink", "star")))
+    said = "{logo|Red logo} at front. {graphic|Pink star print} at back"
+    shirt = data.Product(
+        "shirt", "navy", None, "long", "spread", (("logo", "red", ""), ("graphic", "pink", "star")), said
+    )
     others = {
         "itself": shirt,
         "another colour": replace(shirt, colour="teal"),
         "another garment": replace(shirt, garment="polo"),
         "another sleeve": replace(shirt, sleeve="short"),
-        "another logo": replace(shirt, details=(("logo", "white", ""), ("graphic", "pink", "star"))),
+        "another logo": replace(
+            shirt,
+            details=(("logo", "white", ""), ("graphic", "pink", "star")),
+            marked_caption=said.replace("Red", "White"),
+        ),
         "no logo": replace(shirt, details=(("graphic", "pink", "star"),)),
-        "another graphic": replace(shirt, details=(("logo", "red", ""), ("graphic", "pink", "heart"))),
+        "another graphic": replace(
+            shirt,
+            details=(("logo", "red", ""), ("graphic", "pink", "heart")),
+            marked_caption=said.replace("star", "heart"),
+        ),
         "a belt more": replace(shirt, details=(*shirt.details, ("belt", "white", ""))),
         "striped": replace(shirt, pattern=("striped", "white")),
     }
@@ -129,6 +140,13 @@ def test_a_description_fits_a_photo_that_shows_nothing_against_it():
         "a belt more": [False, False],
         "striped": [False, False],
     }
+    # buttons whose colour the text does not say: it fits buttons of any colour; and where it says it, only those
+    plain, named = "{buttons|Button closure} at front", "{buttons|Buttons} in {buttons|red} at front"
+    coats = [replace(shirt, details=(("buttons", ink, ""),), marked_caption=text)
+             for ink, text in (("pink", plain), ("pink", named), ("red", plain), ("red", named))]  # fmt: skip
+    dataset.products, dataset.rows = coats, [(i, "front") for i in range(4)]
+    assert [dataset.describes(2, row) for row in range(4)] == [True, True, True, True]
+    assert [dataset.describes(3, row) for row in range(4)] == [False, False, True, True]
 
 
 def test_truth_regions_are_where_the_colour_is():

@@ -62,33 +62,37 @@ def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatc
     capsys.readouterr()
     sources.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "7"])
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) - 3 == 2 + len(asked) == 2 + 3 * 2 * (3 + 2 + 3)  # Grad-CAM has no last layer
-    assert rows[-2].startswith("| gain over another photo | | | | ")
-    assert len({(c.mask_source, c.mask_layer, c.word_score, c.patch_score) for c in asked}) == len(asked)
-    assert (
-        rows[2] == "| attention | 1 | max | all words | 40 | 0.50 | 0.50 | 0.50 | 1.5 |" and asked[0].val_products == 7
-    )
+    readings = {(c.mask_source, c.mask_layer, c.mask_heads, c.word_score, c.patch_score) for c in asked}
+    assert len(readings) == len(asked) == (3 + 1 + 3) * 2 * 3 * 2  # Grad-CAM has the first layer alone
+    assert "| attention | 1 | mean | max | all words | 40 | 0.50 | 0.50 | 0.50 | 1.5 |" in rows
+    assert [row.split(" | ")[0] for row in rows[-4:]] == [
+        "| log p(word)", "| gain over another photo", "| gain over the average photo", "| gain over no photo",
+    ]  # fmt: skip
+    assert asked[0].val_products == 7
     with pytest.raises(SystemExit, match="sources.py: /nowhere.pt: no such checkpoint"):
         sources.main(["--checkpoint", "/nowhere.pt"])
 
 
 def test_predictions_are_those_of_the_hidden_words(tmp_path):
-    """Against one pass for every word alone, with the same half of the others hidden."""
+    """Against one pass for each of some words, with the same half of the others hidden, and photos of other products."""
     config, _ = train.parse_config([*SMALL, "--out", str(tmp_path)])
     dataset = train.build_dataset("synthetic", None, "val", 32)
     run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
-    batch = train.Collate(run.tokenizer)([dataset[row] for row in range(3)])
+    batch = train.Collate(run.tokenizer)([dataset[row] for row in range(8)])
     half = sources.random_word_mask(batch["words"], 0.5, torch.Generator().manual_seed(5))
     scores = sources.predictions(run, batch, torch.Generator().manual_seed(5))
     images = run.momentum.encode_image(train.normalise(batch["images"]))
-    for b, word in ((0, 2), (1, 5), (2, 1)):
+    gain = scores["gain over another photo"]
+    for b, word in ((0, 2), (1, 5), (5, 1)):
         hidden = half if half[b, word] else batch["words"] & ~half
         ids, keep = batch["token_ids"].masked_fill(hidden, run.mask_id)[b : b + 1], batch["attention_mask"][b : b + 1]
-        for photo, name, sign in ((b, "log p(word)", 1), (b - 1, "gain over another photo", -1)):
-            fused = run.momentum.fuse(run.momentum.encode_text(ids, keep), keep, images[photo][None])
-            log_p = run.momentum.mlm_logits(fused[0, word]).log_softmax(-1)[batch["token_ids"][b, word]]
-            expected = scores["log p(word)"][b, word] - scores[name][b, word] if sign < 0 else scores[name][b, word]
-            assert log_p.item() == pytest.approx(expected.item(), abs=1e-4)
+        log_p = []
+        for image in images:
+            fused = run.momentum.fuse(run.momentum.encode_text(ids, keep), keep, image[None])
+            log_p.append(run.momentum.mlm_logits(fused[0, word]).log_softmax(-1)[batch["token_ids"][b, word]].item())
+        assert log_p[b] == pytest.approx(scores["log p(word)"][b, word].item(), abs=1e-4)
+        others = [log_p[b] - p for p, product in zip(log_p, batch["product_ids"]) if product != batch["product_ids"][b]]
+        assert min(abs(other - gain[b, word].item()) for other in others) < 1e-4
 
 
 def test_masked_words_are_blacked_out(tmp_path):
@@ -98,7 +102,7 @@ def test_masked_words_are_blacked_out(tmp_path):
     run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
     page = Image.new("RGB", (400, 60), train.PAPER)
     pen, font = train.ImageDraw.Draw(page), train.ImageFont.load_default(15)
-    train.draw_words(pen, font, "red coat", run.tokenizer, [False, False, True, False], (0, 0), 300)
+    train.draw_caption(pen, font, "red coat", run.tokenizer, [False, False, True, False], (0, 0), 300)
     dark = (np.array(page) == train.INK).all(2).sum(0)
     middle = int(font.getlength("red")) + 3
     assert dark[:middle].max() < 15 < dark[middle:].max()
@@ -126,8 +130,13 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     (tmp_path / "1-0" / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit, match="1-0.log: status 1, train.py: .*not a checkpoint of train.py"):
         ablate.main(flags)
-    with pytest.raises(SystemExit, match="ablate.py: --steps 0: must be at least 1"):
-        ablate.main([*flags, "--steps", "0"])
+    for more, message in (
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--lr", "0.5"], "0-0 holds a run with other flags"),
+        (["--data", "jsonl", "--root", "x"], "only synthetic photos"),
+    ):
+        with pytest.raises(SystemExit, match=f"ablate.py: .*{message}"):
+            ablate.main([*flags, *more])
 
 
 def test_every_condition_of_the_ablations_is_a_valid_run():

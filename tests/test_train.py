@@ -15,6 +15,7 @@ import torch
 
 import data
 import train
+from masking import word_counts
 from model import PRESETS
 from train import ConfigError, parse_config, retrieval_recalls
 
@@ -22,6 +23,12 @@ ROOT = Path(__file__).parent.parent
 FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
         "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
         "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def synchronized_from_the_first_step(monkeypatch):
+    """Runs here are too short for a warm-up with random masks."""
+    monkeypatch.setitem(train.SCHEDULES["tiny"], "mask_warmup", 0)
 
 
 def run(out, *flags):
@@ -152,7 +159,9 @@ def test_overfits_one_batch(recipe):
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(recipe):
-    config, _ = parse_config([*FAST, "--recipe", recipe, "--registers", "2", "--mask-source", "gradcam"])
+    config, _ = parse_config(
+        [*FAST, "--recipe", recipe, "--registers", "2", "--fusion-layers", "2", "--mask-source", "gradcam"]
+    )
     dataset = data.Synthetic("train", 8, 32, progress=False)
     state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     state.generator, state.step = torch.Generator().manual_seed(0), 1
@@ -315,10 +324,11 @@ def test_every_other_flag_runs(tmp_path):
         " --mlm-ratio 0.3 --sampler hard --itm-negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
         " --mim-ratio 0.25 --mim-weight 0.5 --mim-layers 2 --word-mask random --word-score mass --mask-layer 1"
         " --mask-heads max --mask-noise 0.2 --mask-source attention --patch-layer 1 --patch-score all --itm-share 0.5"
+        " --mask-warmup 2"
     )
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
     config = train.config_from_dict(checkpoint(tmp_path)["config"])
-    assert final["step"] == 6 and config.queue == 65536 and config.model.grid == 2 and config.clip == 0.5
+    assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2 and config.clip == 0.5
 
 
 def test_text_and_whole_weights_can_be_given(tmp_path, capsys):
@@ -425,7 +435,9 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--recipe", "clip"], "invalid choice: 'clip'"),
         (["--batch-size", "many"], "invalid int value: 'many'"),
         (["--mask-layer", "3"], "--mask-layer 3: there are 2 fusion layers"),
-        (["--mask-source", "gradcam", "--mask-layer", "2"], "only [CLS] of the last layer"),
+        (["--mask-source", "gradcam", "--mask-layer", "2"], "gradcam cannot read the last layer"),
+        (["--mask-source", "gradcam", "--fusion-layers", "1"], "gradcam needs two --fusion-layers"),
+        (["--mask-source", "gradcam", "--compile"], "--compile contradicts --mask-source gradcam"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
         (["--root", "x"], "--root is for data from files"),
         (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
@@ -437,6 +449,7 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--device", "cuda:99"], "no such GPU"),
         (["--device", "gpu"], "--device gpu"),
         (["--device", "meta"], "--device meta: cpu or cuda"),
+        (["--vision-layers", "1", "--products", "1"], "--products 1: must be at least 2"),  # not: patch_layer 2
         (["--patch-layer", "5"], "patch_layer 5: there are 4 ViT layers"),
         (["--clip", "0"], "--clip 0.0: must be at least"),
         (["--patch-size", "0"], "patch_size 0 is less than 1"),
@@ -468,7 +481,8 @@ def test_precedence_defaults_preset_recipe_flags():
     config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--registers", "4"])
     assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
     config, _ = parse_config(["--data", "fashiongen"])
-    assert config.preset == "base" and config.model.width == PRESETS["base"].width and config.queue == 65536
+    assert config.preset == "base" and config.model.width == PRESETS["base"].width
+    assert config.queue == 0 and parse_config(["--preset", "base", "--recipe", "albef"])[0].queue == 65536
     config, _ = parse_config(["--no-compile", "--data", "jsonl"])
     assert config.compile is False and config.preset == "small"
 
@@ -649,8 +663,15 @@ def test_momentum_attention_of_every_source(source):
     assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
     if source == "gradcam":
         assert attention.min() >= 0 and attention.amax(1)[batch["words"]].max() > 0
+        weight = state.momentum.itm_head.weight.clone()
+        state.momentum.itm_head.weight[1] = 0  # "match" no longer depends on anything
+        assert (read() == 0).all()
+        state.momentum.itm_head.weight.copy_(weight)
     else:
         torch.testing.assert_close(attention[..., 1:].sum(-1)[:, :, 1:2], torch.ones(count, 2, 1))
+    if source == "attention":
+        fused = state.momentum.fuse(text_embeds, batch["attention_mask"], image_embeds, return_attention=True)
+        torch.testing.assert_close(attention, fused[1][0])
     # a word that is hidden must be found by the rest of the text and the photo: changing it changes nothing of its row
     word = 3
     batch["token_ids"] = batch["token_ids"].clone()
@@ -658,6 +679,43 @@ def test_momentum_attention_of_every_source(source):
     text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
     same = torch.allclose(attention[:, :, word], read()[:, :, word], rtol=1e-3, atol=0)
     assert same == (source == "hidden")
+
+
+@pytest.mark.parametrize(
+    "flags, patches, words",
+    [
+        (["--mask-hint", "0"], "sync", "sync"),
+        (["--mask-hint", "1"], "random", "random"),
+        (["--mask-hint", "0", "--mask-warmup", "9"], "random", "random"),
+        (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
+        (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
+        (["--mask-hint", "0", "--word-mask", "random", "--patch-mask", "block"], "block", "random"),
+    ],
+)
+def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
+    """The attention is on the last patches and words alone, so a synchronized mask is known in advance."""
+    config, _ = parse_config([*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--mask-noise", "0", *flags])
+    dataset = data.Synthetic("train", 8, 32, progress=False)
+    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state.step = 5
+    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
+    first = batch["words"].sum(1) - word_counts(batch["words"], 0.3)
+    last_words = (batch["words"].cumsum(1) > first[:, None]) & batch["words"]
+    attention = torch.zeros(6, 1, batch["words"].shape[1], 17)
+    attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
+    monkeypatch.setattr(train, "momentum_attention", lambda *_: attention)
+
+    def chosen(seed):
+        state.generator = torch.Generator().manual_seed(seed)
+        return train.choose_masks(state, batch, None, None)
+
+    patch_mask, word_mask = chosen(0)
+    assert (patch_mask.sum(1) == 8).all() and not (word_mask & ~batch["words"]).any()
+    assert (patch_mask[:, 8:].all()) == (patches == "sync")
+    assert torch.equal(word_mask, last_words) == (words == "sync")
+    assert torch.equal(chosen(0)[0], patch_mask) and (patches == "sync") == torch.equal(chosen(1)[0], patch_mask)
+    if patches == "block":
+        assert not torch.equal(patch_mask, train.random_patch_mask(6, 16, 0.5, torch.Generator().manual_seed(0)))
 
 
 def test_layers_are_read_one_by_one_or_where_they_agree():
