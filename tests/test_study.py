@@ -133,7 +133,7 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     for more, message in (
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--lr", "0.5"], "0-0 holds a run with other flags"),
-        (["--data", "jsonl", "--root", "x"], "only synthetic photos"),
+        (["--data", "jsonl", "--root", "x"], "--products is for synthetic photos"),
     ):
         with pytest.raises(SystemExit, match=f"ablate.py: .*{message}"):
             ablate.main([*flags, *more])
