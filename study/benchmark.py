@@ -4,7 +4,6 @@ python study/benchmark.py sampler                     composing one epoch of gro
 """
 
 import argparse
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,17 +16,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sampler import GroupedBatchSampler, SamplerMode
+from train import peak_memory_mib
 
 
 def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, seed: int = 0) -> dict[str, float]:
     """Feed one epoch of random features to the sampler, four photos a product, and let it compose the next.
 
-    -> seconds of composing, memory in MiB that it added, and how many photos kept a conflict.
+    -> seconds of composing, the most MiB that the process has held so far, and how many photos kept a conflict.
     """
     products = np.arange(items) // 4
     grouped = GroupedBatchSampler(items, batch, block, mode, products, products, seed)
     generator = torch.Generator().manual_seed(seed)
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
+    seconds = 0.0
     for indices in tqdm(list(grouped), f"{mode} batches of {items:,} photos", unit=" batches", disable=None):
         # a photo and its text look alike, as those of a model in training
         text_feat = torch.randn(len(indices), width, generator=generator)
@@ -39,8 +39,7 @@ def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, s
     start = time.perf_counter()
     grouped.set_epoch(1)
     seconds += time.perf_counter() - start
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"seconds": seconds, "mib": memory, "conflicts": grouped.conflicts}
+    return {"seconds": seconds, "mib": peak_memory_mib(torch.device("cpu")), "conflicts": grouped.conflicts}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     for items in args.items:
         for mode in args.mode:
             cost = sampler(items, args.width, args.block, args.batch, mode)
-            print(f"{items:>9,} photos, {mode:8}: {cost['seconds']:6.1f} s, {cost['mib']:5.0f} MiB, "
-                  f"{cost['conflicts']} conflicts")  # fmt: skip
+            print(f"{items:>9,} photos, {mode:8}: {cost['seconds']:6.1f} s, process at most "
+                  f"{cost['mib']:,.0f} MiB, {cost['conflicts']} conflicts")  # fmt: skip
 
 
 if __name__ == "__main__":
