@@ -189,6 +189,7 @@ class VisionTransformer(nn.Module):
         self.patch_layer = config.patch_layer or config.vision_layers
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W), keep (B, K) or None -> image_embeds (B, 1 + P or 1 + K, D)."""
         x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")  # (B, P, D)
         x = x + self.position_embed[:, 1:]
         if keep is not None:
@@ -226,6 +227,8 @@ class TextLayer(nn.Module):
         context_keep: Tensor | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, D), keep (B, L), image_embeds (B, N, D), context_keep (B, N); keeps are True where a token may be
+        attended to -> x (B, L, D), cross-attention (B, h, L, N) or None."""
         x = self.attention_norm(x + self.dropout(self.attention(x, keep=keep)[0]))
         attention = None
         if image_embeds is not None:
@@ -272,6 +275,7 @@ class FusionEncoder(nn.Module):
     def forward(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Shapes as the class says; probabilities are kept in the graph, so that Grad-CAM can take their gradient."""
         x, attentions, context_keep = text_embeds, [], None
         if not self.cls_context:
             context_keep = torch.ones(image_embeds.shape[:2], dtype=torch.bool, device=image_embeds.device)

@@ -215,7 +215,9 @@ RECIPE_DEFAULTS = {
     "albef": {},
 }  # fmt: skip
 # flags that only some recipes read
-RECIPE_FLAGS = {"syncmask": {"mim_weight", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"}}
+RECIPE_FLAGS = {
+    "syncmask": {"mim_weight", "mim_layers", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"}
+}
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What a resumed run may change: nothing that decides its result.
 FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "val_every", "save_every"}

@@ -76,7 +76,10 @@ def final_line(out: Path) -> dict | None:
 def check_done(out: Path, config: TrainConfig) -> None:
     """Raise ConfigError when the folder holds a run with other settings than `config`."""
     if (out / "config.json").exists():
-        saved = config_from_dict(json.loads((out / "config.json").read_text()))
+        try:
+            saved = config_from_dict(json.loads((out / "config.json").read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{out}/config.json cannot be read ({error}); remove the folder") from None
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
         if replace(saved, **free, model=replace(saved.model, vocab_size=config.model.vocab_size)) != config:
             raise ConfigError(f"{out} holds a run with other flags; give the same ones, or another --out")

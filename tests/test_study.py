@@ -130,7 +130,9 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     (tmp_path / "1-0" / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit, match="1-0.log: status 1, train.py: .*not a checkpoint of train.py"):
         ablate.main(flags)
+    (tmp_path / "0-1" / "config.json").write_text("{")
     for more, message in (
+        ([], "0-1/config.json cannot be read"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--lr", "0.5"], "0-0 holds a run with other flags"),
         (["--data", "jsonl", "--root", "x"], "--products is for synthetic photos"),

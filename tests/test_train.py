@@ -438,6 +438,7 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--mask-source", "gradcam", "--mask-layer", "2"], "gradcam cannot read the last layer"),
         (["--mask-source", "gradcam", "--fusion-layers", "1"], "gradcam needs two --fusion-layers"),
         (["--mask-source", "gradcam", "--compile"], "--compile contradicts --mask-source gradcam"),
+        (["--recipe", "albef", "--mim-layers", "2"], "--mim-layers is for --recipe syncmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
         (["--root", "x"], "--root is for data from files"),
         (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
