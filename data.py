@@ -6,6 +6,11 @@ Every dataset is a list of *photos* (rows). Several photos show one product and 
     fashiongen   FashionGen's two HDF5 files, as distributed
     jsonl        one's own photos: one JSON object a line
 
+For text-guided retrieval there are *triplets*: a reference photo, a text that says what differs, the target photo.
+
+    synthetic    fronts of drawn garments that differ in one or two attributes
+    fashioniq    FashionIQ's captions, image splits and photos, as distributed
+
 Photos are decoded to uint8 squares and stay uint8 until they are on the training device, where `augment` or
 `normalise` turns a whole batch to floats at once.
 
@@ -36,7 +41,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
+TripletName = Literal["synthetic", "fashioniq"]
 Split = Literal["train", "val"]
+VAL_PRODUCTS = 300  # synthetic products held out of training
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -95,6 +102,14 @@ class PhotoDataset(Dataset):
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
         return zlib.crc32("\n".join(self.captions).encode() + self.product_ids.tobytes())
 
+    def versions(self) -> list[str]:
+        """Something that changes whenever a photo does, without decoding any: files' sizes and times of change."""
+        raise TypeError(f"{type(self).__name__} does not say how to tell that a photo has changed")
+
+    def part(self, rows: np.ndarray) -> "PhotoDataset":
+        """Some of its rows, numbered anew."""
+        return Part(self, rows)
+
     def report(self) -> str:
         """One line for the user: how much there is, and what was left out and why."""
         line = f"{len(self):,} photos of {self.product_ids.max() + 1:,} products"
@@ -102,6 +117,25 @@ class PhotoDataset(Dataset):
             shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
             line += f", {len(self.problems):,} left out ({shown})"
         return line
+
+
+class Part(PhotoDataset):
+    """Some rows of another data set."""
+
+    def __init__(self, whole: PhotoDataset, rows: np.ndarray):
+        self.whole, self.source = whole, [int(row) for row in rows]
+        chosen = lambda values: [values[row] for row in self.source]
+        super().__init__(
+            chosen(whole.captions), chosen(whole.product_ids.tolist()), chosen(whole.categories),
+            chosen(whole.subcategories), whole.image_size,
+        )  # fmt: skip
+
+    def photo(self, row: int) -> Image.Image:
+        """The photo of a row, read as the whole data set reads it."""
+        return self.whole.photo(self.source[row])
+
+    def name_of(self, row: int) -> str:
+        return self.whole.name_of(self.source[row])
 
 
 def numbered(values: list) -> np.ndarray:
@@ -117,6 +151,26 @@ def square(photo: Image.Image, size: int) -> Image.Image:
     return ImageOps.pad(photo, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
 
 
+def open_photo(path: Path, size: int) -> Image.Image:
+    """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
+
+    Raises OSError or ValueError when it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (size, size))
+            photo = ImageOps.exif_transpose(file)
+            if photo.has_transparency_data:
+                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+            return photo.convert("RGB")
+    except UnidentifiedImageError:
+        raise OSError("not an image") from None
+
+
+def _version(path: Path) -> str:
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+
+
 def build_dataset(
     name: DataName,
     root: str | Path | None,
@@ -130,10 +184,10 @@ def build_dataset(
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
     seed: of the synthetic set, and of the split by product where the data has none
-    products: synthetic products in the training split; validation has 300
+    products: synthetic products in the training split; validation has VAL_PRODUCTS
     """
     if name == "synthetic":
-        return Synthetic(split, products if split == "train" else 300, image_size, seed, progress)
+        return Synthetic(split, products if split == "train" else VAL_PRODUCTS, image_size, seed, progress)
     folder = Path(root or f"data/{name}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")
@@ -565,18 +619,13 @@ class Synthetic(PhotoDataset):
 
     def _product(self, index: int) -> Product:
         rng = self._rng(0, index)
-        while True:
-            product = Product.draw(rng)
-            attributes = (
-                product.garment,
-                product.colour,
-                product.pattern,
-                product.sleeve,
-                product.neck,
-                product.details,
-            )
-            if (hashlib.sha256(repr(attributes).encode()).digest()[0] < 230) == (self.split == "train"):
-                return product
+        while not self._owns(product := Product.draw(rng)):
+            pass
+        return product
+
+    def _owns(self, product: Product) -> bool:
+        attributes = (product.garment, product.colour, product.pattern, product.sleeve, product.neck, product.details)
+        return (hashlib.sha256(repr(attributes).encode()).digest()[0] < 230) == (self.split == "train")
 
     def _views(self, index: int) -> list[str]:
         return ["front", "back", "close-up", "half"][: 3 + int(self._rng(1, index).integers(2))]
@@ -586,7 +635,11 @@ class Synthetic(PhotoDataset):
         return render(self.products[index], view, self.image_size, self._rng(2, row))
 
     def photo(self, row: int) -> Image.Image:
+        """The photo of a row, drawn when the data set was made."""
         return self.photos[row]
+
+    def versions(self) -> list[str]:
+        return [f"{self.split} {self.seed} {self.image_size}"]
 
     def truth(self, row: int, grid: int) -> tuple[list[tuple[int, int, str]], dict[str, np.ndarray]]:
         """What the photo of `row` really shows: (start, end, key) of each attribute named in its description, and
@@ -711,7 +764,11 @@ class FashionGen(PhotoDataset):
             raise DataError(f"{self.path}: key {key} row 0: {values.dtype} where byte strings are expected")
         return [" ".join(value.decode("iso-8859-1").split()) for value in values.tolist()]
 
+    def versions(self) -> list[str]:
+        return [_version(self.path)]
+
     def photo(self, row: int) -> Image.Image:
+        """The photo of a row of the file, at the size it has there."""
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self._open())
         return Image.fromarray(self._handle[1]["input_image"][self.source[row]])
@@ -802,18 +859,279 @@ class Jsonl(PhotoDataset):
         return record
 
     def photo(self, row: int) -> Image.Image:
-        try:
-            with Image.open(self.folder / self.images[row]) as file:
-                file.draft("RGB", (self.image_size, self.image_size))  # JPEG: decode no more than is needed
-                photo = ImageOps.exif_transpose(file)
-                if photo.has_transparency_data:
-                    photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
-                return photo.convert("RGB")
-        except UnidentifiedImageError:
-            raise OSError("not an image") from None
+        """The photo of a line."""
+        return open_photo(self.folder / self.images[row], self.image_size)
+
+    def versions(self) -> list[str]:
+        return [_version(self.folder / image) for image in self.images]
 
     def name_of(self, row: int) -> str:
         return self.images[row]
+
+
+# ------------------------------------------------------------------------------------------- triplets
+
+Galleries = dict[str, dict[str, np.ndarray]]  # subset -> protocol -> rows of the photos to search among
+
+
+class Triplets(PhotoDataset):
+    """Reference photo + text about what differs → target photo, for text-guided retrieval. A row is a triplet.
+
+    photos: all photos there are · references, targets (T,): rows of these; targets −1 where they are not published
+    captions: the texts · product_ids: the targets · families (T,): triplets that may share photos
+    subsets: what figures are averaged over, such as FashionIQ's dress, shirt, toptee
+    galleries: for each subset the candidates, by protocol: `original`, all photos of its split; `union`, those that
+    occur in its pairs
+    """
+
+    def __init__(
+        self, photos: PhotoDataset, references: list[int], targets: list[int], texts: list[str], subsets: list[str],
+        families: list, originals: dict[str, list[int]] | None = None,
+    ):  # fmt: skip
+        super().__init__(texts, targets, subsets, subsets, photos.image_size)
+        self.photos, self.subsets, self.families = photos, subsets, numbered(families)
+        self.references, self.targets = np.array(references, np.int64), np.array(targets, np.int64)
+        self.caption_ids = np.arange(len(texts))  # the same text about other references is another query
+        self.galleries: Galleries = {}
+        for subset in dict.fromkeys(subsets):
+            rows = np.array([named == subset for named in subsets])
+            pairs = np.concatenate([self.references[rows], self.targets[rows]])
+            self.galleries[subset] = {"union": np.unique(pairs[pairs >= 0])}
+            if originals:
+                self.galleries[subset]["original"] = np.array(originals[subset], np.int64)
+
+    def part(self, rows: np.ndarray) -> "Triplets":
+        """Some of the triplets, over the same photos; their gallery is the union of their pairs."""
+        chosen = lambda values: [values[row] for row in rows.tolist()]
+        return Triplets(
+            self.photos, chosen(self.references.tolist()), chosen(self.targets.tolist()), chosen(self.captions),
+            chosen(self.subsets), chosen(self.families.tolist()),
+        )  # fmt: skip
+
+    def photo(self, row: int) -> Image.Image:
+        """The reference photo of a triplet."""
+        return self.photos.photo(self.references[row])
+
+    def __getitem__(self, row: int) -> dict | Unreadable:
+        item, target = super().__getitem__(row), int(self.targets[row])
+        if target < 0 or isinstance(item, Unreadable):
+            return item
+        shown = self.photos[target]
+        return shown if isinstance(shown, Unreadable) else item | {"target_image": shown["image"]}
+
+    def name_of(self, row: int) -> str:
+        return self.photos.name_of(int(self.references[row]))
+
+    def report(self) -> str:
+        """One line for the user: triplets, sizes of the galleries, what was left out and why."""
+        line = f"{len(self):,} triplets"
+        for subset, galleries in self.galleries.items():
+            sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in galleries.items())
+            line += f"; {subset}: {self.subsets.count(subset):,} (photos to search: {sizes})"
+        if self.problems:
+            shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
+            line += f"; {len(self.problems):,} left out ({shown})"
+        return line
+
+
+def build_triplets(
+    name: TripletName,
+    root: str | Path | None,
+    split: Literal["train", "val", "test"],
+    image_size: int,
+    seed: int = 0,
+    products: int = 2500,
+    progress: bool = True,
+) -> Triplets:
+    """Open a split of a set of triplets; arguments and errors as `build_dataset`. test: of `fashioniq` alone."""
+    if name == "synthetic":
+        return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed, progress)
+    folder = Path(root or f"data/{name}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")
+    return fashioniq(folder, split, image_size)
+
+
+FAMILY = 5  # a product, three that differ from it in one or two attributes, and one that is no kin
+
+
+class SyntheticFamilies(Synthetic):
+    """Fronts alone, of products that come in families of FAMILY; a family belongs to one split."""
+
+    def _product(self, index: int) -> Product:
+        member = index % FAMILY
+        if member in (0, FAMILY - 1):
+            return super()._product(index)
+        family, rng = [super()._product(index - member)], self._rng(3, index - member)
+        while len(family) <= member:
+            product = vary(family[0], rng)
+            if self._owns(product) and product.attributes() not in [kin.attributes() for kin in family]:
+                family.append(product)
+        return family[member]
+
+    def _views(self, index: int) -> list[str]:
+        return ["front"]
+
+
+def vary(product: Product, rng: np.random.Generator) -> Product:
+    """A product that differs in one or two attributes, of those that a photo of the front shows."""
+    garment, kinds = GARMENTS[product.garment], ["colour", "pattern", "detail"]
+    kinds += ["sleeve"] * (len(garment.sleeves) > 1) + ["neck"] * (len(garment.necks) > 1)
+    for kind in rng.permutation(kinds)[: int(rng.integers(1, 3))].tolist():
+        product = _changed(product, kind, rng)
+    return replace(product, marked_caption=product._describe(rng))
+
+
+def _changed(product: Product, kind: str, rng: np.random.Generator) -> Product:
+    garment, details = GARMENTS[product.garment], product.details
+    used = {product.colour, *(product.pattern or ())[1:], *(colour for _, colour, _ in details)}
+    free = tuple(colour for colour in COLOURS if colour not in used)
+    if kind == "colour":
+        colour = _pick(rng, free)
+        repainted = tuple((key, colour if key == "pocket" else ink, shape) for key, ink, shape in details)
+        return replace(product, colour=colour, details=repainted)
+    if kind == "pattern":
+        others = tuple(name for name in PATTERNS if not product.pattern or name != product.pattern[0])
+        plain = product.pattern is not None and rng.random() < 0.5
+        return replace(product, pattern=None if plain else (_pick(rng, others), _pick(rng, free)))
+    if kind == "neck":
+        return replace(product, neck=_pick(rng, tuple(neck for neck in garment.necks if neck != product.neck)))
+    if kind == "sleeve":
+        sleeve = _pick(rng, tuple(sleeve for sleeve in garment.sleeves if sleeve != product.sleeve))
+        return replace(product, sleeve=sleeve, details=tuple(d for d in details if d[0] != "cuffs" or sleeve == "long"))
+    there = {key for key, _, _ in details}
+    barred = there | ({"cuffs"} if product.sleeve != "long" else set())
+    barred |= {"buttons", "zip"} if there & {"buttons", "zip"} else set()
+    gone = tuple(key for key in sorted(there) if "front" in DETAILS[key][1])
+    new = tuple(key for key in garment.details.split() if "front" in DETAILS[key][1] and key not in barred)
+    if gone and (not new or rng.random() < 0.5):
+        lost = _pick(rng, gone)
+        return replace(product, details=tuple(detail for detail in details if detail[0] != lost))
+    if not new:
+        return product
+    key = _pick(rng, new)
+    ink = product.colour if key == "pocket" else _pick(rng, free)
+    return replace(
+        product, details=tuple(sorted((*details, (key, ink, _pick(rng, GRAPHICS) if key == "badge" else ""))))
+    )
+
+
+def difference(product: Product, other: Product, rng: np.random.Generator) -> str:
+    """What to say to get from one product of a family to another: "is red instead of navy and has long sleeves"."""
+    said = []
+    if other.colour != product.colour:
+        said.append(_pick(rng, (f"is {other.colour} instead of {product.colour}", f"is {other.colour}")))
+    if other.pattern != product.pattern:
+        kind, ink = other.pattern or product.pattern
+        said.append(f"has {'' if other.pattern else 'no '}{ink} {PATTERNS[kind][1].lower()}")
+    if other.sleeve != product.sleeve:
+        said.append("is sleeveless" if other.sleeve == "sleeveless" else f"has {other.sleeve} sleeves")
+    if other.neck != product.neck:
+        said.append(f"has {NECKS[other.neck][0].lower()}")
+    mine, theirs = ({key: (ink, shape) for key, ink, shape in p.details} for p in (product, other))
+    for key in sorted(mine.keys() ^ theirs.keys()):
+        ink, shape = theirs.get(key) or mine[key]
+        words = DETAILS[key][0][1].replace("COLOUR", ink).replace("SHAPE", shape)
+        said.append(f"has {'' if key in theirs else 'no '}{words.replace('{', '').replace('}', '').lower()}")
+    return " and ".join(rng.permutation(said).tolist())
+
+
+def synthetic_triplets(split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True) -> Triplets:
+    """From the first product of each family to its variants and back."""
+    photos = SyntheticFamilies(split, products, image_size, seed, progress)
+    pairs = []
+    for first in range(0, products - FAMILY + 1, FAMILY):
+        pairs += [pair for v in range(first + 1, first + FAMILY - 1) for pair in ((first, v), (v, first))]
+    if not pairs:
+        raise DataError(f"--products {products}: no whole family of {FAMILY} products; give more")
+    texts = [
+        difference(photos.products[a], photos.products[b], photos._rng(4, number))
+        for number, (a, b) in enumerate(pairs)
+    ]
+    references, targets = zip(*pairs, strict=True)
+    return Triplets(
+        photos, references, targets, texts, ["synthetic"] * len(pairs), [a // FAMILY for a in references],
+        {"synthetic": list(range(products))},
+    )  # fmt: skip
+
+
+class PhotoFiles(PhotoDataset):
+    """Photos by name, without text."""
+
+    def __init__(self, paths: dict[str, Path], image_size: int):
+        self.names, self.paths = list(paths), list(paths.values())
+        blank = [""] * len(paths)
+        super().__init__(blank, self.names, blank, blank, image_size)
+
+    def photo(self, row: int) -> Image.Image:
+        """The photo of a name."""
+        return open_photo(self.paths[row], self.image_size)
+
+    def name_of(self, row: int) -> str:
+        return self.names[row]
+
+
+FASHIONIQ = ("dress", "shirt", "toptee")
+
+
+def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: int) -> Triplets:
+    """FashionIQ (Wu et al. 2021) as distributed: `captions/cap.{dress,shirt,toptee}.{split}.json`,
+    `image_splits/split.….json`, `images/{id}.jpg` or `.png`.
+
+    Both captions of a pair are joined by "and" (choice: in their order). Photos that are not there are named and
+    counted, with the queries that need them. The test split has no targets.
+    """
+    files = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix in (".jpg", ".png")}
+    known, listed, pairs, subsets = {}, {}, [], []
+    for subset in FASHIONIQ:
+        records = _read_list(folder / "captions" / f"cap.{subset}.{split}.json", "one object a pair")
+        ids = _read_list(folder / "image_splits" / f"split.{subset}.{split}.json", "one image id an entry")
+        keys = ("candidate",) if split == "test" else ("candidate", "target")
+        for number, record in enumerate(records):
+            fine = isinstance(record, dict) and isinstance(record.get("captions"), list) and record["captions"]
+            if not fine or not all(
+                isinstance(text, str) for text in [record.get(k) for k in keys] + record["captions"]
+            ):
+                where = f"{folder}/captions/cap.{subset}.{split}.json entry {number}"
+                raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
+            pairs.append([record[key] for key in keys] + [" and ".join(text.strip() for text in record["captions"])])
+            subsets.append(subset)
+        if not all(isinstance(name, str) for name in ids):
+            raise DataError(f"{folder}/image_splits/split.{subset}.{split}.json: expected a list of image ids")
+        listed[subset] = list(dict.fromkeys(ids))
+    wanted = dict.fromkeys([name for names in listed.values() for name in names])
+    wanted |= dict.fromkeys(name for pair in pairs for name in pair[:-1])
+    known = {name: files[name] for name in wanted if name in files}
+    row_of = {name: row for row, name in enumerate(known)}
+    kept = [number for number, pair in enumerate(pairs) if all(name in known for name in pair[:-1])]
+    if not kept:
+        raise DataError(f"{folder}/images: no photo of any {split} pair; expected {pairs[0][0] if pairs else 'id'}.jpg")
+    triplets = Triplets(
+        PhotoFiles(known, image_size),
+        references=[row_of[pairs[number][0]] for number in kept],
+        targets=[-1 if split == "test" else row_of[pairs[number][1]] for number in kept],
+        texts=[pairs[number][-1] for number in kept],
+        subsets=[subsets[number] for number in kept],
+        families=[pairs[number][0] for number in kept],
+        originals={subset: [row_of[name] for name in names if name in known] for subset, names in listed.items()},
+    )
+    triplets.problems = [f"no photo {name}" for name in wanted if name not in known]
+    if len(kept) < len(pairs):
+        triplets.problems.append(f"{len(pairs) - len(kept):,} pairs of photos that are not there")
+    return triplets
+
+
+def _read_list(path: Path, what: str) -> list:
+    """A JSON list that is not empty."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; --root must hold FashionIQ's captions, image_splits, images") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{path}: expected a JSON list, {what}")
+    return values
 
 
 # --------------------------------------------------------------------------------- tokenizer and batches
@@ -892,9 +1210,9 @@ def tokenize(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Tensor]:
 
 @dataclass
 class Collate:
-    """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), the tokenised captions padded to the longest,
-    `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos left out. Where none is left
-    there are just these last two."""
+    """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), of triplets also `target_images`, the tokenised
+    captions padded to the longest, `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos
+    left out. Where none is left there are just these last two."""
 
     tokenizer: Tokenizer
 
@@ -903,8 +1221,10 @@ class Collate:
         unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
         if not good:
             return {"rows": torch.zeros(0, dtype=torch.long), "unreadable": unreadable}
+        targets = [item["target_image"] for item in good if "target_image" in item]
         return {
             "images": torch.stack([item["image"] for item in good]),
+            **({"target_images": torch.stack(targets)} if targets else {}),
             **tokenize(self.tokenizer, [item["caption"] for item in good]),
             "product_ids": torch.tensor([int(item["product_id"]) for item in good]),
             "caption_ids": torch.tensor([int(item["caption_id"]) for item in good]),

@@ -48,10 +48,12 @@ class ModelConfig:
     max_length: int = field(default=64, metadata={"help": "longest description, tokens"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in text and fusion layers (BERT: 0.1)"})
     vocab_size: int = field(default=2048, metadata={"help": "WordPiece vocabulary, at most (a given --vocab decides)"})
+    classes: int = 0  # of the recognition head; 0: there is none. No flag: finetune.py counts them
 
     def __post_init__(self):
         # [CLS] word [SEP]; a word beside the special tokens
-        lowest = {"registers": 0, "patch_layer": 0, "cls_context": 0, "dropout": 0, "max_length": 3, "vocab_size": 6}
+        lowest = {"registers": 0, "patch_layer": 0, "cls_context": 0, "dropout": 0, "max_length": 3, "vocab_size": 6,
+                  "classes": 0}  # fmt: skip
         for spec in fields(self):
             low, value = lowest.get(spec.name, 1), getattr(self, spec.name)
             if value < low:
@@ -332,6 +334,7 @@ class VisionLanguageModel(nn.Module):
         )
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder = PatchDecoder(config)
+        self.class_head = nn.Linear(config.width, config.classes) if config.classes else None
         self.temp = nn.Parameter(torch.tensor(0.07))
         initialise(self)
 
@@ -360,6 +363,10 @@ class VisionLanguageModel(nn.Module):
     def itm_logits(self, fused: Tensor) -> Tensor:
         """fused (B, L, D) -> (B, 2); class 1 is "match"."""
         return self.itm_head(fused[:, 0])
+
+    def class_logits(self, tokens: Tensor) -> Tensor:
+        """Fused tokens (B, L, D), or image_embeds (B, N, D) -> (B, classes), from [CLS]."""
+        return self.class_head(tokens[:, 0])
 
     def mlm_logits(self, tokens: Tensor) -> Tensor:
         """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""

@@ -119,16 +119,10 @@ def option(default, help: str, low: float | None = None, high: float | None = No
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A pretraining run. Every field is a flag; so is every field of `ModelConfig`."""
+class LoopConfig:
+    """What the loop reads: where it writes, how long, how fast, on what. Shared by pretraining and fine-tuning."""
 
-    data: DataName = option("synthetic", "data set")
-    root: str | None = option(None, "folder of the data set (default data/<data>)")
-    recipe: Literal["syncmask", "albef"] = option("syncmask", "method")
-    preset: Literal["tiny", "small", "base"] = option(
-        "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
-    )
-    out: str | None = option(None, "output folder (default runs/<data>-<recipe>-<preset>)")
+    out: str | None = option(None, "output folder (default runs/<data>-<recipe or task>-<preset>)")
     resume: bool = option(False, "go on from last.pt in the output folder")
     stop_at: int | None = option(None, "save and stop after this step; --resume goes on", low=1)
     seed: int = option(0, "of everything random", low=0)
@@ -149,6 +143,39 @@ class TrainConfig:
         0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1
     )
     queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
+    itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
+    itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
+    itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
+    sampler: SamplerMode = option("random", "how photos are grouped to batches, from the second epoch on")
+    search_size: int = option(1920, "photos in which the grouping looks for similar ones", low=2)
+    margin: float = option(
+        0.0, "semihard groups and negatives: how much less similar than the own pair, as a cosine", low=0, high=2
+    )
+    crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
+    color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
+
+    products: int = option(2500, "synthetic training products", low=2)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
+    compile: bool = option(False, "torch.compile the encoders")
+    workers: int = option(0, "data loading processes", low=0)
+    log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
+    val_every: int = option(200, "steps between validations", low=1)
+    val_products: int = option(1000, "held-out products to validate on, at most", low=2)
+    save_every: int = option(200, "steps between checkpoints; one is also saved before each validation", low=1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """A pretraining run. Every field is a flag; so is every field of `ModelConfig`."""
+
+    data: DataName = option("synthetic", "data set")
+    root: str | None = option(None, "folder of the data set (default data/<data>)")
+    recipe: Literal["syncmask", "albef"] = option("syncmask", "method")
+    preset: Literal["tiny", "small", "base"] = option(
+        "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
+    )
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
     mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
     mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
@@ -168,32 +195,11 @@ class TrainConfig:
     mask_noise: float = option(0.1, "noise on the scores, in deviations of a row", low=0)
     mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
     mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
-    itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
-    itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
-    itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
-    sampler: SamplerMode = option("random", "how photos are grouped to batches, from the second epoch on")
-    search_size: int = option(1920, "photos in which the grouping looks for similar ones", low=2)
-    margin: float = option(
-        0.0, "semihard groups and negatives: how much less similar than the own pair, as a cosine", low=0, high=2
-    )
-    crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
-    color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
 
-    products: int = option(2500, "synthetic training products", low=2)
     vocab: str | None = option(None, "a BERT vocab.txt instead of a vocabulary trained on the captions")
     vision_weights: str | None = option(None, "ViT weights to start from (Hugging Face, timm, DeiT, MAE naming)")
     text_weights: str | None = option(None, "BERT weights to start from; needs --vocab")
     weights: str | None = option(None, "a whole ALBEF checkpoint to start from; needs --vocab")
-
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to train: cpu, cuda, cuda:1, …")
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
-    compile: bool = option(False, "torch.compile the encoders")
-    workers: int = option(0, "data loading processes", low=0)
-    log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
-    val_every: int = option(200, "steps between validations", low=1)
-    val_products: int = option(1000, "held-out products to validate on, at most", low=2)
-    save_every: int = option(200, "steps between checkpoints", low=1)
-    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 SCHEDULES = {
@@ -235,17 +241,18 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag for each field of a config dataclass; a flag that is not given leaves no trace."""
+def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[str, dict]) -> None:
+    """One flag for each field of a config dataclass; a flag that is not given leaves no trace.
+
+    layers: what overrides the defaults under which name, for --help alone."""
     hints = typing.get_type_hints(config_class)
     for spec in fields(config_class):
         if "help" not in spec.metadata:
             continue
         flag, kind = "--" + spec.name.replace("_", "-"), hints[spec.name]
-        if isinstance(kind, types.UnionType):
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
         defaults = [str(spec.default)] if spec.default is not None else []
-        layers = SCHEDULES | RECIPE_DEFAULTS
         defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
         text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
         if kind is bool:
@@ -256,8 +263,10 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             parser.add_argument(flag, type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
 
 
-def check_ranges(config) -> None:
-    """Raise ConfigError for a field outside the range its metadata gives."""
+def check_ranges(config: LoopConfig) -> None:
+    """Raise ConfigError for a field outside the range its metadata gives, or for two lengths of the run."""
+    if config.steps and config.epochs:
+        raise ConfigError("--steps and --epochs contradict each other; give one")
     for spec in fields(config):
         value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
         if value is None or (low is None and high is None):
@@ -270,8 +279,9 @@ def check_ranges(config) -> None:
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     """Command line -> config, names of the flags given. Precedence: defaults < preset < recipe < flags."""
     parser = OneLineParser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_flags(parser, TrainConfig)
-    add_flags(parser.add_argument_group("sizes of the model (defaults: tiny's)"), ModelConfig)
+    layers = SCHEDULES | RECIPE_DEFAULTS
+    add_flags(parser, TrainConfig, layers)
+    add_flags(parser.add_argument_group("sizes of the model (defaults: tiny's)"), ModelConfig, layers)
     given = vars(parser.parse_args(argv))
     config = layer_config(given)
     if not config.resume:  # otherwise the checkpoint has a say first
@@ -302,8 +312,6 @@ def layer_config(given: dict) -> TrainConfig:
 def check_flags(config: TrainConfig, given: dict) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_ranges(config)
-    if config.steps and config.epochs:
-        raise ConfigError("--steps and --epochs contradict each other; give one")
     if config.data == "synthetic" and config.root:
         raise ConfigError("--root is for data from files; synthetic photos are drawn")
     if config.data != "synthetic" and "products" in given:
@@ -347,9 +355,9 @@ def check_device(name: str) -> None:
 
 @dataclass
 class Run:
-    """Everything a recipe may use besides the batch."""
+    """Everything a recipe, or a task of finetune.py, may use besides the batch."""
 
-    config: TrainConfig
+    config: TrainConfig  # or finetune.py's: what both have is LoopConfig
     tokenizer: Tokenizer
     model: VisionLanguageModel
     momentum: MomentumModel
@@ -611,26 +619,44 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- validation
 
 
+def match_rank(sim: Tensor, positive: Tensor) -> Tensor:
+    """How many wrong candidates come before the best right one: 0 is a hit at rank 1. sim, positive (Q, C) -> (Q,).
+
+    Ties count against the model, so that equal features earn nothing. A row without a right candidate gets C.
+    """
+    best = sim.masked_fill(~positive, -math.inf).max(dim=1, keepdim=True).values
+    rank = ((sim >= best) & ~positive).sum(dim=1)
+    return torch.where(positive.any(dim=1), rank, sim.shape[1])
+
+
 def retrieval_recalls(
     image_feat: Tensor, text_feat: Tensor, image_products: Tensor, text_products: Tensor, ranks: tuple = (1, 5, 10)
 ) -> dict[str, float]:
     """Full-protocol recall: every photo (n, E) against one text per product (m, E), and every text against all photos.
 
-    A text hits with the best-ranked photo of its product. Ties count against the model, so that equal features
-    earn nothing. -> {"i2t_r1": share, …, "t2i_r10": share}
+    A text hits with the best-ranked photo of its product. -> {"i2t_r1": share, …, "t2i_r10": share}
     """
 
-    def rank_of_match(queries: Tensor, keys: Tensor, query_products: Tensor, key_products: Tensor) -> Tensor:
-        found = []
-        for q, products in zip(queries.split(1024), query_products.split(1024), strict=True):
-            sim, same = q @ keys.T, products[:, None] == key_products[None, :]
-            best = sim.masked_fill(~same, -math.inf).max(dim=1, keepdim=True).values
-            found.append(((sim >= best) & ~same).sum(dim=1))
-        return torch.cat(found)
+    def one_way(queries: Tensor, keys: Tensor, query_products: Tensor, key_products: Tensor) -> Tensor:
+        chunks = zip(queries.split(1024), query_products.split(1024), strict=True)
+        return torch.cat([match_rank(q @ keys.T, own[:, None] == key_products[None, :]) for q, own in chunks])
 
-    i2t = rank_of_match(image_feat, text_feat, image_products, text_products)
-    t2i = rank_of_match(text_feat, image_feat, text_products, image_products)
+    i2t = one_way(image_feat, text_feat, image_products, text_products)
+    t2i = one_way(text_feat, image_feat, text_products, image_products)
     return {f"{way}_r{k}": (r < k).float().mean().item() for way, r in (("i2t", i2t), ("t2i", t2i)) for k in ranks}
+
+
+@torch.no_grad()
+def text_features(run: Run, captions: list[str]) -> Tensor:
+    """Unit-length features (n, E). Every wording is encoded once: identical captions get identical features and tie."""
+    wordings, feats = list(dict.fromkeys(captions)), []
+    for start in tqdm(range(0, len(wordings), 256), "encoding texts", unit=" batches", leave=False, disable=None):
+        encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
+        with autocast(run):
+            text_embeds = run.model.encode_text(encoded["token_ids"], encoded["attention_mask"])
+            feats.append(run.model.project_text(text_embeds).float())
+    number = {wording: i for i, wording in enumerate(wordings)}
+    return torch.cat(feats)[[number[caption] for caption in captions]]
 
 
 @torch.no_grad()
@@ -670,16 +696,7 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
         products.append(batch["product_ids"])
     if not images:
         raise DataError("no photo of the validation split could be read")
-    # every wording once: identical captions must get identical features, so that they tie
-    wordings = list(dict.fromkeys(dataset.captions[row] for row in captions.values()))
-    feats = []
-    for start in range(0, len(wordings), 256):
-        encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
-        with autocast(run):
-            text_embeds = model.encode_text(encoded["token_ids"], encoded["attention_mask"])
-            feats.append(model.project_text(text_embeds).float())
-    number = {wording: i for i, wording in enumerate(wordings)}
-    texts = torch.cat(feats)[[number[dataset.captions[row]] for row in captions.values()]]
+    texts = text_features(run, [dataset.captions[row] for row in captions.values()])
     known = torch.tensor(list(captions), device=run.device)
     recalls = retrieval_recalls(torch.cat(images), texts, torch.cat(products), known)
     figures = recalls | {"mlm_accuracy": torch.cat(mlm).mean().item(), "itm_accuracy": torch.cat(itm).mean().item()}
@@ -829,7 +846,7 @@ def autocast(run: Run) -> contextlib.AbstractContextManager:
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16")
 
 
-def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
+def learning_rate(step: int, config: LoopConfig, total_steps: int) -> float:
     """Linear warm-up to `lr`, then half a cosine down to `final_lr`, reached with the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -842,7 +859,7 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def build_optimizer(model: VisionLanguageModel, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: not on biases, norms, embeddings, tokens or the temperature."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
@@ -857,14 +874,12 @@ def seed_for(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
 
 
-def build_run(config: TrainConfig, dataset: PhotoDataset, tokenizer: Tokenizer) -> Run:
-    """Model, momentum model, queue and optimiser of a new run, on its device."""
+def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer) -> Run:
+    """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
     torch.manual_seed(config.seed)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     device = torch.device(config.device)
     model = VisionLanguageModel(config.model)
-    if not config.resume and (config.vision_weights or config.text_weights or config.weights):
-        print(load_pretrained(model, config.vision_weights, config.text_weights, config.weights))
     model.to(device).train()
     momentum = MomentumModel(model, config.ema_decay)
     if config.compile:
@@ -928,17 +943,19 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def config_from_dict(saved: dict) -> TrainConfig:
-    """The config that a checkpoint or a config.json holds."""
+def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
+    """The config, of the class `kind`, that a checkpoint or a config.json holds."""
     try:
-        return TrainConfig(**saved | {"model": ModelConfig(**saved["model"])})
+        return kind(**saved | {"model": ModelConfig(**saved["model"])})
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"the run was saved by another version of this code ({error})") from None
 
 
-def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainConfig:
-    """The checkpoint's config; a flag that would change the result is refused."""
-    saved = config_from_dict(state["config"])
+def resumed_config(
+    config: LoopConfig, given: set[str], state: dict, check: Callable[[LoopConfig, dict], None]
+) -> LoopConfig:
+    """The checkpoint's config; a flag that would change the result is refused. `check` is the script's check_flags."""
+    saved = config_from_dict(state["config"], type(config))
     for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is what training it came to
         mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
@@ -948,7 +965,7 @@ def resumed_config(config: TrainConfig, given: set[str], state: dict) -> TrainCo
             raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}
     merged = replace(saved, **(free | {"resume": True}))
-    check_flags(merged, {})
+    check(merged, {})
     if merged.stop_at and merged.stop_at <= state["step"]:
         raise ConfigError(f"--stop-at {merged.stop_at}: the run is at step {state['step']} already")
     return merged
@@ -977,7 +994,7 @@ class Metrics:
 
     def validation(self, step: int) -> dict[str, float]:
         """The held-out figures written for `step`, or nothing."""
-        found = [line for line in self.lines if line["step"] == step and "val_i2t_r1" in line]
+        found = [line for line in self.lines if line["step"] == step and any(key.startswith("val_") for key in line)]
         return {key: value for line in found for key, value in line.items() if key != "step"}
 
     def write(self, **figures) -> None:
@@ -994,20 +1011,22 @@ def _json_or_none(line: str) -> dict | None:
         return None
 
 
-def draw_curves(lines: list[dict], path: Path) -> None:
-    """curves.png: the losses, held-out recall and accuracies, and where it is known what the masks are worth."""
+TRUTHS = ("patch_cooccurrence", "word_cooccurrence", "pointing")
+PANELS = {
+    "loss": ["itc", "itm", "mlm", "mim"],
+    "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
+    "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "visible_word_accuracy"],
+    "held-out truth of the masks": [key + end for key in TRUTHS for end in ("", "_random")],
+}
+
+
+def draw_curves(lines: list[dict], path: Path, panels: dict[str, list[str]] = PANELS) -> None:
+    """curves.png: for each of the panels, title -> keys of metrics.jsonl, what there is of these over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    truths = ("patch_cooccurrence", "word_cooccurrence", "pointing")
-    panels = {
-        "loss": ["itc", "itm", "mlm", "mim"],
-        "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
-        "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "visible_word_accuracy"],
-        "held-out truth of the masks": [key + end for key in truths for end in ("", "_random")],
-    }
     curves = {key: [(line["step"], line[key]) for line in lines if key in line] for key in sum(panels.values(), [])}
     panels = {title: [key for key in keys if curves[key]] for title, keys in panels.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
@@ -1146,16 +1165,32 @@ def peak_memory_mib(device: torch.device) -> float:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the loop works on: pretraining by a recipe, or one of finetune.py's tasks."""
+
+    name: str
+    losses: Callable[[Run, dict], tuple[dict[str, Tensor], dict[str, float | Tensor]]]  # and figures to log
+    validate: Callable[[Run], tuple[dict[str, float], list[str]]]  # figures, and lines for the eye
+    panels: dict[str, list[str]]  # of curves.png
+    select: str | None = None  # figure whose highest value is kept as best.pt
+    patience: int | None = None  # validations without a better one after which to stop
+
+    def best_step(self, lines: list[dict]) -> int | None:
+        """Step of the best validation so far, the first of equals."""
+        steps = [line for line in lines if self.select in line and not line.get("final")]
+        return max(steps, key=lambda line: (line[self.select], -line["step"]))["step"] if steps else None
+
+    def stalled(self, lines: list[dict]) -> bool:
+        """Early stopping: has nothing become better for `patience` validations?"""
+        best = self.best_step(lines)
+        later = [line for line in lines if self.select in line and best is not None and line["step"] > best]
+        return self.patience is not None and len(later) >= self.patience
+
+
 def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early."""
-    out = Path(config.out)
-    last = out / "last.pt"
-    state = None
-    if config.resume:
-        state = load_checkpoint(last)
-        config = resumed_config(config, given, state)
-    elif last.exists():
-        raise ConfigError(f"{out} holds a run already; add --resume to go on with it, or choose another --out")
+    config, state = begin(config, given, check_flags)
     train_set, val_set = (
         build_dataset(config.data, config.root, split, config.model.image_size, config.seed, config.products)
         for split in ("train", "val")
@@ -1166,30 +1201,59 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     else:
         tokenizer = build_tokenizer(train_set.captions, config.model.vocab_size, config.model.max_length, config.vocab)
     run = build_run(config, train_set, tokenizer)
+    if not state and (config.vision_weights or config.text_weights or config.weights):
+        print(load_pretrained(run.model, config.vision_weights, config.text_weights, config.weights))
+        run.momentum.update(run.model, decay=0)
+
+    def held_out(run: Run) -> tuple[dict[str, float], list[str]]:
+        figures, known = validate(run, val_set), truth(run, train_set, val_set)
+        return figures | known, truth_in_words(known)
+
+    job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
+    final = work(run, job, train_set, state)
+    draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
+    return final
+
+
+def begin(
+    config: LoopConfig, given: set[str], check: Callable[[LoopConfig, dict], None]
+) -> tuple[LoopConfig, dict | None]:
+    """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten."""
+    last = Path(config.out) / "last.pt"
+    if config.resume:
+        state = load_checkpoint(last)
+        return resumed_config(config, given, state, check), state
+    if last.exists():
+        raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
+    return config, None
+
+
+def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict | None:
+    """The loop over `dataset`, from the start or from a checkpoint's state, with what it leaves in --out."""
+    config, out = run.config, Path(run.config.out)
     sampler = GroupedBatchSampler(
-        len(train_set), config.batch_size, config.search_size, config.sampler, train_set.product_ids,
-        train_set.caption_ids, config.seed, margin=config.margin,
+        len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
+        dataset.caption_ids, config.seed, margin=config.margin,
     )  # fmt: skip
     resumed_step = None
     if state:
         if state["data"] != run.data:
-            raise ConfigError(f"{last} was trained on other rows than the training split holds now")
+            raise ConfigError(f"{out}/last.pt was trained on other rows than the training split holds now")
         restore(run, sampler, state)
-        resumed_step, state = run.step, None  # the checkpoint is as large as the run itself
+        resumed_step = run.step
+        state.clear()  # the checkpoint is as large as the run itself
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
     metrics = Metrics(out / "metrics.jsonl", resumed_step)
     parameters = sum(p.numel() for p in run.model.parameters())
     size = f"{parameters / 1e6:.1f} M parameters"
-    print(f"{config.recipe}, {config.preset}: {size}, {run.total_steps} steps on {run.device}, into {out}/")
+    print(f"{job.name}: {size}, {run.total_steps} steps on {run.device}, into {out}/")
     try:
         with StopSignals() as stop:
-            final = loop(run, train_set, val_set, sampler, metrics, stop)
+            return loop(run, job, dataset, sampler, metrics, stop)
     finally:
-        if any("itc" in line for line in metrics.lines):
-            draw_curves(metrics.lines, out / "curves.png")
-    draw_masks(run, val_set, first_photos(val_set, 6), out / "masks.png")
-    return final
+        if any("loss" in line for line in metrics.lines):
+            draw_curves(metrics.lines, out / "curves.png", job.panels)
 
 
 def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:
@@ -1201,29 +1265,26 @@ def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:
 
 
 def loop(
-    run: Run,
-    train_set: PhotoDataset,
-    val_set: PhotoDataset,
-    sampler: GroupedBatchSampler,
-    metrics: Metrics,
-    stop: StopSignals,
+    run: Run, job: Job, dataset: PhotoDataset, sampler: GroupedBatchSampler, metrics: Metrics, stop: StopSignals
 ) -> dict | None:
     """validate → schedule → forward → backward → clip → step → EMA → log → checkpoint, until the last step."""
-    config, last, recipe = run.config, Path(run.config.out) / "last.pt", RECIPES[run.config.recipe]
-    batches = endless_batches(train_set, sampler, run)
+    config, last = run.config, Path(run.config.out) / "last.pt"
+    batches = endless_batches(dataset, sampler, run)
     seen, took = 0, 0.0
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
     while True:
         done = run.step == run.total_steps
         if run.step and (done or run.step % config.val_every == 0) and not metrics.validation(run.step):
-            held_out = validate(run, val_set)
-            known = truth(run, train_set, val_set)
+            figures, remarks = job.validate(run)
             run.model.train()
-            metrics.write(step=run.step, **held_out, **known)
-            bar.write(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in held_out.items()))
-            for line in truth_in_words(known):
+            metrics.write(step=run.step, **figures)
+            held_out = (f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_"))
+            bar.write(f"step {run.step}: " + "  ".join(held_out))
+            for line in remarks:
                 bar.write("    " + line)
-        if done:
+            if job.best_step(metrics.lines) == run.step:
+                save_checkpoint(run, sampler, last.with_name("best.pt"))
+        if done or job.stalled(metrics.lines):
             break
 
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
@@ -1241,16 +1302,18 @@ def loop(
             run.unreadable |= set(batch["unreadable"])
             if not len(batch["rows"]):
                 continue
-            batch["images"] = augment(batch["images"], config.crop_scale, config.color_jitter, run.generator)
+            for key in [key for key in ("images", "target_images") if key in batch]:
+                batch[key] = augment(batch[key], config.crop_scale, config.color_jitter, run.generator)
             with autocast(run):
-                losses, figures = recipe(run, batch)
+                losses, figures = job.losses(run, batch)
             loss = sum(losses.values()) / config.accumulate
             loss.backward()
-            sampler.collect(batch["rows"], *run.features)
+            if config.sampler != "random":
+                sampler.collect(batch["rows"], *run.features)
             for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
         if not totals:  # not one photo of this step could be read
-            if len(run.unreadable) > len(train_set) // 2:
+            if len(run.unreadable) > len(dataset) // 2:
                 raise DataError(f"most photos cannot be read, the last one: {batch['unreadable'][-1]}")
             run.step += 1
             bar.update()
@@ -1275,7 +1338,7 @@ def loop(
                           samples_per_second=seen / took)  # fmt: skip
             bar.set_postfix({k: f"{values[k]:.2f}" for k in losses} | {"photos/s": f"{seen / took:.0f}"})
             seen, took = 0, 0.0
-        if run.step % config.save_every == 0 or done or stopping:
+        if run.step % config.save_every == 0 or run.step % config.val_every == 0 or done or stopping:
             save_checkpoint(run, sampler, last)
         if stopping:
             bar.close()
@@ -1285,7 +1348,7 @@ def loop(
     cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
     final = {"step": run.step, "final": True, **metrics.validation(run.step), **cost}
     metrics.write(**final)
-    print(f"done in {run.seconds / 60:.1f} min of training; see {last.parent}/curves.png")
+    print(f"done at step {run.step}, {run.seconds / 60:.1f} min of training; see {last.parent}/curves.png")
     return final
 
 

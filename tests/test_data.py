@@ -464,3 +464,160 @@ def test_jitter_is_off_by_default_and_changes_colours_when_on():
     torch.testing.assert_close(off, normalise(plain))
     on = augment(plain, 0.5, 0.4, torch.Generator().manual_seed(0))
     assert (on - off).abs().amax((1, 2, 3)).min() > 0.01
+
+
+# ------------------------------------------------------------------------------------------- triplets
+
+
+@pytest.fixture(scope="module")
+def triplets():
+    return data.synthetic_triplets("train", 150, 32, seed=0, progress=False)
+
+
+def test_synthetic_triplets_differ_in_one_or_two_attributes_that_the_text_names(triplets):
+    products = triplets.photos.products
+    for row in range(len(triplets)):
+        before, after = (products[photo] for photo in (triplets.references[row], triplets.targets[row]))
+        text, mine, theirs = triplets.captions[row], before.attributes(), after.attributes()
+        changed = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+        if mine["colour"] != theirs["colour"]:
+            changed.discard("pocket")  # is of the cloth's colour
+            assert f"is {theirs['colour']}" in text
+        if mine["sleeve"] != theirs["sleeve"]:
+            assert theirs["sleeve"] in text
+            changed -= {"cuffs"} if theirs["sleeve"] != "long" else set()
+        if mine["neck"] != theirs["neck"]:
+            assert data.NECKS[theirs["neck"]][0].lower() in text
+        if theirs["pattern"] and mine["pattern"] != theirs["pattern"]:
+            assert theirs["pattern"][1] in text
+        assert 1 <= len(changed) <= 2 and "{" not in text and "COLOUR" not in text
+        assert before.garment == after.garment
+        assert text.count(" and ") + 1 <= 3  # cuffs that go with long sleeves are named too
+
+
+def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):
+    key = lambda p: repr(sorted(p.attributes().items(), key=str))
+    families = {}
+    for photo, product in enumerate(triplets.photos.products):
+        families.setdefault(photo // data.FAMILY, []).append(key(product))
+    assert all(len(set(family)) == data.FAMILY for family in families.values())
+    val = data.synthetic_triplets("val", 60, 32, seed=0, progress=False)
+    assert not {key(p) for p in val.photos.products} & {key(p) for p in triplets.photos.products}
+    pretraining = {key(p) for p in Synthetic("train", 400, 32, progress=False).products}
+    assert not {key(p) for p in val.photos.products} & pretraining
+    assert {name: len(rows) for name, rows in val.galleries["synthetic"].items()} == {"union": 48, "original": 60}
+    assert len(val) == 6 * 12 and set(val.families) == set(range(12))
+    with pytest.raises(DataError, match="no whole family"):
+        data.synthetic_triplets("val", 4, 32, progress=False)
+
+
+def test_triplets_give_reference_and_target(triplets):
+    photos, item = triplets.photos, triplets[3]
+    assert torch.equal(item["image"], photos[triplets.references[3]]["image"])
+    assert torch.equal(item["target_image"], photos[triplets.targets[3]]["image"])
+    some = triplets.part(np.array([3, 8]))
+    assert torch.equal(some[0]["target_image"], item["target_image"]) and some.captions[0] == triplets.captions[3]
+    pairs = {*some.references.tolist(), *some.targets.tolist()}
+    assert set(some.galleries["synthetic"]["union"].tolist()) == pairs
+    tokenizer = build_tokenizer(triplets.captions, 300, 64)
+    batch = Collate(tokenizer)([triplets[0], triplets[1]])
+    assert batch["images"].shape == batch["target_images"].shape == (2, 3, 32, 32)
+
+
+def test_a_part_is_some_rows_numbered_anew(wardrobe):
+    part = wardrobe.part(np.array([40, 0, 1]))
+    assert len(part) == 3 and part.captions[0] == wardrobe.captions[40] and part.product_ids.tolist() == [0, 1, 1]
+    assert torch.equal(part[0]["image"], wardrobe[40]["image"]) and part[0]["row"] == 0 and part.name_of(0) == "row 40"
+    assert part.categories == [wardrobe.categories[row] for row in (40, 0, 1)]
+
+
+PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
+
+
+def write_fashioniq(folder, split, sizes, photo=None):
+    """Files of FashionIQ's shape: queries, photos of the split, photos that occur in pairs, by subset."""
+    for part in ("captions", "image_splits", "images"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for subset, (queries, split_size, union) in sizes.items():
+        ids = [f"{subset}{i:05}" for i in range(split_size)]
+        pairs = [{"candidate": ids[(2 * i + 1) % union], "target": ids[(2 * i) % union]} for i in range(queries)]
+        for i, pair in enumerate(pairs):
+            pair["captions"] = [f"is colour {i % 7} ", "has sleeves"]
+        if split == "test":
+            pairs = [{k: v for k, v in pair.items() if k != "target"} for pair in pairs]
+        (folder / "captions" / f"cap.{subset}.{split}.json").write_text(json.dumps(pairs))
+        (folder / "image_splits" / f"split.{subset}.{split}.json").write_text(json.dumps(ids))
+        for number, name in enumerate(ids):
+            path = folder / "images" / f"{name}.{'jpg' if number % 2 else 'png'}"
+            path.touch() if photo is None else photo(number).save(path)
+
+
+def test_fashioniq_galleries_have_the_published_sizes(tmp_path):
+    write_fashioniq(tmp_path, "val", PUBLISHED)
+    opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
+    for subset, (queries, split_size, union) in PUBLISHED.items():
+        assert opened.subsets.count(subset) == queries
+        assert {name: len(rows) for name, rows in opened.galleries[subset].items()} == {
+            "original": split_size,
+            "union": union,
+        }
+    assert "dress: 2,017 (photos to search: union 2,628, original 3,817)" in opened.report()
+    assert opened.captions[0] == "is colour 0 and has sleeves"
+
+
+def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
+    sizes = dict.fromkeys(PUBLISHED, (6, 20, 12))
+    photo = lambda number: Image.new("RGB", (30, 40), (number * 9, 0, 0))
+    write_fashioniq(tmp_path, "val", sizes, photo)
+    for name in ("dress00000.png", "shirt00015.jpg"):  # the target of one pair; a photo of no pair
+        (tmp_path / "images" / name).unlink()
+    opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
+    assert len(opened) == 17 and len(opened.galleries["shirt"]["original"]) == 19
+    assert opened.problems[:2] == ["no photo dress00000", "no photo shirt00015"]
+    assert "1 pairs of photos" in opened.problems[2] and "left out" in opened.report()
+    assert opened[0]["target_image"].shape == (3, 32, 32)
+    write_fashioniq(tmp_path, "test", sizes, photo)
+    untold = data.build_triplets("fashioniq", tmp_path, "test", 32)
+    assert (untold.targets == -1).all() and "target_image" not in untold[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("captions/cap.shirt.val.json", None, "cap.shirt.val.json: no such file"),
+        ("captions/cap.shirt.val.json", "[{", "cap.shirt.val.json: cannot be read as JSON"),
+        ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
+        ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate, target"),
+        ("captions/cap.dress.val.json", '[{"candidate": "a", "target": "b", "captions": []}]', "captions, a list of texts"),
+        ("image_splits/split.toptee.val.json", "[1]", "expected a list of image ids"),
+    ],
+)  # fmt: skip
+def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
+    write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=complaint) as error:
+        data.build_triplets("fashioniq", tmp_path, "val", 32)
+    assert "\n" not in str(error.value)
+
+
+def test_fashioniq_without_any_photo_or_folder_is_refused(tmp_path):
+    write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no photo of any val pair; expected dress00001.jpg"):
+        data.build_triplets("fashioniq", tmp_path, "val", 32)
+    with pytest.raises(DataError, match="no such folder; say with --root where the fashioniq files are"):
+        data.build_triplets("fashioniq", tmp_path / "nowhere", "val", 32)
+
+
+def test_versions_tell_that_a_photo_has_changed(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    line = {"image": "a.png", "caption": "a", "product_id": 1}
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
+    before = data.Jsonl(tmp_path, "val", 32).versions()
+    (tmp_path / "a.png").write_bytes(b"xyz")
+    assert data.Jsonl(tmp_path, "val", 32).versions() != before

@@ -1,0 +1,469 @@
+"""The downstream tasks: metrics against hand-worked cases, protocols against their definitions, and end to end."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_data import PUBLISHED, write_fashioniq
+from test_train import FAST, same_state
+
+import data
+import finetune
+import train
+from data import DataError
+from finetune import Ranking, hold_out, sampled_candidates, scores_by_class
+from train import ConfigError, match_rank
+
+VAL_PRODUCTS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_products():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(data, "VAL_PRODUCTS", VAL_PRODUCTS)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A checkpoint of a few steps."""
+    out = tmp_path_factory.mktemp("pretrained")
+    train.train(*train.parse_config([*FAST, "--products", "20", "--out", str(out), "--steps", "4"]))
+    return out / "last.pt"
+
+
+def command(*flags):
+    config, names, source = finetune.parse_config([str(flag) for flag in flags])
+    return finetune.search(config, source) if config.task == "search" else finetune.finetune(config, names, source)
+
+
+def results(out):
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def test_match_rank_by_hand():
+    """Ties count against the model, the best of several right ones counts, none right is a miss."""
+    sim = torch.tensor([[0.9, 0.5, 0.1], [0.5, 0.5, 0.1], [0.2, 0.9, 0.3], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    right = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    assert match_rank(sim, right).tolist() == [0, 1, 1, 0, 3]
+
+
+def test_recalls_one_to_many_by_hand():
+    """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
+    rankings = list(finetune.full_rankings(images, texts, torch.tensor([0, 0, 1]), top=2))
+    figures = finetune.recalls_of(rankings, [ranking.rank for ranking in rankings])
+    assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
+    assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
+    assert figures["full_mean"] == pytest.approx((2 / 3 + 1 + 1 + 0.5 + 1 + 1) / 6)
+    assert rankings[1].pairs.tolist() == [[[0, 0], [2, 0]], [[1, 1], [2, 1]]]
+    assert rankings[1].right.tolist() == [[True, False], [False, True]]
+
+
+def test_full_rankings_agree_with_the_recalls_of_pretraining():
+    generator = torch.Generator().manual_seed(0)
+    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
+    owner = torch.randint(0, 15, (60,), generator=generator)
+    owner[:15] = torch.arange(15)
+    images, texts = feats(60), feats(15)
+    expected = train.retrieval_recalls(images, texts, owner, torch.arange(15))
+    rankings = list(finetune.full_rankings(images, texts, owner, 0))
+    figures = finetune.recalls_of(rankings, [ranking.rank for ranking in rankings])
+    assert all(figures[f"full_{key}"] == pytest.approx(value) for key, value in expected.items())
+
+
+def test_chance_is_what_a_random_order_gives():
+    sizes = torch.tensor([[20, 1]] * 50 + [[20, 4]] * 50)
+    ranking = Ranking("x", torch.zeros(100), torch.zeros(0), torch.zeros(0), sizes)
+    rng, hits = np.random.default_rng(0), {1: [], 5: [], 10: []}
+    for _ in range(20_000):
+        for right in (1, 4):
+            best = rng.permutation(20)[:right].min()
+            for k in hits:
+                hits[k].append(best < k)
+    for k, found in hits.items():
+        assert ranking.chance()[f"x_r{k}"] == pytest.approx(np.mean(found), abs=0.01)
+    assert Ranking("x", torch.zeros(1), sizes, sizes, torch.tensor([[3, 1]])).chance()["x_r5"] == 1
+
+
+def test_reranking_orders_the_best_and_leaves_the_rest():
+    sim = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1]])
+    right = torch.zeros(3, 4, dtype=torch.bool)
+    right[0, 1] = right[1, 3] = right[2, 0] = True
+    ranking = Ranking.of("full_i2t", sim, right, torch.arange(3)[:, None], torch.arange(4), top=2)
+    assert ranking.rank.tolist() == [1, 3, 0]
+    assert ranking.pairs[1].tolist() == [[1, 0], [1, 1]]
+    assert ranking.reranked(torch.tensor([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]])).tolist() == [0, 3, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
+def test_macro_f1_equals_a_second_implementation(pairs):
+    """By confusion of labels, one against the rest; class 6 as the one that is never answered rightly is no exception."""
+    right, answered = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    figures = scores_by_class(right, answered)
+    assert set(figures) == {label for pair in pairs for label in pair}
+    for label, (precision, recall, f1) in figures.items():
+        tp = sum(a == label == b for a, b in pairs)
+        fp = sum(a != label == b for a, b in pairs)
+        fn = sum(a == label != b for a, b in pairs)
+        p, r = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+        assert precision == pytest.approx(p) and recall == pytest.approx(r)
+        assert f1 == pytest.approx(2 * p * r / (p + r) if p + r else 0)
+
+
+def test_triplet_recalls_by_hand():
+    """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
+    photos = data.PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
+    triplets = data.Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
+    assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
+    sim = torch.zeros(2, 60)
+    sim[0, 2] = 1.0  # found at once
+    sim[1, 3], sim[1, 10:21] = 0.5, 0.9  # eleven others before it
+    small = sim[:, :4]
+    ranked = [("dress", "original", sim, np.array([0, 1]), np.arange(60)),
+              ("dress", "union", small, np.array([0, 1]), np.arange(4))]  # fmt: skip
+    figures, chance = finetune.triplet_recalls(triplets, ranked)
+    assert figures["dress_original_r1"] == figures["dress_original_r10"] == 0.5 and figures["dress_original_r50"] == 1
+    assert figures["dress_union_r1"] == figures["mean_union_r1"] == 1
+    assert chance["mean_original_r10"] == 10 / 60 and chance["dress_union_r1"] == 0.25
+
+
+# ------------------------------------------------------------------------------------------- protocols
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=2, max_size=30),
+    st.integers(1, 12), st.integers(0, 5),
+)  # fmt: skip
+def test_sampled_candidates_follow_their_definition(products, negatives, seed):
+    """products: (sub-category, photos) each."""
+    owner = np.repeat(np.arange(len(products)), [photos for _, photos in products])
+    kind_of = [str(kind) for kind, _ in products]
+    kinds = [kind_of[product] for product in owner]
+    draw = lambda: sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed))
+    lists, again = draw(), draw()
+    assert all(torch.equal(lists[way], again[way]) for way in lists)
+    for way, owner_of in (("i2t", np.arange(len(products))), ("t2i", owner)):
+        queries = lists[way].numpy()
+        assert len(queries) == min(8, len(owner)) and len(set(queries[:, 0])) == len(queries)
+        fewest = min((owner_of != owner[photo]).sum() for photo in queries[:, 0])
+        assert queries.shape[1] == 2 + min(negatives, fewest)
+        for photo, right, *wrong in queries.tolist():
+            assert right == (owner[photo] if way == "i2t" else photo)
+            assert len(set(wrong)) == len(wrong) and owner[photo] not in owner_of[wrong]
+            alike = [kind_of[owner_of[candidate]] == kinds[photo] for candidate in wrong]
+            there = sum(kind_of[o] == kinds[photo] for o in owner_of if o != owner[photo])
+            assert sum(alike) == min(len(wrong), there) and alike == sorted(alike, reverse=True)
+
+
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.05, 0.6), st.integers(0, 3))
+def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, share, seed):
+    labels = [str(group % 4) for group in groups]
+    ids, groups_of = np.array(groups), {}
+    for group in groups:
+        groups_of.setdefault(str(group % 4), set()).add(group)
+    if all(len(found) == 1 for found in groups_of.values()):
+        with pytest.raises(DataError, match="too few products"):
+            hold_out(ids, share, 100, seed, labels)
+        return
+    kept, held = hold_out(ids, share, 100, seed, labels)
+    assert sorted([*kept, *held]) == list(range(len(groups))) and not set(ids[kept]) & set(ids[held])
+    assert {labels[row] for row in kept} == set(labels) and len(held)
+    assert len(set(ids[held])) <= max(1, round(share * len(set(groups))))
+    assert all(
+        np.array_equal(*pair) for pair in zip(hold_out(ids, share, 100, seed, labels), (kept, held), strict=True)
+    )
+    assert len(set(ids[hold_out(ids, 0.5, 1, seed, labels)[1]])) == 1
+
+
+def test_match_scores_equal_pair_by_pair(pretrained):
+    config, _, source = finetune.parse_config(["--task", "retrieval", "--checkpoint", str(pretrained), "--eval-only"])
+    photos = finetune.open_photos(config, "val")
+    run = train.build_run(config, photos, train.Tokenizer.from_str(source["tokenizer"]))
+    finetune.load_weights(run, source, "x")
+    run.model.eval()
+    captions = list(dict.fromkeys(photos.captions))
+    pairs = torch.tensor([[5, 1], [0, 0], [5, 0], [17, 3], [0, 2], [0, 0]])
+    scores = finetune.match_scores(run, photos, captions, pairs)
+    for (photo, text), score in zip(pairs.tolist(), scores.tolist(), strict=True):
+        words = data.tokenize(run.tokenizer, [captions[text]])
+        with torch.no_grad():
+            image = run.model.encode_image(data.normalise(photos[photo]["image"][None]))
+            text_embeds = run.model.encode_text(words["token_ids"], words["attention_mask"])
+            logits = run.model.itm_logits(run.model.fuse(text_embeds, words["attention_mask"], image))[0]
+        assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- end to end
+
+LEFT = {"config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "results.json"}
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "left", "key", "figure"),
+    [
+        ("retrieval", ["--rerank", "3"], {"examples.png"}, "val_mean", "rerank_sampled_t2i_r10"),
+        ("tgir", [], {"examples.png"}, "val_mean", "mean_union_r10"),
+        ("category", [], {"classes.tsv", "confusion.png"}, "val_accuracy", "macro_f1"),
+        ("subcategory", ["--modality", "image"], {"classes.tsv", "confusion.png"}, "val_accuracy", "accuracy"),
+    ],
+)  # fmt: skip
+def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, left, key, figure):
+    out = tmp_path / "out"
+    common = ["--task", task, "--out", out, "--steps", "4", "--val-every", "2", *flags]
+    found = command(*common, "--checkpoint", pretrained)
+    assert {path.name for path in out.iterdir()} == LEFT | left
+    said = results(out)
+    assert said == json.loads(json.dumps(found)) and said["task"] == task and said["data"] == "synthetic"
+    assert said["split"] == "val" and said["seed"] == 0 and said["seconds"] > 0 and figure in said["metrics"]
+    assert set(said["chance"]) <= set(said["metrics"]) and len(said["chance"]) >= 2
+    assert all(0 <= value <= 1 for value in said["metrics"].values())
+    validations = [line for line in lines(out) if key in line and not line.get("final")]
+    assert [line["step"] for line in validations] == [2, 4]
+    best = max(validations, key=lambda line: (line[key], -line["step"]))
+    assert train.load_checkpoint(out / "best.pt")["step"] == best["step"]
+    printed = capsys.readouterr().out
+    assert figure in printed and "chance" in printed and "held out: " in printed
+    # the best step evaluated again gives the same figures
+    flags = [flag for flag in flags if flag not in ("--modality", "image")]
+    again = command("--task", task, "--checkpoint", out / "best.pt", "--eval-only", "--out", tmp_path / "again", *flags)
+    assert again["metrics"] == found["metrics"]
+
+
+def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):
+    flags = ["--task", "category", "--checkpoint", pretrained, "--steps", "4", "--val-every", "2"]
+    whole = command(*flags, "--out", tmp_path / "whole")
+    assert command(*flags, "--out", tmp_path / "parts", "--stop-at", "3") is None
+    assert not (tmp_path / "parts" / "results.json").exists()
+    assert command("--task", "category", "--resume", "--out", tmp_path / "parts")["metrics"] == whole["metrics"]
+    one, two = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    same_state(one, two)
+    with pytest.raises(ConfigError, match="--task tgir contradicts the run to resume, which has category"):
+        command("--task", "tgir", "--resume", "--out", tmp_path / "parts")
+    with pytest.raises(ConfigError, match="--modality image contradicts"):
+        command("--task", "category", "--modality", "image", "--resume", "--out", tmp_path / "parts")
+
+
+def test_early_stopping_and_the_best_step(tmp_path, pretrained):
+    flags = ["--task", "subcategory", "--checkpoint", pretrained, "--lr", "0", "--final-lr", "0", "--val-every", "1"]
+    found = command(*flags, "--steps", "9", "--patience", "2", "--out", tmp_path)
+    steps = [line["step"] for line in lines(tmp_path) if "val_accuracy" in line and not line.get("final")]
+    assert steps == [1, 2, 3] and found["steps"] == 3  # nothing is learnt, so nothing becomes better
+    assert train.load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    assert command("--task", "subcategory", "--resume", "--out", tmp_path)["metrics"] == found["metrics"]
+    assert max(line["step"] for line in lines(tmp_path)) == 3
+
+
+def test_best_step_is_the_first_of_the_highest():
+    job = train.Job("x", None, None, {}, "val_a", 2)
+    said = [{"step": step, "val_a": value} for step, value in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1))]
+    assert job.best_step(said) == 2 and job.best_step([{"step": 1, "loss": 3}]) is None
+    assert job.stalled(said) and not job.stalled(said[:3]) and not job.stalled([])
+    assert not train.Job("x", None, None, {}).stalled(said)
+
+
+def test_from_scratch_takes_only_sizes_and_words(tmp_path, pretrained):
+    source = train.load_checkpoint(pretrained)["model"]["vision.patch_embed.weight"]
+    common = ["--task", "category", "--checkpoint", pretrained, "--steps", "1", "--lr", "0", "--final-lr", "0"]
+    assert command(*common, "--from-scratch", "--out", tmp_path / "s")["checkpoint"] == "random weights"
+    command(*common, "--out", tmp_path / "p")
+    weights = [
+        train.load_checkpoint(tmp_path / name / "last.pt")["model"]["vision.patch_embed.weight"] for name in "sp"
+    ]
+    assert torch.equal(weights[1], source) and not torch.equal(weights[0], source)
+
+
+def write_jsonl(folder, captions):
+    """split -> lines of (category, products of it), each with one photo of a colour of its own."""
+    folder.mkdir()
+    number = 0
+    for split, classes in captions.items():
+        records = []
+        for category, products in classes:
+            for _ in range(products):
+                Image.new("RGB", (32, 40), (number * 5 % 256, number * 31 % 256, 90)).save(folder / f"{number}.png")
+                text = f"{category.lower() or 'thing'} number {number}"
+                records.append({"image": f"{number}.png", "caption": text, "product_id": number, "category": category})
+                number += 1
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, capsys):
+    root = write_jsonl(
+        tmp_path / "photos",
+        {"train": [("TOPS", 8), ("BAGS", 8), ("HATS", 1), ("", 2)], "val": [("TOPS", 3), ("SHOES", 2)]},
+    )
+    common = ["--task", "category", "--checkpoint", pretrained, "--data", "jsonl", "--root", root]
+    found = command(*common, "--steps", "3", "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "1 of 3 classes have a single product, trained on and not held out: HATS" in printed
+    assert "train: 2 photos without a category are left out" in printed
+    assert found["metrics"]["unseen_share"] == pytest.approx(0.4) and found["metrics"]["accuracy"] <= 0.6
+    table = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
+    assert "(unseen in training)\t2\t0.0000\t0.0000\t0.0000" in table
+    assert train.load_checkpoint(tmp_path / "out" / "best.pt")["config"]["classes"] == ("BAGS", "HATS", "TOPS")
+
+
+def test_retrieval_on_jsonl_without_sub_categories(tmp_path, pretrained):
+    root = write_jsonl(tmp_path / "photos", {"train": [("A", 9)], "val": [("A", 3), ("B", 4)]})
+    common = ["--task", "retrieval", "--checkpoint", pretrained, "--data", "jsonl", "--root", root, "--eval-only"]
+    found = command(*common, "--out", tmp_path / "out")
+    assert "of any kind" in found["protocol"] and found["chance"]["sampled_i2t_r1"] == pytest.approx(1 / 7)
+
+
+def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
+    photo = lambda number: Image.new("RGB", (20, 30), (number * 9 % 256, 50, 90))
+    for split in ("train", "val", "test"):
+        write_fashioniq(tmp_path / "iq", split, dict.fromkeys(PUBLISHED, (6, 20, 12)), photo)
+    common = ["--task", "tgir", "--checkpoint", pretrained, "--data", "fashioniq", "--root", tmp_path / "iq"]
+    found = command(*common, "--steps", "2", "--batch-size", "6", "--out", tmp_path / "out")
+    for subset in (*PUBLISHED, "mean"):
+        for gallery, size in (("original", 20), ("union", 12)):
+            assert found["chance"][f"{subset}_{gallery}_r10"] == 10 / size
+            assert 0 <= found["metrics"][f"{subset}_{gallery}_r50"] <= 1
+    assert "dress union 12; dress original 20" in found["protocol"]
+    assert "dress: 6 (photos to search: union 12, original 20)" in capsys.readouterr().out
+    command(*common[:2], "--checkpoint", tmp_path / "out" / "best.pt", *common[4:], "--eval-only", "--split", "test",
+            "--out", tmp_path / "test")  # fmt: skip
+    ranks = json.loads((tmp_path / "test" / "ranks.json").read_text())
+    assert len(ranks) == 18 and ranks[0]["subset"] == "dress" and ranks[0]["candidate"] == "dress00001"
+    assert sorted(ranks[0]["ranking"]) == [f"dress{i:05}" for i in range(20)]
+    assert results(tmp_path / "test")["metrics"] == {}
+
+
+# ----------------------------------------------------------------------------------------------- search
+
+
+def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, capsys, monkeypatch):
+    checkpoint = shutil.copy(pretrained, tmp_path / "last.pt")
+    config, _, _ = finetune.parse_config(["--task", "search", "--checkpoint", str(checkpoint), "--query", "red"])
+    photos = finetune.open_photos(config, "val")
+    photos.photo(7).save(tmp_path / "wanted.png")
+    common = ["--task", "search", "--checkpoint", checkpoint, "--out", tmp_path / "found"]
+    found = command(*common, "--image", tmp_path / "wanted.png")
+    assert found[0][0] == 7 and found[0][1] == pytest.approx(1, abs=1e-4) and len(found) == 10
+    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+    assert (tmp_path / "found" / "wanted.png").exists() and (tmp_path / "last.synthetic-val.index").exists()
+
+    encode = finetune.photo_features
+    monkeypatch.setattr(finetune, "photo_features", lambda *_: pytest.fail("the index was not used"))
+    both = command(*common, "--image", tmp_path / "wanted.png", "--query", "is red")
+    words = command(*common, "--query", "red")
+    assert len({tuple(row for row, _ in ranking) for ranking in (found, both, words)}) == 3
+    assert (tmp_path / "found" / "is-red-wanted.png").exists()
+
+    state = train.load_checkpoint(checkpoint)
+    state["model"]["vision_proj.bias"] += 1
+    torch.save(state, checkpoint)
+    capsys.readouterr()
+    monkeypatch.setattr(finetune, "photo_features", encode)
+    changed = command(*common, "--image", tmp_path / "wanted.png")
+    assert "have changed since, encoding them anew" in capsys.readouterr().out and changed[1] != found[1]
+
+
+def test_search_reranks_by_matching(tmp_path, pretrained):
+    common = ["--task", "search", "--checkpoint", pretrained, "--out", tmp_path, "--query", "sleeve"]
+    plain, ranked = command(*common), command(*common, "--rerank", "10")
+    assert {row for row, _ in plain} == {row for row, _ in ranked}
+    scores = [score for _, score in ranked]
+    assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
+
+
+def test_unknown_words():
+    tokenizer = data.build_tokenizer(["red dress with red belt", "red dress"] * 3, 60, 64)
+    assert finetune.unknown_words(tokenizer, "red dress") == []
+    assert finetune.unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--task", "search"], "say with --query, --image or both"),
+        (["--task", "search", "--query", "qqq zzz"], "the model knows no word of it"),
+        (["--task", "search", "--query", "red", "--steps", "3"], "--steps is for training"),
+        (["--task", "search", "--image", "no.png"], "--image no.png: "),
+        (["--task", "search", "--image", "no.png", "--rerank", "3"], "--rerank needs --query"),
+        (["--task", "category", "--eval-only"], "has no classes yet"),
+        (["--task", "category", "--query", "red"], "--query is for --task search, not for category"),
+        (["--task", "category", "--sampler", "hard"], "--sampler is for --task retrieval"),
+        (["--task", "tgir", "--modality", "image"], "--modality is for --task category or subcategory"),
+        (["--task", "tgir", "--data", "jsonl"], "--task tgir needs --data synthetic or fashioniq, not jsonl"),
+        (["--task", "retrieval", "--data", "fashioniq"], "needs --data synthetic or fashiongen or jsonl"),
+        (["--task", "tgir", "--data", "fashioniq", "--root", "nowhere"], "nowhere: no such folder"),
+        (["--task", "retrieval", "--root", "x"], "--root is for data from files"),
+        (["--task", "retrieval", "--data", "jsonl", "--products", "3"], "--products is for synthetic"),
+        (["--task", "retrieval", "--split", "train"], "mean nothing"),
+        (["--task", "retrieval", "--split", "test"], "--split test is for FashionIQ"),
+        (["--task", "retrieval", "--eval-only", "--lr", "1"], "--lr is for training"),
+        (["--task", "retrieval", "--held-out", "2"], "--held-out 2.0: must be between"),
+        (["--task", "retrieval", "--steps", "3", "--epochs", "1"], "contradict each other"),
+        (["--task", "retrieval", "--device", "cuda:9"], "no such GPU"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_one_line_and_leave_nothing(tmp_path, pretrained, monkeypatch, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main([*flags, "--checkpoint", str(pretrained), "--out", str(tmp_path / "out")])
+    assert str(stop.value).startswith("finetune.py: ") and complaint in str(stop.value)
+    assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_checkpoints_are_one_line(tmp_path, pretrained):
+    def refused(checkpoint, *flags):
+        with pytest.raises(SystemExit) as stop:
+            finetune.main([*flags, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "new")])
+        assert "\n" not in str(stop.value) and not (tmp_path / "new").exists()
+        return str(stop.value)
+
+    with pytest.raises(SystemExit, match="say with --task what to do"):
+        finetune.main([])
+    assert "`python train.py` makes the default one" in refused(tmp_path / "none.pt", "--task", "tgir")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "not a checkpoint of train.py" in refused(tmp_path / "text.pt", "--task", "tgir")
+    for task in ("tgir", "category"):
+        command("--task", task, "--checkpoint", pretrained, "--steps", "1", "--out", tmp_path / task)
+    assert "is one of --task tgir; give a pretraining" in refused(tmp_path / "tgir" / "best.pt", "--task", "category")
+    assert "is fine-tuned already" in refused(tmp_path / "tgir" / "best.pt", "--task", "tgir")
+    search = ["--task", "search", "--query", "red"]
+    assert "needs --image to search by" in refused(tmp_path / "tgir" / "best.pt", *search)
+    assert "was fine-tuned for category" in refused(tmp_path / "category" / "best.pt", *search)
+    state = train.load_checkpoint(pretrained)
+    state["config"]["model"] = {**state["config"]["model"], "width": 64}
+    torch.save(state, tmp_path / "other.pt")
+    assert "does not fit its own config" in refused(tmp_path / "other.pt", "--task", "tgir", "--eval-only")
+    # what is there already is not overwritten
+    before = (tmp_path / "tgir" / "results.json").read_bytes()
+    for flags in (["--steps", "1"], ["--eval-only"]):
+        with pytest.raises(ConfigError, match="choose another --out"):
+            command("--task", "tgir", "--checkpoint", pretrained, *flags, "--out", tmp_path / "tgir")
+    assert (tmp_path / "tgir" / "results.json").read_bytes() == before
+
+
+def test_one_class_or_one_product_is_too_little(tmp_path, pretrained):
+    root = write_jsonl(tmp_path / "photos", {"train": [("TOPS", 8)], "val": [("TOPS", 1)]})
+    common = ["--checkpoint", pretrained, "--data", "jsonl", "--root", root, "--out", tmp_path / "out"]
+    with pytest.raises(DataError, match="the same category, 'TOPS'"):
+        command("--task", "category", *common)
+    with pytest.raises(DataError, match="no photo of the val split has a subcategory"):
+        command("--task", "subcategory", *common)
+    with pytest.raises(DataError, match="one product is no gallery"):
+        command("--task", "retrieval", "--eval-only", *common)
+    assert not (tmp_path / "out" / "results.json").exists()
