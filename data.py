@@ -154,7 +154,7 @@ def square(photo: Image.Image, size: int) -> Image.Image:
 def open_photo(path: Path, size: int) -> Image.Image:
     """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
 
-    Raises OSError or ValueError when it cannot be decoded.
+    Raises OSError when it cannot be decoded.
     """
     try:
         with Image.open(path) as file:
@@ -165,6 +165,8 @@ def open_photo(path: Path, size: int) -> Image.Image:
             return photo.convert("RGB")
     except UnidentifiedImageError:
         raise OSError("not an image") from None
+    except Exception as error:  # decoders raise many kinds for damaged files
+        raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
 def _version(path: Path) -> str:
@@ -908,6 +910,12 @@ class Triplets(PhotoDataset):
             chosen(self.subsets), chosen(self.families.tolist()),
         )  # fmt: skip
 
+    def queries(self) -> PhotoDataset:
+        """The reference photos with the texts, without the targets."""
+        queries = self.photos.part(self.references)
+        queries.captions = self.captions
+        return queries
+
     def photo(self, row: int) -> Image.Image:
         """The reference photo of a triplet."""
         return self.photos.photo(self.references[row])
@@ -1063,6 +1071,9 @@ class PhotoFiles(PhotoDataset):
         blank = [""] * len(paths)
         super().__init__(blank, self.names, blank, blank, image_size)
 
+    def versions(self) -> list[str]:
+        return [_version(path) for path in self.paths]
+
     def photo(self, row: int) -> Image.Image:
         """The photo of a name."""
         return open_photo(self.paths[row], self.image_size)
@@ -1104,8 +1115,12 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     known = {name: files[name] for name in wanted if name in files}
     row_of = {name: row for row, name in enumerate(known)}
     kept = [number for number, pair in enumerate(pairs) if all(name in known for name in pair[:-1])]
-    if not kept:
-        raise DataError(f"{folder}/images: no photo of any {split} pair; expected {pairs[0][0] if pairs else 'id'}.jpg")
+    for subset in FASHIONIQ:
+        if not any(subsets[number] == subset for number in kept):
+            example = pairs[subsets.index(subset)][0]
+            raise DataError(
+                f"{folder}/images: no photos of any {split} pair of {subset}; expected {example}.jpg or .png"
+            )
     triplets = Triplets(
         PhotoFiles(known, image_size),
         references=[row_of[pairs[number][0]] for number in kept],

@@ -73,7 +73,6 @@ from train import (
     load_checkpoint,
     match_rank,
     option,
-    retrieval_recalls,
     text_features,
     work,
 )
@@ -101,14 +100,18 @@ class FinetuneConfig(LoopConfig):
     eval_only: bool = option(False, "do not train: evaluate the checkpoint as it is")
     from_scratch: bool = option(False, "random weights instead of the checkpoint's, to compare with")
     held_out: float = option(
-        0.1, "share of the training products held out to choose the best step by", low=0.001, high=0.9
+        0.1,
+        "share of the training products, --val-products at most, held out to choose the best step by",
+        low=0.001,
+        high=0.9,
     )
-    patience: int | None = option(None, "stop after so many validations without a better one", low=1)
+    patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
     rerank: int = option(0, "let the matching head re-rank so many of the best by similarity", low=0)
     modality: Literal["both", "image"] = option("both", "what recognition sees: photo and text, or the photo alone")
     query: str | None = option(None, "words to search by")
     image: str | None = option(None, "photo to search by, alone or with words that change it")
     # the checkpoint's, or counted; not flags
+    start: str | None = None  # task that the checkpoint was fine-tuned for, None after pretraining alone
     preset: str = "tiny"
     data_seed: int = 0  # decides what is in which split: the same as in pretraining
     classes: tuple[str, ...] = ()  # of recognition, in the order of the head
@@ -122,11 +125,11 @@ SCHEDULES = {
     "tiny subcategory": dict(steps=600, lr=1e-3, patience=4),
     "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
     "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
-    "base retrieval": dict(epochs=30, lr=1e-5, queue=65536),
+    "base retrieval": dict(epochs=30, lr=1e-5),
     "base tgir": dict(epochs=30, weight_decay=0.3),
 }
 # how pretraining grouped batches and chose negatives; retrieval goes on with it
-INHERITED = ("sampler", "itm_negatives", "itm_share", "search_size", "margin", "products")
+INHERITED = ("sampler", "itm_negatives", "itm_share", "search_size", "margin", "queue", "products")
 RECOGNITION = ("category", "subcategory")
 TASK_FLAGS = {
     "retrieval": {"rerank", "sampler", "itm_negatives", "itm_share", "itm_warmup", "search_size", "margin", "queue",
@@ -135,9 +138,11 @@ TASK_FLAGS = {
     "subcategory": {"modality"},
     "search": {"query", "image", "rerank"},
 }  # fmt: skip
+FOUND = 10  # photos that search shows
 USE_FLAGS = {"task", "checkpoint", "data", "root", "split", "out", "products", "device", "precision", "workers",
              "batch_size", "seed", "eval_only", "rerank"}  # fmt: skip
-TASK_DATA = {"tgir": ("synthetic", "fashioniq")}  # of the others: photos with a description
+PHOTOS = ("synthetic", "fashiongen", "jsonl")
+TASK_DATA = {"tgir": ("synthetic", "fashioniq"), "search": (*PHOTOS, "fashioniq")}
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str], dict]:
@@ -150,41 +155,48 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
     given = vars(parser.parse_args(argv))
     if not given.get("task"):
         raise ConfigError("say with --task what to do: retrieval, tgir, category, subcategory or search")
+    if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
+        raise ConfigError("--resume goes on with a training, which is not done here")
+    path = given.get("checkpoint", FinetuneConfig.checkpoint)
     if given.get("resume") and "out" in given:  # all that the checkpoint says, the run to resume says too
-        source = load_checkpoint(Path(given["out"]) / "last.pt")
+        path = f"{given['out']}/last.pt"
+    elif not Path(path).exists():
+        raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` makes the default one")
+    source = load_checkpoint(path)
+    source = {part: source[part] for part in ("model", "tokenizer", "config", "step")}  # the rest is large
+    try:
+        config = layer_config(given, source["config"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path}: was saved by another version of this code ({error})") from None
+    if config.resume:  # otherwise the run to resume has a say first
+        if not config.start:
+            raise ConfigError(f"{path}: is of a pretraining run, which train.py goes on with")
     else:
-        path = given.get("checkpoint", FinetuneConfig.checkpoint)
-        if not Path(path).exists():
-            raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` makes the default one")
-        source = load_checkpoint(path)
-    config = layer_config(given, source)
-    if not config.resume:  # otherwise the checkpoint has a say first
-        check_start(config, source)
+        check_start(config)
         check_flags(config, given)
     return config, set(given), source
 
 
-def layer_config(given: dict, source: dict) -> FinetuneConfig:
-    """defaults < checkpoint < preset and task < `given`."""
-    saved, task = source["config"], given["task"]
-    data = given.get("data", saved["data"])
-    own = {"data": data, "preset": saved["preset"], "data_seed": saved.get("data_seed", saved["seed"])}
+def layer_config(given: dict, saved: dict) -> FinetuneConfig:
+    """defaults < the checkpoint's config, `saved` < preset and task < `given`."""
+    task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
+    own = {"data": data, "preset": preset, "data_seed": saved.get("data_seed", saved["seed"])}
     own |= {"root": saved["root"]} if data == saved["data"] else {}
     own |= {"model": ModelConfig(**saved["model"]), "classes": tuple(saved.get("classes", ()))}
     own |= {name: saved[name] for name in (INHERITED if task == "retrieval" else ("products",))}
     own |= {"modality": saved["modality"]} if "modality" in saved else {}
-    schedule = SCHEDULES[saved["preset"]] | SCHEDULES.get(f"{saved['preset']} {task}", {})
+    schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
-        schedule.pop("steps", None), schedule.pop("epochs", None)
-    config = FinetuneConfig(**own | schedule | given)
+        schedule = {name: value for name, value in schedule.items() if name not in ("steps", "epochs")}
+    config = FinetuneConfig(**own | schedule | given, start=saved.get("task"))
     ending = "-image" if task in RECOGNITION and config.modality == "image" else ""
     ending += "-scratch" if config.from_scratch else "-as-is" if config.eval_only else ""
-    return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{config.preset}")
+    return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{preset}")
 
 
-def check_start(config: FinetuneConfig, source: dict) -> None:
+def check_start(config: FinetuneConfig) -> None:
     """Raise ConfigError when the checkpoint is not one that the task can start from."""
-    kind, where = source["config"].get("task"), f"--checkpoint {config.checkpoint}"
+    kind, where = config.start, f"--checkpoint {config.checkpoint}"
     if config.task == "search":
         if kind in RECOGNITION:
             raise ConfigError(f"{where}: was fine-tuned for {kind}, not for finding; give a pretraining checkpoint")
@@ -201,7 +213,7 @@ def check_start(config: FinetuneConfig, source: dict) -> None:
 def check_flags(config: FinetuneConfig, given: dict) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_ranges(config)
-    fitting = TASK_DATA.get(config.task, ("synthetic", "fashiongen", "jsonl"))
+    fitting = TASK_DATA.get(config.task, PHOTOS)
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
     if config.data == "synthetic" and config.root:
@@ -214,8 +226,10 @@ def check_flags(config: FinetuneConfig, given: dict) -> None:
     if config.task == "search" or config.eval_only:
         for flag in sorted(set(given) - USE_FLAGS - {"query", "image"}):
             raise ConfigError(f"--{flag.replace('_', '-')} is for training, which is not done here")
-    if config.task == "search" and not (config.query or config.image):
-        raise ConfigError("say with --query, --image or both what to search for")
+    if config.eval_only and "products" in given:
+        raise ConfigError("--products is of the training split, which is not used here")
+    if config.task == "search":
+        check_search(config)
     if config.split == "train" and config.task != "search":
         raise ConfigError("--split train: figures on what was trained on mean nothing; it is for --task search")
     if config.split == "test" and config.data != "fashioniq":
@@ -223,9 +237,22 @@ def check_flags(config: FinetuneConfig, given: dict) -> None:
     check_device(config.device)
 
 
+def check_search(config: FinetuneConfig) -> None:
+    """`check_flags` for what to search by."""
+    if not (config.query or config.image):
+        raise ConfigError("say with --query, --image or both what to search for")
+    if config.query is not None and not re.search(r"\w", config.query):
+        raise ConfigError(f"--query {config.query!r}: there is no word in it")
+    if config.rerank and config.image:
+        raise ConfigError("--rerank contradicts --image: the matching head compares photos with words alone")
+    if 0 < config.rerank < FOUND:
+        raise ConfigError(f"--rerank {config.rerank}: {FOUND} photos are shown, give at least as many")
+
+
 def open_photos(config: FinetuneConfig, split: str) -> PhotoDataset:
-    """A data set of photos with descriptions; what is in which split follows the pretraining run's seed."""
-    return build_dataset(config.data, config.root, split, config.model.image_size, config.data_seed, config.products)
+    """A data set of photos; what is in which split follows the pretraining run's seed."""
+    where = (config.data, config.root, split, config.model.image_size, config.data_seed, config.products)
+    return build_triplets(*where).photos if config.data == "fashioniq" else build_dataset(*where)
 
 
 def hold_out(
@@ -236,7 +263,7 @@ def hold_out(
     No label (N,) leaves training altogether: its last group is kept. Raises DataError if nothing can be held out.
     """
     names = np.random.default_rng((5, seed)).permutation(np.unique(groups))
-    wanted, chosen = max(1, min(most, round(share * len(names)))), []
+    wanted, chosen = min(most, max(2, round(share * len(names))), len(names) - 1), []
     kinds = numbers_of(labels or [""] * len(groups))
     left = np.bincount(kinds)
     for name in names:
@@ -266,6 +293,9 @@ def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
         dataset, run.config.batch_size, collate_fn=Collate(run.tokenizer), num_workers=run.config.workers
     )
     for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
+        for reason in set(batch["unreadable"]) - run.unreadable:
+            tqdm.write(f"left out: {reason}")
+        run.unreadable |= set(batch["unreadable"])
         if len(batch["rows"]):
             batch = to_device(batch, run.device)
             yield batch | {"images": normalise(batch["images"])}
@@ -330,7 +360,28 @@ def matching(
 # ------------------------------------------------------------------------------------------ task: retrieval
 
 
-class Retrieval:
+class Task:
+    """What the tasks share: where their photos come from, and which of them are held out."""
+
+    def __init__(self, config: FinetuneConfig):
+        self.config = config
+
+    def open(self, split: str) -> PhotoDataset:
+        """The photos of a split, with their descriptions."""
+        return open_photos(self.config, split)
+
+    def divide(self, dataset: PhotoDataset) -> tuple[PhotoDataset, PhotoDataset]:
+        """To train on, to choose the best step by: no product is in both."""
+        return self.parts(dataset, dataset.product_ids)
+
+    def parts(self, dataset: PhotoDataset, groups: np.ndarray, labels: list[str] | None = None) -> tuple:
+        """`hold_out` of a data set by the config."""
+        config = self.config
+        rows = hold_out(groups, config.held_out, config.val_products, config.data_seed, labels)
+        return tuple(dataset.part(chosen) for chosen in rows)
+
+
+class Retrieval(Task):
     """Cross-modal retrieval: ITC + ITM; full and sampled protocol."""
 
     select = "val_mean"
@@ -339,21 +390,6 @@ class Retrieval:
         "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
     }
     queries, negatives, draws = 1000, 100, 5  # of the sampled protocol
-
-    def __init__(self, config: FinetuneConfig):
-        self.config = config
-
-    def open(self, split: str) -> PhotoDataset:
-        """The photos of a split."""
-        return open_photos(self.config, split)
-
-    def divide(self, dataset: PhotoDataset) -> tuple[PhotoDataset, PhotoDataset]:
-        """To train on, to choose the best step by."""
-        config = self.config
-        return tuple(
-            dataset.part(rows)
-            for rows in hold_out(dataset.product_ids, config.held_out, config.val_products, config.data_seed)
-        )
 
     def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
@@ -370,44 +406,45 @@ class Retrieval:
     def validate(self, run: Run, dataset: PhotoDataset) -> Metrics:
         """Full protocol on the held-out products."""
         _, image_feat, text_feat, owner, _ = self.encode(run, dataset)
-        products = torch.arange(len(text_feat), device=run.device)
-        recalls = retrieval_recalls(image_feat, text_feat, owner.to(run.device), products)
-        return {f"val_{key}": value for key, value in recalls.items()} | {
-            "val_mean": float(np.mean([*recalls.values()]))
-        }
+        rankings = [*full_rankings(image_feat, text_feat, owner, 0)]
+        recalls = recalls_of(rankings, [ranking.rank for ranking in rankings])
+        return {key.replace("full", "val"): value for key, value in recalls.items()}
 
     def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor, Tensor, Tensor, list[str]]:
-        """Rows (n,), image_feat (n, E), text_feat (m, E) of one text a product, the text of each photo (n,), texts."""
+        """Rows (n,), image_feat (n, E), text_feat (m, E) of one text a product, the text of each photo (n,), texts; on
+        the CPU."""
         rows, image_feat = photo_features(run, dataset)
         _, first, owner = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
         texts = [dataset.captions[rows[i]] for i in first]
-        return rows, image_feat, text_features(run, texts), torch.from_numpy(owner), texts
+        return rows, image_feat.cpu(), text_features(run, texts).cpu(), torch.from_numpy(owner), texts
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
         """Both protocols, by similarity and with `--rerank` also by the matching head."""
         rows, image_feat, text_feat, owner, texts = self.encode(run, dataset)
         if len(texts) < 2:
             raise DataError("one product is no gallery to search in; give more")
-        image_feat, text_feat, top = image_feat.cpu(), text_feat.cpu(), self.config.rerank
-        kinds = [dataset.subcategories[row] for row in rows]
-        rankings = [*full_rankings(image_feat, text_feat, owner, top)]
+        top, kinds = self.config.rerank, numbers_of([dataset.subcategories[row] for row in rows])
+        rankings, alike = [*full_rankings(image_feat, text_feat, owner, top)], {"i2t": [], "t2i": []}
+        kind_of = {"i2t": kinds[np.unique(owner, return_index=True)[1]], "t2i": kinds}
         for draw in range(self.draws):
             rng = np.random.default_rng((6, self.config.seed, draw))
             for way, lists in sampled_candidates(owner.numpy(), kinds, self.queries, self.negatives, rng).items():
                 rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
-        metrics, ranked = recalls_of(rankings, [ranking.rank for ranking in rankings]), rankings
+                alike[way].append((kind_of[way][lists[:, 2:]] == kinds[lists[:, :1]]).mean())
+        metrics = recalls_of(rankings, [ranking.rank for ranking in rankings])
         if top:
             pairs, place = torch.cat([r.pairs.flatten(0, 1) for r in rankings]).unique(dim=0, return_inverse=True)
             scores = match_scores(run, dataset.part(rows), texts, pairs).cpu()[place]
             parts = scores.split([r.right.numel() for r in rankings])
             ranks = [r.reranked(part.view(r.right.shape)) for r, part in zip(rankings, parts, strict=True)]
-            metrics |= {f"rerank_{key}": value for key, value in recalls_of(ranked, ranks).items()}
-        known = any(kinds)
+            metrics |= {f"rerank_{key}": value for key, value in recalls_of(rankings, ranks).items()}
+        share = " and ".join(f"{100 * np.mean(shares):.0f} % ({way})" for way, shares in alike.items())
+        share = f"{share} of the same sub-category" if any(dataset.subcategories) else "no sub-categories known"
         protocol = (
             f"full: {len(rows):,} photos, {len(texts):,} texts; sampled: {min(self.queries, len(rows)):,} queries"
         )
-        protocol += f", up to {self.negatives} negatives" + (" of the same sub-category" if known else " of any kind")
-        protocol += f", {self.draws} draws; by similarity" + (f", the best {top} re-ranked by matching" if top else "")
+        protocol += f", up to {self.negatives} negatives ({share}), {self.draws} draws; by similarity"
+        protocol += f", the best {top} re-ranked by matching" if top else ""
         chance = {key: value for r in rankings[:4] for key, value in r.chance().items()}
         examples = []
         for text in np.linspace(0, len(texts) - 1, 6).astype(int):
@@ -476,13 +513,12 @@ def full_rankings(image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int
 
 
 def sampled_candidates(
-    owner: np.ndarray, kinds: list[str], queries: int, negatives: int, rng: np.random.Generator
+    owner: np.ndarray, kinds: np.ndarray, queries: int, negatives: int, rng: np.random.Generator
 ) -> dict[str, Tensor]:
     """One draw of the sampled protocol: random query photos, and for each the right text (i2t), or itself as the right
     photo of its text (t2i), before `negatives` of other products of the same sub-category, topped up from others where
     there are too few. owner (n,): product of a photo; kinds (n,): its sub-category.
     -> {"i2t": (Q, 1 + C), "t2i": (Q, 1 + C)}: photo, right candidate, wrong ones."""
-    kinds = numbers_of(kinds)
     chosen, lists = rng.permutation(len(owner))[:queries], {"i2t": [], "t2i": []}
     products, first = np.unique(owner, return_index=True)
     for photo in chosen:
@@ -518,7 +554,7 @@ def recalls_of(rankings: list[Ranking], ranks: list[Tensor]) -> Metrics:
 RankedTriplets = tuple[str, str, Tensor, np.ndarray, np.ndarray]
 
 
-class TextGuided:
+class TextGuided(Task):
     """Text-guided (composed) image retrieval: reference photo + what differs → target photo (FashionIQ).
 
     Query = the projected fused [CLS] of (reference photo, text), target = image feature, plain ITC (Fashion-FINE). A
@@ -528,8 +564,10 @@ class TextGuided:
     select = "val_mean"
     panels = {"loss": ["itc"], "held-out recall": ["val_r1", "val_r10", "val_r50"]}
 
-    def __init__(self, config: FinetuneConfig, fused: bool = True):
-        self.config, self.fused = config, fused
+    @property
+    def fused(self) -> bool:
+        """Are its queries the fused ones, or those of a model that has not been fine-tuned?"""
+        return not self.config.eval_only or self.config.start == "tgir"
 
     def open(self, split: str) -> Triplets:
         """The triplets of a split."""
@@ -540,11 +578,7 @@ class TextGuided:
 
     def divide(self, dataset: Triplets) -> tuple[Triplets, Triplets]:
         """To train on, to choose the best step by: no reference photo (synthetic: no family) is in both."""
-        config = self.config
-        return tuple(
-            dataset.part(rows)
-            for rows in hold_out(dataset.families, config.held_out, config.val_products, config.data_seed)
-        )
+        return self.parts(dataset, dataset.families)
 
     def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """ITC of queries with the targets of the batch, both ways; references and targets are encoded in one call."""
@@ -564,7 +598,7 @@ class TextGuided:
         read, feats = photo_features(run, dataset.photos.part(wanted))
         place = {row: i for i, row in enumerate(wanted[read].tolist())}
         queries, triplets = [], []
-        for batch in batches_of(run, dataset, "encoding queries"):
+        for batch in batches_of(run, dataset.queries(), "encoding queries"):
             with autocast(run), torch.no_grad():
                 queries.append(compose(run, batch, run.model.encode_image(batch["images"]), self.fused))
             triplets.append(batch["rows"].cpu())
@@ -646,14 +680,11 @@ def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
 # ------------------------------------------------------------------- tasks: category, sub-category recognition
 
 
-class Recognition:
+class Recognition(Task):
     """Category or sub-category from the fused [CLS] of photo and text, or from the image CLS alone."""
 
     panels = {"loss": ["class"], "held-out": ["val_accuracy", "val_macro_f1"]}
     select = "val_accuracy"
-
-    def __init__(self, config: FinetuneConfig):
-        self.config = config
 
     def labels_of(self, dataset: PhotoDataset) -> list[str]:
         """The label of each row."""
@@ -667,24 +698,29 @@ class Recognition:
             raise DataError(f"no photo of the {split} split has a {self.config.task}")
         if labelled.all():
             return dataset
-        print(f"{split}: {(~labelled).sum():,} photos without a {self.config.task} are left out")
-        return dataset.part(np.flatnonzero(labelled))
+        part = dataset.part(np.flatnonzero(labelled))
+        part.problems = [*dataset.problems, f"{(~labelled).sum():,} photos without a {self.config.task}"]
+        return part
 
     def divide(self, dataset: PhotoDataset) -> tuple[PhotoDataset, PhotoDataset]:
         """To train on, to choose the best step by; every class stays in training."""
-        config, labels = self.config, self.labels_of(dataset)
+        labels = self.labels_of(dataset)
         if len(set(labels)) < 2:
-            raise DataError(f"all photos have the same {config.task}, {labels[0]!r}; there is nothing to tell apart")
+            raise DataError(
+                f"all photos have the same {self.config.task}, {labels[0]!r}; there is nothing to tell apart"
+            )
         products = {}
         for product, label in zip(dataset.product_ids.tolist(), labels, strict=True):
             products.setdefault(label, set()).add(product)
         if single := sorted(label for label, found in products.items() if len(found) == 1):
             few = ", ".join(single[:5]) + (", …" if len(single) > 5 else "")
             print(f"{len(single)} of {len(products)} classes have a single product, trained on and not held out: {few}")
-        return tuple(
-            dataset.part(rows)
-            for rows in hold_out(dataset.product_ids, config.held_out, config.val_products, config.data_seed, labels)
-        )
+        train_set, held_out = self.parts(dataset, dataset.product_ids, labels)
+        classes = tuple(sorted(set(self.labels_of(train_set))))
+        model = replace(self.config.model, classes=len(classes))
+        self.config = replace(self.config, classes=classes, model=model)
+        self.train_classes = self.class_ids(train_set)
+        return train_set, held_out
 
     def class_ids(self, dataset: PhotoDataset) -> Tensor:
         """The class of each row; one more, the last, for labels that training has not seen. -> (N,)."""
@@ -721,11 +757,7 @@ class Recognition:
     def validate(self, run: Run, dataset: PhotoDataset) -> Metrics:
         """Accuracy and macro-F1 on the held-out products."""
         right, answered = self.predict(run, dataset)
-        figures = scores_by_class(right, answered)
-        return {
-            "val_accuracy": (right == answered).float().mean().item(),
-            "val_macro_f1": float(np.mean([f1 for _, _, f1 in figures.values()])),
-        }
+        return {f"val_{key}": value for key, value in recognition_scores(right, answered).items()}
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
         """Accuracy and macro-F1, a line for each class in classes.tsv, and confusion.png."""
@@ -740,18 +772,22 @@ class Recognition:
         (out / "classes.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         draw_confusion(right, answered, names, out / "confusion.png")
         most = int(support.argmax())
-        always = scores_by_class(right, torch.full_like(right, most))
-        mean_f1 = lambda figures: float(np.mean([f1 for _, _, f1 in figures.values()]))
-        metrics = {"accuracy": (right == answered).float().mean().item(), "macro_f1": mean_f1(figures)}
+        chance = recognition_scores(right, torch.full_like(right, most))
+        metrics = recognition_scores(right, answered)
         metrics["unseen_share"] = (right == len(self.config.classes)).float().mean().item()
-        chance = {"accuracy": (right == most).float().mean().item(), "macro_f1": mean_f1(always)}
         what = "photo and text" if self.config.modality == "both" else "photo alone"
         protocol = f"{what}; {len(right):,} photos, {len(self.config.classes)} classes; chance: always {names[most]}"
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
 
 
+def recognition_scores(right: Tensor, answered: Tensor) -> Metrics:
+    """Accuracy, and macro-F1: the mean of F1 over the classes that occur among the right or the answered (n,)."""
+    f1 = [f1 for _, _, f1 in scores_by_class(right, answered).values()]
+    return {"accuracy": (right == answered).float().mean().item(), "macro_f1": float(np.mean(f1))}
+
+
 def scores_by_class(right: Tensor, answered: Tensor) -> dict[int, tuple[float, float, float]]:
-    """Precision, recall, F1 of every class that occurs among the right or the answered (n,); macro-F1 is their mean.
+    """Precision, recall, F1 of every class that occurs among the right or the answered (n,).
 
     F1 = 2·hits / (right + answered); a ratio of nothing to nothing counts as 0.
     """
@@ -831,8 +867,7 @@ TASKS = {"retrieval": Retrieval, "tgir": TextGuided, "category": Recognition, "s
 
 def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | None:
     """Fine-tune, keep the step that does best on held-out products, and report it. -> results, None if stopped."""
-    start, state = time.perf_counter(), None
-    out = Path(config.out)
+    state, out = None, Path(config.out)
     if not config.eval_only:
         config, state = begin(config, given, check_flags)
     if not config.resume and (out / "results.json").exists():
@@ -841,16 +876,16 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | No
     reported = task.open(config.split)
     print(f"{config.split}: {reported.report()}")
     if config.eval_only:
-        run = build_run(config, reported, Tokenizer.from_str(source["tokenizer"]))
-        load_weights(run, source, config.checkpoint)
-        if config.task == "tgir":
-            task.fused = source["config"].get("task") == "tgir"
+        run, best = build_run(config, reported, Tokenizer.from_str(source["tokenizer"])), source
+        load_weights(run, best, config.checkpoint)
         out.mkdir(parents=True, exist_ok=True)
     else:
         run = train_task(config, task, source, state)
         if run is None:
             return None
-        load_weights(run, load_checkpoint(out / "best.pt"), f"{out}/best.pt")
+        best = load_checkpoint(out / "best.pt")
+        load_weights(run, best, f"{out}/best.pt")
+    start, run.unreadable = time.perf_counter(), set()
     run.model.eval()
     report = task.report(run, reported)
     results = {
@@ -860,8 +895,10 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | No
         **report,
         "checkpoint": "random weights" if config.from_scratch else config.checkpoint,
         "steps": run.step,
+        "best_step": best["step"],
+        "left_out": len(reported.problems) + len(run.unreadable),
         "seed": config.seed,
-        "seconds": run.seconds or time.perf_counter() - start,
+        "seconds": run.seconds + time.perf_counter() - start,
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"{config.task} on {config.data} {config.split} ({report['protocol']}):")
@@ -876,12 +913,8 @@ def train_task(config: FinetuneConfig, task, source: dict, state: dict | None) -
     """Train as train.py does, over the task's own losses and validation. -> the run; None if it was stopped."""
     whole = task.open("train")
     train_set, held_out = task.divide(whole)
-    print(f"train: {train_set.report()}\nheld out: {held_out.report()}")
-    if config.task in RECOGNITION:
-        classes = tuple(sorted(set(task.labels_of(train_set))))
-        config = replace(config, classes=classes, model=replace(config.model, classes=len(classes)))
-        task.config = config
-        task.train_classes = task.class_ids(train_set)
+    print(f"train: {whole.report()}; {len(held_out):,} of them held out to choose the best step by")
+    config = task.config  # recognition has counted its classes
     run = build_run(config, train_set, Tokenizer.from_str(source["tokenizer"]))
     if state is None and not config.from_scratch:
         load_weights(run, source, config.checkpoint)
@@ -909,11 +942,10 @@ def load_weights(run: Run, source: dict, where: str) -> None:
 # ------------------------------------------------------------------------------------------------------ search
 
 
-def search(config: FinetuneConfig, source: dict, count: int = 10) -> list[tuple[int, float]]:
-    """The `count` best photos for words, for a photo, or for a photo changed by words, on a sheet. -> rows, scores."""
-    if config.rerank and not config.query:
-        raise ConfigError("--rerank needs --query: the matching head compares photos with words")
+def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
+    """The best photos for words, for a photo, or for a photo changed by words, on a sheet. -> rows and scores."""
     dataset = open_photos(config, config.split)
+    print(f"{config.split}: {dataset.report()}")
     run = build_run(config, dataset, Tokenizer.from_str(source["tokenizer"]))
     load_weights(run, source, config.checkpoint)
     run.model.eval()
@@ -921,26 +953,26 @@ def search(config: FinetuneConfig, source: dict, count: int = 10) -> list[tuple[
     if config.image:
         try:
             photo = square(open_photo(Path(config.image), config.model.image_size), config.model.image_size)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise DataError(f"--image {config.image}: {error}") from None
     if config.query and (unknown := unknown_words(run.tokenizer, config.query)):
         if len(unknown) == len(re.findall(r"\w+", config.query)):
             raise DataError(f"--query {config.query!r}: the model knows no word of it; it learnt other texts")
         print(f"words that the model does not know: {', '.join(unknown)}")
     rows, feats = photo_index(run, dataset)
-    query = query_feature(run, config.query, photo, fused=source["config"].get("task") == "tgir")
-    scores, best = (feats @ query).topk(min(len(rows), max(count, config.rerank)))
+    query = query_feature(run, config.query, photo, fused=config.start == "tgir")
+    scores, best = (feats @ query).topk(min(len(rows), max(FOUND, config.rerank)))
     if config.rerank:
         pairs = torch.stack([best.cpu(), torch.zeros(len(best), dtype=torch.long)], dim=1)
         matched, order = match_scores(run, dataset.part(rows), [config.query], pairs).sort(descending=True)
         scores, best = matched.sigmoid(), best[order]
-    found = [(int(rows[i]), s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)][:count]
+    found = [(int(rows[i]), s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)][:FOUND]
     for row, score in found:
         print(f"  {score:.3f}  {dataset.name_of(row)}  {dataset.captions[row]}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     words = "-".join(re.findall(r"\w+", f"{config.query or ''} {Path(config.image or '').stem}".lower()))
-    path = out / f"{words[:80]}.png"
+    path = out / f"{words[:80] or 'search'}.png"
     draw_answers(dataset, [(config.query or "", photo, [(row, f"{s:.2f}", False) for row, s in found])], path)
     print(f"see {path}")
     return found

@@ -226,7 +226,7 @@ RECIPE_FLAGS = {
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What a resumed run may change: nothing that decides its result.
-FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "val_every", "save_every"}
+FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -622,11 +622,12 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 def match_rank(sim: Tensor, positive: Tensor) -> Tensor:
     """How many wrong candidates come before the best right one: 0 is a hit at rank 1. sim, positive (Q, C) -> (Q,).
 
-    Ties count against the model, so that equal features earn nothing. A row without a right candidate gets C.
+    Ties count against the model, so that equal features earn nothing, and so does what is not a number. A row without a
+    right candidate is beyond every rank.
     """
     best = sim.masked_fill(~positive, -math.inf).max(dim=1, keepdim=True).values
-    rank = ((sim >= best) & ~positive).sum(dim=1)
-    return torch.where(positive.any(dim=1), rank, sim.shape[1])
+    rank = (~(sim < best) & ~positive).sum(dim=1)
+    return rank.masked_fill(~positive.any(dim=1), torch.iinfo(rank.dtype).max)
 
 
 def retrieval_recalls(
@@ -1174,7 +1175,7 @@ class Job:
     validate: Callable[[Run], tuple[dict[str, float], list[str]]]  # figures, and lines for the eye
     panels: dict[str, list[str]]  # of curves.png
     select: str | None = None  # figure whose highest value is kept as best.pt
-    patience: int | None = None  # validations without a better one after which to stop
+    patience: int = 0  # validations without a better one after which to stop; 0: never
 
     def best_step(self, lines: list[dict]) -> int | None:
         """Step of the best validation so far, the first of equals."""
@@ -1185,7 +1186,7 @@ class Job:
         """Early stopping: has nothing become better for `patience` validations?"""
         best = self.best_step(lines)
         later = [line for line in lines if self.select in line and best is not None and line["step"] > best]
-        return self.patience is not None and len(later) >= self.patience
+        return 0 < self.patience <= len(later)
 
 
 def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
@@ -1277,13 +1278,14 @@ def loop(
         if run.step and (done or run.step % config.val_every == 0) and not metrics.validation(run.step):
             figures, remarks = job.validate(run)
             run.model.train()
-            metrics.write(step=run.step, **figures)
+            line = {"step": run.step, **figures}
+            if job.best_step([*metrics.lines, line]) == run.step:  # first, so that the line never lacks its weights
+                save_checkpoint(run, sampler, last.with_name("best.pt"))
+            metrics.write(**line)
             held_out = (f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_"))
             bar.write(f"step {run.step}: " + "  ".join(held_out))
-            for line in remarks:
-                bar.write("    " + line)
-            if job.best_step(metrics.lines) == run.step:
-                save_checkpoint(run, sampler, last.with_name("best.pt"))
+            for remark in remarks:
+                bar.write("    " + remark)
         if done or job.stalled(metrics.lines):
             break
 

@@ -607,7 +607,7 @@ def test_fashioniq_without_any_photo_or_folder_is_refused(tmp_path):
     write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
     for path in (tmp_path / "images").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="no photo of any val pair; expected dress00001.jpg"):
+    with pytest.raises(DataError, match="no photos of any val pair of dress; expected dress00001.jpg"):
         data.build_triplets("fashioniq", tmp_path, "val", 32)
     with pytest.raises(DataError, match="no such folder; say with --root where the fashioniq files are"):
         data.build_triplets("fashioniq", tmp_path / "nowhere", "val", 32)
