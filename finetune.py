@@ -158,7 +158,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
     if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
         raise ConfigError("--resume goes on with a training, which is not done here")
     path = given.get("checkpoint", FinetuneConfig.checkpoint)
-    if given.get("resume") and "out" in given:  # all that the checkpoint says, the run to resume says too
+    going_on = given.get("resume") and "out" in given  # all that the checkpoint says, the run to resume says too
+    if going_on:
         path = f"{given['out']}/last.pt"
     elif not Path(path).exists():
         raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` makes the default one")
@@ -168,10 +169,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
         config = layer_config(given, source["config"])
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path}: was saved by another version of this code ({error})") from None
-    if config.resume:  # otherwise the run to resume has a say first
-        if not config.start:
-            raise ConfigError(f"{path}: is of a pretraining run, which train.py goes on with")
-    else:
+    if going_on and not config.start:
+        raise ConfigError(f"{path}: is of a pretraining run, which train.py goes on with")
+    if not config.resume:  # otherwise the run to resume has a say first
         check_start(config)
         check_flags(config, given)
     return config, set(given), source
@@ -441,9 +441,9 @@ class Retrieval(Task):
         share = " and ".join(f"{100 * np.mean(shares):.0f} % ({way})" for way, shares in alike.items())
         share = f"{share} of the same sub-category" if any(dataset.subcategories) else "no sub-categories known"
         protocol = (
-            f"full: {len(rows):,} photos, {len(texts):,} texts; sampled: {min(self.queries, len(rows)):,} queries"
+            f"full: {len(rows):,} photos, {len(texts):,} texts; sampled: {min(self.queries, len(rows)):,} queries,"
         )
-        protocol += f", up to {self.negatives} negatives ({share}), {self.draws} draws; by similarity"
+        protocol += f" up to {self.negatives} negatives ({share}), {self.draws} draws; by similarity"
         protocol += f", the best {top} re-ranked by matching" if top else ""
         chance = {key: value for r in rankings[:4] for key, value in r.chance().items()}
         examples = []
@@ -813,9 +813,8 @@ def draw_confusion(right: Tensor, answered: Tensor, names: list[str], path: Path
     import matplotlib.pyplot as plt
 
     shown = torch.cat([right, answered]).unique()
-    counts = torch.zeros(len(names), len(names)).index_put_((right, answered), torch.ones(len(right)), accumulate=True)[
-        shown
-    ][:, shown]
+    counts = torch.zeros(len(names), len(names)).index_put_((right, answered), torch.ones(len(right)), accumulate=True)
+    counts = counts[shown][:, shown]
     side, labels = max(4.0, 0.22 * len(shown) + 2), [names[c] for c in shown.tolist()]
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
     axis.imshow((counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
@@ -972,7 +971,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     words = "-".join(re.findall(r"\w+", f"{config.query or ''} {Path(config.image or '').stem}".lower()))
-    path = out / f"{words[:80] or 'search'}.png"
+    path = out / f"{words[:60] or 'search'}.png"
     draw_answers(dataset, [(config.query or "", photo, [(row, f"{s:.2f}", False) for row, s in found])], path)
     print(f"see {path}")
     return found

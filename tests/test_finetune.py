@@ -261,6 +261,14 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):
         command("--task", "category", "--modality", "image", "--resume", "--out", tmp_path / "parts")
 
 
+def test_resuming_finds_the_default_folder(tmp_path, pretrained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "category", "--modality", "image", "--checkpoint", pretrained]
+    assert command(*flags, "--steps", "3", "--stop-at", "1") is None
+    assert command(*flags, "--resume")["steps"] == 3
+    assert (tmp_path / "runs" / "synthetic-category-image-tiny" / "results.json").exists()
+
+
 def test_early_stopping_and_the_best_step(tmp_path, pretrained):
     flags = ["--task", "subcategory", "--checkpoint", pretrained, "--lr", "0", "--final-lr", "0", "--val-every", "1"]
     found = command(*flags, "--steps", "9", "--patience", "2", "--out", tmp_path)
@@ -351,6 +359,14 @@ def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
     assert len(ranks) == 18 and ranks[0]["subset"] == "dress" and ranks[0]["candidate"] == "dress00001"
     assert sorted(ranks[0]["ranking"]) == [f"dress{i:05}" for i in range(20)]
     assert results(tmp_path / "test")["metrics"] == {}
+
+
+def test_a_gallery_that_cannot_be_read_is_one_line(tmp_path, pretrained):
+    write_fashioniq(tmp_path / "iq", "val", dict.fromkeys(PUBLISHED, (6, 20, 12)))  # empty files
+    common = ["--task", "tgir", "--checkpoint", pretrained, "--data", "fashioniq", "--root", tmp_path / "iq"]
+    with pytest.raises(DataError, match="no photo could be read"):
+        command(*common, "--eval-only", "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------- search
