@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import train
-from study import ablate, benchmark, figures, sources
+from study import ablate, benchmark, figures, probe, sources
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
@@ -153,3 +153,25 @@ def test_sampler_benchmark_composes_every_photo(capsys):
     assert "500 photos, hard" in out and "500 photos, semihard" in out
     with pytest.raises(SystemExit):
         benchmark.main(["sampler", "--items", "0"])
+
+
+def test_probe_finds_what_is_linearly_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (600,), generator=generator)
+    noise = torch.randn(600, 8, generator=generator)
+    fit = torch.arange(600) < 400
+    informed = noise + 3 * torch.nn.functional.one_hot(labels, 8)
+    assert probe.probe(informed, labels, fit) > 0.85
+    assert probe.probe(noise, labels, fit) < 0.4
+
+
+def test_probe_of_a_checkpoint(tmp_path, capsys):
+    config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
+    train.train(config, given)
+    capsys.readouterr()
+    probe.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "30"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in table[3:]] == [f"| {name}" for name in probe.ATTRIBUTES]
+    assert all(0 <= float(cell) <= 100 for line in table[3:] for cell in line.strip("| ").split(" | ")[1:])
+    with pytest.raises(SystemExit, match="probe.py: .*no such checkpoint"):
+        probe.main(["--checkpoint", str(tmp_path / "none.pt")])
