@@ -957,7 +957,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     if config.query and (unknown := unknown_words(run.tokenizer, config.query)):
         if len(unknown) == len(re.findall(r"\w+", config.query)):
             raise DataError(f"--query {config.query!r}: the model knows no word of it; it learnt other texts")
-        print(f"words that the model does not know: {', '.join(unknown)}")
+        print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
     rows, feats = photo_index(run, dataset)
     query = query_feature(run, config.query, photo, fused=config.start == "tgir")
     scores, best = (feats @ query).topk(min(len(rows), max(FOUND, config.rerank)))
