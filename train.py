@@ -860,6 +860,21 @@ def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tup
     )  # fmt: skip
 
 
+def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[tuple[str, Tensor, Tensor]]:
+    """Title, soft mask (B, P) and the random word (B, L) that it is of; nothing where there is one fusion layer."""
+    layers, words = run.config.model.fusion_layers, batch["words"]
+    if layers == 1:
+        return []
+    gradcam = replace(run, config=replace(run.config, mask_source="gradcam", mask_layer=(layers + 1) // 2))
+    with autocast(run), torch.no_grad():
+        image_embeds_m = run.momentum.encode_image(normalise(batch["images"]))
+        text_embeds_m = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    heat = momentum_attention(gradcam, batch, image_embeds_m, text_embeds_m, None)  # A · max(0, ∂s/∂A)
+    word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
+    mask = soft_mask(heat, torch.ones_like(heat), word.squeeze(1))
+    return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]
+
+
 def skill(figures: dict[str, float], key: str) -> float:
     """How far `key` is on the way from what random masks get to perfect: (value − random) / (1 − random)."""
     return (figures[key] - figures[key + "_random"]) / max(1e-9, 1 - figures[key + "_random"])
@@ -1136,32 +1151,41 @@ def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     return [int(rows[number % len(rows)]) for number, rows in enumerate(views)]
 
 
+def letters(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings: Pillow's own has no accents."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
 def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, side: int = 150) -> None:
-    """masks.png: for each photo the patches and words that random and that synchronized masks would hide."""
+    """masks.png: for each photo the patches and words that random and that synchronized masks would hide, and what a
+    soft mask of one random word, marked in its text, would suppress."""
     batch = Collate(run.tokenizer)([dataset[row] for row in rows])
     if not len(batch["rows"]):  # none can be decoded
         return
     images, captions = batch["images"], [dataset.captions[row] for row in batch["rows"].tolist()]
-    batch, grid, line = to_device(batch, run.device), run.config.model.grid, 3 * side + 50
+    batch, grid, line = to_device(batch, run.device), run.config.model.grid, 2 * side + 60
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     _, patches, words = shown_masks(run, batch, generator)
     masks = [
         ("random", random_patch_mask(len(images), grid**2, run.config.mim_ratio, generator, run.device),
          random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
         ("synchronized", patches, words),
+        *shown_soft_masks(run, batch, generator),
     ]  # fmt: skip
-    font, text_left = ImageFont.load_default(15), 3 * side + 40
-    page = Image.new("RGB", (text_left + 2 * line, 30 + len(images) * 4 * side), PAPER)
+    font, text_left = letters(14), (len(masks) + 1) * (side + 10) + 10
+    page = Image.new("RGB", (text_left + len(masks) * line, 30 + len(images) * 5 * side), PAPER)
     pen, top = ImageDraw.Draw(page), 30
     for column, (title, _, _) in enumerate(masks):
         pen.text((side * (column + 1) + 10 * (column + 2), 8), title, INK, font)
-        pen.text((text_left + line * column, 8), f"{title} words", INK, font)
+        pen.text((text_left + line * column, 8), f"{title}: words", INK, font)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
         page.paste(photo, (10, top))
         bottom = top + side
         for column, (_, patch_mask, word_mask) in enumerate(masks):
-            hidden = patch_mask[i].view(grid, grid).cpu().numpy().astype(np.uint8) * 255
+            hidden = (patch_mask[i].float() * 255).byte().view(grid, grid).cpu().numpy()
             cover = Image.fromarray(hidden).resize((side, side), Image.Resampling.NEAREST)
             page.paste(Image.composite(Image.new("RGB", photo.size, GREY), photo, cover),
                        (side * (column + 1) + 10 * (column + 2), top))  # fmt: skip
