@@ -323,7 +323,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 # ------------------------------------------------------------------------------------------ data sets
 
 
-def test_every_data_set_trains(tmp_path):
+@pytest.mark.parametrize("recipe", ["syncmask", "softmask"])
+def test_every_data_set_trains(tmp_path, recipe):
     data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
     folder = tmp_path / "shop"
     folder.mkdir()
@@ -340,21 +341,18 @@ def test_every_data_set_trains(tmp_path):
     (folder / "5.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
     sizes = [flag for flag in FAST if flag not in ("--products", "12")]
     for name, root in (("fashiongen", tmp_path / "fg"), ("jsonl", folder)):
-        config, given = parse_config(
-            [
-                *sizes,
-                "--preset",
-                "tiny",
-                "--data",
-                name,
-                "--root",
-                str(root),
-                "--out",
-                str(tmp_path / name),
-                "--steps",
-                "5",
-            ]
-        )
+        flags = [
+            "--recipe",
+            recipe,
+            *FAST_FOR[recipe],
+            "--preset",
+            "tiny",
+            "--steps",
+            "5",
+            "--out",
+            str(tmp_path / name),
+        ]
+        config, given = parse_config([*sizes, *flags, "--data", name, "--root", str(root)])
         assert train.train(config, given)["step"] == 5
     assert (
         lines(tmp_path / "jsonl")[-2]["step"] == 5
