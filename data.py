@@ -1264,12 +1264,17 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(
-    images: Tensor, min_scale: float = 0.5, jitter: float = 0.0, generator: torch.Generator | None = None
+    images: Tensor,
+    min_scale: float = 0.5,
+    jitter: float = 0.0,
+    generator: torch.Generator | None = None,
+    distort: float = 0.0,
 ) -> Tensor:
     """Random resized crop (area share min_scale … 1, aspect 3/4 … 4/3) and flip of a whole batch, each photo its own.
 
     images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
     jitter: strength of random brightness, contrast and saturation; 0 by default, since captions name colours.
+    distort: strength of random rotation (30° at 1), shear, blur and noise, which leave colours as they are.
     """
     count, device = len(images), images.device
     draw = lambda low, high: torch.rand(count, device=device, generator=generator) * (high - low) + low
@@ -1280,6 +1285,10 @@ def augment(
     flip = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(x)
     theta = torch.stack([torch.stack([width * flip, zero, x], 1), torch.stack([zero, height, y], 1)], 1)  # (B, 2, 3)
+    if distort > 0:
+        angle, shear = draw(-1, 1) * distort * np.pi / 6, draw(-1, 1) * distort / 4
+        turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+        theta = torch.cat([turn @ theta[:, :, :2], theta[:, :, 2:]], 2)
     points = F.affine_grid(theta, list(images.shape), align_corners=False)
     pixels = F.grid_sample(images.float() / 255, points, mode="bilinear", padding_mode="border", align_corners=False)
     if jitter > 0:
@@ -1288,6 +1297,11 @@ def augment(
         pixels = torch.lerp(pixels.mean(dim=(1, 2, 3), keepdim=True), pixels, factor())  # contrast
         pixels = torch.lerp(pixels.mean(dim=1, keepdim=True), pixels, factor())  # saturation
         pixels = pixels.clamp(0, 1)
+    if distort > 0:
+        share = lambda: draw(0, distort)[:, None, None, None]
+        pixels = torch.lerp(pixels, F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1), share())  # blur
+        noise = torch.randn(pixels.shape, device=device, generator=generator)
+        pixels = (pixels + 0.1 * share() * noise).clamp(0, 1)
     return normalise(pixels)
 
 

@@ -34,7 +34,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -70,6 +70,7 @@ from train import (
     check_device,
     check_ranges,
     contrast,
+    letters,
     load_checkpoint,
     match_rank,
     option,
@@ -133,7 +134,7 @@ INHERITED = ("sampler", "itm_negatives", "itm_share", "search_size", "margin", "
 RECOGNITION = ("category", "subcategory")
 TASK_FLAGS = {
     "retrieval": {"rerank", "sampler", "itm_negatives", "itm_share", "itm_warmup", "search_size", "margin", "queue",
-                  "alpha", "ema_decay"},
+                  "alpha", "ema_decay", "focal_gamma"},
     "category": {"modality"},
     "subcategory": {"modality"},
     "search": {"query", "image", "rerank"},
@@ -836,7 +837,7 @@ def draw_answers(
     dataset: PhotoDataset, queries: list[tuple[str, Image.Image | None, list[Answer]]], path: Path, side: int = 128
 ) -> None:
     """A sheet of queries, text with or without a photo, each with its best photos, five a line; right ones framed."""
-    font, columns, gap = ImageFont.load_default(13), 5, 26
+    font, columns, gap = letters(12), 5, 26
     lines = [max(1, -(-len(answers) // columns)) for _, _, answers in queries]
     page = Image.new("RGB", ((columns + 2) * (side + 8) + 16, sum(lines) * (side + gap) + 8), PAPER)
     pen, top = ImageDraw.Draw(page), 8

@@ -127,6 +127,19 @@ def sync_mask(
     return mask_top(score, everything, patches), words
 
 
+def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor:
+    """How much each patch has to do with one word, by Grad-CAM of the match logit s: what a soft mask suppresses
+    (text-driven soft masks, Park & Han 2023; the mean over heads and the normalisation are our choice).
+
+    G = mean_h A · max(0, ∂s/∂A), in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
+    attention, gradient (B, h, L, N), image CLS first; word_index (B,) -> (B, P) in [0, 1], detached.
+    """
+    maps = (attention * gradient.clamp(min=0)).detach().float()
+    heat = maps[torch.arange(len(maps), device=maps.device), :, word_index, 1:].mean(dim=1)  # (B, P)
+    low, high = heat.amin(dim=1, keepdim=True), heat.amax(dim=1, keepdim=True)
+    return (heat - low) / (high - low + 1e-7)
+
+
 def _jitter(scores: Tensor, candidates: Tensor, noise: float, generator: torch.Generator | None) -> Tensor:
     count = candidates.sum(dim=1, keepdim=True).clamp(min=1)
     mean = (scores * candidates).sum(dim=1, keepdim=True) / count

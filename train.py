@@ -92,6 +92,7 @@ from masking import (
     random_patch_mask,
     random_word_mask,
     reduce_heads,
+    soft_mask,
     sync_mask,
 )
 from model import PRESETS, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, WeightsError, load_pretrained
@@ -153,6 +154,8 @@ class LoopConfig:
     )
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
     color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
+    distort: float = option(0.0, "strength of rotation, shear, blur and noise", low=0, high=1)
+    focal_gamma: float = option(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
 
     products: int = option(2500, "synthetic training products", low=2)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
@@ -172,7 +175,7 @@ class TrainConfig(LoopConfig):
 
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
-    recipe: Literal["syncmask", "albef"] = option("syncmask", "method")
+    recipe: Literal["syncmask", "softmask", "albef"] = option("syncmask", "method")
     preset: Literal["tiny", "small", "base"] = option(
         "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
     )
@@ -186,7 +189,9 @@ class TrainConfig(LoopConfig):
         "synchronized masks come from the momentum cross-attention (attention), from it times the gradient of the match"
         " logit (gradcam), or from that of each word while it is hidden (hidden)",
     )
-    mask_layer: int = option(0, "fusion layer that is read, from 1 on; 0: what all agree on", low=0)
+    mask_layer: int = option(
+        0, "fusion layer that is read, from 1 on; 0: what all agree on, for soft masks the middle one", low=0
+    )
     mask_heads: HeadReduction = option("mean", "how its heads are put together")
     word_score: WordScore = option("entropy", "what makes a word worth masking, see masking.sync_mask")
     patch_score: PatchScore = option(
@@ -195,6 +200,8 @@ class TrainConfig(LoopConfig):
     mask_noise: float = option(0.1, "noise on the scores, in deviations of a row", low=0)
     mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
     mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
+    soft_mask: bool = option(True, "one more match for ITM: the photo with what one word is about suppressed")
+    mask_text: bool = option(True, "masked text for ITC and ITM too, not for MLM alone")
 
     vocab: str | None = option(None, "a BERT vocab.txt instead of a vocabulary trained on the captions")
     vision_weights: str | None = option(None, "ViT weights to start from (Hugging Face, timm, DeiT, MAE naming)")
@@ -218,11 +225,15 @@ RECIPE_DEFAULTS = {
     "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
+    # half of the words, as in tiny otherwise, would leave ITC too little to read
+    "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam"),
+    "softmask tiny": dict(mlm_ratio=0.3),
     "albef": {},
 }  # fmt: skip
 # flags that only some recipes read
 RECIPE_FLAGS = {
-    "syncmask": {"mim_weight", "mim_layers", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"}
+    "syncmask": {"mim_weight", "mim_layers", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"},
+    "softmask": {"soft_mask", "mask_text"},
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What a resumed run may change: nothing that decides its result.
@@ -335,6 +346,8 @@ def check_flags(config: TrainConfig, given: dict) -> None:
             raise ConfigError(f"--mask-layer {deepest}: --mask-source gradcam cannot read the last layer")
         if config.compile:
             raise ConfigError("--compile contradicts --mask-source gradcam, which needs the gradient inside the fusion")
+    if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
+        raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
     check_device(config.device)
 
 
@@ -512,7 +525,76 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
 
 
-RECIPES: dict[str, Callable] = {"syncmask": syncmask, "albef": albef}
+def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+    """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked photo as one more match + MLM, on
+    masked text and distorted photos. -> losses, figures to log.
+
+    Choice: ITC, ITM and MLM read one encoding of the masked text, so MLM needs no pass of its own.
+    Forward passes a step, in photos or captions: image B; text B (masked; with --no-mask-text 2B); fusion B matching,
+    with its attention, and 3B in one call (2B not, B soft-masked; with --no-mask-text B masked more). Momentum: image
+    B, text B; with alpha > 0 text and fusion B more.
+    """
+    config, model, momentum = run.config, run.model, run.momentum
+    ids, keep = batch["token_ids"], batch["attention_mask"]
+    count = len(ids)
+
+    # encode: the masked text serves all objectives; the momentum model sees the clean one
+    word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    masked_ids, mlm_labels = run.corrupt(ids, word_mask)
+    image_embeds = model.encode_image(batch["images"])
+    masked_embeds = model.encode_text(masked_ids, keep)
+    text_embeds = masked_embeds if config.mask_text else model.encode_text(ids, keep)
+    with torch.no_grad():
+        image_embeds_m = momentum.encode_image(batch["images"])
+        text_embeds_m = momentum.encode_text(ids, keep)
+
+    # contrast
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, image_embeds_m, text_embeds_m)
+
+    # fuse: matching pairs; each photo with a wrong text, each text with a wrong photo; and, as far as switched on, the
+    # photo without what one word is about, and masked text with its photo
+    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
+    t, i = wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    matching, attentions = model.fuse(text_embeds, keep, image_embeds, return_attention=True)
+    pairs = [(text_embeds[t], keep[t], image_embeds), (text_embeds, keep, image_embeds[i])]
+    if config.soft_mask:
+        readable = batch["words"] & ~word_mask if config.mask_text else batch["words"]
+        pairs += [(text_embeds, keep, soften(run, readable, matching, attentions, image_embeds))]
+    if not config.mask_text:
+        pairs += [(masked_embeds, keep, image_embeds)]
+    fused = torch.cat([matching, model.fuse(*map(torch.cat, zip(*pairs, strict=True)))])
+    filled = matching if config.mask_text else fused[-count:]  # from where masked words are predicted
+
+    # losses
+    one, wrong = torch.ones_like(t), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)
+    itm_labels = torch.cat([one, wrong, one] if config.soft_mask else [one, wrong])
+    itm_logits = model.itm_logits(fused[: len(itm_labels)])
+    chosen = mlm_labels != -100
+    mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    mlm_logits_m = None
+    if run.alpha > 0:
+        with torch.no_grad():
+            fused_m = momentum.fuse(momentum.encode_text(masked_ids, keep), keep, image_embeds_m)
+            mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
+    mlm = mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha)
+    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm}
+    return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+
+
+RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "albef": albef}
+
+
+def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
+    """The image tokens (B, N, D) with the patches suppressed that one of the `words` (B, L), drawn at random, is about:
+    ṽ_p = (1 − M_p) · v_p, the CLS as it is. A text without any such word leaves its photo as it is."""
+    attention = attentions[(run.config.mask_layer or (len(attentions) + 1) // 2) - 1]
+    score = run.model.itm_logits(matching)[:, 1].sum()
+    (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
+    any_word = words.any(dim=1, keepdim=True)
+    word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
+    soft = soft_mask(attention, gradient, word) * any_word  # (B, P)
+    return torch.cat([image_embeds[:, :1], image_embeds[:, 1:] * (1 - soft[..., None]).to(image_embeds.dtype)], dim=1)
 
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
@@ -603,7 +685,7 @@ def contrast(
             targets = lambda sim_m: itc_targets(batch["product_ids"], products, sim_m, run.alpha)
             targets_i2t = targets(image_feat_m @ text_keys.T / temp)
             targets_t2i = targets(text_feat_m @ image_keys.T / temp)
-        loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
+        loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, run.config.focal_gamma)
     run.queue.push(image_feat_m, text_feat_m, batch["product_ids"])
     run.features = image_feat_m, text_feat_m
     count = len(image_feat)
@@ -776,6 +858,21 @@ def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tup
         attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, config.word_score,
         config.patch_score, generator=generator,
     )  # fmt: skip
+
+
+def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[tuple[str, Tensor, Tensor]]:
+    """Title, soft mask (B, P) and the random word (B, L) that it is of; nothing where there is one fusion layer."""
+    layers, words = run.config.model.fusion_layers, batch["words"]
+    if layers == 1:
+        return []
+    gradcam = replace(run, config=replace(run.config, mask_source="gradcam", mask_layer=(layers + 1) // 2))
+    with autocast(run), torch.no_grad():
+        image_embeds_m = run.momentum.encode_image(normalise(batch["images"]))
+        text_embeds_m = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    heat = momentum_attention(gradcam, batch, image_embeds_m, text_embeds_m, None)  # A · max(0, ∂s/∂A)
+    word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
+    mask = soft_mask(heat, torch.ones_like(heat), word.squeeze(1))
+    return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]
 
 
 def skill(figures: dict[str, float], key: str) -> float:
@@ -1054,32 +1151,41 @@ def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     return [int(rows[number % len(rows)]) for number, rows in enumerate(views)]
 
 
+def letters(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings: Pillow's own has no accents."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
 def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, side: int = 150) -> None:
-    """masks.png: for each photo the patches and words that random and that synchronized masks would hide."""
+    """masks.png: for each photo the patches and words that random and that synchronized masks would hide, and what a
+    soft mask of one random word, marked in its text, would suppress."""
     batch = Collate(run.tokenizer)([dataset[row] for row in rows])
     if not len(batch["rows"]):  # none can be decoded
         return
     images, captions = batch["images"], [dataset.captions[row] for row in batch["rows"].tolist()]
-    batch, grid, line = to_device(batch, run.device), run.config.model.grid, 3 * side + 50
+    batch, grid, line = to_device(batch, run.device), run.config.model.grid, 2 * side + 60
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     _, patches, words = shown_masks(run, batch, generator)
     masks = [
         ("random", random_patch_mask(len(images), grid**2, run.config.mim_ratio, generator, run.device),
          random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
         ("synchronized", patches, words),
+        *shown_soft_masks(run, batch, generator),
     ]  # fmt: skip
-    font, text_left = ImageFont.load_default(15), 3 * side + 40
-    page = Image.new("RGB", (text_left + 2 * line, 30 + len(images) * 4 * side), PAPER)
+    font, text_left = letters(14), (len(masks) + 1) * (side + 10) + 10
+    page = Image.new("RGB", (text_left + len(masks) * line, 30 + len(images) * 5 * side), PAPER)
     pen, top = ImageDraw.Draw(page), 30
     for column, (title, _, _) in enumerate(masks):
         pen.text((side * (column + 1) + 10 * (column + 2), 8), title, INK, font)
-        pen.text((text_left + line * column, 8), f"{title} words", INK, font)
+        pen.text((text_left + line * column, 8), f"{title}: words", INK, font)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
         page.paste(photo, (10, top))
         bottom = top + side
         for column, (_, patch_mask, word_mask) in enumerate(masks):
-            hidden = patch_mask[i].view(grid, grid).cpu().numpy().astype(np.uint8) * 255
+            hidden = (patch_mask[i].float() * 255).byte().view(grid, grid).cpu().numpy()
             cover = Image.fromarray(hidden).resize((side, side), Image.Resampling.NEAREST)
             page.paste(Image.composite(Image.new("RGB", photo.size, GREY), photo, cover),
                        (side * (column + 1) + 10 * (column + 2), top))  # fmt: skip
@@ -1305,7 +1411,7 @@ def loop(
             if not len(batch["rows"]):
                 continue
             for key in [key for key in ("images", "target_images") if key in batch]:
-                batch[key] = augment(batch[key], config.crop_scale, config.color_jitter, run.generator)
+                batch[key] = augment(batch[key], config.crop_scale, config.color_jitter, run.generator, config.distort)
             with autocast(run):
                 losses, figures = job.losses(run, batch)
             loss = sum(losses.values()) / config.accumulate

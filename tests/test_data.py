@@ -621,3 +621,19 @@ def test_versions_tell_that_a_photo_has_changed(tmp_path):
     before = data.Jsonl(tmp_path, "val", 32).versions()
     (tmp_path / "a.png").write_bytes(b"xyz")
     assert data.Jsonl(tmp_path, "val", 32).versions() != before
+
+
+def test_distortion_is_seeded_moves_pixels_and_leaves_colours():
+    photos = torch.stack([wardrobe_photo(colour) for colour in ((200, 40, 40), (40, 60, 200))])
+    once, twice = (augment(photos, 1.0, 0.0, torch.Generator().manual_seed(3), 1.0) for _ in range(2))
+    plain = augment(photos, 1.0, 0.0, torch.Generator().manual_seed(3))
+    assert torch.equal(once, twice) and (once - plain).abs().mean() > 0.05
+    middle = (slice(None), slice(None), slice(24, 40), slice(24, 40))
+    assert torch.allclose(once[middle].mean(dim=(2, 3)), plain[middle].mean(dim=(2, 3)), atol=0.15)
+    assert torch.equal(plain, augment(photos, 1.0, 0.0, torch.Generator().manual_seed(3), 0.0))
+
+
+def wardrobe_photo(colour):
+    photo = torch.full((3, 64, 64), 220, dtype=torch.uint8)
+    photo[:, 12:52, 12:52] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    return photo

@@ -15,6 +15,7 @@ from masking import (
     pointing,
     random_patch_mask,
     random_word_mask,
+    soft_mask,
     sync_mask,
 )
 
@@ -175,3 +176,20 @@ def test_corruption_is_80_10_10_and_labels_the_masked_only():
     assert math.isclose(masked, 0.8, abs_tol=0.02) and math.isclose(kept, 0.1, abs_tol=0.02)
     drawn = corrupted[mask & (corrupted != 4) & (corrupted != ids)]
     assert drawn.min() >= 5 and drawn.max() < 1000 and len(drawn.unique()) > 500
+
+
+def test_soft_mask_equals_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(3, 2, 5, 7, generator=generator, requires_grad=True)
+    gradient = torch.randn(3, 2, 5, 7, generator=generator)
+    word = torch.tensor([1, 4, 2])
+    mask = soft_mask(attention, gradient, word)
+    assert not mask.requires_grad and mask.shape == (3, 6)
+    for b in range(3):
+        heat = [
+            sum(attention[b, h, word[b], p].item() * max(0.0, gradient[b, h, word[b], p].item()) for h in range(2)) / 2
+            for p in range(1, 7)
+        ]
+        expected = [(value - min(heat)) / (max(heat) - min(heat) + 1e-7) for value in heat]
+        assert mask[b].tolist() == pytest.approx(expected, abs=1e-5)
+    assert not soft_mask(attention, -gradient.abs(), word).any()  # nothing speaks for the match

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
         "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
         "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1"]  # fmt: skip
+# soft masks read the gradient in a layer before the last
+FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "albef": []}
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +109,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         ["--queue", "20", "--accumulate", "2", "--itm-negatives", "similar", "--alpha", "0.4", "--patch-mask", "block"],
         ["--precision", "bf16", "--color-jitter", "0.2", "--mask-source", "gradcam", "--fusion-layers", "2"],
         ["--recipe", "albef", "--sampler", "hard", "--alpha", "0.4"],
+        ["--recipe", "softmask", "--fusion-layers", "2", "--alpha", "0.4"],
     ],
 )
 def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
@@ -133,7 +136,8 @@ def test_workers_change_nothing(tmp_path):
 def test_overfits_one_batch(recipe):
     """Four products, no crop, no soft targets: every objective goes down to its floor."""
     torch.manual_seed(0)
-    config, _ = parse_config([*FAST, "--recipe", recipe, "--dropout", "0", "--alpha", "0", "--itm-negatives", "random"])
+    flags = ["--dropout", "0", "--alpha", "0", "--itm-negatives", "random", *FAST_FOR[recipe]]
+    config, _ = parse_config([*FAST, "--recipe", recipe, *flags])
     dataset = data.Synthetic("train", 4, 32, progress=False)
     tokenizer = data.build_tokenizer(dataset.captions, 300, 64)
     state = train.build_run(config, dataset, tokenizer)
@@ -141,7 +145,7 @@ def test_overfits_one_batch(recipe):
     batch = data.Collate(tokenizer)([dataset[row] for row in one_of_each])
     batch["images"] = data.normalise(batch["images"])
     first = None
-    for step in range(150 if recipe == "albef" else 300):  # synchronized masks vary while the momentum model learns
+    for step in range(300 if recipe == "syncmask" else 150):  # synchronized masks vary while the momentum model learns
         for group in state.optimizer.param_groups:
             group["lr"] = 3e-3
         state.generator, state.step = torch.Generator().manual_seed(7), step  # the same random draws each time
@@ -154,7 +158,7 @@ def test_overfits_one_batch(recipe):
         first = first or {k: v.item() for k, v in losses.items()}
     assert losses["itc"] < 0.2 * first["itc"] and losses["itm"] < 0.1 and losses["mlm"] < 0.2 * first["mlm"]
     assert figures["itm_accuracy"] == 1 and figures["mlm_accuracy"] > 0.9
-    assert recipe == "albef" or losses["mim"] < 0.6 * first["mim"]
+    assert "mim" not in losses or losses["mim"] < 0.6 * first["mim"]
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
@@ -171,9 +175,50 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
     sum(losses.values()).backward()
     assert all(p.grad is None for p in state.momentum.parameters())
     silent = [name for name, p in state.model.named_parameters() if p.grad is None or not p.grad.any()]
-    if recipe == "albef":  # has no MIM
+    if "mim" not in losses:
         silent = [name for name in silent if not name.startswith("decoder.")]
     assert all("key.bias" in name for name in silent), silent  # softmax does not feel a constant shift of its keys
+
+
+def first_losses(*flags):
+    """Losses of the first batch of a fixed model, and the run."""
+    config, _ = parse_config([*FAST, "--fusion-layers", "2", "--dropout", "0", "--alpha", "0", *flags])
+    dataset = data.Synthetic("train", 8, 32, progress=False)
+    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state.generator, state.step = torch.Generator().manual_seed(0), 100
+    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
+    batch["images"] = data.augment(batch["images"], 0.8, 0.0, state.generator, config.distort)
+    return train.RECIPES[config.recipe](state, batch)[0], state, batch
+
+
+def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
+    parts = {"soft_mask": "--no-soft-mask", "mask_text": "--no-mask-text", "focal": "--focal-gamma=0"}
+    off = ["--recipe", "softmask", "--distort", "0", "--mlm-ratio", "0.3"]
+    base, _, _ = first_losses("--recipe", "albef", "--mlm-ratio", "0.3")
+    none, _, _ = first_losses(*off, *parts.values())
+    assert all(none[key].item() == pytest.approx(base[key].item(), rel=1e-5) for key in base)
+    moved = {"soft_mask": {"itm"}, "mask_text": {"itc", "itm"}, "focal": {"itc"}}
+    for part, changed in moved.items():
+        alone, _, _ = first_losses(*off, *(flag for other, flag in parts.items() if other != part),
+                                   *(["--focal-gamma", "2"] if part == "focal" else []))  # fmt: skip
+        differ = {key for key in base if abs(alone[key].item() - base[key].item()) > 1e-5}
+        assert changed <= differ <= changed | {"mlm"} - ({"mlm"} if part != "mask_text" else set()), (part, differ)
+
+
+def test_soft_masks_suppress_patches_and_pass_no_gradient_through_the_mask():
+    _, state, batch = first_losses("--recipe", "softmask")
+    model, keep = state.model, batch["attention_mask"]
+    image_embeds = model.encode_image(batch["images"]).detach().requires_grad_()
+    fused, attentions = model.fuse(model.encode_text(batch["token_ids"], keep), keep, image_embeds, True)
+    words = batch["words"].clone()
+    words[2] = False  # a text without a readable word
+    soft = train.soften(state, words, fused, attentions, image_embeds)
+    share = (soft / image_embeds).detach()
+    assert torch.equal(soft[:, 0], image_embeds[:, 0]) and torch.equal(soft[2], image_embeds[2])
+    left = share[[0, 1, 3], 1:].mean(dim=2)
+    assert left.amin(dim=1).max() < 0.7 and torch.allclose(left.amax(dim=1), torch.ones(3))
+    (gradient,) = torch.autograd.grad(soft.sum(), image_embeds)
+    assert torch.allclose(gradient, share, atol=1e-5)  # (1 − M), nothing by way of M itself
 
 
 # ----------------------------------------------------------------------------- interruption and damage
@@ -278,7 +323,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 # ------------------------------------------------------------------------------------------ data sets
 
 
-def test_every_data_set_trains(tmp_path):
+@pytest.mark.parametrize("recipe", ["syncmask", "softmask"])
+def test_every_data_set_trains(tmp_path, recipe):
     data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
     folder = tmp_path / "shop"
     folder.mkdir()
@@ -295,21 +341,18 @@ def test_every_data_set_trains(tmp_path):
     (folder / "5.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
     sizes = [flag for flag in FAST if flag not in ("--products", "12")]
     for name, root in (("fashiongen", tmp_path / "fg"), ("jsonl", folder)):
-        config, given = parse_config(
-            [
-                *sizes,
-                "--preset",
-                "tiny",
-                "--data",
-                name,
-                "--root",
-                str(root),
-                "--out",
-                str(tmp_path / name),
-                "--steps",
-                "5",
-            ]
-        )
+        flags = [
+            "--recipe",
+            recipe,
+            *FAST_FOR[recipe],
+            "--preset",
+            "tiny",
+            "--steps",
+            "5",
+            "--out",
+            str(tmp_path / name),
+        ]
+        config, given = parse_config([*sizes, *flags, "--data", name, "--root", str(root)])
         assert train.train(config, given)["step"] == 5
     assert (
         lines(tmp_path / "jsonl")[-2]["step"] == 5
@@ -439,6 +482,9 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--mask-source", "gradcam", "--fusion-layers", "1"], "gradcam needs two --fusion-layers"),
         (["--mask-source", "gradcam", "--compile"], "--compile contradicts --mask-source gradcam"),
         (["--recipe", "albef", "--mim-layers", "2"], "--mim-layers is for --recipe syncmask"),
+        (["--no-soft-mask"], "--soft-mask is for --recipe softmask, not for syncmask"),
+        (["--recipe", "softmask", "--mask-source", "hidden", "--mask-layer", "2"], "before the last of two or more"),
+        (["--recipe", "softmask", "--mim-weight", "2"], "--mim-weight is for --recipe syncmask, not for softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
         (["--root", "x"], "--root is for data from files"),
         (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
