@@ -287,6 +287,19 @@ def test_best_step_is_the_first_of_the_highest():
     assert not train.Job("x", None, None, {}).stalled(said)
 
 
+def test_every_other_flag_runs(tmp_path, pretrained):
+    flags = "--sampler hard --itm-negatives hard --itm-share 0.7 --itm-warmup 1 --search-size 12 --margin 0.1 --queue 8"
+    flags += (
+        " --alpha 0.3 --ema-decay 0.9 --focal-gamma 2 --distort 0.3 --color-jitter 0.1 --crop-scale 0.7 --held-out 0.3"
+    )
+    flags += (
+        " --precision bf16 --accumulate 2 --epochs 2 --batch-size 6 --products 14 --seed 3 --val-products 5 --workers 0"
+    )
+    found = command("--task", "retrieval", "--checkpoint", pretrained, "--out", tmp_path, *flags.split())
+    assert found["seed"] == 3 and found["steps"] == lines(tmp_path)[-1]["step"] > 2
+    assert all("itc" in line and "itm" in line for line in lines(tmp_path) if "loss" in line)
+
+
 def test_from_scratch_takes_only_sizes_and_words(tmp_path, pretrained):
     source = train.load_checkpoint(pretrained)["model"]["vision.patch_embed.weight"]
     common = ["--task", "category", "--checkpoint", pretrained, "--steps", "1", "--lr", "0", "--final-lr", "0"]
