@@ -351,6 +351,15 @@ def test_retrieval_on_jsonl_without_sub_categories(tmp_path, pretrained):
     assert "no sub-categories known" in found["protocol"] and found["chance"]["sampled_i2t_r1"] == pytest.approx(1 / 7)
 
 
+def test_retrieval_and_recognition_on_fashiongen(tmp_path, pretrained):
+    data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
+    common = ["--checkpoint", pretrained, "--data", "fashiongen", "--root", tmp_path / "fg"]
+    found = command("--task", "retrieval", "--steps", "2", *common, "--out", tmp_path / "retrieval")
+    assert "(i2t)" in found["protocol"] and found["chance"]["full_i2t_r1"] == pytest.approx(1 / 8)
+    found = command("--task", "subcategory", "--steps", "2", *common, "--out", tmp_path / "subcategory")
+    assert 0 < found["metrics"]["unseen_share"] < 1  # ten products cannot show every sub-category
+
+
 def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
     photo = lambda number: Image.new("RGB", (20, 30), (number * 9 % 256, 50, 90))
     for split in ("train", "val", "test"):
