@@ -759,7 +759,8 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
         wrong = pick_negatives(
             torch.zeros_like(forbidden, dtype=torch.float), forbidden, mode="random", generator=generator
         )
-        captions |= dict(zip(batch["product_ids"].tolist(), batch["rows"].tolist(), strict=True))
+        for product, row in zip(batch["product_ids"].tolist(), batch["rows"].tolist(), strict=True):
+            captions.setdefault(product, row)  # the text of a product is that of its first photo
         batch, word_mask, wrong = to_device(batch, run.device), word_mask.to(run.device), wrong.to(run.device)
         keep, ids = batch["attention_mask"], batch["token_ids"]
         hidden = ids.masked_fill(word_mask, run.mask_id)

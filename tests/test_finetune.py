@@ -360,6 +360,27 @@ def test_retrieval_and_recognition_on_fashiongen(tmp_path, pretrained):
     assert 0 < found["metrics"]["unseen_share"] < 1  # ten products cannot show every sub-category
 
 
+def test_evaluation_agrees_with_the_validation_of_pretraining(tmp_path):
+    """Also where photos of one product have different texts: the first counts."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for split in ("train", "val"):
+        records = []
+        for number in range(24):
+            Image.new("RGB", (32, 32), (number * 10, 255 - number * 9, number * 37 % 256)).save(root / f"{number}.png")
+            text = f"thing {number} of {number // 3} parts"
+            records.append({"image": f"{number}.png", "caption": text, "product_id": number // 3})
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    sizes = [flag for flag in FAST if flag not in ("--products", "12")]
+    flags = ["--preset", "tiny", "--data", "jsonl", "--root", str(root), "--steps", "6", "--out", str(tmp_path / "run")]
+    final = train.train(*train.parse_config([*sizes, *flags]))
+    found = command("--task", "retrieval", "--eval-only", "--checkpoint", tmp_path / "run" / "last.pt",
+                    "--out", tmp_path / "as-is")  # fmt: skip
+    for way in ("i2t", "t2i"):
+        for k in (1, 5):
+            assert found["metrics"][f"full_{way}_r{k}"] == pytest.approx(final[f"val_{way}_r{k}"], abs=1e-5)
+
+
 def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
     photo = lambda number: Image.new("RGB", (20, 30), (number * 9 % 256, 50, 90))
     for split in ("train", "val", "test"):
