@@ -166,7 +166,8 @@ def open_photo(path: Path, size: int) -> Image.Image:
     except UnidentifiedImageError:
         raise OSError("not an image") from None
     except Exception as error:  # decoders raise many kinds for damaged files
-        raise OSError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise OSError(reason.splitlines()[0]) from None
 
 
 def _version(path: Path) -> str:

@@ -191,7 +191,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
         schedule = {name: value for name, value in schedule.items() if name not in ("steps", "epochs")}
     config = FinetuneConfig(**own | schedule | given, start=saved.get("task"))
     ending = "-image" if task in RECOGNITION and config.modality == "image" else ""
-    ending += "-scratch" if config.from_scratch else "-as-is" if config.eval_only else ""
+    ending += "-scratch" if config.from_scratch else "-eval" if config.eval_only else ""
     return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{preset}")
 
 
@@ -821,7 +821,7 @@ def draw_confusion(right: Tensor, answered: Tensor, names: list[str], path: Path
     axis.imshow((counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=7)
     axis.set_yticks(range(len(shown)), labels, fontsize=7)
-    axis.set(xlabel="answered", ylabel="right")
+    axis.set(xlabel="answered", ylabel="right", title="photos; colour: share of the row")
     for i, j in counts.nonzero().tolist():
         share = counts[i, j] / counts[i].sum()
         axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=5, color="white" if share > 0.5 else "k")
@@ -913,7 +913,7 @@ def train_task(config: FinetuneConfig, task, source: dict, state: dict | None) -
     """Train as train.py does, over the task's own losses and validation. -> the run; None if it was stopped."""
     whole = task.open("train")
     train_set, held_out = task.divide(whole)
-    print(f"train: {whole.report()}; {len(held_out):,} of them held out to choose the best step by")
+    print(f"train: {whole.report()}\nheld out of these, to choose the best step: {held_out.report()}")
     config = task.config  # recognition has counted its classes
     run = build_run(config, train_set, Tokenizer.from_str(source["tokenizer"]))
     if state is None and not config.from_scratch:
@@ -944,21 +944,19 @@ def load_weights(run: Run, source: dict, where: str) -> None:
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     """The best photos for words, for a photo, or for a photo changed by words, on a sheet. -> rows and scores."""
-    dataset = open_photos(config, config.split)
-    print(f"{config.split}: {dataset.report()}")
-    run = build_run(config, dataset, Tokenizer.from_str(source["tokenizer"]))
-    load_weights(run, source, config.checkpoint)
-    run.model.eval()
-    photo = None
+    photo, tokenizer = None, Tokenizer.from_str(source["tokenizer"])
     if config.image:
         try:
             photo = square(open_photo(Path(config.image), config.model.image_size), config.model.image_size)
         except OSError as error:
             raise DataError(f"--image {config.image}: {error}") from None
-    if config.query and (unknown := unknown_words(run.tokenizer, config.query)):
-        if len(unknown) == len(re.findall(r"\w+", config.query)):
-            raise DataError(f"--query {config.query!r}: the model knows no word of it; it learnt other texts")
-        print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
+    if config.query:
+        check_words(tokenizer, config.query)
+    dataset = open_photos(config, config.split)
+    print(f"{config.split}: {dataset.report()}")
+    run = build_run(config, dataset, tokenizer)
+    load_weights(run, source, config.checkpoint)
+    run.model.eval()
     rows, feats = photo_index(run, dataset)
     query = query_feature(run, config.query, photo, fused=config.start == "tgir")
     scores, best = (feats @ query).topk(min(len(rows), max(FOUND, config.rerank)))
@@ -971,11 +969,22 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
         print(f"  {score:.3f}  {dataset.name_of(row)}  {dataset.captions[row]}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    words = "-".join(re.findall(r"\w+", f"{config.query or ''} {Path(config.image or '').stem}".lower()))
-    path = out / f"{words[:60] or 'search'}.png"
+    words = "-".join(re.findall(r"\w+", f"found {config.query or ''} {Path(config.image or '').stem}".lower()))
+    path = out / f"{words[:60]}.png"
     draw_answers(dataset, [(config.query or "", photo, [(row, f"{s:.2f}", False) for row, s in found])], path)
     print(f"see {path}")
     return found
+
+
+def check_words(tokenizer: Tokenizer, text: str) -> None:
+    """Raise DataError for a query that the vocabulary has no word of; say what else of it is not read as it stands."""
+    words, unknown = dict.fromkeys(re.findall(r"\w+", text)), dict.fromkeys(unknown_words(tokenizer, text))
+    if len(unknown) == len(words):
+        raise DataError(f"--query {text!r}: no word of it is in the model's vocabulary")
+    if unknown:
+        print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
+    if tokenizer.encode(text).overflowing:
+        print(f"--query is longer than the model reads, and cut after {tokenizer.truncation['max_length']} tokens")
 
 
 def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -1034,8 +1034,8 @@ def load_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise ConfigError(f"{path}: not a checkpoint of train.py ({str(error).splitlines()[0][:80]})") from None
+    except Exception:  # torch raises many kinds for a file that is not its own
+        raise ConfigError(f"{path}: not a checkpoint of train.py") from None
     parts = {"model", "momentum", "queue", "optimizer", "sampler", "data", "config", "tokenizer", "step"}
     if not isinstance(state, dict) or not parts <= state.keys():
         raise ConfigError(f"{path}: not a checkpoint of train.py")

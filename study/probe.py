@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     owners = torch.tensor([dataset.rows[row][0] for row in rows])
     fit = owners < 2 * args.products // 3
     features = [cls_features(model, dataset, rows) for model in (trained, untrained)]
-    print(f"{len(rows):,} photos of {args.products:,} products; accuracy in %")
+    print(f"{len(rows):,} synthetic photos of {args.products:,} products; accuracy in %")
     print("| | this model | random weights | most frequent |\n|---|---|---|---|")
     for name, of in ATTRIBUTES.items():
         values = [of(dataset.products[owner]) for owner in owners.tolist()]

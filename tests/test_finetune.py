@@ -240,7 +240,7 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, left, key,
     assert train.load_checkpoint(out / "best.pt")["step"] == best["step"]
     assert said["best_step"] == best["step"] and said["left_out"] == 0
     printed = capsys.readouterr().out
-    assert figure in printed and "chance" in printed and "of them held out to choose the best step by" in printed
+    assert figure in printed and "chance" in printed and "held out of these, to choose the best step: " in printed
     # the best step evaluated again gives the same figures
     flags = [flag for flag in flags if flag not in ("--modality", "image")]
     again = command("--task", task, "--checkpoint", out / "best.pt", "--eval-only", "--out", tmp_path / "again", *flags)
@@ -424,14 +424,14 @@ def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained,
     found = command(*common, "--image", tmp_path / "wanted.png")
     assert found[0][0] == 7 and found[0][1] == pytest.approx(1, abs=1e-4) and len(found) == 10
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
-    assert (tmp_path / "found" / "wanted.png").exists() and (tmp_path / "last.synthetic-val.index").exists()
+    assert (tmp_path / "found" / "found-wanted.png").exists() and (tmp_path / "last.synthetic-val.index").exists()
 
     encode = finetune.photo_features
     monkeypatch.setattr(finetune, "photo_features", lambda *_: pytest.fail("the index was not used"))
     both = command(*common, "--image", tmp_path / "wanted.png", "--query", "is red")
     words = command(*common, "--query", "red")
     assert len({tuple(row for row, _ in ranking) for ranking in (found, both, words)}) == 3
-    assert (tmp_path / "found" / "is-red-wanted.png").exists()
+    assert (tmp_path / "found" / "found-is-red-wanted.png").exists()
 
     state = train.load_checkpoint(checkpoint)
     state["model"]["vision_proj.bias"] += 1
@@ -458,10 +458,15 @@ def test_search_by_a_damaged_photo_is_one_line(tmp_path, pretrained):
         finetune.main(["--task", "search", "--checkpoint", str(pretrained), "--image", str(tmp_path / "half.png")])
 
 
-def test_unknown_words():
+def test_unknown_words(capsys):
     tokenizer = data.build_tokenizer(["red dress with red belt", "red dress"] * 3, 60, 64)
     assert finetune.unknown_words(tokenizer, "red dress") == []
     assert finetune.unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
+    with pytest.raises(DataError, match="no word of it"):
+        finetune.check_words(tokenizer, "dwb dwb été")
+    finetune.check_words(tokenizer, "red dwb " + 70 * "dress ")
+    said = capsys.readouterr().out
+    assert "letter by letter: dwb\n" in said and "cut after 64 tokens" in said
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -471,7 +476,7 @@ def test_unknown_words():
     ("flags", "complaint"),
     [
         (["--task", "search"], "say with --query, --image or both"),
-        (["--task", "search", "--query", "qqq zzz"], "the model knows no word of it"),
+        (["--task", "search", "--query", "qqq zzz"], "no word of it is in the model's vocabulary"),
         (["--task", "search", "--query", "red", "--steps", "3"], "--steps is for training"),
         (["--task", "search", "--image", "no.png"], "--image no.png: "),
         (["--task", "search", "--image", "no.png", "--rerank", "30"], "--rerank contradicts --image"),
