@@ -225,9 +225,8 @@ RECIPE_DEFAULTS = {
     "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
-    # half of the words, as in tiny otherwise, would leave ITC too little to read
     "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam"),
-    "softmask tiny": dict(mlm_ratio=0.3),
+    "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read
     "albef": {},
 }  # fmt: skip
 # flags that only some recipes read
@@ -556,7 +555,8 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
     wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
     t, i = wrong_text.clamp(min=0), wrong_image.clamp(min=0)
-    matching, attentions = model.fuse(text_embeds, keep, image_embeds, return_attention=True)
+    matching = model.fuse(text_embeds, keep, image_embeds, return_attention=config.soft_mask)
+    matching, attentions = matching if config.soft_mask else (matching, [])
     pairs = [(text_embeds[t], keep[t], image_embeds), (text_embeds, keep, image_embeds[i])]
     if config.soft_mask:
         readable = batch["words"] & ~word_mask if config.mask_text else batch["words"]
