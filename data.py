@@ -112,11 +112,11 @@ class PhotoDataset(Dataset):
 
     def report(self) -> str:
         """One line for the user: how much there is, and what was left out and why."""
-        line = f"{len(self):,} photos of {self.product_ids.max() + 1:,} products"
-        if self.problems:
-            shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
-            line += f", {len(self.problems):,} left out ({shown})"
-        return line
+        return f"{len(self):,} photos of {self.product_ids.max() + 1:,} products{self._left_out()}"
+
+    def _left_out(self) -> str:
+        shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
+        return f", {len(self.problems):,} left out ({shown})" if self.problems else ""
 
 
 class Part(PhotoDataset):
@@ -937,10 +937,7 @@ class Triplets(PhotoDataset):
         for subset, galleries in self.galleries.items():
             sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in galleries.items())
             line += f"; {subset}: {self.subsets.count(subset):,} (photos to search: {sizes})"
-        if self.problems:
-            shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
-            line += f"; {len(self.problems):,} left out ({shown})"
-        return line
+        return line + self._left_out()
 
 
 def build_triplets(
@@ -1094,7 +1091,7 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     counted, with the queries that need them. The test split has no targets.
     """
     files = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix in (".jpg", ".png")}
-    known, listed, pairs, subsets = {}, {}, [], []
+    listed, pairs, subsets = {}, [], []
     for subset in FASHIONIQ:
         records = _read_list(folder / "captions" / f"cap.{subset}.{split}.json", "one object a pair")
         ids = _read_list(folder / "image_splits" / f"split.{subset}.{split}.json", "one image id an entry")

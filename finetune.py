@@ -5,8 +5,8 @@
     python finetune.py --task category | subcategory           recognition from photo and text, or --modality image
     python finetune.py --task search --query "long sleeve dress in red" [--image photo.jpg]
 
-All start from --checkpoint (default: the one that `python train.py` leaves) and take data, sizes and words from it.
-`--eval-only` evaluates a checkpoint as it is; `--from-scratch` takes only its sizes and words, to compare with.
+All start from --checkpoint (default: the one that `python train.py` leaves); data, sizes and vocabulary are its own.
+`--eval-only` evaluates a checkpoint as it is; `--from-scratch` takes only its sizes and vocabulary, to compare with.
 
 What a task leaves in --out: config.json, metrics.jsonl, curves.png, last.pt as train.py; best.pt, the step that did
 best on products held out from the training split; results.json, that step on the split that is reported; and a
@@ -56,6 +56,8 @@ from data import (
 from losses import cross_entropy, forbidden_negatives, itc_loss, itc_targets, itm_loss
 from model import ModelConfig
 from train import (
+    INK,
+    PAPER,
     ConfigError,
     Job,
     LoopConfig,
@@ -427,7 +429,7 @@ class Retrieval(Task):
         top, kinds = self.config.rerank, numbers_of([dataset.subcategories[row] for row in rows])
         rankings, alike = [*full_rankings(image_feat, text_feat, owner, top)], {"i2t": [], "t2i": []}
         kind_of = {"i2t": kinds[np.unique(owner, return_index=True)[1]], "t2i": kinds}
-        for draw in range(self.draws):
+        for draw in tqdm(range(self.draws), "drawing candidates", unit=" draws", leave=False, disable=None):
             rng = np.random.default_rng((6, self.config.seed, draw))
             for way, lists in sampled_candidates(owner.numpy(), kinds, self.queries, self.negatives, rng).items():
                 rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
@@ -829,7 +831,7 @@ def draw_confusion(right: Tensor, answered: Tensor, names: list[str], path: Path
     plt.close(figure)
 
 
-INK, PAPER, RIGHT = (30, 30, 34), (255, 255, 255), (30, 150, 70)
+RIGHT = (30, 150, 70)  # the frame of a right answer
 Answer = tuple[int, str, bool]  # row, note, is it a right one?
 
 

@@ -1044,6 +1044,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
     """The config, of the class `kind`, that a checkpoint or a config.json holds."""
+    if kind is TrainConfig and saved.get("task"):
+        raise ConfigError(f"the run is a fine-tuning, --task {saved['task']} of finetune.py; this is for pretraining")
     try:
         return kind(**saved | {"model": ModelConfig(**saved["model"])})
     except (TypeError, KeyError, ValueError) as error:

@@ -524,6 +524,8 @@ def test_bad_checkpoints_are_one_line(tmp_path, pretrained):
     assert "not a checkpoint of train.py" in refused(tmp_path / "text.pt", "--task", "tgir")
     for task in ("tgir", "category"):
         command("--task", task, "--checkpoint", pretrained, "--steps", "1", "--out", tmp_path / task)
+    with pytest.raises(ConfigError, match="the run is a fine-tuning, --task tgir of finetune.py"):
+        train.train(*train.parse_config(["--resume", "--out", str(tmp_path / "tgir")]))
     assert "is one of --task tgir; give a pretraining" in refused(tmp_path / "tgir" / "best.pt", "--task", "category")
     assert "is fine-tuned already" in refused(tmp_path / "tgir" / "best.pt", "--task", "tgir")
     search = ["--task", "search", "--query", "red"]
