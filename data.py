@@ -11,6 +11,8 @@ For text-guided retrieval there are *triplets*: a reference photo, a text that s
     synthetic    fronts of drawn garments that differ in one or two attributes
     fashioniq    FashionIQ's captions, image splits and photos, as distributed
 
+A description is read as it is, or framed as FashionSAP and Fashion-FINE read it (`PhotoDataset.text`).
+
 Photos are decoded to uint8 squares and stay uint8 until they are on the training device, where `augment` or
 `normalise` turns a whole batch to floats at once.
 
@@ -18,6 +20,7 @@ Photos are decoded to uint8 squares and stay uint8 until they are on the trainin
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat, UnidentifiedImageError
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
@@ -44,6 +47,7 @@ DataName = Literal["synthetic", "fashiongen", "jsonl"]
 TripletName = Literal["synthetic", "fashioniq"]
 Split = Literal["train", "val"]
 VAL_PRODUCTS = 300  # synthetic products held out of training
+Text = tuple[str, ...]  # pieces by turns: frame, own words, frame, own words, …; only own words are ever masked
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -63,7 +67,10 @@ class PhotoDataset(Dataset):
 
     captions: description of each row · product_ids, caption_ids: int64 arrays, equal where product or wording is
     categories, subcategories: one string a row, "" where unknown · problems: rows left out at opening, as text
+    lead: words set before each description · prompts: put the category symbol and attribute prompts around it
     """
+
+    lead, prompts = "", False
 
     def __init__(
         self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
@@ -89,10 +96,21 @@ class PhotoDataset(Dataset):
         return {
             "row": row,
             "image": image,
-            "caption": self.captions[row],
+            "text": self.text(row),
             "product_id": self.product_ids[row],
             "caption_id": self.caption_ids[row],
         }
+
+    def text(self, row: int) -> Text:
+        """What an encoder reads of a row."""
+        if not self.prompts:
+            return self.lead, self.captions[row]
+        symbol = symbol_of(self.categories[row], self.subcategories[row])
+        return prompted(self.captions[row], symbol, self.attributes(row), np.random.default_rng((7, row)))
+
+    def attributes(self, row: int) -> dict[str, str]:
+        """What else is known of the product of a row, for prompts: some of ATTRIBUTES, "" where unknown."""
+        return {"category": self.categories[row], "subcategory": self.subcategories[row]}
 
     def name_of(self, row: int) -> str:
         """How to call a row in messages."""
@@ -129,6 +147,11 @@ class Part(PhotoDataset):
             chosen(whole.captions), chosen(whole.product_ids.tolist()), chosen(whole.categories),
             chosen(whole.subcategories), whole.image_size,
         )  # fmt: skip
+        self.lead, self.prompts = whole.lead, whole.prompts
+
+    def attributes(self, row: int) -> dict[str, str]:
+        """What the whole data set knows of the product of a row."""
+        return self.whole.attributes(self.source[row])
 
     def photo(self, row: int) -> Image.Image:
         """The photo of a row, read as the whole data set reads it."""
@@ -136,6 +159,52 @@ class Part(PhotoDataset):
 
     def name_of(self, row: int) -> str:
         return self.whole.name_of(self.source[row])
+
+
+# The frames of FashionSAP (Han et al. 2023) and Fashion-FINE (Jin et al. 2024): a symbol for the kind of garment, a
+# lead, and one prompt an attribute.
+DESCRIPTION, DIFFERENCE = "the image description is", "the difference between two images are"
+ATTRIBUTES = (
+    "category", "subcategory", "name", "composition", "gender", "season", "colour", "pattern", "sleeve", "neck",
+)  # fmt: skip
+# Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
+SYMBOLS = {
+    "tops": r"\w*tops?|topwear|toptee|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"
+    r"|kurt\w+|tunics?|pullovers?|camisoles?|turtlenecks?",
+    "pants": r"\w*pants?|trousers?|jeans?|shorts?|leggings?|capris?|chinos?|culottes?",
+    "skirts": r"skirts?",
+    "dresses": r"dress(?:es)?|gowns?|suits?|blazers?|jumpsuits?|sarees?",
+    "coats": r"coats?|jackets?|parkas?|bombers?|trench\w*|outerwear",
+    "shoes": r"\w*shoes?|sneakers?|boots?|heels?|flats?|flops?|sandals?|loafers?|espadrilles?|moccasins?|monkstraps?"
+    r"|ups|oxfords?",
+    "bags": r"\w*bags?|backpacks?|clutches|totes?|pouch(?:es)?|holders?|briefcases?|satchels?|wallets?",
+    "accessories": r"accessor\w+|jewell?e?ry|ties?|bars?|eyewear|sunglasses|hats?|headwear|caps?|beanies?|belts?"
+    r"|suspenders?|keychains?|blankets?|gloves?|socks?|scar(?:f|ves)|mufflers?|stoles?|watch(?:es)?|cufflinks?"
+    r"|umbrellas?|\w*rings?",
+    "others": r"(?!)",
+}  # fmt: skip
+
+
+def symbol_of(category: str, subcategory: str = "") -> str:
+    """The one of SYMBOLS for a category, or else for a sub-category: by its last word that means one ("bag accessories"
+    are accessories), "others" if none does."""
+    for name in (category, subcategory):
+        for word in reversed(re.findall(r"[a-z]+", name.lower())):
+            for symbol, words in SYMBOLS.items():
+                if re.fullmatch(words, word):
+                    return symbol
+    return "others"
+
+
+def prompted(caption: str, symbol: str, attributes: dict[str, str], rng: np.random.Generator) -> Text:
+    """The text that Fashion-FINE pretrains on: "[symbol] the image description is … [SEP] the image season is … the
+    image category is …", a prompt for each attribute that is known, in random order (choice: the same every epoch)."""
+    known = rng.permutation([name for name in ATTRIBUTES if attributes.get(name)]).tolist()
+    frames = [f"the image {name.replace('subcategory', 'sub category')} is" for name in known]
+    if frames:
+        frames[0] = f"[SEP] {frames[0]}"
+    prompts = zip(frames, (attributes[name] for name in known), strict=True)
+    return f"[{symbol}] {DESCRIPTION}", caption, *(piece for prompt in prompts for piece in prompt)
 
 
 def numbered(values: list) -> np.ndarray:
@@ -637,6 +706,12 @@ class Synthetic(PhotoDataset):
         index, view = self.rows[row]
         return render(self.products[index], view, self.image_size, self._rng(2, row))
 
+    def attributes(self, row: int) -> dict[str, str]:
+        """What is true of the product, whatever this photo shows of it."""
+        product = self.products[self.rows[row][0]]
+        known = {"colour": product.colour, "sleeve": product.sleeve or "", "neck": product.neck or ""}
+        return super().attributes(row) | known | {"pattern": " in ".join(product.pattern or ())}
+
     def photo(self, row: int) -> Image.Image:
         """The photo of a row, drawn when the data set was made."""
         return self.photos[row]
@@ -693,15 +768,15 @@ class WordTruth:
 
 
 def word_truth(dataset: Synthetic, rows: list[int], tokenizer: Tokenizer, grid: int) -> WordTruth:
-    """The truth about every token of the descriptions of `rows`, tokenised together."""
-    encodings = tokenizer.encode_batch([dataset.captions[row] for row in rows])
+    """The truth about every token of the descriptions of `rows`, tokenised together; frames and prompts have none."""
+    encodings = encode(tokenizer, [dataset.text(row) for row in rows])
     attribute = torch.zeros(len(rows), len(encodings[0].ids), dtype=torch.bool)
     detail, regions = attribute.clone(), torch.zeros(*attribute.shape, grid**2, dtype=torch.bool)
     for b, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
         spans, seen = dataset.truth(row, grid)
-        for token, (start, end) in enumerate(encoding.offsets):
+        for token, (piece, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
             for first, last, key in spans:
-                if first <= start < end <= last:
+                if piece == 1 and first <= start < end <= last:
                     attribute[b, token], detail[b, token] = True, key not in ("garment", "colour", "pattern")
                     if key in seen:
                         regions[b, token] = torch.from_numpy(seen[key])
@@ -709,6 +784,9 @@ def word_truth(dataset: Synthetic, rows: list[int], tokenizer: Tokenizer, grid: 
 
 
 # ----------------------------------------------------------------------------------- photos from files
+
+
+SEASONS = {"SS": "spring summer ", "FW": "fall winter "}
 
 
 class FashionGen(PhotoDataset):
@@ -720,6 +798,7 @@ class FashionGen(PhotoDataset):
 
     FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
     TEXT_KEYS = ("input_description", "input_category", "input_subcategory")
+    PROMPT_KEYS = {name: f"input_{name}" for name in ("composition", "gender", "name", "season")}  # if there at all
 
     def __init__(self, folder: Path, split: Split, image_size: int):
         self.path = folder / self.FILES[split]
@@ -753,7 +832,7 @@ class FashionGen(PhotoDataset):
             raise DataError(f"{self.path}: key input_image: expected uint8 (rows, height, width, 3), found {found}")
         if not len(images):
             raise DataError(f"{self.path}: key input_image: zero rows")
-        for key in ("input_productID", *self.TEXT_KEYS):
+        for key in ("input_productID", *self.TEXT_KEYS, *(key for key in self.PROMPT_KEYS.values() if key in file)):
             if file[key].shape not in ((len(images),), (len(images), 1)):
                 raise DataError(f"{self.path}: key {key}: shape {file[key].shape} beside {len(images)} images")
         return len(images)
@@ -766,6 +845,18 @@ class FashionGen(PhotoDataset):
         if values.dtype.kind not in "SO" or not all(isinstance(v, bytes) for v in values[:1].tolist()):
             raise DataError(f"{self.path}: key {key} row 0: {values.dtype} where byte strings are expected")
         return [" ".join(value.decode("iso-8859-1").split()) for value in values.tolist()]
+
+    @functools.cached_property
+    def _prompted(self) -> dict[str, list[str]]:
+        with self._open() as file:
+            found = {name: self._text(file, key) for name, key in self.PROMPT_KEYS.items() if key in file}
+        return {name: [values[row] for row in self.source] for name, values in found.items()}
+
+    def attributes(self, row: int) -> dict[str, str]:
+        """Category and sub-category, and of composition, gender, name and season what the file has."""
+        known = super().attributes(row) | {name: values[row] for name, values in self._prompted.items()}
+        season = re.sub(r"^(SS|FW)(?=\d)", lambda half: SEASONS[half[0]], known.get("season", ""))
+        return known | {"season": season}
 
     def versions(self) -> list[str]:
         return [_version(self.path)]
@@ -793,8 +884,8 @@ def _is_text(text: str) -> bool:
 
 class Jsonl(PhotoDataset):
     """Photos listed one JSON object a line: `image` (relative to the folder), `caption`, `product_id`, and if you
-    have them `category` and `subcategory`. Files `train.jsonl` and `val.jsonl`; without the latter a tenth of the
-    products, chosen by hash, is held out.
+    have them `category` and `subcategory`, and for prompts any other of ATTRIBUTES (`title` serves as `name`). Files
+    `train.jsonl` and `val.jsonl`; without the latter a tenth of the products, chosen by hash, is held out.
 
     A malformed line, or a path that leaves the folder, refuses the file: it is not what it seems. A missing
     photo or an empty caption leaves out that line only, and is reported.
@@ -816,6 +907,9 @@ class Jsonl(PhotoDataset):
             raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
         self.images = [record["image"] for record in records]
         column = lambda key: ["" if record.get(key) is None else str(record[key]) for record in records]
+        self.known = {name: column(name) for name in ATTRIBUTES if any(name in record for record in records)}
+        if "name" not in self.known:
+            self.known["name"] = column("title")
         super().__init__(column("caption"), column("product_id"), column("category"), column("subcategory"), image_size)
         self.problems = problems
 
@@ -854,12 +948,19 @@ class Jsonl(PhotoDataset):
             raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
         if not record["image"].isprintable() or len(record["image"]) > 1000:
             raise DataError(f"{where}: field image is not a path")
-        for key in ("caption", "product_id"):
+        for key in (*ATTRIBUTES, "title"):
+            if not isinstance(record.get(key, ""), str | int | float | None):
+                raise DataError(f"{where}: field {key} is neither text nor a number")
+        for key in ("caption", "product_id", *(key for key in (*ATTRIBUTES, "title") if key in record)):
             if not _is_text(str(record[key])):
                 raise DataError(f"{where}: field {key} holds half a character (a lone surrogate)")
         if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
             raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
         return record
+
+    def attributes(self, row: int) -> dict[str, str]:
+        """What the line says of them."""
+        return {name: values[row] for name, values in self.known.items()}
 
     def photo(self, row: int) -> Image.Image:
         """The photo of a line."""
@@ -889,10 +990,10 @@ class Triplets(PhotoDataset):
 
     def __init__(
         self, photos: PhotoDataset, references: list[int], targets: list[int], texts: list[str], subsets: list[str],
-        families: list, originals: dict[str, list[int]] | None = None,
+        families: list, originals: dict[str, list[int]] | None = None, lead: str = "",
     ):  # fmt: skip
         super().__init__(texts, targets, subsets, subsets, photos.image_size)
-        self.photos, self.subsets, self.families = photos, subsets, numbered(families)
+        self.photos, self.subsets, self.families, self.lead = photos, subsets, numbered(families), lead
         self.references, self.targets = np.array(references, np.int64), np.array(targets, np.int64)
         self.caption_ids = np.arange(len(texts))  # the same text about other references is another query
         self.galleries: Galleries = {}
@@ -908,13 +1009,13 @@ class Triplets(PhotoDataset):
         chosen = lambda values: [values[row] for row in rows.tolist()]
         return Triplets(
             self.photos, chosen(self.references.tolist()), chosen(self.targets.tolist()), chosen(self.captions),
-            chosen(self.subsets), chosen(self.families.tolist()),
+            chosen(self.subsets), chosen(self.families.tolist()), lead=self.lead,
         )  # fmt: skip
 
     def queries(self) -> PhotoDataset:
         """The reference photos with the texts, without the targets."""
         queries = self.photos.part(self.references)
-        queries.captions = self.captions
+        queries.captions, queries.lead = self.captions, self.lead
         return queries
 
     def photo(self, row: int) -> Image.Image:
@@ -1153,12 +1254,16 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def build_tokenizer(
-    captions: list[str], vocab_size: int, max_length: int, vocab: str | Path | None = None
+    captions: list[str], vocab_size: int, max_length: int, vocab: str | Path | None = None, frames: bool = False
 ) -> Tokenizer:
     """A lower-casing WordPiece tokenizer, the same as BERT's: from `vocab` (a BERT `vocab.txt`), otherwise trained
-    on `captions`. It adds [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch."""
+    on `captions`. It adds [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch.
+
+    frames: the category symbols are tokens too, the last ones, and the words of prompts are whole in the vocabulary.
+    """
     if vocab is None:
-        words = _train_vocabulary(captions, vocab_size)
+        prompts = " ".join([DESCRIPTION, DIFFERENCE, "sub", *ATTRIBUTES]).split() if frames else []
+        words = _train_vocabulary(captions, vocab_size, list(dict.fromkeys(prompts)))
     else:
         try:
             words = [word.rstrip("\r") for word in Path(vocab).read_text(encoding="utf-8").rstrip("\n").split("\n")]
@@ -1172,7 +1277,7 @@ def build_tokenizer(
     tokenizer = _bert_style(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens([*SPECIAL_TOKENS, *(f"[{symbol}]" for symbol in SYMBOLS if frames)])
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]")
     return tokenizer
@@ -1184,8 +1289,34 @@ def _repeated(words: list[str]) -> str:
 
 def word_ids(tokenizer: Tokenizer) -> Tensor:
     """The ids of everything but the special tokens, for random replacements. -> (V',)."""
-    special = {tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    special = tokenizer.get_added_tokens_decoder()
     return torch.tensor([i for i in range(tokenizer.get_vocab_size()) if i not in special])
+
+
+# choice: a few words instead of WordNet, which FashionSAP looks them up in
+ANTONYMS = (
+    "long short, black white, light dark, wide slim, loose fitted, high low, front back, top bottom, upper lower, "
+    "inner outer, left right, full half, round square, thick thin, soft hard, warm cool, matte glossy, single double, "
+    "open closed, mini maxi, men women, boys girls, male female, summer winter, spring fall, formal casual, day night"
+)
+SYNONYMS = (
+    "pants trousers, sweater jumper, jacket coat, pattern print, logo emblem, crew round, zip zipper, trim border, "
+    "dotted spotted, checked plaid, tee tshirt, grey gray, fall autumn, sneakers trainers, bag purse, shoes footwear, "
+    "collar neckline"
+)
+
+
+def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
+    """For each token the one that it forms a pair with in a list such as ANTONYMS, −1 where there is none. -> (V,).
+
+    Only words that are one token each count; of several pairs with the same word the first."""
+    table = torch.full((tokenizer.get_vocab_size(),), -1)
+    for pair in pairs.split(", "):
+        one, other = (tokenizer.token_to_id(word) for word in pair.split())
+        for a, b in ((one, other), (other, one)):
+            if a is not None and b is not None and table[a] < 0:
+                table[a] = b
+    return table
 
 
 def _bert_style(model: WordPiece) -> Tokenizer:
@@ -1195,36 +1326,39 @@ def _bert_style(model: WordPiece) -> Tokenizer:
     return tokenizer
 
 
-def _train_vocabulary(captions: list[str], size: int) -> list[str]:
-    """The WordPiece vocabulary of some captions, in order of id; the same one every time."""
+def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[str]:
+    """The WordPiece vocabulary of some captions, and of `whole` words, in order of id; the same one every time."""
     tokenizer, texts = _bert_style(WordPiece({"[UNK]": 0}, unk_token="[UNK]")), sorted(set(captions))
     letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
     # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
     # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
     inner = ["##" + letter for letter in letters]
     trainer = WordPieceTrainer(
-        vocab_size=size, min_frequency=2, special_tokens=[*SPECIAL_TOKENS, *inner], show_progress=False
+        vocab_size=size, min_frequency=2, special_tokens=[*SPECIAL_TOKENS, *inner, *whole], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
 
 
-def tokenize(tokenizer: Tokenizer, captions: list[str]) -> dict[str, Tensor]:
+def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
+    """Token by token, padded to the longest: `word_ids` says of which piece of its text, `offsets` where in it."""
+    return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:
     """-> token_ids, attention_mask (1 = keep) and words (True = may be masked), each (B, L)."""
-    encodings = tokenizer.encode_batch(captions)
-    attention_mask = torch.tensor([e.attention_mask for e in encodings])
-    special = torch.tensor([e.special_tokens_mask for e in encodings])
+    encodings = encode(tokenizer, texts)
     return {
         "token_ids": torch.tensor([e.ids for e in encodings]),
-        "attention_mask": attention_mask,
-        "words": attention_mask.bool() & ~special.bool(),
+        "attention_mask": torch.tensor([e.attention_mask for e in encodings]),
+        "words": torch.tensor([[piece is not None and piece % 2 == 1 for piece in e.word_ids] for e in encodings]),
     }
 
 
 @dataclass
 class Collate:
     """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), of triplets also `target_images`, the tokenised
-    captions padded to the longest, `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos
+    texts padded to the longest, `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos
     left out. Where none is left there are just these last two."""
 
     tokenizer: Tokenizer
@@ -1238,7 +1372,7 @@ class Collate:
         return {
             "images": torch.stack([item["image"] for item in good]),
             **({"target_images": torch.stack(targets)} if targets else {}),
-            **tokenize(self.tokenizer, [item["caption"] for item in good]),
+            **tokenize(self.tokenizer, [item["text"] for item in good]),
             "product_ids": torch.tensor([int(item["product_id"]) for item in good]),
             "caption_ids": torch.tensor([int(item["caption_id"]) for item in good]),
             "rows": torch.tensor([item["row"] for item in good]),

@@ -41,9 +41,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
+    DESCRIPTION,
+    DIFFERENCE,
     Collate,
     DataError,
     PhotoDataset,
+    Text,
     Triplets,
     build_dataset,
     build_triplets,
@@ -116,6 +119,7 @@ class FinetuneConfig(LoopConfig):
     # the checkpoint's, or counted; not flags
     start: str | None = None  # task that the checkpoint was fine-tuned for, None after pretraining alone
     preset: str = "tiny"
+    prompts: bool = False  # pretraining has framed its texts; here they get a lead alone, as in Fashion-FINE
     data_seed: int = 0  # decides what is in which split: the same as in pretraining
     classes: tuple[str, ...] = ()  # of recognition, in the order of the head
 
@@ -131,12 +135,13 @@ SCHEDULES = {
     "base retrieval": dict(epochs=30, lr=1e-5),
     "base tgir": dict(epochs=30, weight_decay=0.3),
 }
-# how pretraining grouped batches and chose negatives; retrieval goes on with it
-INHERITED = ("sampler", "itm_negatives", "itm_share", "search_size", "margin", "queue", "products")
+# how pretraining contrasted, grouped batches and chose negatives; retrieval goes on with it
+INHERITED = ("focal_gamma", "itc_weight", "sampler", "itm_negatives", "itm_share", "search_size", "margin", "queue",
+             "products")  # fmt: skip
 RECOGNITION = ("category", "subcategory")
 TASK_FLAGS = {
     "retrieval": {"rerank", "sampler", "itm_negatives", "itm_share", "itm_warmup", "search_size", "margin", "queue",
-                  "alpha", "ema_decay", "focal_gamma"},
+                  "alpha", "ema_decay", "focal_gamma", "itc_weight"},
     "category": {"modality"},
     "subcategory": {"modality"},
     "search": {"query", "image", "rerank"},
@@ -185,7 +190,10 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
     own = {"data": data, "preset": preset, "data_seed": saved.get("data_seed", saved["seed"])}
     own |= {"root": saved["root"]} if data == saved["data"] else {}
-    own |= {"model": ModelConfig(**saved["model"]), "classes": tuple(saved.get("classes", ()))}
+    model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
+    if task == "tgir":  # [CLS] alone, as in Fashion-FINE
+        model = replace(model, local_image=0.0, local_text=0.0)
+    own |= {"model": model, "classes": tuple(saved.get("classes", ())), "prompts": saved["prompts"]}
     own |= {name: saved[name] for name in (INHERITED if task == "retrieval" else ("products",))}
     own |= {"modality": saved["modality"]} if "modality" in saved else {}
     schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
@@ -255,7 +263,14 @@ def check_search(config: FinetuneConfig) -> None:
 def open_photos(config: FinetuneConfig, split: str) -> PhotoDataset:
     """A data set of photos; what is in which split follows the pretraining run's seed."""
     where = (config.data, config.root, split, config.model.image_size, config.data_seed, config.products)
-    return build_triplets(*where).photos if config.data == "fashioniq" else build_dataset(*where)
+    photos = build_triplets(*where).photos if config.data == "fashioniq" else build_dataset(*where)
+    photos.lead = lead_of(config)
+    return photos
+
+
+def lead_of(config: FinetuneConfig) -> str:
+    """What stands before each text, where pretraining has framed its texts."""
+    return (DIFFERENCE if "tgir" in (config.task, config.start) else DESCRIPTION) if config.prompts else ""
 
 
 def hold_out(
@@ -310,7 +325,7 @@ def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]
     rows, feats = [np.arange(0)], []
     for batch in batches_of(run, dataset, "encoding photos"):
         with autocast(run):
-            feats.append(run.model.project_image(run.model.encode_image(batch["images"])).float())
+            feats.append(run.model.image_feature(run.model.encode_image(batch["images"])).float())
         rows.append(batch["rows"].cpu().numpy())
     if not feats:
         raise DataError("no photo could be read")
@@ -318,12 +333,12 @@ def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]
 
 
 @torch.no_grad()
-def match_scores(run: Run, photos: PhotoDataset, captions: list[str], pairs: Tensor) -> Tensor:
-    """The ITM head's logit for "match" over "no match", of pairs (n, 2) of a row of `photos` and a caption. -> (n,).
+def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tensor) -> Tensor:
+    """The ITM head's logit for "match" over "no match", of pairs (n, 2) of a row of `photos` and a text. -> (n,).
 
-    Each photo and each caption is encoded once.
+    Each photo and each text is encoded once.
     """
-    encoded = to_device(tokenize(run.tokenizer, captions), run.device)
+    encoded = to_device(tokenize(run.tokenizer, texts), run.device)
     ids, keep = encoded["token_ids"], encoded["attention_mask"]
     with autocast(run):
         text_embeds = torch.cat(
@@ -332,13 +347,13 @@ def match_scores(run: Run, photos: PhotoDataset, captions: list[str], pairs: Ten
     rows, place = pairs[:, 0].unique(return_inverse=True)
     order, scores = place.argsort(), torch.empty(len(pairs), device=run.device)
     place, done = place[order].to(run.device), 0
-    texts, seen = pairs[order, 1].to(run.device), 0
+    asked, seen = pairs[order, 1].to(run.device), 0
     for batch in batches_of(run, photos.part(rows.numpy()), "matching"):
         with autocast(run):
             image_embeds = run.model.encode_image(batch["images"])
             until = int(torch.searchsorted(place, seen + len(image_embeds)))
             for at in torch.arange(done, until, device=run.device).split(4 * run.config.batch_size):
-                t = texts[at]
+                t = asked[at]
                 logits = run.model.itm_logits(run.model.fuse(text_embeds[t], keep[t], image_embeds[place[at] - seen]))
                 scores[at] = (logits[:, 1] - logits[:, 0]).float()
         seen, done = seen + len(image_embeds), until
@@ -399,8 +414,10 @@ class Retrieval(Task):
         ids, keep = batch["token_ids"], batch["attention_mask"]
         image_embeds, text_embeds = run.model.encode_image(batch["images"]), run.model.encode_text(ids, keep)
         with torch.no_grad():
-            embeds_m = run.momentum.encode_image(batch["images"]), run.momentum.encode_text(ids, keep)
-        itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, *embeds_m)
+            image_feat_m = run.momentum.project_image(run.momentum.encode_image(batch["images"]))
+            text_feat_m = run.momentum.project_text(run.momentum.encode_text(ids, keep))
+        image_feat, text_feat = run.model.image_feature(image_embeds), run.model.text_feature(text_embeds, keep)
+        itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
         forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
         wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
         logits, labels = matching(run.model, text_embeds, keep, image_embeds, wrong_text, wrong_image)
@@ -413,12 +430,12 @@ class Retrieval(Task):
         recalls = recalls_of(rankings, [ranking.rank for ranking in rankings])
         return {key.replace("full", "val"): value for key, value in recalls.items()}
 
-    def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor, Tensor, Tensor, list[str]]:
+    def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor, Tensor, Tensor, list[Text]]:
         """Rows (n,), image_feat (n, E), text_feat (m, E) of one text a product, the text of each photo (n,), texts; on
         the CPU."""
         rows, image_feat = photo_features(run, dataset)
         _, first, owner = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
-        texts = [dataset.captions[rows[i]] for i in first]
+        texts = [dataset.text(rows[i]) for i in first]
         return rows, image_feat.cpu(), text_features(run, texts).cpu(), torch.from_numpy(owner), texts
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
@@ -453,7 +470,7 @@ class Retrieval(Task):
         for text in np.linspace(0, len(texts) - 1, 6).astype(int):
             best = (image_feat @ text_feat[text]).topk(min(5, len(rows)))
             answers = [(int(rows[i]), f"{s:.2f}", bool(owner[i] == text)) for s, i in zip(*best, strict=True)]
-            examples.append((texts[text], None, answers))
+            examples.append((" ".join(texts[text]), None, answers))
         draw_answers(dataset, examples, Path(self.config.out) / "examples.png")
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
 
@@ -575,9 +592,11 @@ class TextGuided(Task):
     def open(self, split: str) -> Triplets:
         """The triplets of a split."""
         config = self.config
-        return build_triplets(
+        triplets = build_triplets(
             config.data, config.root, split, config.model.image_size, config.data_seed, config.products
         )
+        triplets.lead = lead_of(config)
+        return triplets
 
     def divide(self, dataset: Triplets) -> tuple[Triplets, Triplets]:
         """To train on, to choose the best step by: no reference photo (synthetic: no family) is in both."""
@@ -588,7 +607,7 @@ class TextGuided(Task):
         both = run.model.encode_image(torch.cat([batch["images"], batch["target_images"]]))
         references, targets = both.chunk(2)
         query = compose(run, batch, references, fused=True)
-        target_feat = run.model.project_image(targets).float()
+        target_feat = run.model.image_feature(targets).float()
         with torch.autocast(run.device.type, enabled=False):
             sim = query @ target_feat.T / run.model.temp  # (B, B)
             hard = itc_targets(batch["product_ids"], batch["product_ids"], sim.detach(), alpha=0.0)
@@ -677,7 +696,7 @@ def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
     text_embeds = model.encode_text(batch["token_ids"], keep)
     if fused:
         return model.project_text(model.fuse(text_embeds, keep, references)).float()
-    return F.normalize((model.project_image(references) + model.project_text(text_embeds)).float(), dim=-1)
+    return F.normalize((model.image_feature(references) + model.text_feature(text_embeds, keep)).float(), dim=-1)
 
 
 # ------------------------------------------------------------------- tasks: category, sub-category recognition
@@ -931,12 +950,14 @@ def train_task(config: FinetuneConfig, task, source: dict, state: dict | None) -
 
 
 def load_weights(run: Run, source: dict, where: str) -> None:
-    """A checkpoint's weights into both models; only the recognition head may be new."""
+    """A checkpoint's weights into both models; the recognition head may be new, unused parts are left out."""
     try:
         report = run.model.load_state_dict(source["model"], strict=False)
     except RuntimeError as error:
         raise ConfigError(f"{where}: does not fit its own config ({str(error).splitlines()[-1].strip()})") from None
-    if wrong := [name for name in [*report.missing_keys, *report.unexpected_keys] if "class_head" not in name]:
+    unused = ("class_head", "adapter", "phrases", "detector")
+    wrong = [name for name in report.missing_keys if not name.startswith("class_head")]
+    if wrong := wrong + [name for name in report.unexpected_keys if not name.startswith(unused)]:
         raise ConfigError(f"{where}: does not fit its own config, {wrong[0]} and {len(wrong) - 1} more names")
     run.momentum.update(run.model, decay=0)
 
@@ -960,11 +981,12 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     load_weights(run, source, config.checkpoint)
     run.model.eval()
     rows, feats = photo_index(run, dataset)
-    query = query_feature(run, config.query, photo, fused=config.start == "tgir")
+    query = query_feature(run, lead_of(config), config.query, photo, fused=config.start == "tgir")
     scores, best = (feats @ query).topk(min(len(rows), max(FOUND, config.rerank)))
     if config.rerank:
         pairs = torch.stack([best.cpu(), torch.zeros(len(best), dtype=torch.long)], dim=1)
-        matched, order = match_scores(run, dataset.part(rows), [config.query], pairs).sort(descending=True)
+        asked = [(lead_of(config), config.query)]
+        matched, order = match_scores(run, dataset.part(rows), asked, pairs).sort(descending=True)
         scores, best = matched.sigmoid(), best[order]
     found = [(int(rows[i]), s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)][:FOUND]
     for row, score in found:
@@ -1001,15 +1023,15 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 @torch.no_grad()
-def query_feature(run: Run, text: str | None, photo: Image.Image | None, fused: bool) -> Tensor:
+def query_feature(run: Run, lead: str, text: str | None, photo: Image.Image | None, fused: bool) -> Tensor:
     """The unit-length feature (E,) of words, of a photo, or of both."""
-    batch = to_device(tokenize(run.tokenizer, [text]), run.device) if text else None
+    if photo is None:
+        return text_features(run, [(lead, text)])[0]
+    batch = to_device(tokenize(run.tokenizer, [(lead, text)]), run.device) if text else None
     with autocast(run):
-        if photo is None:
-            return run.model.project_text(run.model.encode_text(batch["token_ids"], batch["attention_mask"]))[0].float()
         pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(run.device)
         embeds = run.model.encode_image(normalise(pixels))
-        return compose(run, batch, embeds, fused)[0] if text else run.model.project_image(embeds)[0].float()
+        return compose(run, batch, embeds, fused)[0] if text else run.model.image_feature(embeds)[0].float()
 
 
 def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
@@ -1017,7 +1039,7 @@ def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
     data or a photo change."""
     config, key = run.config, hashlib.sha256()
     for name, tensor in run.model.state_dict().items():
-        if name.startswith("vision"):
+        if name.startswith(("vision", "adapter")):
             key.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     key.update(json.dumps([config.precision, dataset.fingerprint(), *dataset.versions()]).encode())
     path = Path(config.checkpoint).with_suffix(f".{config.data}-{config.split}.index")

@@ -29,7 +29,8 @@ def itc_loss(sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i:
     """Image-text contrastive loss, focal when gamma > 0. All arguments (B, K) -> scalar.
 
     L = −½ Σ_directions mean_b Σ_j (1 − p_bj)^γ · y_bj · log p_bj
-    γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (choice: with the soft targets).
+    γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (choice: with the soft targets) and Fashion-FINE's
+    hard negative mining.
     """
 
     def one_way(sim: Tensor, targets: Tensor) -> Tensor:
@@ -109,6 +110,14 @@ def mim_loss(pixels: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
     target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     error = ((pixels.float() - target) ** 2).mean(dim=-1)  # (B, P)
     return (error * patch_mask).sum() / patch_mask.sum().clamp(min=1)
+
+
+def alignment_loss(text_feat: Tensor, image_feat: Tensor) -> Tensor:
+    """How far unit-length features are from pointing the same way (FashionSAP, Fashion-FINE's C-CmA). (B, E) -> scalar.
+
+    L = mean_b (1 − (cos(t_b, i_b) + 1) / 2), in [0, 1]
+    """
+    return (1 - ((text_feat.float() * image_feat.float()).sum(dim=1) + 1) / 2).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -170,6 +170,31 @@ def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor,
     return (hit & words).sum(), regions.float().mean(dim=2)[words].sum(), words.sum()
 
 
+def replace_words(
+    token_ids: Tensor,
+    words: Tensor,
+    mask: Tensor,
+    mask_id: int,
+    word_ids: Tensor,
+    antonyms: Tensor,
+    synonyms: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`corrupt_words` for replaced-token detection (after FashionSAP, Han et al. 2023): of the masked tokens that it
+    replaces, half become their antonym instead of a random word; of the `words` (B, L) left alone, 15 % become their
+    synonym, which is no replacement to detect. Tokens without an antonym or synonym keep the random word, or stay.
+
+    antonyms, synonyms (V,): token id -> token id, −1 where there is none
+    -> corrupted ids (B, L), MLM labels (B, L) with −100 where not masked, replaced (B, L) bool.
+    """
+    ids, labels = corrupt_words(token_ids, mask, mask_id, word_ids, generator)
+    replaced = mask & (ids != token_ids) & (ids != mask_id)
+    dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
+    antonym, synonym = antonyms[token_ids], synonyms[token_ids]
+    ids = torch.where(replaced & (dice < 0.5) & (antonym >= 0), antonym, ids)
+    return torch.where(words & ~mask & (dice < 0.15) & (synonym >= 0), synonym, ids), labels, replaced
+
+
 def corrupt_words(
     token_ids: Tensor,
     mask: Tensor,

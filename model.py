@@ -1,7 +1,7 @@
 """The vision-language model: ViT, BERT-style text encoder, cross-attention fusion, momentum twin.
 
 Two encoders turn a photo and its description into tokens; the fusion encoder lets every text token
-look at every image token. Everything SyncMask asks of a model is here, everything about *training* it
+look at every image token. Everything the recipes ask of a model is here, everything about *training* it
 is elsewhere: this file imports no other file of the project.
 
 Legend of the dimension letters in shape comments
@@ -9,7 +9,8 @@ Legend of the dimension letters in shape comments
     E shared embedding of the contrastive space · K queue length · V vocabulary · M any number of rows
 
 Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1),
-registers (Darcet et al. 2024). Sizes, norms and initialisation follow them, so published weights load.
+registers (Darcet et al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes, norms and
+initialisation follow them, so published weights load.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+SYMBOLS = 9  # tokens for categories that data.py may append to a vocabulary; published weights have none
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
@@ -44,6 +46,10 @@ class ModelConfig:
     patch_layer: int = field(default=0, metadata={"help": "ViT layer whose patch tokens are put out; 0: the last"})
     registers: int = field(default=0, metadata={"help": "register tokens in the ViT, dropped at its output"})
     cls_context: bool = field(default=True, metadata={"help": "fusion also looks at the image's CLS token"})
+    local_image: float = field(default=0.0, metadata={"help": "share of the patches in a photo's feature, beside CLS"})
+    local_text: float = field(default=0.0, metadata={"help": "share of the words in a text's feature, beside [CLS]"})
+    alignment: bool = field(default=False, metadata={"help": "category symbol and phrases are aligned with the photo"})
+    detector: bool = field(default=False, metadata={"help": "head that tells replaced words"})
     embed_dim: int = field(default=256, metadata={"help": "width E of the contrastive space"})
     max_length: int = field(default=64, metadata={"help": "longest description, tokens"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in text and fusion layers (BERT: 0.1)"})
@@ -52,8 +58,10 @@ class ModelConfig:
 
     def __post_init__(self):
         # [CLS] word [SEP]; a word beside the special tokens
-        lowest = {"registers": 0, "patch_layer": 0, "cls_context": 0, "dropout": 0, "max_length": 3, "vocab_size": 6,
-                  "classes": 0}  # fmt: skip
+        lowest = {"max_length": 3, "vocab_size": 6}
+        from_zero = ("registers", "patch_layer", "cls_context", "local_image", "local_text", "alignment", "detector",
+                     "dropout", "classes")  # fmt: skip
+        lowest |= dict.fromkeys(from_zero, 0)
         for spec in fields(self):
             low, value = lowest.get(spec.name, 1), getattr(self, spec.name)
             if value < low:
@@ -66,6 +74,8 @@ class ModelConfig:
             raise ValueError(f"patch_layer {self.patch_layer}: there are {self.vision_layers} ViT layers")
         if self.dropout >= 1:
             raise ValueError(f"dropout {self.dropout} is not below 1")
+        if max(self.local_image, self.local_text) > 1:
+            raise ValueError(f"local_image {self.local_image}, local_text {self.local_text}: shares are at most 1")
 
     @property
     def grid(self) -> int:
@@ -136,16 +146,18 @@ def initialise(model: "VisionLanguageModel") -> None:
     at width 128 makes the contrastive loss stand still for hundreds of steps).
 
     Encoders: Xavier-uniform, as the original ViT and MAE. Fusion and MLM head: normal(0.02), as BERT; a post-norm
-    layer that starts near the identity passes the masked words on. Words: normal(1/√D), so that the tied MLM
+    layer that starts near the identity passes the masked words on. Local tokens: the same, so that all weigh alike at
+    first. Words: normal(1/√D), so that the tied MLM
     decoder starts with logits of unit variance.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            if name.startswith(("fusion", "mlm_head")):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            if name.startswith(("fusion", "mlm_head", "adapter", "detector")):
                 nn.init.normal_(module.weight, std=NARROW_STD)
             else:
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
 
 
@@ -314,11 +326,57 @@ class PatchDecoder(nn.Module):
         return self.pixels(self.norm(x[:, 1:]))
 
 
+# ------------------------------------------------------------------------ what Fashion-FINE adds to the features
+
+PHRASE_SHARE = 0.05  # of the phrases in a category feature, beside the symbol (Fashion-FINE)
+
+
+class LocalAdapter(nn.Module):
+    """Modality-agnostic adapter (Fashion-FINE, Jin et al. 2024): the same weights sum up patches and words.
+
+    a_i = softmax_i(wᵀ tanh(W x_i + b)),   l = Σ_i a_i x_i
+
+    Padding gets no weight (choice; the authors' code lets it take part).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """tokens (B, X, D), keep (B, X) bool or None -> (B, D)."""
+        scores = self.score(tokens).squeeze(-1)  # (B, X)
+        if keep is not None:
+            scores = scores.masked_fill(~keep, float("-inf"))
+        return (scores.softmax(dim=1)[..., None] * tokens).sum(dim=1)
+
+
+class Phrases(nn.Module):
+    """Phrase feature of a text (Fashion-FINE): words alone and with their neighbours, the strongest, on average.
+
+    mean_i max_k tanh(conv_k(x))_i, with kernels of 1, 2 and 3 words, dilated by 2. Padding is zero in the convolutions
+    and left out of the mean (choice).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, k, padding=k - 1, dilation=2) for k in (1, 2, 3))
+
+    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """tokens (B, L, D), keep (B, L) bool -> (B, D)."""
+        x = rearrange(tokens * keep[..., None], "b l d -> b d l")
+        x = torch.stack([conv(x).tanh() for conv in self.convs]).amax(dim=0)  # (B, D, L)
+        return (x * keep[:, None]).sum(dim=2) / keep.sum(dim=1, keepdim=True)
+
+
 # --------------------------------------------------------------------------------------- whole models
 
 
 class VisionLanguageModel(nn.Module):
-    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder."""
+    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder.
+
+    As the config says also a head for recognition, and Fashion-FINE's local tokens, phrases and replaced-word head.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -335,6 +393,14 @@ class VisionLanguageModel(nn.Module):
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder = PatchDecoder(config)
         self.class_head = nn.Linear(config.width, config.classes) if config.classes else None
+        self.adapter = LocalAdapter(config.width) if config.local_image or config.local_text else None
+        self.phrases = Phrases(config.width) if config.alignment else None
+        self.detector = None
+        if config.detector:
+            norm = nn.LayerNorm(config.width, eps=1e-12)
+            self.detector = nn.Sequential(
+                nn.Linear(config.width, config.width), nn.GELU(), norm, nn.Linear(config.width, 2)
+            )
         self.temp = nn.Parameter(torch.tensor(0.07))
         initialise(self)
 
@@ -354,6 +420,37 @@ class VisionLanguageModel(nn.Module):
         """text_embeds (B, L, D) -> text_feat (B, E), unit length."""
         return F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
 
+    def image_feature(self, image_embeds: Tensor) -> Tensor:
+        """What photos are compared by: `project_image`, or with `local_image` = r Fashion-FINE's integrated feature.
+
+        f = norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), l of the patches. image_embeds (B, N, D) -> (B, E).
+        """
+        return self._integrate(self.project_image(image_embeds), self.vision_proj, image_embeds[:, 1:], None,
+                               self.config.local_image)  # fmt: skip
+
+    def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same of texts, `project_text` and `local_text`; l of the tokens from position 2 on, after the symbol.
+
+        text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
+        """
+        return self._integrate(self.project_text(text_embeds), self.text_proj, text_embeds[:, 2:],
+                               attention_mask[:, 2:].bool(), self.config.local_text)  # fmt: skip
+
+    def _integrate(self, cls_feat: Tensor, project: nn.Linear, tokens: Tensor, keep: Tensor | None, r: float) -> Tensor:
+        if not r:
+            return cls_feat
+        local_feat = F.normalize(project(self.adapter(tokens, keep)), dim=-1)
+        return F.normalize((1 - r) * cls_feat + r * local_feat, dim=-1)
+
+    def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """What C-CmA aligns with the photo: the category symbol, the token at position 1, and the phrases after it.
+
+        t = norm(0.95·norm(proj(symbol)) + 0.05·norm(proj(phrase))). (B, L, D), (B, L) -> (B, E), unit length.
+        """
+        phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
+        symbol_feat, phrase_feat = (F.normalize(self.text_proj(x), dim=-1) for x in (text_embeds[:, 1], phrase))
+        return F.normalize((1 - PHRASE_SHARE) * symbol_feat + PHRASE_SHARE * phrase_feat, dim=-1)
+
     def fuse(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -371,6 +468,10 @@ class VisionLanguageModel(nn.Module):
     def mlm_logits(self, tokens: Tensor) -> Tensor:
         """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""
         return F.linear(self.mlm_head(tokens), self.text.word_embeddings.weight, self.mlm_bias)
+
+    def replaced_logits(self, tokens: Tensor) -> Tensor:
+        """Fused tokens (..., D) -> (..., 2); class 1 is "replaced"."""
+        return self.detector(tokens)
 
     def reconstruct_patches(
         self, visible_embeds: Tensor, keep: Tensor, text_embeds: Tensor, attention_mask: Tensor
@@ -627,6 +728,9 @@ def _copy_fitting(theirs: dict[str, Tensor], ours: dict[str, nn.Parameter], repo
     for name, tensor in theirs.items():
         if name not in ours:
             report.skipped[name] = "no counterpart in this model"
+        elif name in ("text.word_embeddings.weight", "mlm_bias") and len(ours[name]) - len(tensor) == SYMBOLS:
+            ours[name][: len(tensor)].copy_(tensor)
+            loaded.append(name)
         elif tensor.shape != ours[name].shape:
             report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(ours[name].shape)}"
         else:

@@ -7,9 +7,11 @@
 What a run leaves in --out: config.json, metrics.jsonl, curves.png, masks.png, last.pt. Keys of metrics.jsonl:
 
     step, epoch                 optimiser steps done; passes over the training photos
-    loss, itc, itm, mlm, mim    the objective and its parts, of that step's batch; mim times its weight
+    loss, itc, itm, mlm, mim    the objective and its parts, of that step's batch; itc and mim times their weights
+    rtd, align                  parts of recipe fashionfine: replaced-token detection; category alignment (C-CmA)
     lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
     itm_accuracy, mlm_accuracy  on that step's batch (matching pairs and negatives; masked words)
+    replaced_recall             of that batch's replaced words, the share that was detected (fashionfine)
     unreadable                  photos left out so far because they could not be decoded
     conflicts                   photos that share a batch of this epoch with one of their product or caption
     samples_per_second          photos trained on a second since the last line
@@ -57,22 +59,30 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
+    ANTONYMS,
+    DESCRIPTION,
+    SYNONYMS,
     Collate,
     DataError,
     DataName,
     PhotoDataset,
     Synthetic,
+    Text,
     augment,
     build_dataset,
     build_tokenizer,
+    encode,
     normalise,
     to_device,
     tokenize,
     word_ids,
+    word_pairs,
     word_truth,
 )
 from losses import (
     NegativeMode,
+    alignment_loss,
+    cross_entropy,
     forbidden_negatives,
     itc_loss,
     itc_targets,
@@ -92,6 +102,7 @@ from masking import (
     random_patch_mask,
     random_word_mask,
     reduce_heads,
+    replace_words,
     soft_mask,
     sync_mask,
 )
@@ -156,6 +167,7 @@ class LoopConfig:
     color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
     distort: float = option(0.0, "strength of rotation, shear, blur and noise", low=0, high=1)
     focal_gamma: float = option(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
+    itc_weight: float = option(1.0, "weight of ITC in the loss", low=0)
 
     products: int = option(2500, "synthetic training products", low=2)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
@@ -175,10 +187,11 @@ class TrainConfig(LoopConfig):
 
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
-    recipe: Literal["syncmask", "softmask", "albef"] = option("syncmask", "method")
+    recipe: Literal["syncmask", "softmask", "fashionfine", "albef"] = option("syncmask", "method")
     preset: Literal["tiny", "small", "base"] = option(
         "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
     )
+    prompts: bool = option(False, "put the category symbol and attribute prompts around the descriptions to train on")
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
     mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
     mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
@@ -227,12 +240,17 @@ RECIPE_DEFAULTS = {
     "syncmask tiny": dict(patch_layer=2),
     "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam"),
     "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read
+    "fashionfine": dict(prompts=True, local_image=0.05, local_text=0.25, alignment=True, detector=True,
+                        focal_gamma=2.0, itc_weight=0.25, max_length=180),
+    "fashionfine tiny": dict(mlm_ratio=0.3, max_length=96),
+    "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
 }  # fmt: skip
 # flags that only some recipes read
 RECIPE_FLAGS = {
     "syncmask": {"mim_weight", "mim_layers", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"},
     "softmask": {"soft_mask", "mask_text"},
+    "fashionfine": {"local_image", "local_text", "alignment", "detector"},
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What a resumed run may change: nothing that decides its result.
@@ -347,6 +365,8 @@ def check_flags(config: TrainConfig, given: dict) -> None:
             raise ConfigError("--compile contradicts --mask-source gradcam, which needs the gradient inside the fusion")
     if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
         raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
+    if config.model.alignment and not config.prompts:
+        raise ConfigError("--alignment needs --prompts: the category symbol that it aligns is one of them")
     check_device(config.device)
 
 
@@ -388,11 +408,17 @@ class Run:
     def __post_init__(self):
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
         self.word_ids = word_ids(self.tokenizer).to(self.device)
+        self.antonyms, self.synonyms = (word_pairs(self.tokenizer, w).to(self.device) for w in (ANTONYMS, SYNONYMS))
+
+    @property
+    def ramp(self) -> float:
+        """From 0 to 1 over the first epoch, linearly."""
+        return min(1.0, self.step / self.epoch_steps)
 
     @property
     def alpha(self) -> float:
-        """Share of the momentum soft targets, ramped up linearly over the first epoch (ALBEF)."""
-        return self.config.alpha * min(1.0, self.step / self.epoch_steps)
+        """Share of the momentum soft targets, ramped up over the first epoch (ALBEF)."""
+        return self.config.alpha * self.ramp
 
     @property
     def hard_share(self) -> float:
@@ -412,6 +438,11 @@ class Run:
     def corrupt(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """`corrupt_words` with this run's vocabulary and generator."""
         return corrupt_words(token_ids, word_mask, self.mask_id, self.word_ids, self.generator)
+
+    def replace(self, token_ids: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`replace_words` with this run's vocabulary and generator."""
+        tables = self.mask_id, self.word_ids, self.antonyms, self.synonyms
+        return replace_words(token_ids, words, word_mask, *tables, self.generator)
 
 
 # ------------------------------------------------------------------------------------------- the recipes
@@ -438,7 +469,9 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
         text_embeds_m = momentum.encode_text(ids, keep)
 
     # contrast
-    itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, image_embeds_m, text_embeds_m)
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)
+    image_feat_m, text_feat_m = momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
@@ -491,7 +524,9 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
 
     # contrast
-    itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, image_embeds_m, text_embeds_m)
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)
+    image_feat_m, text_feat_m = momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
@@ -548,7 +583,9 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
         text_embeds_m = momentum.encode_text(ids, keep)
 
     # contrast
-    itc, sim_i2t, sim_t2i = contrast(run, batch, image_embeds, text_embeds, image_embeds_m, text_embeds_m)
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)
+    image_feat_m, text_feat_m = momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
     # fuse: matching pairs; each photo with a wrong text, each text with a wrong photo; and, as far as switched on, the
     # photo without what one word is about, and masked text with its photo
@@ -582,7 +619,62 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
 
 
-RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "albef": albef}
+def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+    """Fashion-FINE (Jin et al. 2024): focal ITC on features with local tokens in them (MAA, HNM-F) + ITM + the category
+    symbol and phrases aligned with the photo (C-CmA) + MLM + replaced-token detection. -> losses, figures to log.
+
+    As in the authors' code all objectives read one text, some of whose words are masked and some replaced, and only
+    online features have local tokens in them. Choices: the momentum model reads the clean text; C-CmA's start.
+    Forward passes a step, in photos or captions: image B; text B (masked); fusion 3B in one call (B matching, 2B not).
+    Momentum: image B, text B.
+    """
+    config, model, momentum = run.config, run.model, run.momentum
+    ids, keep = batch["token_ids"], batch["attention_mask"]
+    count = len(ids)
+
+    # encode: the corrupted text serves all objectives; the momentum model sees the clean one
+    word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    masked_ids, mlm_labels, replaced = run.replace(ids, batch["words"], word_mask)
+    image_embeds = model.encode_image(batch["images"])
+    text_embeds = model.encode_text(masked_ids, keep)
+    with torch.no_grad():
+        image_embeds_m = momentum.encode_image(batch["images"])
+        text_embeds_m = momentum.encode_text(ids, keep)
+
+    # contrast: integrated features with momentum keys of [CLS] alone
+    image_feat, text_feat = model.image_feature(image_embeds), model.text_feature(text_embeds, keep)
+    image_feat_m, text_feat_m = momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
+    itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
+
+    # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo
+    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
+    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    fused = model.fuse(
+        torch.cat([text_embeds, text_embeds[t], text_embeds]),
+        torch.cat([keep, keep[t], keep]),
+        image_embeds[torch.cat([own, own, i])],
+    )
+
+    # losses: masked words are predicted, and replaced ones detected, from the matching pairs
+    itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
+    itm_logits = model.itm_logits(fused)
+    chosen = mlm_labels != -100
+    mlm_logits, labels = model.mlm_logits(fused[:count][chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm_loss(mlm_logits, labels)}
+    figures = {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+    if config.model.alignment:
+        # choice: ramped up, since from random weights its full pull gathers all features in one point
+        losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, keep), image_feat)
+    if config.model.detector:
+        legible = batch["words"] & (masked_ids != run.mask_id)
+        rtd_logits, rtd_labels = model.replaced_logits(fused[:count][legible]), replaced[legible].long()
+        losses["rtd"] = cross_entropy(rtd_logits, rtd_labels)
+        figures["replaced_recall"] = accuracy(rtd_logits, rtd_labels.masked_fill(rtd_labels == 0, -100))
+    return losses, figures
+
+
+RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "fashionfine": fashionfine, "albef": albef}
 
 
 def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
@@ -663,17 +755,17 @@ def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Te
 
 
 def contrast(
-    run: Run, batch: dict, image_embeds: Tensor, text_embeds: Tensor, image_embeds_m: Tensor, text_embeds_m: Tensor
+    run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, image_feat_m: Tensor, text_feat_m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ITC of online queries against momentum keys (in-batch, then the queue), which it then pushes.
+    """ITC of online features against momentum keys (in-batch, then the queue), which it then pushes. All (B, E).
 
-    -> loss, and the in-batch logits (B, B) photo to text and text to photo, for choosing ITM negatives.
+    -> weighted loss, and the in-batch logits (B, B) photo to text and text to photo, for choosing ITM negatives.
     """
-    model, momentum, temp = run.model, run.momentum, run.model.temp
-    image_feat, text_feat = model.project_image(image_embeds).float(), model.project_text(text_embeds).float()
+    temp = run.model.temp
+    image_feat, text_feat, image_feat_m, text_feat_m = (
+        feat.float() for feat in (image_feat, text_feat, image_feat_m, text_feat_m)
+    )
     with torch.no_grad():
-        image_feat_m = momentum.project_image(image_embeds_m).float()
-        text_feat_m = momentum.project_text(text_embeds_m).float()
         old_images, old_texts, old_products = run.queue.filled()
         image_keys = torch.cat([image_feat_m, old_images])  # (K, E)
         text_keys = torch.cat([text_feat_m, old_texts])
@@ -689,7 +781,7 @@ def contrast(
     run.queue.push(image_feat_m, text_feat_m, batch["product_ids"])
     run.features = image_feat_m, text_feat_m
     count = len(image_feat)
-    return loss, sim_i2t[:, :count], sim_t2i[:, :count]
+    return run.config.itc_weight * loss, sim_i2t[:, :count], sim_t2i[:, :count]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -730,16 +822,16 @@ def retrieval_recalls(
 
 
 @torch.no_grad()
-def text_features(run: Run, captions: list[str]) -> Tensor:
-    """Unit-length features (n, E). Every wording is encoded once: identical captions get identical features and tie."""
-    wordings, feats = list(dict.fromkeys(captions)), []
+def text_features(run: Run, texts: list[Text]) -> Tensor:
+    """Unit-length features (n, E). Every wording is encoded once: identical texts get identical features and tie."""
+    wordings, feats = list(dict.fromkeys(texts)), []
     for start in tqdm(range(0, len(wordings), 256), "encoding texts", unit=" batches", leave=False, disable=None):
         encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
         with autocast(run):
             text_embeds = run.model.encode_text(encoded["token_ids"], encoded["attention_mask"])
-            feats.append(run.model.project_text(text_embeds).float())
+            feats.append(run.model.text_feature(text_embeds, encoded["attention_mask"]).float())
     number = {wording: i for i, wording in enumerate(wordings)}
-    return torch.cat(feats)[[number[caption] for caption in captions]]
+    return torch.cat(feats)[[number[text] for text in texts]]
 
 
 @torch.no_grad()
@@ -774,13 +866,13 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
                 (model.itm_logits(f).argmax(-1) == label).float() for f, label in ((matching, 1), (not_matching, 0))
             ]
             restored = (model.mlm_logits(hidden_fused[word_mask]).argmax(-1) == ids[word_mask]).float()
-            images.append(model.project_image(image_embeds).float())
+            images.append(model.image_feature(image_embeds).float())
         itm.append(torch.cat([right[0], right[1][wrong >= 0]]))
         mlm.append(restored)
         products.append(batch["product_ids"])
     if not images:
         raise DataError("no photo of the validation split could be read")
-    texts = text_features(run, [dataset.captions[row] for row in captions.values()])
+    texts = text_features(run, [dataset.text(row) for row in captions.values()])
     known = torch.tensor(list(captions), device=run.device)
     recalls = retrieval_recalls(torch.cat(images), texts, torch.cat(products), known)
     figures = recalls | {"mlm_accuracy": torch.cat(mlm).mean().item(), "itm_accuracy": torch.cat(itm).mean().item()}
@@ -1114,7 +1206,7 @@ def _json_or_none(line: str) -> dict | None:
 
 TRUTHS = ("patch_cooccurrence", "word_cooccurrence", "pointing")
 PANELS = {
-    "loss": ["itc", "itm", "mlm", "mim"],
+    "loss": ["itc", "itm", "mlm", "mim", "rtd", "align"],
     "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
     "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "visible_word_accuracy"],
     "held-out truth of the masks": [key + end for key in TRUTHS for end in ("", "_random")],
@@ -1167,7 +1259,7 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, sid
     batch = Collate(run.tokenizer)([dataset[row] for row in rows])
     if not len(batch["rows"]):  # none can be decoded
         return
-    images, captions = batch["images"], [dataset.captions[row] for row in batch["rows"].tolist()]
+    images, texts = batch["images"], [dataset.text(row) for row in batch["rows"].tolist()]
     batch, grid, line = to_device(batch, run.device), run.config.model.grid, 2 * side + 60
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     _, patches, words = shown_masks(run, batch, generator)
@@ -1183,7 +1275,7 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, sid
     for column, (title, _, _) in enumerate(masks):
         pen.text((side * (column + 1) + 10 * (column + 2), 8), title, INK, font)
         pen.text((text_left + line * column, 8), f"{title}: words", INK, font)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
         page.paste(photo, (10, top))
         bottom = top + side
@@ -1193,34 +1285,34 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, sid
             page.paste(Image.composite(Image.new("RGB", photo.size, GREY), photo, cover),
                        (side * (column + 1) + 10 * (column + 2), top))  # fmt: skip
             corner = (text_left + line * column, top)
-            end = draw_caption(pen, font, caption, run.tokenizer, word_mask[i].tolist(), corner, line - 20)
+            end = draw_text(pen, font, text, run.tokenizer, word_mask[i].tolist(), corner, line - 20)
             bottom = max(bottom, end)
         top = bottom + 10
     page.crop((0, 0, page.width, top)).save(path)
 
 
-def draw_caption(
+def draw_text(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.FreeTypeFont,
-    caption: str,
+    text: Text,
     tokenizer: Tokenizer,
     mask: list[bool],
     corner: tuple[int, int],
     width: int,
 ) -> int:
-    """The caption from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible. -> its foot"""
-    (x, y), end = corner, 0
-    for (start, stop), masked in zip(tokenizer.encode(caption).offsets, mask, strict=False):
-        if start == stop:  # special tokens
+    """The text from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible. -> its foot"""
+    (x, y), end, encoding = corner, (1, 0), encode(tokenizer, [text])[0]
+    for piece, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, mask, strict=False):
+        if piece is None:  # [CLS], [SEP]
             continue
-        x += 5 if start > end else 0
-        size = font.getlength(caption[start:stop])
+        x += 5 if (piece, start) > end else 0
+        size = font.getlength(text[piece][start:stop])
         if x + size > corner[0] + width:
             x, y = corner[0], y + 22
         if masked:
             pen.rectangle((x - 1, y, x + size + 1, y + 19), INK)
-        pen.text((x, y), caption[start:stop], PAPER if masked else INK, font)
-        x, end = x + size + 1, stop
+        pen.text((x, y), text[piece][start:stop], PAPER if masked else INK, font)
+        x, end = x + size + 1, (piece, stop)
     return y + 22
 
 
@@ -1305,11 +1397,15 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
         build_dataset(config.data, config.root, split, config.model.image_size, config.seed, config.products)
         for split in ("train", "val")
     )
+    if config.prompts:  # held-out texts as the downstream tasks give them: without what the prompts would tell
+        train_set.prompts, val_set.lead = True, DESCRIPTION
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     if state:
         tokenizer = Tokenizer.from_str(state["tokenizer"])
     else:
-        tokenizer = build_tokenizer(train_set.captions, config.model.vocab_size, config.model.max_length, config.vocab)
+        spoken = [" ".join(train_set.text(row)[1::2]) for row in range(len(train_set))]
+        sizes = config.model.vocab_size, config.model.max_length
+        tokenizer = build_tokenizer(spoken, *sizes, config.vocab, config.prompts)
     run = build_run(config, train_set, tokenizer)
     if not state and (config.vision_weights or config.text_weights or config.weights):
         print(load_pretrained(run.model, config.vision_weights, config.text_weights, config.weights))

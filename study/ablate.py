@@ -1,14 +1,20 @@
-"""Ablations on the synthetic photos: every condition with several seeds, as mean ± standard deviation.
+"""Ablations: every condition with several seeds, as mean ± standard deviation.
 
 python study/ablate.py                             {random, sync} masks × {random, hard, semihard} batches
 python study/ablate.py --grid attention            what makes the raw momentum cross-attention look at the right place
+python study/ablate.py --grid recipes              the four recipes side by side, as many steps each
+
+All on the synthetic photos; the recipes also on files (--data jsonl --root DIR), without the columns that need the
+truth. Their category % is study/probe.py's, of the last checkpoint; seconds a step are for as many threads as the line
+above the table says.
 
 It may be stopped at any time; the same command goes on where it stopped, and ends with the table, which it also writes
 to --file. Flags that it does not know go to train.py: --steps, --products, --batch-size, … They must be the same when
-going on.
+going on, and so should --jobs, which share the threads.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,8 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from data import DataError
+from study.probe import category_accuracy
 from train import FREE_ON_RESUME, ConfigError, TrainConfig, config_from_dict, parse_config, skill
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
@@ -49,20 +58,37 @@ GRIDS = {
         "all three, texts of 16 tokens": [*plain, *vit(4, "no-", 2), "--max-length", "16"],
         "all three, semi-hard negatives after random ones": [*plain, *vit(4, "no-", 2), *batches("semihard")],
     },
+    "recipes": {
+        "albef": ["--recipe", "albef"],
+        "albef, texts with prompts": ["--recipe", "albef", "--prompts", "--max-length", "96"],
+        **{recipe: ["--recipe", recipe] for recipe in ("syncmask", "softmask", "fashionfine")},
+    },
 }  # fmt: skip
 percent = lambda key: lambda f: 100 * f[key]
-# a column: title, figure from the final line of a run, decimals
-COLUMNS: list[tuple[str, Callable[[dict], float], int]] = [
+Columns = list[tuple[str, Callable[[dict], float], int]]  # title, figure from the final line of a run, decimals
+HELD_OUT: Columns = [
     ("R@1 i2t %", percent("val_i2t_r1"), 1),
     ("R@1 t2i %", percent("val_t2i_r1"), 1),
     ("ITM %", percent("val_itm_accuracy"), 1),
     ("MLM %", percent("val_mlm_accuracy"), 1),
-    ("visible words %", percent("visible_word_accuracy"), 1),
+]
+TRUTH: Columns = [
     ("patch skill", lambda f: skill(f, "patch_cooccurrence"), 2),
     ("word skill", lambda f: skill(f, "word_cooccurrence"), 2),
     ("pointing × chance", lambda f: f["pointing"] / f["pointing_random"], 1),
+]
+COLUMNS: Columns = [
+    *HELD_OUT,
+    ("visible words %", percent("visible_word_accuracy"), 1),
+    *TRUTH,
     ("false negatives %", percent("false_negative_rate"), 2),
     ("their similarity", lambda f: f["negative_similarity"], 2),
+]
+RECIPE_COLUMNS: Columns = [
+    *HELD_OUT,
+    ("category %", percent("category"), 1),
+    *TRUTH,
+    ("seconds a step", lambda f: f["seconds"] / f["step"], 2),
 ]
 
 
@@ -90,6 +116,7 @@ def run_once(out: Path, flags: list[str], threads: int, children: list[subproces
     if final := final_line(out):
         return final
     out.parent.mkdir(parents=True, exist_ok=True)
+    (out / "probe.json").unlink(missing_ok=True)  # of weights that are gone
     resume = ["--resume"] if (out / "last.pt").exists() else []
     command = [sys.executable, TRAIN, *flags, *resume, "--out", str(out)]
     log = out.with_name(out.name + ".log")
@@ -103,18 +130,27 @@ def run_once(out: Path, flags: list[str], threads: int, children: list[subproces
     return final_line(out)
 
 
-def table(results: dict[str, list[dict]]) -> str:
+def run_and_probe(out: Path, flags: list[str], threads: int, children: list[subprocess.Popen]) -> dict | None:
+    """`run_once`, and into its final line the category probe of its last checkpoint, made once and kept beside it."""
+    final, kept = run_once(out, flags, threads, children), out / "probe.json"
+    if final and not kept.exists():
+        torch.set_num_threads(threads)
+        share = category_accuracy(out / "last.pt", parse_config(flags)[0].root)
+        kept.write_text(json.dumps({} if share is None else {"category": share}))
+    return final and final | json.loads(kept.read_text())
+
+
+def table(results: dict[str, list[dict]], columns: Columns) -> str:
     """Markdown: a condition a row, a figure a column, mean ± standard deviation over the seeds."""
-    titles = [title for title, _, _ in COLUMNS]
-    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for name, finals in results.items():
-        cells = []
-        for _, figure, decimals in COLUMNS:
-            values = np.array([figure(final) for final in finals])
-            spread = f" ± {values.std(ddof=1):.{decimals}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{decimals}f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells: dict[str, list[str]] = {}
+    for title, figure, decimals in columns:
+        with contextlib.suppress(KeyError):  # not every data set has categories, few have the truth
+            values = [np.array([figure(final) for final in finals]) for finals in results.values()]
+            spreads = [f" ± {v.std(ddof=1):.{decimals}f}" if len(v) > 1 else "" for v in values]
+            cells[title] = [f"{v.mean():.{decimals}f}{spread}" for v, spread in zip(values, spreads, strict=True)]
+    rows = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    rows += [f"| {' | '.join(row)} |" for row in zip(results, *cells.values(), strict=True)]
+    return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,13 +167,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--seeds and --jobs: at least 1")
     out, threads = args.out or Path(f"runs/ablate-{args.grid}"), max(1, os.cpu_count() // args.jobs)
     grid = GRIDS[args.grid]
+    work, columns = (run_and_probe, RECIPE_COLUMNS) if args.grid == "recipes" else (run_once, COLUMNS)
     runs = [(name, out / f"{number}-{seed}", [*condition, *flags, "--seed", str(seed), "--val-every", "1000000"])
             for seed in range(args.seeds) for number, (name, condition) in enumerate(grid.items())]  # fmt: skip
     try:
-        for _, folder, given in runs:
-            config, _ = parse_config(given)
-            if config.data != "synthetic":
-                raise ConfigError("--data: only synthetic photos come with the truth that the table is about")
+        configs = [parse_config(given)[0] for _, _, given in runs]
+        if configs[0].data != "synthetic" and args.grid != "recipes":
+            raise ConfigError("--data: only synthetic photos come with the truth that the table is about")
+        if len({(config.steps, config.epochs, config.batch_size) for config in configs}) > 1:
+            raise ConfigError("the conditions differ in length; give --steps or --epochs")
+        for (_, folder, _), config in zip(runs, configs, strict=True):
             check_done(folder, config)
     except ConfigError as error:
         sys.exit(f"ablate.py: {error}")
@@ -145,13 +184,13 @@ def main(argv: list[str] | None = None) -> None:
     children: list[subprocess.Popen] = []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run_once, folder, given, threads, children) for _, folder, given in runs]
+        futures = [pool.submit(work, folder, given, threads, children) for _, folder, given in runs]
         try:
             for (name, _, _), future in zip(runs, tqdm(futures, args.grid, unit=" runs"), strict=True):
                 if (final := future.result()) is None:
                     raise KeyboardInterrupt
                 results[name].append(final)
-        except (KeyboardInterrupt, RuntimeError, OSError) as error:
+        except (KeyboardInterrupt, RuntimeError, OSError, ConfigError, DataError) as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
                 if child.poll() is None:
@@ -161,8 +200,9 @@ def main(argv: list[str] | None = None) -> None:
     hours = sum(final["seconds"] for finals in results.values() for final in finals) / 3600
     own = [f"--grid {args.grid}", f"--seeds {args.seeds}", f"--jobs {args.jobs}"]
     command = " ".join(["python study/ablate.py", *own, *flags])
-    machine = f"{os.cpu_count()} cores ({platform.machine()})"
-    text = f"`{command}`\n\n{hours:.1f} hours of training on {machine}, {args.seeds} seeds\n\n{table(results)}\n"
+    machine = f"{configs[0].device}, {os.cpu_count()} cores ({platform.machine()}), threads a run: {threads}"
+    took = f"{hours:.1f} hours of training on {machine}; {args.seeds} seeds"
+    text = f"`{command}`\n\n{took}\n\n{table(results, columns)}\n"
     file = args.file or out / "table.md"
     file.write_text(text)
     print(f"\n{text}\n{file}")

@@ -3,12 +3,15 @@
 python study/figures.py sheet --data synthetic --file sheet.png      products with their photos and description
 python study/figures.py masks --checkpoint runs/…/last.pt            what a trained model would mask, random beside
                                                                      synchronized; --rows chooses the photos
-python study/figures.py words --checkpoint runs/…/last.pt            for each word, where in the photo it looks
+python study/figures.py words --checkpoint runs/…/last.pt            for each word, where in the photo it looks, read as
+                                                                     the run reads its masks; --source gradcam: by
+                                                                     word-wise Grad-CAM, for a run of any recipe
 """
 
 import argparse
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,11 +23,13 @@ import matplotlib.pyplot as plt
 import torch
 from tokenizers import Tokenizer
 
-from data import Collate, DataError, DataName, PhotoDataset, build_dataset, to_device
+from data import DESCRIPTION, Collate, DataError, DataName, PhotoDataset, build_dataset, encode, to_device
 from masking import reduce_heads
 from train import (
     ConfigError,
+    MaskSource,
     Run,
+    TrainConfig,
     build_run,
     check_device,
     config_from_dict,
@@ -74,7 +79,7 @@ def draw_attention(run: Run, dataset: PhotoDataset, rows: list[int], path: Path,
         photo = batch["images"][b].permute(1, 2, 0).numpy()
         if number == 0 or lines[number - 1][0] != b:
             axes[number, 0].imshow(photo)
-        tokens = run.tokenizer.encode(dataset.captions[int(batch["rows"][b])]).tokens
+        tokens = encode(run.tokenizer, [dataset.text(int(batch["rows"][b]))])[0].tokens
         for axis, word in zip(axes[number, 1:], words, strict=False):
             extent = (0, photo.shape[1], photo.shape[0], 0)
             axis.imshow(photo.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent)
@@ -92,11 +97,21 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     state = load_checkpoint(checkpoint)
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
+    dataset.lead = DESCRIPTION if config.prompts else ""
     run = build_run(config, dataset, Tokenizer.from_str(state["tokenizer"]))
     run.momentum.model.load_state_dict(state["momentum"])
     run.model.load_state_dict(state["model"])
     run.step = state["step"]
     return run, dataset
+
+
+def read_from(config: TrainConfig, source: MaskSource) -> TrainConfig:
+    """The config with another source of the masks, read from the same layer as far as Grad-CAM can."""
+    deepest = config.model.fusion_layers
+    if source == "gradcam" and deepest == 1:
+        raise ConfigError("--source gradcam needs a model with two fusion layers, since it cannot read the last")
+    unread = source == "gradcam" and config.mask_layer == deepest
+    return replace(config, mask_source=source, mask_layer=0 if unread else config.mask_layer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = parser.add_argument_group("masks, words")
     trained.add_argument("--checkpoint", type=Path, help="last.pt of a run")
     trained.add_argument("--rows", type=int, nargs="+", help="validation photos (default: of the first six products)")
+    trained.add_argument("--source", choices=get_args(MaskSource), help="how words are read (default: the run's own)")
     trained.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     args.file = args.file or Path(f"{args.figure}.png")
@@ -122,12 +138,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--products and --image-size: at least 1")
     if args.figure != "sheet" and not args.checkpoint:
         parser.error(f"{args.figure} needs --checkpoint")
+    if args.source and args.figure != "words":
+        parser.error("--source is for words")
     try:
         if args.figure == "sheet":
             dataset = build_dataset(args.data, args.root, args.split, args.image_size, args.seed, args.products)
             draw_sheet(dataset, args.products, args.file)
         else:
             run, dataset = open_run(args.checkpoint, args.root, args.device)
+            if args.source:
+                run.config = read_from(run.config, args.source)
             rows = args.rows or first_photos(dataset, 6)
             if not 0 <= min(rows) <= max(rows) < len(dataset):
                 raise ConfigError(f"--rows: the validation split has photos 0 to {len(dataset) - 1}")

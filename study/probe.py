@@ -1,15 +1,16 @@
-"""What do image features know? A linear probe for each attribute of the synthetic garments.
+"""What do image features know? A linear probe for category and sub-category, and for what is drawn on synthetic photos.
 
-python study/probe.py --checkpoint runs/…/last.pt      of a pretraining or a fine-tuning
+python study/probe.py --checkpoint runs/…/last.pt      of a pretraining or a fine-tuning; --root where files have moved
 
-Ridge regression from the frozen CLS to one-hot labels, fitted on the front and back photos of two thirds of some
-training products, accuracy on those of the other third; beside it a model with random weights, and the answer that is
-most often right.
+Ridge regression from the frozen CLS to one-hot labels, fitted on the photos (synthetic: front and back) of two of three
+training products, accuracy on those of every third; beside it a model with random weights, and the answer
+that is most often right. Photos without a label are left out.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DataError, Synthetic, normalise
+from data import DataError, DataName, PhotoDataset, Synthetic, build_dataset, normalise
 from model import ModelConfig, VisionLanguageModel
 from train import ConfigError, load_checkpoint
 
+PRODUCTS = 1500
 ATTRIBUTES = {
-    "garment": lambda product: product.garment,
     "colour": lambda product: product.colour,
     "pattern": lambda product: product.pattern[0] if product.pattern else "plain",
     "sleeve": lambda product: product.sleeve or "none",
@@ -30,14 +31,51 @@ ATTRIBUTES = {
 }
 
 
+def open_probe(
+    checkpoint: str | Path, root: str | None, products: int, progress: bool
+) -> tuple[VisionLanguageModel, PhotoDataset, list[int]]:
+    """A trained model, its training photos, and the rows of those to look at. Raises ConfigError or DataError."""
+    state = load_checkpoint(checkpoint)
+    config, seed = state["config"], state["config"].get("data_seed", state["config"]["seed"])
+    if config["data"] not in get_args(DataName):
+        raise ConfigError(f"trained on {config['data']}, whose photos have no categories")
+    model = VisionLanguageModel(ModelConfig(**config["model"]))
+    model.load_state_dict(state["model"])
+    dataset = build_dataset(
+        config["data"], root or config["root"], "train", config["model"]["image_size"], seed, products, progress
+    )
+    rows = np.flatnonzero(dataset.product_ids < products).tolist()
+    if isinstance(dataset, Synthetic):
+        rows = [row for row in rows if dataset.rows[row][1] in ("front", "back")]
+    return model, dataset, rows
+
+
 @torch.no_grad()
-def cls_features(model: VisionLanguageModel, dataset: Synthetic, rows: list[int]) -> Tensor:
-    """The image CLS tokens of some photos, (n, D)."""
-    parts = []
-    for start in tqdm(range(0, len(rows), 128), "encoding photos", unit=" batches", leave=False):
-        images = torch.stack([dataset[row]["image"] for row in rows[start : start + 128]])
-        parts.append(model.eval().encode_image(normalise(images))[:, 0])
-    return torch.cat(parts)
+def cls_features(
+    models: list[VisionLanguageModel], dataset: PhotoDataset, rows: list[int], progress: bool
+) -> tuple[list[int], list[Tensor]]:
+    """Those of the rows that can be decoded, and their image CLS tokens by each of the models, (n, D)."""
+    decoded, parts = [], [[] for _ in models]
+    for start in tqdm(range(0, len(rows), 128), "encoding photos", unit=" batches", leave=False, disable=not progress):
+        items = [dataset[row] for row in rows[start : start + 128]]
+        images = [item["image"] for item in items if isinstance(item, dict)]
+        decoded += [item["row"] for item in items if isinstance(item, dict)]
+        for model, part in zip(models, parts, strict=True):
+            if images:
+                part.append(model.eval().encode_image(normalise(torch.stack(images)))[:, 0])
+    if not decoded:
+        raise DataError("none of the photos can be decoded")
+    return decoded, [torch.cat(part) for part in parts]
+
+
+def labels_of(dataset: PhotoDataset, rows: list[int]) -> dict[str, list[str]]:
+    """What each of the rows shows, "" where unknown."""
+    named = {"category": dataset.categories, "sub-category": dataset.subcategories}
+    labels = {name: [values[row] for row in rows] for name, values in named.items()}
+    if isinstance(dataset, Synthetic):
+        products = [dataset.products[dataset.rows[row][0]] for row in rows]
+        labels |= {name: [of(product) for product in products] for name, of in ATTRIBUTES.items()}
+    return labels
 
 
 def probe(features: Tensor, labels: Tensor, fit: Tensor, penalty: float = 50.0) -> float:
@@ -49,37 +87,48 @@ def probe(features: Tensor, labels: Tensor, fit: Tensor, penalty: float = 50.0) 
     return ((x @ weights).argmax(dim=1) == labels)[~fit].float().mean().item()
 
 
+def accuracies(dataset: PhotoDataset, rows: list[int], features: list[Tensor]) -> dict[str, list[float]]:
+    """For each kind of label that there is: accuracy from each of some features (n, D), and of the commonest answer."""
+    owners, found = torch.from_numpy(dataset.product_ids[rows]), {}
+    fit = owners % 3 < 2
+    for name, values in labels_of(dataset, rows).items():
+        known = torch.tensor([value != "" for value in values])
+        if known[fit].any() and known[~fit].any():
+            labels = torch.from_numpy(np.unique([value for value in values if value], return_inverse=True)[1])
+            part = fit[known]
+            most = labels[~part].bincount().max() / (~part).sum()
+            found[name] = [*(probe(x[known], labels, part) for x in features), most.item()]
+    return found
+
+
+def category_accuracy(checkpoint: str | Path, root: str | None = None) -> float | None:
+    """Accuracy of the linear probe for the category, None where the photos have none."""
+    model, dataset, rows = open_probe(checkpoint, root, PRODUCTS, progress=False)
+    rows, features = cls_features([model], dataset, rows, progress=False)
+    return accuracies(dataset, rows, features).get("category", [None])[0]
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("probe.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--products", type=int, default=900, help="training products to look at (default 900)")
+    parser.add_argument("--root", help="folder of the data set (default: where it was in training)")
+    parser.add_argument("--products", type=int, default=PRODUCTS, help=f"products to look at (default {PRODUCTS})")
     args = parser.parse_args(argv)
     if args.products < 30:
         parser.error(f"--products {args.products}: at least 30")
     try:
-        state = load_checkpoint(args.checkpoint)
-        config = ModelConfig(**state["config"]["model"])
         torch.manual_seed(0)
-        trained, untrained = VisionLanguageModel(config), VisionLanguageModel(config)
-        trained.load_state_dict(state["model"])
-        dataset = Synthetic(
-            "train", args.products, config.image_size, state["config"].get("data_seed", state["config"]["seed"])
-        )
+        trained, dataset, rows = open_probe(args.checkpoint, args.root, args.products, progress=True)
+        untrained = VisionLanguageModel(trained.config)
+        rows, features = cls_features([trained, untrained], dataset, rows, progress=True)
     except (ConfigError, DataError, TypeError, RuntimeError) as error:
         sys.exit(f"probe.py: {args.checkpoint}: {str(error).splitlines()[0]}")
-    rows = [row for row, (_, view) in enumerate(dataset.rows) if view in ("front", "back")]
-    owners = torch.tensor([dataset.rows[row][0] for row in rows])
-    fit = owners < 2 * args.products // 3
-    features = [cls_features(model, dataset, rows) for model in (trained, untrained)]
-    print(f"{len(rows):,} synthetic photos of {args.products:,} products; accuracy in %")
+    kind = "synthetic photos" if isinstance(dataset, Synthetic) else "photos"
+    print(f"{len(rows):,} {kind} of {len(set(dataset.product_ids[rows])):,} products; accuracy in %")
     print("| | this model | random weights | most frequent |\n|---|---|---|---|")
-    for name, of in ATTRIBUTES.items():
-        values = [of(dataset.products[owner]) for owner in owners.tolist()]
-        labels = torch.from_numpy(np.unique(values, return_inverse=True)[1])
-        most = labels[~fit].bincount().max() / (~fit).sum()
-        cells = [f"{100 * value:.1f}" for value in (*(probe(x, labels, fit) for x in features), most.item())]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    for name, shares in accuracies(dataset, rows, features).items():
+        print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
 
 
 if __name__ == "__main__":

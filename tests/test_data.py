@@ -390,7 +390,7 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
     texts = TEXTS + wardrobe.captions[:50]
     expected = theirs(texts, padding=True, truncation=True, max_length=32)
     for tokenizer in (ours, trained, data.Tokenizer.from_str(ours.to_str())):
-        encoded = data.tokenize(tokenizer, texts)
+        encoded = data.tokenize(tokenizer, [("", text) for text in texts])
         assert encoded["token_ids"].tolist() == expected["input_ids"]
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]
     assert not encoded["words"][3].any() and encoded["words"][0].sum() > 3
@@ -417,6 +417,141 @@ def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
     tokenizer = build_tokenizer(wardrobe.captions, 300, 64)
     batch = Collate(tokenizer)([wardrobe[i] for i in range(4)])
     assert batch["attention_mask"].sum(1).max() == batch["token_ids"].shape[1] < 64
+
+
+# --------------------------------------------------------------------------------- symbols and prompts
+
+
+@pytest.mark.parametrize(
+    "category, subcategory, symbol",
+    [
+        ("SHIRTS", "", "tops"), ("SWEATSHIRTS", "", "tops"), ("JEANS", "", "pants"), ("SKIRTS", "", "skirts"),
+        ("SUITS & BLAZERS", "", "dresses"), ("JACKETS & COATS", "", "coats"), ("BOAT SHOES & MOCCASINS", "", "shoes"),
+        ("LACE UPS", "", "shoes"), ("DUFFLE & TOP HANDLE BAGS", "", "bags"), ("BAG ACCESSORIES", "", "accessories"),
+        ("POUCHES & DOCUMENT HOLDERS", "", "bags"), ("POCKET SQUARES & TIE BARS", "", "accessories"),
+        ("FINE JEWELRY", "", "accessories"), ("SWIMWEAR", "", "others"), ("UNDERWEAR & LOUNGEWEAR", "", "others"),
+        ("Bottomwear", "Skirts", "skirts"), ("", "", "others"), ("DRESS SHIRTS", "COATS", "tops"),
+    ],
+)  # fmt: skip
+def test_symbol_of_a_category(category, subcategory, symbol):
+    assert data.symbol_of(category, subcategory) == symbol
+
+
+def test_every_synthetic_category_has_a_symbol():
+    categories = {garment.category for garment in data.GARMENTS.values()}
+    assert "others" not in {data.symbol_of(category) for category in categories}
+
+
+def spoken(text):
+    """The prompts of a text: name -> value."""
+    prompts = zip(text[2::2], text[3::2], strict=True)
+    return {frame.removeprefix("[SEP] ").removeprefix("the image ").removesuffix(" is"): v for frame, v in prompts}
+
+
+def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe):
+    plain = {row: wardrobe.text(row) for row in range(40)}
+    wardrobe.prompts, orders = True, set()
+    try:
+        for row in range(40):
+            product, text = wardrobe.products[wardrobe.rows[row][0]], wardrobe.text(row)
+            assert plain[row] == ("", wardrobe.captions[row]) and text == wardrobe.text(row)
+            symbol = data.symbol_of(wardrobe.categories[row])
+            assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
+            assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
+            known = {"category": data.GARMENTS[product.garment].category, "sub category": product.garment.upper()}
+            known |= {"colour": product.colour, "sleeve": product.sleeve, "neck": product.neck}
+            known["pattern"] = " in ".join(product.pattern) if product.pattern else None
+            assert spoken(text) == {name: value for name, value in known.items() if value}
+            orders.add(tuple(spoken(text)))
+        assert len(orders) > 20
+        part = wardrobe.part(np.array([7, 3]))
+        assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
+    finally:
+        del wardrobe.prompts
+    assert data.prompted("a", "bags", {"category": ""}, np.random.default_rng(0)) == (
+        "[bags] the image description is", "a",
+    )  # fmt: skip
+
+
+def test_prompts_of_files(fashiongen, tmp_path):
+    dataset = open_fashiongen(fashiongen)
+    dataset.prompts = True
+    said = spoken(dataset.text(0))
+    assert said["season"] == "spring summer 2018" and said["composition"] == "100% cotton." and said["gender"] == "Men"
+    assert said["name"].lower() in dataset.captions[0].lower() or len(said["name"].split()) > 1
+    path = fashiongen / FashionGen.FILES["train"]
+    replace_key(path, "input_season", None)
+    dataset = open_fashiongen(fashiongen)
+    dataset.prompts = True
+    assert "season" not in spoken(dataset.text(0)) and "gender" in spoken(dataset.text(0))
+    replace_key(path, "input_gender", np.array([[b"x"]]))
+    with pytest.raises(DataError, match="key input_gender: shape"):
+        open_fashiongen(fashiongen)
+
+    folder = tmp_path / "own"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
+    more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7}
+    write_jsonl(folder, [line | {"product_id": 1} | more, line | {"product_id": 2}])
+    (folder / "val.jsonl").write_text((folder / "train.jsonl").read_text())
+    opened = build_dataset("jsonl", folder, "train", 32)
+    opened.prompts = True
+    assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
+    assert spoken(opened.text(1)) == {"category": "Coats"}
+    for wrong, message in (({"season": ["Fall"]}, "field season is neither"), ({"title": "\ud83d"}, "lone surrogate")):
+        write_jsonl(folder, [line | {"product_id": 1} | wrong])
+        with pytest.raises(DataError, match=f"line 1: .*{message}"):
+            build_dataset("jsonl", folder, "train", 32)
+
+
+def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe):
+    wardrobe.prompts = True
+    try:
+        texts = [wardrobe.text(row) for row in range(len(wardrobe))]
+    finally:
+        del wardrobe.prompts
+    tokenizer = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, frames=True)
+    again = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, frames=True)
+    assert again.to_str() == tokenizer.to_str() and tokenizer.get_vocab_size() <= 600 + len(data.SYMBOLS)
+    special = {tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS}
+    symbols = {tokenizer.token_to_id(f"[{symbol}]") for symbol in data.SYMBOLS}
+    assert min(symbols) == tokenizer.get_vocab_size() - 9 and not symbols & set(data.word_ids(tokenizer).tolist())
+    batch = data.tokenize(tokenizer, texts[:30])
+    for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["words"].tolist(), strict=False):
+        assert tokenizer.id_to_token(ids[1]) == text[0].split()[0] and ids[1] in symbols
+        tokens = [tokenizer.id_to_token(i) for i in ids]
+        framed = [token for token, word in zip(tokens, words, strict=True) if not word and token != "[PAD]"]
+        frames = " ".join(text[0::2]).split()
+        assert framed == ["[CLS]", *frames, "[SEP]"]  # and every word of a frame is one token
+        assert not {i for i, word in zip(ids, words, strict=True) if word} & (special | symbols)
+
+
+def test_word_truth_is_the_same_in_a_frame(wardrobe):
+    rows = [0, 1, 2, 9]
+    tokenizer = build_tokenizer(wardrobe.captions, 400, 128, frames=True)
+    plain, alone = (
+        data.word_truth(wardrobe, rows, tokenizer, 8),
+        data.tokenize(tokenizer, [wardrobe.text(r) for r in rows]),
+    )
+    wardrobe.prompts = True
+    try:
+        framed = data.word_truth(wardrobe, rows, tokenizer, 8)
+        batch = data.tokenize(tokenizer, [wardrobe.text(row) for row in rows])
+    finally:
+        del wardrobe.prompts
+    for b in range(len(rows)):
+        before = alone["words"][b].sum()
+        description = batch["words"][b].nonzero()[:before, 0]
+        assert torch.equal(framed.regions[b, description], plain.regions[b, alone["words"][b]])
+        assert framed.attribute[b].sum() == plain.attribute[b].sum()
+
+
+def test_word_pairs_are_tokens_of_the_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*data.SPECIAL_TOKENS, "long", "short", "wide", "tall"]))
+    tokenizer = build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
+    assert data.word_pairs(tokenizer, "long short, wide narrow, tall short").tolist() == [-1] * 5 + [6, 5, -1, 6]
+    assert len(data.ANTONYMS.split(", ")) > 20 and all(len(pair.split()) == 2 for pair in data.SYNONYMS.split(", "))
 
 
 # ---------------------------------------------------------------------------------------- augmentation

@@ -198,11 +198,11 @@ def test_match_scores_equal_pair_by_pair(pretrained):
     run = train.build_run(config, photos, train.Tokenizer.from_str(source["tokenizer"]))
     finetune.load_weights(run, source, "x")
     run.model.eval()
-    captions = list(dict.fromkeys(photos.captions))
+    texts = list(dict.fromkeys(photos.text(row) for row in range(len(photos))))
     pairs = torch.tensor([[5, 1], [0, 0], [5, 0], [17, 3], [0, 2], [0, 0]])
-    scores = finetune.match_scores(run, photos, captions, pairs)
+    scores = finetune.match_scores(run, photos, texts, pairs)
     for (photo, text), score in zip(pairs.tolist(), scores.tolist(), strict=True):
-        words = data.tokenize(run.tokenizer, [captions[text]])
+        words = data.tokenize(run.tokenizer, [texts[text]])
         with torch.no_grad():
             image = run.model.encode_image(data.normalise(photos[photo]["image"][None]))
             text_embeds = run.model.encode_text(words["token_ids"], words["attention_mask"])
@@ -245,6 +245,41 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, left, key,
     flags = [flag for flag in flags if flag not in ("--modality", "image")]
     again = command("--task", task, "--checkpoint", out / "best.pt", "--eval-only", "--out", tmp_path / "again", *flags)
     assert again["metrics"] == found["metrics"]
+
+
+def test_tasks_of_a_fashionfine_checkpoint(tmp_path, capsys):
+    """Texts get a lead and neither symbol nor prompts, so no label is told; tgir compares [CLS] alone."""
+    flags = [*FAST, "--products", "20", "--out", str(tmp_path / "pre"), "--steps", "2", "--recipe", "fashionfine"]
+    train.train(*train.parse_config(flags))
+    source = tmp_path / "pre" / "last.pt"
+    common = ["--checkpoint", source, "--steps", "2", "--val-every", "2"]
+    for task, lead, shares in (
+        ("retrieval", data.DESCRIPTION, (0.05, 0.25)), ("category", data.DESCRIPTION, (0.05, 0.25)),
+        ("tgir", data.DIFFERENCE, (0.0, 0.0)),
+    ):  # fmt: skip
+        config, _, _ = finetune.parse_config([str(flag) for flag in ["--task", task, *common]])
+        opened = finetune.TASKS[task](config).open("val")
+        assert opened.text(3) == (lead, opened.captions[3])
+        if task == "tgir":
+            assert opened.queries().text(3) == (lead, opened.captions[3]) == opened.part(np.array([3])).text(0)
+        assert (config.model.local_image, config.model.local_text) == shares and not config.model.alignment
+        assert (config.focal_gamma, config.itc_weight) == ((2, 0.25) if task == "retrieval" else (0, 1))
+        found = command("--task", task, *common, "--out", tmp_path / task)
+        saved = train.load_checkpoint(tmp_path / task / "best.pt")["model"]
+        assert any(name.startswith("adapter") for name in saved) == (task != "tgir")
+        assert not any(name.startswith(("phrases", "detector")) for name in saved)
+        flags = ["--task", task, "--eval-only", "--checkpoint", tmp_path / task / "best.pt"]
+        assert command(*flags, "--out", tmp_path / f"{task}-again")["metrics"] == found["metrics"]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    by_words = command("--task", "search", "--checkpoint", source, "--query", "red shirt", "--out", tmp_path / "s")
+    assert len(by_words) == finetune.FOUND and by_words[0][1] <= 1
+    flags = ["--task", "search", "--checkpoint", tmp_path / "tgir" / "best.pt", "--out", tmp_path / "s"]
+    command(*flags, "--image", tmp_path / "a.png", "--query", "is red")
+    damaged = torch.load(source, weights_only=True)
+    damaged["model"].pop("adapter.score.2.weight")
+    torch.save(damaged, tmp_path / "damaged.pt")
+    with pytest.raises(ConfigError, match="does not fit its own config, adapter.score.2.weight"):
+        command("--task", "retrieval", "--eval-only", "--checkpoint", tmp_path / "damaged.pt", "--out", tmp_path / "d")
 
 
 def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):

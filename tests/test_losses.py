@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losses import forbidden_negatives, itc_loss, itc_targets, itm_loss, mim_loss, mlm_loss, pick_negatives
+from losses import (
+    alignment_loss,
+    forbidden_negatives,
+    itc_loss,
+    itc_targets,
+    itm_loss,
+    mim_loss,
+    mlm_loss,
+    pick_negatives,
+)
 
 
 def logits(*shape):
@@ -34,6 +43,23 @@ def test_itc_loss_equals_a_loop(gamma):
                 p = math.e ** sim[b, j] / total
                 naive = naive - (1 - p) ** gamma * target[b, j] * torch.log(p) / 4 / 2
     same_with_gradients(itc_loss(i2t, t2i, *targets, gamma=gamma), naive, (i2t, t2i))
+
+
+def test_focal_itc_with_gamma_0_is_itc_exactly():
+    i2t, t2i, targets = logits(4, 7), logits(4, 7), torch.rand(4, 7).softmax(1)
+    plain = -((targets * i2t.float().log_softmax(1)).sum(1) + (targets * t2i.float().log_softmax(1)).sum(1)).mean() / 2
+    focal = itc_loss(i2t, t2i, targets, targets, gamma=0.0)
+    assert torch.equal(focal, itc_loss(i2t, t2i, targets, targets)) and focal.item() == pytest.approx(plain.item())
+
+
+def test_alignment_loss_equals_a_loop():
+    text, image = logits(5, 3), logits(5, 3)
+    unit = lambda x: x / x.norm(dim=1, keepdim=True)
+    naive = 0
+    for t, i in zip(text, image, strict=True):
+        cosine = sum(t[d] * i[d] for d in range(3)) / (t.norm() * i.norm())
+        naive = naive + (1 - (cosine + 1) / 2) / 5
+    same_with_gradients(alignment_loss(unit(text), unit(image)), naive, (text, image))
 
 
 def test_itc_targets_spread_over_a_product_and_mix_in_momentum():

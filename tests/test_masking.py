@@ -15,6 +15,7 @@ from masking import (
     pointing,
     random_patch_mask,
     random_word_mask,
+    replace_words,
     soft_mask,
     sync_mask,
 )
@@ -176,6 +177,28 @@ def test_corruption_is_80_10_10_and_labels_the_masked_only():
     assert math.isclose(masked, 0.8, abs_tol=0.02) and math.isclose(kept, 0.1, abs_tol=0.02)
     drawn = corrupted[mask & (corrupted != 4) & (corrupted != ids)]
     assert drawn.min() >= 5 and drawn.max() < 1000 and len(drawn.unique()) > 500
+
+
+def test_replaced_words_are_known_and_synonyms_are_not_among_them():
+    """Even ids have their antonym 1000 above, odd ones none; ids from 500 on have their synonym 2000 above."""
+    ids = torch.randint(5, 1000, (300, 100), generator=seeded(1))
+    words = torch.rand(ids.shape, generator=seeded(3)) < 0.8
+    mask = words & (torch.rand(ids.shape, generator=seeded(2)) < 0.5)
+    every = torch.arange(1000)
+    antonyms, synonyms = torch.where(every % 2 == 0, every + 1000, -1), torch.where(every >= 500, every + 2000, -1)
+    corrupted, labels, replaced = replace_words(
+        ids, words, mask, 4, torch.arange(5, 1000), antonyms, synonyms, seeded(0)
+    )
+    assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()
+    assert torch.equal(replaced, mask & (corrupted != ids) & (corrupted != 4))
+    assert math.isclose(replaced[mask].float().mean(), 0.1, abs_tol=0.02)
+    opposite = corrupted[replaced] == ids[replaced] + 1000
+    even = ids[replaced] % 2 == 0
+    assert not opposite[~even].any() and math.isclose(opposite[even].float().mean(), 0.5, abs_tol=0.06)
+    changed = ~mask & (corrupted != ids)
+    assert torch.equal(corrupted[changed], ids[changed] + 2000) and (words[changed] & (ids[changed] >= 500)).all()
+    share = changed.sum() / (words & ~mask & (ids >= 500)).sum()
+    assert math.isclose(share, 0.15, abs_tol=0.02)
 
 
 def test_soft_mask_equals_a_loop():

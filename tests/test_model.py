@@ -487,3 +487,93 @@ def test_unreadable_weights_are_one_clear_line(tmp_path, kind, capsys):
     with pytest.raises(WeightsError, match=str(path.name)) as caught:
         load_pretrained(make_model(), vision=path)
     assert "\n" not in str(caught.value) and "ran pickled code" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- local tokens, phrases, symbols
+
+FINE = replace(SMALL, local_image=0.05, local_text=0.25, alignment=True, detector=True)
+
+
+def same_in_float64(ours, naive, inputs):
+    torch.testing.assert_close(ours, naive)
+    theirs = torch.autograd.grad(naive.sum(), inputs)
+    for mine, other in zip(torch.autograd.grad(ours.sum(), inputs), theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_adapter_equals_a_loop_and_is_one_for_both_modalities():
+    model = make_model(FINE).double()
+    adapter, keep = model.adapter, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    tokens = torch.randn(2, 5, FINE.width, dtype=torch.float64, requires_grad=True)
+    naive = []
+    for x, kept in zip(tokens, keep, strict=True):
+        hidden = [torch.tanh(adapter.score[0].weight @ row + adapter.score[0].bias) for row in x[kept]]
+        weights = [torch.exp((adapter.score[2].weight @ h)[0]) for h in hidden]
+        naive.append(sum(w / sum(weights) * row for w, row in zip(weights, x[kept], strict=True)))
+    same_in_float64(adapter(tokens, keep), torch.stack(naive), (tokens, adapter.score[0].weight))
+    text, image = model.text_feature(tokens, keep), model.image_feature(tokens)
+    used = (
+        torch.autograd.grad(text.sum(), adapter.score[2].weight)[0],
+        torch.autograd.grad(image.sum(), adapter.score[2].weight)[0],
+    )
+    assert all(gradient.any() for gradient in used)
+
+
+def test_phrases_equal_a_loop():
+    phrases = make_model(FINE).double().phrases
+    keep = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    tokens = torch.randn(2, 6, FINE.width, dtype=torch.float64, requires_grad=True)
+    naive = []
+    for x, kept in zip(tokens, keep, strict=True):
+        at = lambda place, x=x, kept=kept: x[place] if 0 <= place < 6 and kept[place] else torch.zeros_like(x[0])
+        found = []
+        for place in kept.nonzero()[:, 0].tolist():
+            # kernel 1: the word; 2: the two beside it; 3: the word and those two places away
+            near = [[place], [place - 1, place + 1], [place - 2, place, place + 2]]
+            spoken = [
+                torch.tanh(conv.bias + sum(conv.weight[:, :, k] @ at(p) for k, p in enumerate(places)))
+                for conv, places in zip(phrases.convs, near, strict=True)
+            ]
+            found.append(torch.stack(spoken).amax(dim=0))
+        naive.append(torch.stack(found).mean(dim=0))
+    same_in_float64(phrases(tokens, keep), torch.stack(naive), (tokens, phrases.convs[2].weight))
+
+
+def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
+    model = make_model(FINE)
+    (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
+    unit = lambda x: x / x.norm(dim=-1, keepdim=True)
+    with torch.no_grad():
+        text_embeds = model.encode_text(token_ids, keep)
+        cls, local = unit(model.vision_proj(image_embeds[:, 0])), model.adapter(image_embeds[:, 1:])
+        close(model.image_feature(image_embeds), unit(0.95 * cls + 0.05 * unit(model.vision_proj(local))))
+        cls, local = unit(model.text_proj(text_embeds[:, 0])), model.adapter(text_embeds[:, 2:], keep[:, 2:].bool())
+        close(model.text_feature(text_embeds, keep), unit(0.75 * cls + 0.25 * unit(model.text_proj(local))))
+        phrase = model.phrases(text_embeds[:, 2:], keep[:, 2:].bool())
+        symbol = unit(model.text_proj(text_embeds[:, 1]))
+        close(model.category_feature(text_embeds, keep), unit(0.95 * symbol + 0.05 * unit(model.text_proj(phrase))))
+        changed = torch.where(keep[..., None].bool(), text_embeds, torch.randn_like(text_embeds))
+        close(model.text_feature(changed, keep), model.text_feature(text_embeds, keep))
+        close(model.category_feature(changed, keep), model.category_feature(text_embeds, keep))
+        longer, more = (
+            torch.nn.functional.pad(text_embeds, (0, 0, 0, 4), value=9.0),
+            torch.nn.functional.pad(keep, (0, 4)),
+        )
+        close(model.text_feature(longer, more), model.text_feature(text_embeds, keep))
+        close(model.category_feature(longer, more), model.category_feature(text_embeds, keep))
+        plain = make_model()
+        assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
+        assert torch.equal(plain.text_feature(text_embeds, keep), plain.project_text(text_embeds))
+    with pytest.raises(ValueError, match="shares are at most 1"):
+        replace(SMALL, local_text=1.5)
+
+
+def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
+    state = bert_names(make_model(seed=3))
+    torch.save(state, tmp_path / "bert.bin")
+    target = make_model(replace(SMALL, vocab_size=SMALL.vocab_size + 9))
+    before = target.text.word_embeddings.weight.detach().clone()
+    report = load_pretrained(target, text=tmp_path / "bert.bin")
+    after, words = target.text.word_embeddings.weight, state["embeddings.word_embeddings.weight"]
+    assert torch.equal(after[:-9], words) and torch.equal(after[-9:], before[-9:])
+    assert "text.word_embeddings.weight" in report.loaded

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import data
+import finetune
 import train
 from study import ablate, benchmark, figures, probe, sources
 
@@ -17,6 +19,22 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
          "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8", "--val-products", "6",
          "--steps", "2"]  # fmt: skip
+FILES = [flag for flag in SMALL if flag not in ("--products", "12")] + ["--data", "jsonl", "--preset", "tiny"]
+
+
+def write_files(folder, category=lambda product: "odd" if product % 2 else "even"):
+    """36 drawn products with all their photos as a jsonl data set, one photo damaged. -> how many photos."""
+    drawn = data.Synthetic("train", 36, 32, progress=False)
+    folder.mkdir()
+    lines = []
+    for row, product in enumerate(drawn.product_ids.tolist()):
+        drawn.photos[row].save(folder / f"{row}.png")
+        lines.append({"image": f"{row}.png", "caption": drawn.captions[row], "product_id": product})
+        lines[-1] |= {"category": category(product)}
+    (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:300])
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[-20:]))
+    return len(drawn)
 
 
 def test_contact_sheet(tmp_path):
@@ -42,14 +60,27 @@ def test_masks_and_words_of_a_checkpoint(tmp_path, capsys):
     assert Image.open(tmp_path / "one.png").height < Image.open(tmp_path / "masks.png").height / 3
     figures.main(["words", "--checkpoint", checkpoint, "--rows", "0", "4", "--file", str(tmp_path / "words.png")])
     assert Image.open(tmp_path / "words.png").width > 600
+    figures.main(["words", "--checkpoint", checkpoint, "--rows", "0", "4", "--source", "gradcam",
+                  "--file", str(tmp_path / "gradcam.png")])  # fmt: skip
+    words, gradcam = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("words", "gradcam"))
+    assert words.shape == gradcam.shape and (words != gradcam).any()
     for flags, message in (
         (["masks"], "masks needs --checkpoint"),
+        (["masks", "--checkpoint", checkpoint, "--source", "gradcam"], "--source is for words"),
         (["words", "--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
         (["words", "--checkpoint", checkpoint, "--rows", "99999"], "--rows: the validation split has photos 0 to"),
     ):
         with pytest.raises(SystemExit) as caught:
             figures.main(flags)
         assert message in str(caught.value.code) + capsys.readouterr().err
+
+
+def test_gradcam_reads_any_layer_but_the_last():
+    config = train.parse_config([*SMALL, "--mask-layer", "2", "--mask-source", "attention"])[0]
+    read = figures.read_from(config, "gradcam")
+    assert (read.mask_source, read.mask_layer) == ("gradcam", 0) and figures.read_from(config, "hidden").mask_layer == 2
+    with pytest.raises(train.ConfigError, match="--source gradcam needs a model with two fusion layers"):
+        figures.read_from(train.parse_config([*SMALL, "--fusion-layers", "1"])[0], "gradcam")
 
 
 def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatch):
@@ -102,7 +133,7 @@ def test_masked_words_are_blacked_out(tmp_path):
     run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
     page = Image.new("RGB", (400, 60), train.PAPER)
     pen, font = train.ImageDraw.Draw(page), train.ImageFont.load_default(15)
-    train.draw_caption(pen, font, "red coat", run.tokenizer, [False, False, True, False], (0, 0), 300)
+    train.draw_text(pen, font, ("", "red coat"), run.tokenizer, [False, False, True, False], (0, 0), 300)
     dark = (np.array(page) == train.INK).all(2).sum(0)
     middle = int(font.getlength("red")) + 3
     assert dark[:middle].max() < 15 < dark[middle:].max()
@@ -126,6 +157,11 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert one.split(" | ")[1] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     assert two.startswith("| two | ") and header.count("|") == one.count("|")
     assert header.split(" | ")[1] == "R@1 i2t %" and first in capsys.readouterr().out
+    assert f"threads a run: {max(1, ablate.os.cpu_count() // 2)};" in first
+    recipes = ablate.table({"one": [final | {"category": 0.5} for final in finals]}, ablate.RECIPE_COLUMNS).splitlines()
+    assert recipes[0].count("|") == len(ablate.RECIPE_COLUMNS) + 2 and " | 50.0 ± 0.0 | " in recipes[2]
+    values = [final["seconds"] / 2 for final in finals]
+    assert recipes[2].endswith(f"| {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} |")
     (tmp_path / "1-0" / "last.pt").write_text("something else")
     (tmp_path / "1-0" / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit, match="1-0.log: status 1, train.py: .*not a checkpoint of train.py"):
@@ -139,6 +175,35 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f"ablate.py: .*{message}"):
             ablate.main([*flags, *more])
+
+
+def test_recipes_are_compared_on_files(tmp_path, monkeypatch):
+    write_files(tmp_path / "shop")
+    grid = {"albef": ["--recipe", "albef"], "fashionfine": ["--recipe", "fashionfine"]}
+    monkeypatch.setattr(ablate, "GRIDS", ablate.GRIDS | {"recipes": grid})
+    probed = []
+    monkeypatch.setattr(
+        ablate, "category_accuracy", lambda *where: probed.append(where) or probe.category_accuracy(*where)
+    )
+    flags = [*FILES, "--root", str(tmp_path / "shop"), "--seeds", "1", "--jobs", "2"]
+    flags += ["--out", str(tmp_path / "runs")]
+    for _ in range(2):
+        ablate.main([*flags, "--grid", "recipes"])
+        header, _, albef, fashionfine = (tmp_path / "runs" / "table.md").read_text().splitlines()[-4:]
+        titles = ["R@1 i2t %", "R@1 t2i %", "ITM %", "MLM %", "category %", "seconds a step"]
+        assert header.strip("| ").split(" | ") == titles
+        checkpoints = [tmp_path / "runs" / f"{number}-0" / "last.pt" for number in (0, 1)]
+        shares = [probe.category_accuracy(checkpoint, str(tmp_path / "shop")) for checkpoint in checkpoints]
+        assert [line.split(" | ")[5] for line in (albef, fashionfine)] == [f"{100 * share:.1f}" for share in shares]
+        assert sorted(probed) == [(checkpoint, str(tmp_path / "shop")) for checkpoint in checkpoints]
+    for name in ("last.pt", "metrics.jsonl"):
+        (tmp_path / "runs" / "1-0" / name).unlink()
+    ablate.main([*flags, "--grid", "recipes"])
+    assert len(probed) == 3 and probed[2][0] == checkpoints[1]  # a run made anew is probed anew
+    with pytest.raises(SystemExit, match="only synthetic photos come with the truth"):
+        ablate.main([*flags, "--grid", "method"])
+    with pytest.raises(SystemExit, match="the conditions differ in length; give --steps or --epochs"):
+        ablate.main(["--grid", "recipes", "--preset", "base"])
 
 
 def test_every_condition_of_the_ablations_is_a_valid_run():
@@ -165,13 +230,51 @@ def test_probe_finds_what_is_linearly_there_and_nothing_else():
     assert probe.probe(noise, labels, fit) < 0.4
 
 
-def test_probe_of_a_checkpoint(tmp_path, capsys):
+def test_labels_that_were_never_fitted_are_errors_and_none_is_no_label():
+    """30 products whose features tell all labels apart, but of those left to test, every third, four have a new one."""
+    names = ["", *["red", "blue"] * 14, "red"]
+    names[2:12:3] = ["new"] * 4
+    dataset = data.PhotoDataset(["text"] * 30, list(range(30)), names, [""] * 30, 32)
+    kinds = torch.tensor([["", "red", "blue", "new"].index(name) for name in names])
+    features = torch.nn.functional.one_hot(kinds).float()
+    assert probe.accuracies(dataset, list(range(30)), [features])["category"] == pytest.approx([0.6, 0.4])
+
+
+def test_probe_of_a_checkpoint(tmp_path, capsys, monkeypatch):
     config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
     train.train(config, given)
     capsys.readouterr()
-    probe.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "30"])
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in table[3:]] == [f"| {name}" for name in probe.ATTRIBUTES]
-    assert all(0 <= float(cell) <= 100 for line in table[3:] for cell in line.strip("| ").split(" | ")[1:])
-    with pytest.raises(SystemExit, match="probe.py: .*no such checkpoint"):
-        probe.main(["--checkpoint", str(tmp_path / "none.pt")])
+    checkpoint = tmp_path / "last.pt"
+    probe.main(["--checkpoint", str(checkpoint), "--products", "30"])
+    head, _, _, *table = capsys.readouterr().out.splitlines()
+    assert head == "60 synthetic photos of 30 products; accuracy in %"
+    rows = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in table)}
+    assert list(rows) == ["category", "sub-category", *probe.ATTRIBUTES]
+    assert all(0 <= float(cell) <= 100 for cells in rows.values() for cell in cells)
+    monkeypatch.setattr(probe, "PRODUCTS", 30)
+    assert rows["category"][0] == f"{100 * probe.category_accuracy(checkpoint):.1f}"
+    state = torch.load(checkpoint)
+    torch.save(state | {"config": state["config"] | {"data": "fashioniq"}}, tmp_path / "pairs.pt")
+    for name, message in (("none", "no such checkpoint"), ("pairs", "trained on fashioniq, whose photos have no cat")):
+        with pytest.raises(SystemExit, match=f"probe.py: .*{message}"):
+            probe.main(["--checkpoint", str(tmp_path / f"{name}.pt")])
+
+
+def test_probe_of_files(tmp_path, capsys):
+    """A pretraining and a fine-tuning of it, after the files have moved; one photo cannot be decoded."""
+    count = write_files(tmp_path / "shop")
+    config, given = train.parse_config([*FILES, "--root", str(tmp_path / "shop"), "--out", str(tmp_path / "run")])
+    train.train(config, given)
+    finetune.main(["--task", "category", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--steps", "1",
+                   "--batch-size", "8", "--out", str(tmp_path / "tuned")])  # fmt: skip
+    (tmp_path / "shop").rename(tmp_path / "moved")
+    for run in ("run", "tuned"):
+        flags = ["--checkpoint", str(tmp_path / run / "last.pt"), "--products", "40"]
+        with pytest.raises(SystemExit, match="shop: no such folder"):
+            probe.main(flags)
+        capsys.readouterr()
+        probe.main([*flags, "--root", str(tmp_path / "moved")])
+        head, _, _, category = capsys.readouterr().out.splitlines()
+        assert head == f"{count - 1} photos of 36 products; accuracy in %" and category.startswith("| category | ")
+    write_files(tmp_path / "bare", lambda product: "")
+    assert probe.category_accuracy(tmp_path / "run" / "last.pt", str(tmp_path / "bare")) is None

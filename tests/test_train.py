@@ -24,7 +24,7 @@ FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers"
         "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
         "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1"]  # fmt: skip
 # soft masks read the gradient in a layer before the last
-FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "albef": []}
+FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine": [], "albef": []}
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         ["--precision", "bf16", "--color-jitter", "0.2", "--mask-source", "gradcam", "--fusion-layers", "2"],
         ["--recipe", "albef", "--sampler", "hard", "--alpha", "0.4"],
         ["--recipe", "softmask", "--fusion-layers", "2", "--alpha", "0.4"],
+        ["--recipe", "fashionfine", "--alpha", "0.4", "--queue", "20"],
     ],
 )
 def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
@@ -139,13 +140,14 @@ def test_overfits_one_batch(recipe):
     flags = ["--dropout", "0", "--alpha", "0", "--itm-negatives", "random", *FAST_FOR[recipe]]
     config, _ = parse_config([*FAST, "--recipe", recipe, *flags])
     dataset = data.Synthetic("train", 4, 32, progress=False)
-    tokenizer = data.build_tokenizer(dataset.captions, 300, 64)
+    dataset.prompts = config.prompts
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
     state = train.build_run(config, dataset, tokenizer)
     one_of_each = [list(dataset.product_ids).index(p) for p in range(4)]
     batch = data.Collate(tokenizer)([dataset[row] for row in one_of_each])
     batch["images"] = data.normalise(batch["images"])
     first = None
-    for step in range(300 if recipe == "syncmask" else 150):  # synchronized masks vary while the momentum model learns
+    for step in range(300 if recipe == "syncmask" else 200):  # synchronized masks vary while the momentum model learns
         for group in state.optimizer.param_groups:
             group["lr"] = 3e-3
         state.generator, state.step = torch.Generator().manual_seed(7), step  # the same random draws each time
@@ -167,7 +169,9 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
         [*FAST, "--recipe", recipe, "--registers", "2", "--fusion-layers", "2", "--mask-source", "gradcam"]
     )
     dataset = data.Synthetic("train", 8, 32, progress=False)
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    dataset.prompts = config.prompts
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
+    state = train.build_run(config, dataset, tokenizer)
     state.generator, state.step = torch.Generator().manual_seed(0), 1
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
     batch["images"] = data.augment(batch["images"], generator=state.generator)
@@ -180,11 +184,15 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
     assert all("key.bias" in name for name in silent), silent  # softmax does not feel a constant shift of its keys
 
 
-def first_losses(*flags):
-    """Losses of the first batch of a fixed model, and the run."""
+def first_losses(*flags, weights=None):
+    """Losses of the first batch of a fixed model, or of one with some of another's weights; the run, the batch."""
     config, _ = parse_config([*FAST, "--fusion-layers", "2", "--dropout", "0", "--alpha", "0", *flags])
     dataset = data.Synthetic("train", 8, 32, progress=False)
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    dataset.prompts = config.prompts
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
+    state = train.build_run(config, dataset, tokenizer)
+    state.model.load_state_dict(weights or {}, strict=False)
+    state.momentum.update(state.model, decay=0)
     state.generator, state.step = torch.Generator().manual_seed(0), 100
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
     batch["images"] = data.augment(batch["images"], 0.8, 0.0, state.generator, config.distort)
@@ -203,6 +211,53 @@ def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
                                    *(["--focal-gamma", "2"] if part == "focal" else []))  # fmt: skip
         differ = {key for key in base if abs(alone[key].item() - base[key].item()) > 1e-5}
         assert changed <= differ <= changed | {"mlm"} - ({"mlm"} if part != "mask_text" else set()), (part, differ)
+
+
+def test_each_part_of_fashionfine_is_a_switch():
+    """Without local tokens, alignment, detector and focal loss, what is left is the base on one masked text."""
+    parts = {
+        "adapter": ["--local-image", "0", "--local-text", "0"], "alignment": ["--no-alignment"],
+        "detector": ["--no-detector"], "focal": ["--focal-gamma", "0", "--itc-weight", "1"],
+    }  # fmt: skip
+    flat = lambda chosen: [flag for flags in chosen for flag in flags]
+    _, whole, _ = first_losses("--recipe", "fashionfine")
+    weights = whole.model.state_dict()
+    none, state, _ = first_losses("--recipe", "fashionfine", *flat(parts.values()), weights=weights)
+    assert none.keys() == {"itc", "itm", "mlm"}
+    assert all(module is None for module in (state.model.adapter, state.model.phrases, state.model.detector))
+    moved = {"adapter": {"itc", "itm"}, "alignment": {"align"}, "detector": {"rtd"}, "focal": {"itc"}}
+    for part, changed in moved.items():
+        others = flat(flags for other, flags in parts.items() if other != part)
+        alone, _, _ = first_losses("--recipe", "fashionfine", *others, weights=weights)
+        differ = {key for key in alone if key not in none or abs(alone[key].item() - none[key].item()) > 1e-5}
+        assert differ and differ <= changed, (part, differ)
+
+
+def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
+    """HNM-F: 0.25 · focal ITC of integrated features against momentum keys of [CLS] alone, one target an own entry."""
+    _, state, batch = first_losses("--recipe", "fashionfine", "--queue", "6")
+    generator = torch.Generator().manual_seed(1)
+    unit = lambda n: torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1)
+    old = unit(6), unit(6), torch.tensor([0, 1, 1, 90, 91, 92])
+    state.queue.pushed.zero_()
+    state.queue.push(*old)
+    image_feat, text_feat = unit(8).requires_grad_(), unit(8).requires_grad_()
+    keys = unit(8), unit(8)
+    products = batch["product_ids"].tolist()
+    ours, _, _ = train.contrast(state, batch, image_feat, text_feat, *keys)
+    naive, owners = 0, products + old[2].tolist()
+    for queries, own, older in ((image_feat, keys[1], old[1]), (text_feat, keys[0], old[0])):
+        for b, query in enumerate(queries):
+            scores = [query.double() @ key.double() / state.model.temp.item() for key in [*own, *older]]
+            total = sum(torch.exp(score) for score in scores)
+            right = [j for j, owner in enumerate(owners) if owner == products[b]]
+            for j in right:
+                p = torch.exp(scores[j]) / total
+                naive = naive - 0.25 * (1 - p) ** 2 * torch.log(p) / len(right) / 8 / 2
+    assert ours.item() == pytest.approx(naive.item(), rel=1e-5)
+    mine, theirs = (torch.autograd.grad(loss, (image_feat, text_feat)) for loss in (ours, naive))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 def test_soft_masks_suppress_patches_and_pass_no_gradient_through_the_mask():
@@ -323,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 # ------------------------------------------------------------------------------------------ data sets
 
 
-@pytest.mark.parametrize("recipe", ["syncmask", "softmask"])
+@pytest.mark.parametrize("recipe", ["syncmask", "softmask", "fashionfine"])
 def test_every_data_set_trains(tmp_path, recipe):
     data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
     folder = tmp_path / "shop"
@@ -421,7 +476,8 @@ def test_similarities_stay_in_full_precision_under_bf16():
     with train.autocast(state):
         image_embeds = state.model.encode_image(data.normalise(batch["images"]))
         text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
-        _, sim_i2t, _ = train.contrast(state, batch, image_embeds, text_embeds, image_embeds, text_embeds)
+        feats = state.model.project_image(image_embeds), state.model.project_text(text_embeds)
+        _, sim_i2t, _ = train.contrast(state, batch, *feats, *feats)
     assert sim_i2t.dtype == torch.float32
     features = state.features[0].double()
     exact = features @ state.features[1].double().T / state.model.temp.item()
@@ -486,6 +542,8 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--recipe", "softmask", "--mask-source", "hidden", "--mask-layer", "2"], "before the last of two or more"),
         (["--recipe", "softmask", "--mim-weight", "2"], "--mim-weight is for --recipe syncmask, not for softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
+        (["--alignment"], "--alignment is for --recipe fashionfine, not for syncmask"),
+        (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
         (["--root", "x"], "--root is for data from files"),
         (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
