@@ -3,8 +3,9 @@
 python study/ablate.py                             {random, sync} masks × {random, hard, semihard} batches
 python study/ablate.py --grid attention            what makes the raw momentum cross-attention look at the right place
 python study/ablate.py --grid recipes              the four recipes side by side, as many steps each
+python study/ablate.py --grid parts                softmask and fashionfine, each without one of its parts
 
-All on the synthetic photos; the recipes also on files (--data jsonl --root DIR), without the columns that need the
+All on the synthetic photos; the last two also on files (--data jsonl --root DIR), without the columns that need the
 truth. Their category % is study/probe.py's, of the last checkpoint; seconds a step are for as many threads as the line
 above the table says.
 
@@ -62,6 +63,27 @@ GRIDS = {
         "albef": ["--recipe", "albef"],
         "albef, texts with prompts": ["--recipe", "albef", "--prompts", "--max-length", "96"],
         **{recipe: ["--recipe", recipe] for recipe in ("syncmask", "softmask", "fashionfine")},
+    },
+    "parts": {
+        f"{recipe}{change}": ["--recipe", recipe, *flags]
+        for recipe, parts in {
+            "softmask": {
+                "": [],
+                ", no soft mask": ["--no-soft-mask"],
+                ", plain ITC": ["--focal-gamma", "0"],
+                ", masked text for MLM alone": ["--no-mask-text"],
+                ", no distortion": ["--distort", "0"],
+            },
+            "fashionfine": {
+                "": [],
+                ", no local tokens": ["--local-image", "0", "--local-text", "0"],
+                ", plain ITC": ["--focal-gamma", "0", "--itc-weight", "1"],
+                ", no alignment": ["--no-alignment"],
+                ", no replaced words": ["--no-detector"],
+                ", no frames, no alignment": ["--no-prompts", "--no-alignment"],
+            },
+        }.items()
+        for change, flags in parts.items()
     },
 }  # fmt: skip
 percent = lambda key: lambda f: 100 * f[key]
@@ -167,12 +189,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--seeds and --jobs: at least 1")
     out, threads = args.out or Path(f"runs/ablate-{args.grid}"), max(1, os.cpu_count() // args.jobs)
     grid = GRIDS[args.grid]
-    work, columns = (run_and_probe, RECIPE_COLUMNS) if args.grid == "recipes" else (run_once, COLUMNS)
+    of_recipes = args.grid in ("recipes", "parts")
+    work, columns = (run_and_probe, RECIPE_COLUMNS) if of_recipes else (run_once, COLUMNS)
     runs = [(name, out / f"{number}-{seed}", [*condition, *flags, "--seed", str(seed), "--val-every", "1000000"])
             for seed in range(args.seeds) for number, (name, condition) in enumerate(grid.items())]  # fmt: skip
     try:
         configs = [parse_config(given)[0] for _, _, given in runs]
-        if configs[0].data != "synthetic" and args.grid != "recipes":
+        if configs[0].data != "synthetic" and not of_recipes:
             raise ConfigError("--data: only synthetic photos come with the truth that the table is about")
         if len({(config.steps, config.epochs, config.batch_size) for config in configs}) > 1:
             raise ConfigError("the conditions differ in length; give --steps or --epochs")

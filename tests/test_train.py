@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 # ------------------------------------------------------------------------------------------ data sets
 
 
-@pytest.mark.parametrize("recipe", ["syncmask", "softmask", "fashionfine"])
+@pytest.mark.parametrize("recipe", train.RECIPES)
 def test_every_data_set_trains(tmp_path, recipe):
     data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
     folder = tmp_path / "shop"
