@@ -118,7 +118,8 @@ class PhotoDataset(Dataset):
 
     def fingerprint(self) -> int:
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
-        return zlib.crc32("\n".join(self.captions).encode() + self.product_ids.tobytes())
+        known = [str(self.attributes(row)) for row in range(len(self))] if self.prompts else []
+        return zlib.crc32("\n".join([*self.captions, *known]).encode() + self.product_ids.tobytes())
 
     def versions(self) -> list[str]:
         """Something that changes whenever a photo does, without decoding any: files' sizes and times of change."""
@@ -169,14 +170,14 @@ ATTRIBUTES = (
 )  # fmt: skip
 # Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
 SYMBOLS = {
-    "tops": r"\w*tops?|topwear|toptee|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"
-    r"|kurt\w+|tunics?|pullovers?|camisoles?|turtlenecks?",
-    "pants": r"\w*pants?|trousers?|jeans?|shorts?|leggings?|capris?|chinos?|culottes?",
+    "tops": r"(?:tank|crop)?tops?|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"
+    r"|kurt\w+|tunics?|pullovers?|camisoles?|turtlenecks?|vests?|waistcoats?",
+    "pants": r"\w*pants?|trousers?|jeans?|shorts?|leggings?|jeggings?|tights|capris?|chinos?|culottes?",
     "skirts": r"skirts?",
     "dresses": r"dress(?:es)?|gowns?|suits?|blazers?|jumpsuits?|sarees?",
     "coats": r"coats?|jackets?|parkas?|bombers?|trench\w*|outerwear",
-    "shoes": r"\w*shoes?|sneakers?|boots?|heels?|flats?|flops?|sandals?|loafers?|espadrilles?|moccasins?|monkstraps?"
-    r"|ups|oxfords?",
+    "shoes": r"\w*shoes?|footwear|sneakers?|boots?|heels?|flats?|flops?|sandals?|loafers?|espadrilles?|moccasins?"
+    r"|monkstraps?|ups|oxfords?",
     "bags": r"\w*bags?|backpacks?|clutches|totes?|pouch(?:es)?|holders?|briefcases?|satchels?|wallets?",
     "accessories": r"accessor\w+|jewell?e?ry|ties?|bars?|eyewear|sunglasses|hats?|headwear|caps?|beanies?|belts?"
     r"|suspenders?|keychains?|blankets?|gloves?|socks?|scar(?:f|ves)|mufflers?|stoles?|watch(?:es)?|cufflinks?"
@@ -198,7 +199,8 @@ def symbol_of(category: str, subcategory: str = "") -> str:
 
 def prompted(caption: str, symbol: str, attributes: dict[str, str], rng: np.random.Generator) -> Text:
     """The text that Fashion-FINE pretrains on: "[symbol] the image description is … [SEP] the image season is … the
-    image category is …", a prompt for each attribute that is known, in random order (choice: the same every epoch)."""
+    image category is …", a prompt for each attribute that is known, in random order (choice: the same every epoch and
+    for every seed, by the row alone)."""
     known = rng.permutation([name for name in ATTRIBUTES if attributes.get(name)]).tolist()
     frames = [f"the image {name.replace('subcategory', 'sub category')} is" for name in known]
     if frames:
@@ -882,6 +884,14 @@ def _is_text(text: str) -> bool:
     return True
 
 
+def _value(value) -> str:
+    """An optional field for a prompt: words or a number, those of a list joined; "" for anything else."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_value, value)))
+    known = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+    return " ".join(str(value).split()) if known else ""
+
+
 class Jsonl(PhotoDataset):
     """Photos listed one JSON object a line: `image` (relative to the folder), `caption`, `product_id`, and if you
     have them `category` and `subcategory`, and for prompts any other of ATTRIBUTES (`title` serves as `name`). Files
@@ -907,9 +917,8 @@ class Jsonl(PhotoDataset):
             raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
         self.images = [record["image"] for record in records]
         column = lambda key: ["" if record.get(key) is None else str(record[key]) for record in records]
-        self.known = {name: column(name) for name in ATTRIBUTES if any(name in record for record in records)}
-        if "name" not in self.known:
-            self.known["name"] = column("title")
+        self.known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
+        self.known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
         super().__init__(column("caption"), column("product_id"), column("category"), column("subcategory"), image_size)
         self.problems = problems
 
@@ -948,9 +957,6 @@ class Jsonl(PhotoDataset):
             raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
         if not record["image"].isprintable() or len(record["image"]) > 1000:
             raise DataError(f"{where}: field image is not a path")
-        for key in (*ATTRIBUTES, "title"):
-            if not isinstance(record.get(key, ""), str | int | float | None):
-                raise DataError(f"{where}: field {key} is neither text nor a number")
         for key in ("caption", "product_id", *(key for key in (*ATTRIBUTES, "title") if key in record)):
             if not _is_text(str(record[key])):
                 raise DataError(f"{where}: field {key} holds half a character (a lone surrogate)")
@@ -1309,7 +1315,7 @@ SYNONYMS = (
 def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
     """For each token the one that it forms a pair with in a list such as ANTONYMS, −1 where there is none. -> (V,).
 
-    Only words that are one token each count; of several pairs with the same word the first."""
+    Only words that are one token count (also where a longer word begins with it); of several pairs the first."""
     table = torch.full((tokenizer.get_vocab_size(),), -1)
     for pair in pairs.split(", "):
         one, other = (tokenizer.token_to_id(word) for word in pair.split())

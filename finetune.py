@@ -124,7 +124,7 @@ class FinetuneConfig(LoopConfig):
     classes: tuple[str, ...] = ()  # of recognition, in the order of the head
 
 
-# Choices, but for base: retrieval and tgir are Fashion-FINE's settings.
+# Choices, but for base: learning rates, epochs and weight decay of retrieval and tgir are Fashion-FINE's.
 SCHEDULES = {
     "tiny": dict(steps=200, lr=5e-4, final_lr=1e-5, warmup=20, ema_decay=0.99, alpha=0.0, crop_scale=0.8, val_every=50),
     "tiny tgir": dict(steps=300, lr=1e-3),
@@ -133,7 +133,7 @@ SCHEDULES = {
     "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
     "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
     "base retrieval": dict(epochs=30, lr=1e-5),
-    "base tgir": dict(epochs=30, weight_decay=0.3),
+    "base tgir": dict(epochs=10, final_lr=1e-7, weight_decay=0.3),
 }
 # how pretraining contrasted, grouped batches and chose negatives; retrieval goes on with it
 INHERITED = ("focal_gamma", "itc_weight", "sampler", "itm_negatives", "itm_share", "search_size", "margin", "queue",
@@ -193,8 +193,9 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
     if task == "tgir":  # [CLS] alone, as in Fashion-FINE
         model = replace(model, local_image=0.0, local_text=0.0)
-    own |= {"model": model, "classes": tuple(saved.get("classes", ())), "prompts": saved["prompts"]}
-    own |= {name: saved[name] for name in (INHERITED if task == "retrieval" else ("products",))}
+    own |= {"model": model, "classes": tuple(saved.get("classes", ()))}
+    own |= {"prompts": saved.get("prompts", False)}  # checkpoints have not always had prompts and a weight of ITC
+    own |= {name: saved[name] for name in (INHERITED if task == "retrieval" else ("products",)) if name in saved}
     own |= {"modality": saved["modality"]} if "modality" in saved else {}
     schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
@@ -470,7 +471,7 @@ class Retrieval(Task):
         for text in np.linspace(0, len(texts) - 1, 6).astype(int):
             best = (image_feat @ text_feat[text]).topk(min(5, len(rows)))
             answers = [(int(rows[i]), f"{s:.2f}", bool(owner[i] == text)) for s, i in zip(*best, strict=True)]
-            examples.append((" ".join(texts[text]), None, answers))
+            examples.append((texts[text][1], None, answers))
         draw_answers(dataset, examples, Path(self.config.out) / "examples.png")
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
 

@@ -182,7 +182,8 @@ def replace_words(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`corrupt_words` for replaced-token detection (after FashionSAP, Han et al. 2023): of the masked tokens that it
     replaces, half become their antonym instead of a random word; of the `words` (B, L) left alone, 15 % become their
-    synonym, which is no replacement to detect. Tokens without an antonym or synonym keep the random word, or stay.
+    synonym, which is no replacement to detect. Choices: synonyms anywhere, not in the value of one prompt alone; a
+    token without an antonym keeps the random word.
 
     antonyms, synonyms (V,): token id -> token id, −1 where there is none
     -> corrupted ids (B, L), MLM labels (B, L) with −100 where not masked, replaced (B, L) bool.

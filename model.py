@@ -1,7 +1,7 @@
 """The vision-language model: ViT, BERT-style text encoder, cross-attention fusion, momentum twin.
 
 Two encoders turn a photo and its description into tokens; the fusion encoder lets every text token
-look at every image token. Everything the recipes ask of a model is here, everything about *training* it
+look at every image token. Everything the methods ask of a model is here, everything about *training* it
 is elsewhere: this file imports no other file of the project.
 
 Legend of the dimension letters in shape comments
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-SYMBOLS = 9  # tokens for categories that data.py may append to a vocabulary; published weights have none
+EXTRA_TOKENS = 9  # category symbols that data.py may append to a vocabulary; published weights have none
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
@@ -141,14 +141,23 @@ def mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
+def _unit(x: Tensor) -> Tensor:
+    """(B, E), unit length; in float32 at least, since bf16 would be off by 0.2 %."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _mix(one: Tensor, other: Tensor, r: float) -> Tensor:
+    """norm((1 − r)·one + r·other). (B, E), (B, E) -> (B, E)."""
+    return F.normalize((1 - r) * one + r * other, dim=-1)
+
+
 def initialise(model: "VisionLanguageModel") -> None:
     """Zero biases, and weights that let narrow models learn too (choice; BERT's 0.02 everywhere suits width 768, and
     at width 128 makes the contrastive loss stand still for hundreds of steps).
 
-    Encoders: Xavier-uniform, as the original ViT and MAE. Fusion and MLM head: normal(0.02), as BERT; a post-norm
-    layer that starts near the identity passes the masked words on. Local tokens: the same, so that all weigh alike at
-    first. Words: normal(1/√D), so that the tied MLM
-    decoder starts with logits of unit variance.
+    Encoders: Xavier-uniform, as the original ViT and MAE. Fusion, MLM head, detector: normal(0.02), as BERT; a
+    post-norm layer that starts near the identity passes the masked words on. Adapter: the same, so that at first all
+    local tokens weigh alike. Words: normal(1/√D), so that the tied MLM decoder starts with logits of unit variance.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
@@ -346,8 +355,8 @@ class LocalAdapter(nn.Module):
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """tokens (B, X, D), keep (B, X) bool or None -> (B, D)."""
         scores = self.score(tokens).squeeze(-1)  # (B, X)
-        if keep is not None:
-            scores = scores.masked_fill(~keep, float("-inf"))
+        if keep is not None:  # not −∞: a text of two tokens has none to look at
+            scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
         return (scores.softmax(dim=1)[..., None] * tokens).sum(dim=1)
 
 
@@ -366,7 +375,7 @@ class Phrases(nn.Module):
         """tokens (B, L, D), keep (B, L) bool -> (B, D)."""
         x = rearrange(tokens * keep[..., None], "b l d -> b d l")
         x = torch.stack([conv(x).tanh() for conv in self.convs]).amax(dim=0)  # (B, D, L)
-        return (x * keep[:, None]).sum(dim=2) / keep.sum(dim=1, keepdim=True)
+        return (x * keep[:, None]).sum(dim=2) / keep.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------- whole models
@@ -414,33 +423,29 @@ class VisionLanguageModel(nn.Module):
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """image_embeds (B, N, D) -> image_feat (B, E), unit length."""
-        return F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        return _unit(self.vision_proj(image_embeds[:, 0]))
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
         """text_embeds (B, L, D) -> text_feat (B, E), unit length."""
-        return F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
+        return _unit(self.text_proj(text_embeds[:, 0]))
 
     def image_feature(self, image_embeds: Tensor) -> Tensor:
         """What photos are compared by: `project_image`, or with `local_image` = r Fashion-FINE's integrated feature.
 
         f = norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), l of the patches. image_embeds (B, N, D) -> (B, E).
         """
-        return self._integrate(self.project_image(image_embeds), self.vision_proj, image_embeds[:, 1:], None,
-                               self.config.local_image)  # fmt: skip
+        cls_feat, r = self.project_image(image_embeds), self.config.local_image
+        return _mix(cls_feat, _unit(self.vision_proj(self.adapter(image_embeds[:, 1:]))), r) if r else cls_feat
 
     def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same of texts, `project_text` and `local_text`; l of the tokens from position 2 on, after the symbol.
+        """The same of texts, `project_text` and `local_text`; l of the tokens from position 2 on, whether there is a
+        symbol at position 1 or not (so do the authors).
 
         text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
         """
-        return self._integrate(self.project_text(text_embeds), self.text_proj, text_embeds[:, 2:],
-                               attention_mask[:, 2:].bool(), self.config.local_text)  # fmt: skip
-
-    def _integrate(self, cls_feat: Tensor, project: nn.Linear, tokens: Tensor, keep: Tensor | None, r: float) -> Tensor:
-        if not r:
-            return cls_feat
-        local_feat = F.normalize(project(self.adapter(tokens, keep)), dim=-1)
-        return F.normalize((1 - r) * cls_feat + r * local_feat, dim=-1)
+        cls_feat, r = self.project_text(text_embeds), self.config.local_text
+        keep = attention_mask[:, 2:].bool()
+        return _mix(cls_feat, _unit(self.text_proj(self.adapter(text_embeds[:, 2:], keep))), r) if r else cls_feat
 
     def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """What C-CmA aligns with the photo: the category symbol, the token at position 1, and the phrases after it.
@@ -448,8 +453,7 @@ class VisionLanguageModel(nn.Module):
         t = norm(0.95·norm(proj(symbol)) + 0.05·norm(proj(phrase))). (B, L, D), (B, L) -> (B, E), unit length.
         """
         phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
-        symbol_feat, phrase_feat = (F.normalize(self.text_proj(x), dim=-1) for x in (text_embeds[:, 1], phrase))
-        return F.normalize((1 - PHRASE_SHARE) * symbol_feat + PHRASE_SHARE * phrase_feat, dim=-1)
+        return _mix(_unit(self.text_proj(text_embeds[:, 1])), _unit(self.text_proj(phrase)), PHRASE_SHARE)
 
     def fuse(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
@@ -722,14 +726,19 @@ def _fold_token_types(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _lacks_symbols(name: str, theirs: Tensor, ours: Tensor) -> bool:
+    a_word_a_row = name in ("text.word_embeddings.weight", "mlm_bias")
+    return a_word_a_row and theirs.shape == (len(ours) - EXTRA_TOKENS, *ours.shape[1:])
+
+
 @torch.no_grad()
 def _copy_fitting(theirs: dict[str, Tensor], ours: dict[str, nn.Parameter], report: LoadReport) -> list[str]:
     loaded = []
     for name, tensor in theirs.items():
         if name not in ours:
             report.skipped[name] = "no counterpart in this model"
-        elif name in ("text.word_embeddings.weight", "mlm_bias") and len(ours[name]) - len(tensor) == SYMBOLS:
-            ours[name][: len(tensor)].copy_(tensor)
+        elif _lacks_symbols(name, tensor, ours[name]):
+            ours[name][:-EXTRA_TOKENS].copy_(tensor)
             loaded.append(name)
         elif tensor.shape != ours[name].shape:
             report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(ours[name].shape)}"

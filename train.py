@@ -366,7 +366,7 @@ def check_flags(config: TrainConfig, given: dict) -> None:
     if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
         raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
     if config.model.alignment and not config.prompts:
-        raise ConfigError("--alignment needs --prompts: the category symbol that it aligns is one of them")
+        raise ConfigError("--alignment needs --prompts, which bring the category symbol; give --no-alignment too")
     check_device(config.device)
 
 
@@ -439,7 +439,7 @@ class Run:
         """`corrupt_words` with this run's vocabulary and generator."""
         return corrupt_words(token_ids, word_mask, self.mask_id, self.word_ids, self.generator)
 
-    def replace(self, token_ids: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def replace_words(self, token_ids: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`replace_words` with this run's vocabulary and generator."""
         tables = self.mask_id, self.word_ids, self.antonyms, self.synonyms
         return replace_words(token_ids, words, word_mask, *tables, self.generator)
@@ -634,7 +634,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, flo
 
     # encode: the corrupted text serves all objectives; the momentum model sees the clean one
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels, replaced = run.replace(ids, batch["words"], word_mask)
+    masked_ids, mlm_labels, replaced = run.replace_words(ids, batch["words"], word_mask)
     image_embeds = model.encode_image(batch["images"])
     text_embeds = model.encode_text(masked_ids, keep)
     with torch.no_grad():
@@ -1399,6 +1399,7 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     )
     if config.prompts:  # held-out texts as the downstream tasks give them: without what the prompts would tell
         train_set.prompts, val_set.lead = True, DESCRIPTION
+        train_set.text(0)  # what the prompts need is read here, not by each of the workers
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     if state:
         tokenizer = Tokenizer.from_str(state["tokenizer"])
@@ -1406,6 +1407,7 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
         spoken = [" ".join(train_set.text(row)[1::2]) for row in range(len(train_set))]
         sizes = config.model.vocab_size, config.model.max_length
         tokenizer = build_tokenizer(spoken, *sizes, config.vocab, config.prompts)
+    report_cut_texts(train_set, tokenizer)
     run = build_run(config, train_set, tokenizer)
     if not state and (config.vision_weights or config.text_weights or config.weights):
         print(load_pretrained(run.model, config.vision_weights, config.text_weights, config.weights))
@@ -1419,6 +1421,14 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     final = work(run, job, train_set, state)
     draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
     return final
+
+
+def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer, sample: int = 1000) -> None:
+    """Say it where texts are longer than the model reads."""
+    texts = [dataset.text(row) for row in range(0, len(dataset), max(1, len(dataset) // sample))]
+    if cut := sum(bool(encoding.overflowing) for encoding in encode(tokenizer, texts)):
+        longest = tokenizer.truncation["max_length"]
+        print(f"{100 * cut / len(texts):.0f} % of the training texts are cut at {longest} tokens; see --max-length")
 
 
 def begin(

@@ -430,7 +430,8 @@ def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
         ("LACE UPS", "", "shoes"), ("DUFFLE & TOP HANDLE BAGS", "", "bags"), ("BAG ACCESSORIES", "", "accessories"),
         ("POUCHES & DOCUMENT HOLDERS", "", "bags"), ("POCKET SQUARES & TIE BARS", "", "accessories"),
         ("FINE JEWELRY", "", "accessories"), ("SWIMWEAR", "", "others"), ("UNDERWEAR & LOUNGEWEAR", "", "others"),
-        ("Bottomwear", "Skirts", "skirts"), ("", "", "others"), ("DRESS SHIRTS", "COATS", "tops"),
+        ("Bottomwear", "Skirts", "skirts"), ("Topwear", "Jackets", "coats"), ("Footwear", "", "shoes"),
+        ("TANK TOPS & CAMISOLES", "", "tops"), ("Laptops", "", "others"), ("", "", "others"), ("DRESS SHIRTS", "COATS", "tops"),
     ],
 )  # fmt: skip
 def test_symbol_of_a_category(category, subcategory, symbol):
@@ -492,17 +493,20 @@ def test_prompts_of_files(fashiongen, tmp_path):
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
-    more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7}
-    write_jsonl(folder, [line | {"product_id": 1} | more, line | {"product_id": 2}])
+    more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7, "neck": "  "}
+    others = {"name": "Coat 6", "composition": ["wool", " silk ", None], "sleeve": True, "season": float("nan")}
+    write_jsonl(folder, [line | {"product_id": 1} | more, line | {"product_id": 2} | others])
     (folder / "val.jsonl").write_text((folder / "train.jsonl").read_text())
     opened = build_dataset("jsonl", folder, "train", 32)
     opened.prompts = True
     assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
-    assert spoken(opened.text(1)) == {"category": "Coats"}
-    for wrong, message in (({"season": ["Fall"]}, "field season is neither"), ({"title": "\ud83d"}, "lone surrogate")):
-        write_jsonl(folder, [line | {"product_id": 1} | wrong])
-        with pytest.raises(DataError, match=f"line 1: .*{message}"):
-            build_dataset("jsonl", folder, "train", 32)
+    assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6", "composition": "wool, silk"}
+    before = opened.fingerprint()
+    opened.known["season"][0] = "Spring"
+    assert opened.fingerprint() != before
+    write_jsonl(folder, [line | {"product_id": 1, "title": "\ud83d"}])
+    with pytest.raises(DataError, match="line 1: .*lone surrogate"):
+        build_dataset("jsonl", folder, "train", 32)
 
 
 def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe):

@@ -46,10 +46,16 @@ def test_itc_loss_equals_a_loop(gamma):
 
 
 def test_focal_itc_with_gamma_0_is_itc_exactly():
-    i2t, t2i, targets = logits(4, 7), logits(4, 7), torch.rand(4, 7).softmax(1)
-    plain = -((targets * i2t.float().log_softmax(1)).sum(1) + (targets * t2i.float().log_softmax(1)).sum(1)).mean() / 2
-    focal = itc_loss(i2t, t2i, targets, targets, gamma=0.0)
-    assert torch.equal(focal, itc_loss(i2t, t2i, targets, targets)) and focal.item() == pytest.approx(plain.item())
+    """To the last bit, with its gradients, of the plain formula and of the focal one with an exponent of 0."""
+    i2t, t2i, targets = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True), torch.rand(4, 7)
+    plain = lambda sim: -(targets * sim.log_softmax(1)).sum(1).mean()
+    focal = lambda sim: -(targets * (1 - sim.log_softmax(1).exp()) ** 0.0 * sim.log_softmax(1)).sum(1).mean()
+    ours = itc_loss(i2t, t2i, targets, targets, gamma=0.0)
+    mine = torch.autograd.grad(ours, (i2t, t2i))
+    for written in (plain, focal):
+        other = (written(i2t) + written(t2i)) / 2
+        assert torch.equal(ours, other)
+        assert all(map(torch.allclose, mine, torch.autograd.grad(other, (i2t, t2i)))), written
 
 
 def test_alignment_loss_equals_a_loop():

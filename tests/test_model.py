@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
 
+import data
 from model import (
+    EXTRA_TOKENS,
     PRESETS,
     Attention,
     FeatureQueue,
@@ -539,6 +541,20 @@ def test_phrases_equal_a_loop():
     same_in_float64(phrases(tokens, keep), torch.stack(naive), (tokens, phrases.convs[2].weight))
 
 
+def test_category_feature_equals_a_loop_in_float64():
+    model = make_model(FINE).double()
+    tokens = torch.randn(2, 5, FINE.width, dtype=torch.float64, requires_grad=True)
+    keep, naive = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), []
+    for x, length in zip(tokens, (4, 5), strict=True):
+        phrase = model.phrases(x[None, 2:length], torch.ones(1, length - 2).bool())[0]
+        parts = [model.text_proj.weight @ one + model.text_proj.bias for one in (x[1], phrase)]
+        mixed = sum(share * part / part.norm() for share, part in zip((0.95, 0.05), parts, strict=True))
+        naive.append(mixed / mixed.norm())
+    inputs = (tokens, model.text_proj.weight, model.phrases.convs[1].weight)
+    weigh = torch.randn(2, FINE.embed_dim, dtype=torch.float64)  # the sum alone would hide a direction
+    same_in_float64(model.category_feature(tokens, keep) * weigh, torch.stack(naive) * weigh, inputs)
+
+
 def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
     model = make_model(FINE)
     (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
@@ -555,6 +571,9 @@ def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
         changed = torch.where(keep[..., None].bool(), text_embeds, torch.randn_like(text_embeds))
         close(model.text_feature(changed, keep), model.text_feature(text_embeds, keep))
         close(model.category_feature(changed, keep), model.category_feature(text_embeds, keep))
+        two = torch.tensor([[1, 1, 0]])  # a text without words
+        assert model.text_feature(text_embeds[:1, :3], two).isfinite().all()
+        assert model.category_feature(text_embeds[:1, :3], two).isfinite().all()
         longer, more = (
             torch.nn.functional.pad(text_embeds, (0, 0, 0, 4), value=9.0),
             torch.nn.functional.pad(keep, (0, 4)),
@@ -577,3 +596,8 @@ def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
     after, words = target.text.word_embeddings.weight, state["embeddings.word_embeddings.weight"]
     assert torch.equal(after[:-9], words) and torch.equal(after[-9:], before[-9:])
     assert "text.word_embeddings.weight" in report.loaded
+    narrow = make_model(replace(SMALL, vocab_size=SMALL.vocab_size + 9, width=32, text_layers=1))
+    state["cls.predictions.bias"] = torch.zeros(SMALL.vocab_size)
+    torch.save(state, tmp_path / "bert.bin")
+    assert "shape (60, 48), this model has (69, 32)" in str(load_pretrained(narrow, text=tmp_path / "bert.bin"))
+    assert len(data.SYMBOLS) == EXTRA_TOKENS
