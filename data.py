@@ -27,6 +27,7 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -130,8 +131,14 @@ class PhotoDataset(Dataset):
         return Part(self, rows)
 
     def report(self) -> str:
-        """One line for the user: how much there is, and what was left out and why."""
-        return f"{len(self):,} photos of {self.product_ids.max() + 1:,} products{self._left_out()}"
+        """For the user: how much there is, and what was left out and why; with prompts, a line on these."""
+        line = f"{len(self):,} photos of {self.product_ids.max() + 1:,} products{self._left_out()}"
+        if not self.prompts:
+            return line
+        symbols = Counter(map(symbol_of, self.categories, self.subcategories))
+        known = Counter(name for row in range(len(self)) for name, value in self.attributes(row).items() if value)
+        said = lambda counts: ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
+        return f"{line}\n  photos by symbol: {said(symbols)}; by prompt: {said(known)}"
 
     def _left_out(self) -> str:
         shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
@@ -176,8 +183,8 @@ SYMBOLS = {
     "skirts": r"skirts?",
     "dresses": r"dress(?:es)?|gowns?|suits?|blazers?|jumpsuits?|sarees?",
     "coats": r"coats?|jackets?|parkas?|bombers?|trench\w*|outerwear",
-    "shoes": r"\w*shoes?|footwear|sneakers?|boots?|heels?|flats?|flops?|sandals?|loafers?|espadrilles?|moccasins?"
-    r"|monkstraps?|ups|oxfords?",
+    "shoes": r"\w*shoes?|footwear|sneakers?|trainers?|slippers?|clogs?|boots?|heels?|flats?|flops?|sandals?|loafers?"
+    r"|espadrilles?|moccasins?|monkstraps?|ups|oxfords?",
     "bags": r"\w*bags?|backpacks?|clutches|totes?|pouch(?:es)?|holders?|briefcases?|satchels?|wallets?",
     "accessories": r"accessor\w+|jewell?e?ry|ties?|bars?|eyewear|sunglasses|hats?|headwear|caps?|beanies?|belts?"
     r"|suspenders?|keychains?|blankets?|gloves?|socks?|scar(?:f|ves)|mufflers?|stoles?|watch(?:es)?|cufflinks?"

@@ -74,8 +74,9 @@ class ModelConfig:
             raise ValueError(f"patch_layer {self.patch_layer}: there are {self.vision_layers} ViT layers")
         if self.dropout >= 1:
             raise ValueError(f"dropout {self.dropout} is not below 1")
-        if max(self.local_image, self.local_text) > 1:
-            raise ValueError(f"local_image {self.local_image}, local_text {self.local_text}: shares are at most 1")
+        for name in ("local_image", "local_text"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} {getattr(self, name)} is a share of more than 1")
 
     @property
     def grid(self) -> int:

@@ -365,6 +365,8 @@ def check_flags(config: TrainConfig, given: dict) -> None:
             raise ConfigError("--compile contradicts --mask-source gradcam, which needs the gradient inside the fusion")
     if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
         raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
+    if config.prompts and config.model.max_length < 16:
+        raise ConfigError(f"--max-length {config.model.max_length}: --prompts need 16 at least, or no word is left")
     if config.model.alignment and not config.prompts:
         raise ConfigError("--alignment needs --prompts, which bring the category symbol; give --no-alignment too")
     check_device(config.device)

@@ -181,7 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--grid", choices=GRIDS, default="method")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, with as many threads each as make up the cores"
+    )
     parser.add_argument("--out", type=Path, help="folder of the runs (default runs/ablate-GRID)")
     parser.add_argument("--file", type=Path, help="where the table goes (default table.md in that folder)")
     args, flags = parser.parse_known_args(argv)
@@ -194,6 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     runs = [(name, out / f"{number}-{seed}", [*condition, *flags, "--seed", str(seed), "--val-every", "1000000"])
             for seed in range(args.seeds) for number, (name, condition) in enumerate(grid.items())]  # fmt: skip
     try:
+        own = set().union(*(parse_config(condition)[1] for condition in grid.values()))
+        if taken := sorted(own & parse_config(flags)[1]):
+            raise ConfigError(f"--{taken[0].replace('_', '-')} is what the conditions differ in; drop it")
         configs = [parse_config(given)[0] for _, _, given in runs]
         if configs[0].data != "synthetic" and not of_recipes:
             raise ConfigError("--data: only synthetic photos come with the truth that the table is about")

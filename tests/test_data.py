@@ -501,6 +501,9 @@ def test_prompts_of_files(fashiongen, tmp_path):
     opened.prompts = True
     assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
     assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6", "composition": "wool, silk"}
+    assert opened.report().splitlines()[1] == (
+        "  photos by symbol: coats 2; by prompt: category 2, name 2, season 1, colour 1, composition 1"
+    )
     before = opened.fingerprint()
     opened.known["season"][0] = "Spring"
     assert opened.fingerprint() != before

@@ -202,6 +202,8 @@ def test_recipes_are_compared_on_files(tmp_path, monkeypatch):
     assert len(probed) == 3 and probed[2][0] == checkpoints[1]  # a run made anew is probed anew
     with pytest.raises(SystemExit, match="only synthetic photos come with the truth"):
         ablate.main([*flags, "--grid", "method"])
+    with pytest.raises(SystemExit, match="--recipe is what the conditions differ in; drop it"):
+        ablate.main(["--grid", "recipes", "--recipe", "albef"])
     with pytest.raises(SystemExit, match="the conditions differ in length; give --steps or --epochs"):
         ablate.main(["--grid", "recipes", "--preset", "base"])
 

@@ -572,8 +572,12 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         (["--recipe", "softmask", "--mask-source", "hidden", "--mask-layer", "2"], "before the last of two or more"),
         (["--recipe", "softmask", "--mim-weight", "2"], "--mim-weight is for --recipe syncmask, not for softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
+        (["--prompts", "--max-length", "9"], "--max-length 9: --prompts need 16 at least"),
         (["--alignment"], "--alignment is for --recipe fashionfine, not for syncmask"),
-        (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts, which bring the category symbol; give --no-alignment too"),
+        (
+            ["--recipe", "fashionfine", "--no-prompts"],
+            "--alignment needs --prompts, which bring the category symbol; give --no-alignment too",
+        ),
         (["--root", "x"], "--root is for data from files"),
         (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
