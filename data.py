@@ -892,7 +892,7 @@ def _is_text(text: str) -> bool:
 
 
 def _value(value) -> str:
-    """An optional field for a prompt: words or a number, those of a list joined; "" for anything else."""
+    """An optional field: words or a number, those of a list joined; "" for anything else."""
     if isinstance(value, list):
         return ", ".join(filter(None, map(_value, value)))
     known = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
@@ -923,10 +923,11 @@ class Jsonl(PhotoDataset):
         if not records:
             raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
         self.images = [record["image"] for record in records]
-        column = lambda key: ["" if record.get(key) is None else str(record[key]) for record in records]
         self.known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
         self.known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
-        super().__init__(column("caption"), column("product_id"), column("category"), column("subcategory"), image_size)
+        kinds = self.known["category"], self.known["subcategory"]
+        captions, products = ([str(record[key]) for record in records] for key in ("caption", "product_id"))
+        super().__init__(captions, products, *kinds, image_size)
         self.problems = problems
 
     def _read(self, path: Path) -> tuple[list[dict], list[str]]:

@@ -50,6 +50,7 @@ from data import (
     Triplets,
     build_dataset,
     build_triplets,
+    encode,
     normalise,
     open_photo,
     square,
@@ -326,7 +327,7 @@ def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]
     rows, feats = [np.arange(0)], []
     for batch in batches_of(run, dataset, "encoding photos"):
         with autocast(run):
-            feats.append(run.model.image_feature(run.model.encode_image(batch["images"])).float())
+            feats.append(run.model.image_feature(run.model.encode_image(batch["images"])))
         rows.append(batch["rows"].cpu().numpy())
     if not feats:
         raise DataError("no photo could be read")
@@ -608,7 +609,7 @@ class TextGuided(Task):
         both = run.model.encode_image(torch.cat([batch["images"], batch["target_images"]]))
         references, targets = both.chunk(2)
         query = compose(run, batch, references, fused=True)
-        target_feat = run.model.image_feature(targets).float()
+        target_feat = run.model.image_feature(targets)
         with torch.autocast(run.device.type, enabled=False):
             sim = query @ target_feat.T / run.model.temp  # (B, B)
             hard = itc_targets(batch["product_ids"], batch["product_ids"], sim.detach(), alpha=0.0)
@@ -696,8 +697,8 @@ def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
     model, keep = run.model, batch["attention_mask"]
     text_embeds = model.encode_text(batch["token_ids"], keep)
     if fused:
-        return model.project_text(model.fuse(text_embeds, keep, references)).float()
-    return F.normalize((model.image_feature(references) + model.text_feature(text_embeds, keep)).float(), dim=-1)
+        return model.project_text(model.fuse(text_embeds, keep, references))
+    return F.normalize(model.image_feature(references) + model.text_feature(text_embeds, keep), dim=-1)
 
 
 # ------------------------------------------------------------------- tasks: category, sub-category recognition
@@ -975,7 +976,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
         except OSError as error:
             raise DataError(f"--image {config.image}: {error}") from None
     if config.query:
-        check_words(tokenizer, config.query)
+        check_words(tokenizer, lead_of(config), config.query)
     dataset = open_photos(config, config.split)
     print(f"{config.split}: {dataset.report()}")
     run = build_run(config, dataset, tokenizer)
@@ -1001,14 +1002,14 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     return found
 
 
-def check_words(tokenizer: Tokenizer, text: str) -> None:
+def check_words(tokenizer: Tokenizer, lead: str, text: str) -> None:
     """Raise DataError for a query that the vocabulary has no word of; say what else of it is not read as it stands."""
     words, unknown = dict.fromkeys(re.findall(r"\w+", text)), dict.fromkeys(unknown_words(tokenizer, text))
     if len(unknown) == len(words):
         raise DataError(f"--query {text!r}: no word of it is in the model's vocabulary")
     if unknown:
         print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
-    if tokenizer.encode(text).overflowing:
+    if encode(tokenizer, [(lead, text)])[0].overflowing:
         print(f"--query is longer than the model reads, and cut after {tokenizer.truncation['max_length']} tokens")
 
 
@@ -1032,7 +1033,7 @@ def query_feature(run: Run, lead: str, text: str | None, photo: Image.Image | No
     with autocast(run):
         pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(run.device)
         embeds = run.model.encode_image(normalise(pixels))
-        return compose(run, batch, embeds, fused)[0] if text else run.model.image_feature(embeds)[0].float()
+        return compose(run, batch, embeds, fused)[0] if text else run.model.image_feature(embeds)[0]
 
 
 def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:

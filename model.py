@@ -423,7 +423,7 @@ class VisionLanguageModel(nn.Module):
         return self.text(token_ids, attention_mask)
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
-        """image_embeds (B, N, D) -> image_feat (B, E), unit length."""
+        """image_embeds (B, N, D) -> image_feat (B, E), unit length, float32 also under autocast."""
         return _unit(self.vision_proj(image_embeds[:, 0]))
 
     def project_text(self, text_embeds: Tensor) -> Tensor:

@@ -764,9 +764,6 @@ def contrast(
     -> weighted loss, and the in-batch logits (B, B) photo to text and text to photo, for choosing ITM negatives.
     """
     temp = run.model.temp
-    image_feat, text_feat, image_feat_m, text_feat_m = (
-        feat.float() for feat in (image_feat, text_feat, image_feat_m, text_feat_m)
-    )
     with torch.no_grad():
         old_images, old_texts, old_products = run.queue.filled()
         image_keys = torch.cat([image_feat_m, old_images])  # (K, E)
@@ -831,7 +828,7 @@ def text_features(run: Run, texts: list[Text]) -> Tensor:
         encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
         with autocast(run):
             text_embeds = run.model.encode_text(encoded["token_ids"], encoded["attention_mask"])
-            feats.append(run.model.text_feature(text_embeds, encoded["attention_mask"]).float())
+            feats.append(run.model.text_feature(text_embeds, encoded["attention_mask"]))
     number = {wording: i for i, wording in enumerate(wordings)}
     return torch.cat(feats)[[number[text] for text in texts]]
 
@@ -868,7 +865,7 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
                 (model.itm_logits(f).argmax(-1) == label).float() for f, label in ((matching, 1), (not_matching, 0))
             ]
             restored = (model.mlm_logits(hidden_fused[word_mask]).argmax(-1) == ids[word_mask]).float()
-            images.append(model.image_feature(image_embeds).float())
+            images.append(model.image_feature(image_embeds))
         itm.append(torch.cat([right[0], right[1][wrong >= 0]]))
         mlm.append(restored)
         products.append(batch["product_ids"])
@@ -1002,9 +999,9 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     for batch in tqdm(loader, "negatives against the truth", unit=" batches", leave=False, disable=None):
         batch = to_device(batch, run.device)
         with autocast(run):
-            images.append(run.momentum.project_image(run.momentum.encode_image(normalise(batch["images"]))).float())
+            images.append(run.momentum.project_image(run.momentum.encode_image(normalise(batch["images"]))))
             embeds = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-            texts.append(run.momentum.project_text(embeds).float())
+            texts.append(run.momentum.project_text(embeds))
     image_feat, text_feat = torch.cat(images).cpu(), torch.cat(texts).cpu()
     generator, figures = torch.Generator().manual_seed(config.seed), {}
     for suffix, grouping, picking in (("", config.sampler, config.itm_negatives), ("_random", "random", "random"),
@@ -1401,12 +1398,14 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     )
     if config.prompts:  # held-out texts as the downstream tasks give them: without what the prompts would tell
         train_set.prompts, val_set.lead = True, DESCRIPTION
-        train_set.text(0)  # what the prompts need is read here, not by each of the workers
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     if state:
         tokenizer = Tokenizer.from_str(state["tokenizer"])
     else:
-        spoken = [" ".join(train_set.text(row)[1::2]) for row in range(len(train_set))]
+        rows = tqdm(
+            range(0 if config.vocab else len(train_set)), "reading texts", unit=" texts", leave=False, disable=None
+        )
+        spoken = [" ".join(train_set.text(row)[1::2]) for row in rows]
         sizes = config.model.vocab_size, config.model.max_length
         tokenizer = build_tokenizer(spoken, *sizes, config.vocab, config.prompts)
     report_cut_texts(train_set, tokenizer)

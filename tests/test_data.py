@@ -495,11 +495,13 @@ def test_prompts_of_files(fashiongen, tmp_path):
     line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
     more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7, "neck": "  "}
     others = {"name": "Coat 6", "composition": ["wool", " silk ", None], "sleeve": True, "season": float("nan")}
+    others |= {"subcategory": {"no": "label"}}
     write_jsonl(folder, [line | {"product_id": 1} | more, line | {"product_id": 2} | others])
     (folder / "val.jsonl").write_text((folder / "train.jsonl").read_text())
     opened = build_dataset("jsonl", folder, "train", 32)
     opened.prompts = True
     assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
+    assert opened.categories == ["Coats", "Coats"] and opened.subcategories == ["", ""]
     assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6", "composition": "wool, silk"}
     assert opened.report().splitlines()[1] == (
         "  photos by symbol: coats 2; by prompt: category 2, name 2, season 1, colour 1, composition 1"

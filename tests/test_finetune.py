@@ -498,8 +498,8 @@ def test_unknown_words(capsys):
     assert finetune.unknown_words(tokenizer, "red dress") == []
     assert finetune.unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
     with pytest.raises(DataError, match="no word of it"):
-        finetune.check_words(tokenizer, "dwb dwb été")
-    finetune.check_words(tokenizer, "red dwb " + 70 * "dress ")
+        finetune.check_words(tokenizer, "", "dwb dwb été")
+    finetune.check_words(tokenizer, "", "red dwb " + 70 * "dress ")
     said = capsys.readouterr().out
     assert "letter by letter: dwb\n" in said and "cut after 64 tokens" in said
 
