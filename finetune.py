@@ -356,7 +356,9 @@ def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tenso
             until = int(torch.searchsorted(place, seen + len(image_embeds)))
             for at in torch.arange(done, until, device=run.device).split(4 * run.config.batch_size):
                 t = asked[at]
-                logits = run.model.itm_logits(run.model.fuse(text_embeds[t], keep[t], image_embeds[place[at] - seen]))
+                photos = place[at] - seen
+                paired, _ = run.model.fuse(text_embeds[t], keep[t], image_embeds, photos=photos, only_cls=len(t))
+                logits = run.model.itm_logits(paired)
                 scores[at] = (logits[:, 1] - logits[:, 0]).float()
         seen, done = seen + len(image_embeds), until
     if done < len(pairs):
@@ -374,7 +376,8 @@ def matching(
     own = torch.arange(len(text_embeds), device=text_embeds.device)
     t, i = torch.cat([own, wrong_text.clamp(min=0), own]), torch.cat([own, own, wrong_image.clamp(min=0)])
     labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
-    return model.itm_logits(model.fuse(text_embeds[t], keep[t], image_embeds[i])), labels
+    paired, _ = model.fuse(text_embeds[t], keep[t], image_embeds, photos=i, only_cls=len(t))
+    return model.itm_logits(paired), labels
 
 
 # ------------------------------------------------------------------------------------------ task: retrieval
@@ -697,7 +700,7 @@ def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
     model, keep = run.model, batch["attention_mask"]
     text_embeds = model.encode_text(batch["token_ids"], keep)
     if fused:
-        return model.project_text(model.fuse(text_embeds, keep, references))
+        return model.project_text(model.fuse(text_embeds, keep, references, only_cls=len(keep))[0])
     return F.normalize(model.image_feature(references) + model.text_feature(text_embeds, keep), dim=-1)
 
 
@@ -757,9 +760,8 @@ class Recognition(Task):
         if self.config.modality == "image":
             return run.model.class_logits(image_embeds)
         keep = batch["attention_mask"]
-        return run.model.class_logits(
-            run.model.fuse(run.model.encode_text(batch["token_ids"], keep), keep, image_embeds)
-        )
+        text_embeds = run.model.encode_text(batch["token_ids"], keep)
+        return run.model.class_logits(run.model.fuse(text_embeds, keep, image_embeds, only_cls=len(keep))[0])
 
     def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Cross-entropy."""

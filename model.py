@@ -114,14 +114,24 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        keep: Tensor | None = None,
+        return_attention: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, L, D), context (B, N, D) or None, keep (B, N) bool, True where a key may be attended to
-        -> output (B, L, D), probabilities (B, h, L, N) or None."""
+        -> output (B, L, D), probabilities (B, h, L, N) or None.
+
+        rows (B,): which row of a context (C, N, D) each x looks at; keys and values are then projected once a row.
+        """
         context = x if context is None else context
         q = rearrange(self.query(x), "b l (h d) -> b h l d", h=self.heads)
-        k = rearrange(self.key(context), "b n (h d) -> b h n d", h=self.heads)
-        v = rearrange(self.value(context), "b n (h d) -> b h n d", h=self.heads)
+        k, v = self.key(context), self.value(context)
+        if rows is not None:
+            k, v = k[rows], v[rows]
+        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (k, v))
         mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, N)
         dropout = self.dropout if self.training else 0.0
         attention = None
@@ -187,8 +197,12 @@ class VisionLayer(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = mlp(config.width)
 
-    def forward(self, x: Tensor, text_embeds: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x))[0]
+    def forward(
+        self, x: Tensor, text_embeds: Tensor | None = None, keep: Tensor | None = None, first: int | None = None
+    ) -> Tensor:
+        """x (B, N, D), text_embeds (B, L, D), keep (B, L) -> (B, N, D), or of the `first` tokens alone."""
+        normed = self.norm1(x)
+        x = x[:, :first] + self.attention(normed[:, :first], normed)[0]
         if text_embeds is not None:
             x = x + self.cross_attention(self.cross_norm(x), text_embeds, keep)[0]
         return x + self.mlp(self.norm2(x))
@@ -221,7 +235,8 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
         for number, layer in enumerate(self.layers, start=1):
-            x = layer(x)
+            last_of_cls = number == len(self.layers) > self.patch_layer  # nobody reads its patches
+            x = layer(x, first=1 if last_of_cls else None)
             if number == self.patch_layer:
                 patches = x[:, 1:]
         x = torch.cat([x[:, :1], patches], dim=1)
@@ -250,13 +265,17 @@ class TextLayer(nn.Module):
         image_embeds: Tensor | None = None,
         context_keep: Tensor | None = None,
         return_attention: bool = False,
+        photos: Tensor | None = None,
+        first: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, D), keep (B, L), image_embeds (B, N, D), context_keep (B, N); keeps are True where a token may be
-        attended to -> x (B, L, D), cross-attention (B, h, L, N) or None."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, keep=keep)[0]))
+        """x (B, L, D), keep (B, L), image_embeds (B, N, D), context_keep (1, N); keeps are True where a token may be
+        attended to -> x (B, L, D), or of the `first` tokens alone; cross-attention (B, h, L, N) or None.
+
+        photos (B,): the row of image_embeds that each text looks at."""
+        x = self.attention_norm(x[:, :first] + self.dropout(self.attention(x[:, :first], x, keep)[0]))
         attention = None
         if image_embeds is not None:
-            seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention)
+            seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention, photos)
             x = self.cross_attention_norm(x + self.dropout(seen))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
 
@@ -289,6 +308,10 @@ class FusionEncoder(nn.Module):
     text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D);
     with `return_attention` also the list, one per layer, of probabilities (B, h, L, N).
     Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
+
+    photos (B,): which row of image_embeds each text is paired with, so that no photo is projected twice.
+    only_cls: of so many pairs, the first ones, just [CLS] is asked for; their last layer is spared the other tokens,
+    and there are two results, (only_cls, 1, D) and (B − only_cls, L, D).
     """
 
     def __init__(self, config: ModelConfig):
@@ -297,16 +320,27 @@ class FusionEncoder(nn.Module):
         self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
 
     def forward(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image_embeds: Tensor,
+        return_attention: bool = False,
+        photos: Tensor | None = None,
+        only_cls: int = 0,
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
         """Shapes as the class says; probabilities are kept in the graph, so that Grad-CAM can take their gradient."""
-        x, attentions, context_keep = text_embeds, [], None
+        x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
         if not self.cls_context:
-            context_keep = torch.ones(image_embeds.shape[:2], dtype=torch.bool, device=image_embeds.device)
+            context_keep = torch.ones(1, image_embeds.shape[1], dtype=torch.bool, device=image_embeds.device)
             context_keep[:, 0] = False
-        for layer in self.layers:
-            x, attention = layer(x, attention_mask.bool(), image_embeds, context_keep, return_attention)
+        *lower, last = self.layers
+        for layer in lower if only_cls else self.layers:
+            x, attention = layer(x, keep, image_embeds, context_keep, return_attention, photos)
             attentions.append(attention)
+        if only_cls:
+            photos = torch.arange(len(x), device=x.device) if photos is None else photos
+            x_and_co = zip(*(t.tensor_split([only_cls]) for t in (x, keep, photos)), (1, None), strict=True)
+            return tuple(last(x, k, image_embeds, context_keep, False, p, first)[0] for x, k, p, first in x_and_co)
         return (x, attentions) if return_attention else x
 
 
@@ -457,10 +491,16 @@ class VisionLanguageModel(nn.Module):
         return _mix(_unit(self.text_proj(text_embeds[:, 1])), _unit(self.text_proj(phrase)), PHRASE_SHARE)
 
     def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image_embeds: Tensor,
+        return_attention: bool = False,
+        photos: Tensor | None = None,
+        only_cls: int = 0,
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
         """Text tokens that have looked at the image; see `FusionEncoder`."""
-        return self.fusion(text_embeds, attention_mask, image_embeds, return_attention)
+        return self.fusion(text_embeds, attention_mask, image_embeds, return_attention, photos, only_cls)
 
     def itm_logits(self, fused: Tensor) -> Tensor:
         """fused (B, L, D) -> (B, 2); class 1 is "match"."""

@@ -479,17 +479,19 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
     wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
     own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
-    fused = model.fuse(
+    paired, filled = model.fuse(
         torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
         torch.cat([keep, keep[t], keep, keep]),
-        image_embeds[torch.cat([own, own, i, own])],
+        image_embeds,
+        photos=torch.cat([own, own, i, own]),
+        only_cls=3 * count,
     )
 
     # losses
     itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
-    itm_logits = model.itm_logits(fused[: 3 * count])
+    itm_logits = model.itm_logits(paired)
     chosen = mlm_labels != -100
-    mlm_logits, labels = model.mlm_logits(fused[3 * count :][chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
     mlm_logits_m = None
     if run.alpha > 0:
         with torch.no_grad():
@@ -534,19 +536,21 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
     wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
     own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
-    fused = model.fuse(
+    paired, filled = model.fuse(
         torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
         torch.cat([keep, keep[t], keep, keep]),
-        image_embeds[torch.cat([own, own, i, own])],
+        image_embeds,
+        photos=torch.cat([own, own, i, own]),
+        only_cls=3 * count,
     )
     # reconstruct: masked photo with its text
     pixels = model.reconstruct_patches(visible_embeds, visible, text_embeds, keep)
 
     # losses
     itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
-    itm_logits = model.itm_logits(fused[: 3 * count])
+    itm_logits = model.itm_logits(paired)
     chosen = mlm_labels != -100
-    mlm_logits, labels = model.mlm_logits(fused[3 * count :][chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
     mlm_logits_m = None
     if run.alpha > 0:
         with torch.no_grad():
@@ -593,22 +597,25 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     # photo without what one word is about, and masked text with its photo
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
     wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
-    t, i = wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
     matching = model.fuse(text_embeds, keep, image_embeds, return_attention=config.soft_mask)
     matching, attentions = matching if config.soft_mask else (matching, [])
-    pairs = [(text_embeds[t], keep[t], image_embeds), (text_embeds, keep, image_embeds[i])]
+    pairs, photos = [(text_embeds[t], keep[t], own), (text_embeds, keep, i)], image_embeds
     if config.soft_mask:
         readable = batch["words"] & ~word_mask if config.mask_text else batch["words"]
-        pairs += [(text_embeds, keep, soften(run, readable, matching, attentions, image_embeds))]
+        photos = torch.cat([photos, soften(run, readable, matching, attentions, image_embeds)])
+        pairs += [(text_embeds, keep, own + count)]
+    only_cls = len(pairs) * count
     if not config.mask_text:
-        pairs += [(masked_embeds, keep, image_embeds)]
-    fused = torch.cat([matching, model.fuse(*map(torch.cat, zip(*pairs, strict=True)))])
-    filled = matching if config.mask_text else fused[-count:]  # from where masked words are predicted
+        pairs += [(masked_embeds, keep, own)]
+    texts, keeps, seen = map(torch.cat, zip(*pairs, strict=True))
+    paired, filled = model.fuse(texts, keeps, photos, photos=seen, only_cls=only_cls)
+    filled = matching if config.mask_text else filled  # from where masked words are predicted
 
     # losses
     one, wrong = torch.ones_like(t), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)
     itm_labels = torch.cat([one, wrong, one] if config.soft_mask else [one, wrong])
-    itm_logits = model.itm_logits(fused[: len(itm_labels)])
+    itm_logits = model.itm_logits(torch.cat([matching[:, :1], paired]))
     chosen = mlm_labels != -100
     mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
     mlm_logits_m = None
@@ -652,17 +659,19 @@ def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, flo
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
     wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
     own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
-    fused = model.fuse(
-        torch.cat([text_embeds, text_embeds[t], text_embeds]),
-        torch.cat([keep, keep[t], keep]),
-        image_embeds[torch.cat([own, own, i])],
+    paired, matching = model.fuse(
+        torch.cat([text_embeds[t], text_embeds, text_embeds]),
+        torch.cat([keep[t], keep, keep]),
+        image_embeds,
+        photos=torch.cat([own, i, own]),
+        only_cls=2 * count,
     )
 
     # losses: masked words are predicted, and replaced ones detected, from the matching pairs
     itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
-    itm_logits = model.itm_logits(fused)
+    itm_logits = model.itm_logits(torch.cat([matching[:, :1], paired]))
     chosen = mlm_labels != -100
-    mlm_logits, labels = model.mlm_logits(fused[:count][chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    mlm_logits, labels = model.mlm_logits(matching[chosen]), mlm_labels[chosen]  # (M, V), (M,)
     losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm_loss(mlm_logits, labels)}
     figures = {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
     if config.model.alignment:
@@ -670,7 +679,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, flo
         losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, keep), image_feat)
     if config.model.detector:
         legible = batch["words"] & (masked_ids != run.mask_id)
-        rtd_logits, rtd_labels = model.replaced_logits(fused[:count][legible]), replaced[legible].long()
+        rtd_logits, rtd_labels = model.replaced_logits(matching[legible]), replaced[legible].long()
         losses["rtd"] = cross_entropy(rtd_logits, rtd_labels)
         figures["replaced_recall"] = accuracy(rtd_logits, rtd_labels.masked_fill(rtd_labels == 0, -100))
     return losses, figures
@@ -859,12 +868,11 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
             image_embeds = model.encode_image(normalise(batch["images"]))
             text_embeds, hidden_embeds = model.encode_text(torch.cat([ids, hidden]), torch.cat([keep, keep])).chunk(2)
             pair = torch.cat([text_embeds, text_embeds[wrong.clamp(min=0)], hidden_embeds])
-            fused = model.fuse(pair, torch.cat([keep, keep[wrong.clamp(min=0)], keep]), image_embeds.repeat(3, 1, 1))
-            matching, not_matching, hidden_fused = fused.chunk(3)
-            right = [
-                (model.itm_logits(f).argmax(-1) == label).float() for f, label in ((matching, 1), (not_matching, 0))
-            ]
-            restored = (model.mlm_logits(hidden_fused[word_mask]).argmax(-1) == ids[word_mask]).float()
+            keeps, photos = torch.cat([keep, keep[wrong.clamp(min=0)], keep]), torch.arange(len(ids)).repeat(3)
+            paired, filled = model.fuse(pair, keeps, image_embeds, photos=photos.to(run.device), only_cls=2 * len(ids))
+            matching, not_matching = model.itm_logits(paired).argmax(-1).chunk(2)
+            right = [(matching == 1).float(), (not_matching == 0).float()]
+            restored = (model.mlm_logits(filled[word_mask]).argmax(-1) == ids[word_mask]).float()
             images.append(model.image_feature(image_embeds))
         itm.append(torch.cat([right[0], right[1][wrong >= 0]]))
         mlm.append(restored)

@@ -1,11 +1,18 @@
-"""What things cost.
+"""What things cost, each measured in one run on one machine.
 
+python study/benchmark.py passes                      encoder passes and multiply-adds of a step, by recipe, counted
+python study/benchmark.py step [--preset base …]      a step of albef beside one put together from library parts
+python study/benchmark.py data [--data jsonl …]       photos a second through decoding and augmentation, by workers
 python study/benchmark.py sampler                     composing one epoch of grouped batches for 260,000 photos
+
+The first three take train.py's flags too: --preset, --recipe, --batch-size, --device, --precision, --compile, …
 """
 
 import argparse
+import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -13,10 +20,289 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from data import Collate, DataError, augment, build_dataset, build_tokenizer, normalise, to_device
+from losses import itc_loss, itc_targets, itm_loss, mlm_loss
+from masking import random_word_mask
 from sampler import GroupedBatchSampler, SamplerMode
-from train import peak_memory_mib
+from train import (
+    RECIPES,
+    ConfigError,
+    Run,
+    TrainConfig,
+    autocast,
+    build_run,
+    parse_config,
+    peak_memory_mib,
+)
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+def open_step(config: TrainConfig, batches: int) -> tuple[Run, list[dict]]:
+    """A run past its warm-ups, and batches of synthetic photos for it, on its device."""
+    products = 2 + batches * config.batch_size // 3
+    dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products, False)
+    dataset.prompts = config.prompts
+    spoken = [" ".join(dataset.text(row)[1::2]) for row in range(len(dataset))]
+    tokenizer = build_tokenizer(spoken, config.model.vocab_size, config.model.max_length, config.vocab, config.prompts)
+    run = build_run(config, dataset, tokenizer)
+    run.step = 10**9  # past every warm-up
+    run.generator = torch.Generator(run.device).manual_seed(config.seed)
+    rows = np.random.default_rng(config.seed).permutation(len(dataset))[: batches * config.batch_size]
+    found = []
+    for chosen in rows.reshape(batches, -1):
+        batch = to_device(Collate(tokenizer)([dataset[int(row)] for row in chosen]), run.device)
+        found.append(batch | {"images": normalise(batch["images"])})
+    return run, found
+
+
+def count_step(run: Run, batch: dict) -> dict[str, float]:
+    """What a step of the run's recipe does per photo: how many photos or texts pass each part of the model, and of the
+    momentum model (…_m), and multiply-adds (in millions) forward and in the whole step."""
+    counts: dict[str, float] = {}
+    count = len(batch["token_ids"])
+
+    def counter(key: str) -> Callable:
+        def hook(_module: nn.Module, args: tuple) -> None:
+            counts[key] = counts.get(key, 0) + len(args[0]) / count
+
+        return hook
+
+    hooks = [
+        getattr(model, part).register_forward_pre_hook(counter(part + suffix))
+        for model, suffix in ((run.model, ""), (run.momentum, "_m"))
+        for part in ("vision", "text", "fusion", "decoder")
+    ]
+    # the fused kernels of attention are not counted on every device
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        losses, _ = RECIPES[run.config.recipe](run, batch)
+        counts["forward"] = flops.get_total_flops() / 2e6 / count
+        sum(losses.values()).backward()
+    counts["step"] = flops.get_total_flops() / 2e6 / count
+    run.optimizer.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def passes(config: TrainConfig) -> None:
+    """Print `count_step` of every recipe; a photo counts as one even where only its visible patches are encoded."""
+    parts = ["vision", "text", "fusion", "decoder", "vision_m", "text_m", "fusion_m"]
+    print(f"{config.preset}, batch {config.batch_size}; multiply-adds a photo in millions")
+    print("| recipe | " + " | ".join(parts) + " | forward | step |\n" + "|---" * (len(parts) + 3) + "|")
+    for recipe in RECIPES:
+        own, _ = parse_config(["--recipe", recipe, "--preset", config.preset, "--batch-size", str(config.batch_size)])
+        run, batches = open_step(own, 1)
+        counts = count_step(run, batches[0])
+        cells = [f"{counts.get(part, 0):g}" for part in parts] + [f"{counts[key]:,.0f}" for key in ("forward", "step")]
+        print(f"| {recipe} | " + " | ".join(cells) + " |")
+
+
+class Reference(nn.Module):
+    """ALBEF's model from Hugging Face's parts, with the sizes of ours."""
+
+    def __init__(self, config):
+        from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+        from transformers.models.bert.modeling_bert import BertLayer, BertOnlyMLMHead
+
+        super().__init__()
+        sizes = dict(hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=4 * config.width)
+        vit = ViTConfig(
+            **sizes, num_hidden_layers=config.vision_layers, image_size=config.image_size, patch_size=config.patch_size
+        )
+        drop = dict(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+        bert = BertConfig(**sizes, **drop, num_hidden_layers=config.text_layers, vocab_size=config.vocab_size)
+        bert._attn_implementation = "sdpa"
+        cross = copy.deepcopy(bert)
+        cross.is_decoder = cross.add_cross_attention = True
+        self.vision, self.text = ViTModel(vit, add_pooling_layer=False), BertModel(bert, add_pooling_layer=False)
+        self.fusion = nn.ModuleList(BertLayer(cross, layer_idx=i) for i in range(config.fusion_layers))
+        for layer in self.fusion:
+            layer.attention.self.is_causal = False
+        self.vision_proj = nn.Linear(config.width, config.embed_dim)
+        self.text_proj = nn.Linear(config.width, config.embed_dim)
+        self.itm_head, self.mlm_head = nn.Linear(config.width, 2), BertOnlyMLMHead(bert)
+        self.mlm_head.predictions.decoder.weight = self.text.embeddings.word_embeddings.weight
+        self.temp = nn.Parameter(torch.tensor(0.07))
+
+    def encode(self, images: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """image_embeds (B, N, D), text_embeds (B, L, D), their features (B, E)."""
+        image_embeds = self.vision(images).last_hidden_state
+        text_embeds = self.text(ids, attention_mask=keep).last_hidden_state
+        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        return image_embeds, text_embeds, image_feat, F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
+
+    def fuse(self, text_embeds: Tensor, keep: Tensor, image_embeds: Tensor) -> Tensor:
+        """(B, L, D), (B, L), (B, N, D) -> (B, L, D)."""
+        mask = keep[:, None, None, :].bool().expand(-1, 1, keep.shape[1], -1)
+        for layer in self.fusion:
+            out = layer(text_embeds, attention_mask=mask, encoder_hidden_states=image_embeds)
+            text_embeds = out[0] if isinstance(out, tuple) else out
+        return text_embeds
+
+
+def reference_step(run: Run) -> Callable[[dict], Tensor]:
+    """A step of ALBEF as public implementations write it: a pass for the matching pairs, one for the others, one for
+    masked words; negatives drawn row by row; the vocabulary predicted for every token; momentum copied one parameter
+    after the other. The same objectives, masks and optimiser settings as ours."""
+    config = run.config
+    torch.manual_seed(config.seed)
+    model = Reference(run.model.config).to(run.device).train()
+    momentum = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+    def negatives(sim: Tensor, same: Tensor) -> list[int]:
+        weights = sim.detach().masked_fill(same, -1e4).softmax(dim=1)
+        return [torch.multinomial(row, 1).item() for row in weights]
+
+    def step(batch: dict) -> Tensor:
+        images, ids, keep = batch["images"], batch["token_ids"], batch["attention_mask"]
+        products = batch["product_ids"]
+        masked_ids, labels = run.corrupt(ids, batch["mask"])
+        with autocast(run):
+            image_embeds, text_embeds, image_feat, text_feat = model.encode(images, ids, keep)
+            with torch.no_grad():
+                image_embeds_m, _, image_feat_m, text_feat_m = momentum.encode(images, ids, keep)
+                targets_i2t, targets_t2i = (
+                    itc_targets(products, products, a @ b.T / model.temp, run.alpha)
+                    for a, b in ((image_feat_m, text_feat_m), (text_feat_m, image_feat_m))
+                )
+            sim_i2t, sim_t2i = image_feat @ text_feat_m.T / model.temp, text_feat @ image_feat_m.T / model.temp
+            itc = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
+            same = products[:, None] == products[None]
+            wrong_text, wrong_image = negatives(sim_i2t, same), negatives(sim_t2i, same)
+            matching = model.fuse(text_embeds, keep, image_embeds)
+            others = model.fuse(
+                torch.cat([torch.stack([text_embeds[j] for j in wrong_text]), text_embeds]),
+                torch.cat([torch.stack([keep[j] for j in wrong_text]), keep]),
+                torch.cat([image_embeds, torch.stack([image_embeds[j] for j in wrong_image])]),
+            )
+            logits = model.itm_head(torch.cat([matching[:, 0], others[:, 0]]))
+            itm = itm_loss(logits, torch.cat([products.new_ones(len(ids)), products.new_zeros(2 * len(ids))]))
+            masked_embeds = model.text(masked_ids, attention_mask=keep).last_hidden_state
+            words = model.mlm_head(model.fuse(masked_embeds, keep, image_embeds))  # (B, L, V)
+            words_m = None
+            if run.alpha > 0:
+                with torch.no_grad():
+                    masked_m = momentum.text(masked_ids, attention_mask=keep).last_hidden_state
+                    words_m = momentum.mlm_head(momentum.fuse(masked_m, keep, image_embeds_m)).flatten(0, 1)
+            mlm = mlm_loss(words.flatten(0, 1), labels.flatten(), words_m, run.alpha)
+        loss = itc + itm + mlm
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        for ours, theirs in zip(momentum.parameters(), model.parameters(), strict=True):
+            ours.data = ours.data * config.ema_decay + theirs.data * (1 - config.ema_decay)
+        return loss
+
+    return step
+
+
+def our_step(run: Run, phases: dict[str, list[float]]) -> Callable[[dict], Tensor]:
+    """The step of train.py's loop; seconds of its phases are noted in `phases`."""
+
+    def step(batch: dict) -> Tensor:
+        times = [now(run.device)]
+        with autocast(run):
+            losses, _ = RECIPES[run.config.recipe](run, batch)
+        loss = sum(losses.values())
+        times.append(now(run.device))
+        loss.backward()
+        times.append(now(run.device))
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.model.clamp_temp()
+        run.momentum.update(run.model)
+        times.append(now(run.device))
+        for phase, start, end in zip(("forward", "backward", "update"), times, times[1:], strict=False):
+            phases.setdefault(phase, []).append(end - start)
+        return loss
+
+    return step
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def ceiling(run: Run, size: int = 2048, repeats: int = 5) -> float:
+    """Multiply-adds a second of a large matrix product, in the run's precision on its device: the most to hope for."""
+    dtype = torch.bfloat16 if run.config.precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=run.device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        start = now(run.device)
+        a @ b
+        best = min(best, now(run.device) - start)
+    return size**3 / best
+
+
+def step(config: TrainConfig, repeats: int) -> None:
+    """Time our step, and for albef the reference's, turn about; print medians, their ratio and where time goes."""
+    run, batches = open_step(config, 2)
+    for batch in batches:
+        batch["mask"] = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    counts, phases = count_step(run, batches[0]), {}
+    steps = {"ours": our_step(run, phases)}
+    if config.recipe == "albef":
+        steps["library parts"] = reference_step(run)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(repeats + 1), "steps", disable=None):  # the first warms up
+        for name, take in steps.items():
+            start = now(run.device)
+            take(batches[number % 2])
+            seconds[name].append(now(run.device) - start)
+    size, top = config.batch_size, ceiling(run)
+    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    print(f"{config.recipe}, {config.preset}, batch {size}, {config.precision}, {run.device}, "
+          f"{torch.get_num_threads()} threads; medians of {repeats} steps")  # fmt: skip
+    for name, median in medians.items():
+        print(f"  {name:14} {median:8.3f} s a step, {size / median:8.1f} photos a second")
+    if len(medians) == 2:
+        print(f"  ratio {medians['library parts'] / medians['ours']:.2f}")
+    parts = ", ".join(f"{phase} {np.median(times[1:]):.3f} s" for phase, times in phases.items())
+    rate = counts["step"] * 1e6 * size / medians["ours"]
+    print(f"  ours: {parts}; process at most {peak_memory_mib(run.device):,.0f} MiB")
+    print(f"  {counts['step']:,.0f} M multiply-adds a photo: {rate / 1e9:,.1f} G a second, "
+          f"{100 * rate / top:.0f} % of the {top / 1e9:,.1f} G of a 2048 x 2048 matrix product")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ data and sampler
+
+
+def data(config: TrainConfig, workers: list[int], batches: int) -> None:
+    """Photos a second through decoding and collation by so many workers, and through transfer and augmentation."""
+    dataset = build_dataset(config.data, config.root, "train", config.model.image_size, config.seed, config.products)
+    dataset.prompts = config.prompts
+    print(dataset.report())
+    tokenizer = build_tokenizer(dataset.captions[:5000], config.model.vocab_size, config.model.max_length)
+    order = np.random.default_rng(config.seed).permutation(len(dataset))[: batches * config.batch_size]
+    chunks = [chunk.tolist() for chunk in np.array_split(order, max(1, len(order) // config.batch_size))]
+    for count in workers:
+        loader = iter(DataLoader(dataset, batch_sampler=chunks, collate_fn=Collate(tokenizer), num_workers=count))
+        batch, seen = next(loader), 0  # starting the workers is not counted
+        start = time.perf_counter()
+        for batch in loader:
+            seen += len(batch["rows"])
+        print(f"  decode and collate, {count:2} workers: {seen / (time.perf_counter() - start):9,.0f} photos a second")
+    device, generator = torch.device(config.device), torch.Generator(config.device).manual_seed(0)
+    start = now(device)
+    for _ in range(batches):
+        images = to_device(batch, device)["images"]
+        augment(images, config.crop_scale, config.color_jitter, generator, config.distort)
+    rate = batches * len(batch["rows"]) / (now(device) - start)
+    print(f"  transfer and augment, {device}: {rate:9,.0f} photos a second")
 
 
 def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, seed: int = 0) -> dict[str, float]:
@@ -42,23 +328,55 @@ def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, s
     return {"seconds": seconds, "mib": peak_memory_mib(torch.device("cpu")), "conflicts": grouped.conflicts}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmark.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["sampler"])
-    parser.add_argument("--items", type=int, nargs="+", default=[260_000], help="photos of the data set")
-    parser.add_argument("--width", type=int, default=256, help="of the features, E")
-    parser.add_argument("--block", type=int, default=1920, help="photos of a search block")
-    parser.add_argument("--batch", type=int, default=128, help="photos of a batch")
-    parser.add_argument("--mode", nargs="+", choices=get_args(SamplerMode), default=["hard", "semihard"])
-    args = parser.parse_args(argv)
-    if min(*args.items, args.width, args.block, args.batch) < 1:
-        parser.error("--items, --width, --block and --batch: at least 1")
+def samplers(args: argparse.Namespace) -> None:
+    """Print `sampler` for each size and mode, and how its time grows: seconds ∝ photos^exponent."""
     print(f"{torch.get_num_threads()} threads; E {args.width}, search block {args.block}, batch {args.batch}")
-    for items in args.items:
-        for mode in args.mode:
+    for mode in args.mode:
+        seconds = []
+        for items in args.items:
             cost = sampler(items, args.width, args.block, args.batch, mode)
+            seconds.append(cost["seconds"])
             print(f"{items:>9,} photos, {mode:8}: {cost['seconds']:6.1f} s, process at most "
                   f"{cost['mib']:,.0f} MiB, {cost['conflicts']} conflicts")  # fmt: skip
+        if len(set(args.items)) > 1:
+            slope = np.polyfit(np.log(args.items), np.log(seconds), 1)[0]
+            print(f"{'':9} growth of {mode}: photos to the power of {slope:.2f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("passes", allow_abbrev=False)
+    steps = what.add_parser("step", allow_abbrev=False)
+    steps.add_argument("--repeats", type=int, default=10, help="steps to time")
+    photos = what.add_parser("data", allow_abbrev=False)
+    photos.add_argument("--by-workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to try")
+    photos.add_argument("--batches", type=int, default=20, help="batches to read")
+    grouped = what.add_parser("sampler", allow_abbrev=False)
+    grouped.add_argument("--items", type=int, nargs="+", default=[260_000], help="photos of the data set")
+    grouped.add_argument("--width", type=int, default=256, help="of the features, E")
+    grouped.add_argument("--block", type=int, default=1920, help="photos of a search block")
+    grouped.add_argument("--batch", type=int, default=128, help="photos of a batch")
+    grouped.add_argument("--mode", nargs="+", choices=get_args(SamplerMode), default=["hard", "semihard"])
+    args, flags = parser.parse_known_args(argv)
+    numbers = [value for name, value in vars(args).items() if isinstance(value, int)]
+    numbers += args.items if args.what == "sampler" else []
+    if min(numbers, default=1) < 1 or (args.what == "sampler" and flags):
+        parser.error(f"unknown flag {flags[0]}" if flags else "sizes and counts: at least 1")
+    try:
+        if args.what == "sampler":
+            return samplers(args)
+        config, _ = parse_config([*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags])
+        if args.what == "passes":
+            passes(config)
+        elif args.what == "step":
+            step(config, args.repeats)
+        else:
+            data(config, args.by_workers, args.batches)
+    except (ConfigError, DataError, OSError) as error:
+        sys.exit(f"benchmark.py: {error}")
 
 
 if __name__ == "__main__":

@@ -491,6 +491,47 @@ def test_unreadable_weights_are_one_clear_line(tmp_path, kind, capsys):
     assert "\n" not in str(caught.value) and "ran pickled code" not in capsys.readouterr().out
 
 
+# -------------------------------------------------------------------------------------- nothing computed twice
+
+
+@pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])
+def test_pairs_that_share_photos_or_ask_for_cls_alone_fuse_as_if_on_their_own(layers, cls_context):
+    model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
+    (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width, requires_grad=True)
+    text_embeds = model.encode_text(token_ids, keep).detach().requires_grad_()
+    rows, photos = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 1, 0])
+    plain = model.fuse(text_embeds[rows], keep[rows], image_embeds[photos])
+    shared = model.fuse(text_embeds[rows], keep[rows], image_embeds, photos=photos)
+    cls, rest = model.fuse(text_embeds[rows], keep[rows], image_embeds, photos=photos, only_cls=3)
+    assert cls.shape == (3, 1, SMALL.width) and rest.shape == (2, *plain.shape[1:])
+    close(shared, plain)
+    close(cls, plain[:3, :1])
+    close(rest, plain[3:])
+    weigh = torch.randn_like(plain)
+    weigh[:3, 1:] = 0
+    inputs = (text_embeds, image_embeds, model.fusion.layers[0].cross_attention.key.weight)
+    theirs = torch.autograd.grad((plain * weigh).sum(), inputs)
+    mine = torch.autograd.grad((cls * weigh[:3, :1]).sum() + (rest * weigh[3:]).sum(), inputs)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    every, none = model.fuse(text_embeds, keep, image_embeds, only_cls=3)
+    close(every, model.fuse(text_embeds, keep, image_embeds)[:, :1])
+    assert none.shape[0] == 0
+
+
+def test_patches_of_an_earlier_layer_are_not_computed_further():
+    """With the last layer's patches computed all the same, CLS and patches are what they are without them."""
+    model, images = make_model(replace(SMALL, patch_layer=2, registers=2)), torch.randn(2, 3, 32, 32)
+    tokens = []
+    for number in (1, 2):
+        model.vision.layers[number].register_forward_hook(lambda _, __, x: tokens.append(x))
+    embeds = model.encode_image(images)
+    assert [x.shape[1] for x in tokens] == [1 + 16 + 2, 1]
+    whole = model.vision.layers[2](tokens[0])
+    close(embeds[:, :1], model.vision.norm(whole[:, :1]))
+    close(embeds[:, 1:], model.vision.norm(tokens[0][:, 1:17]))
+
+
 # ------------------------------------------------------------------------- local tokens, phrases, symbols
 
 FINE = replace(SMALL, local_image=0.05, local_text=0.25, alignment=True, detector=True)

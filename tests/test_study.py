@@ -1,5 +1,6 @@
 """The pictures are drawn, and of what they say; experiments can be stopped and gone on with."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -212,6 +213,41 @@ def test_every_condition_of_the_ablations_is_a_valid_run():
     for grid in ablate.GRIDS.values():
         configs = [train.parse_config(flags)[0] for flags in grid.values()]
         assert len(set(configs)) == len(configs)
+
+
+PASSES = {
+    "albef": {"vision": 1, "text": 2, "fusion": 4, "vision_m": 1, "text_m": 1},
+    # the second photo is that of MIM, of which half of the patches are encoded
+    "syncmask": {"vision": 2, "text": 2, "fusion": 4, "decoder": 1, "vision_m": 1, "text_m": 3, "fusion_m": 2},
+    "softmask": {"vision": 1, "text": 1, "fusion": 4, "vision_m": 1, "text_m": 1},
+    "fashionfine": {"vision": 1, "text": 1, "fusion": 3, "vision_m": 1, "text_m": 1},
+}
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_no_recipe_makes_more_passes_than_it_says(recipe):
+    """Whoever adds a pass has to say so here and in the docstring of the recipe."""
+    config, _ = train.parse_config([*SMALL, "--fusion-layers", "2", "--recipe", recipe, "--alpha", "0"])
+    run, (batch,) = benchmark.open_step(config, 1)
+    counts = benchmark.count_step(run, batch)
+    assert 0 < counts.pop("forward") < counts.pop("step") and counts == PASSES[recipe]
+    run.config = dataclasses.replace(config, alpha=0.4)  # momentum soft targets of MLM
+    more = benchmark.count_step(run, batch)
+    extra = {part for part in more if part.endswith("_m") and more[part] > counts.get(part, 0)}
+    assert extra == (set() if recipe == "fashionfine" else {"text_m", "fusion_m"})
+
+
+def test_step_benchmark_times_both(capsys):
+    benchmark.main(["step", "--repeats", "1", *SMALL])
+    out = capsys.readouterr().out
+    assert "ours " in out and "library parts" in out and " ratio " in out and "multiply-adds a photo" in out
+    benchmark.main(["step", "--repeats", "1", *SMALL, "--recipe", "fashionfine"])
+    assert "library parts" not in capsys.readouterr().out
+    benchmark.main(["data", "--by-workers", "0", "1", "--batches", "3", *SMALL])
+    out = capsys.readouterr().out
+    assert "1 workers" in out and "transfer and augment, cpu" in out
+    with pytest.raises(SystemExit, match="benchmark.py: --steps 0"):
+        benchmark.main(["step", "--steps", "0"])
 
 
 def test_sampler_benchmark_composes_every_photo(capsys):
