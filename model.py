@@ -130,7 +130,7 @@ class Attention(nn.Module):
         q = rearrange(self.query(x), "b l (h d) -> b h l d", h=self.heads)
         k, v = self.key(context), self.value(context)
         if rows is not None:
-            k, v = k[rows], v[rows]
+            k, v = k.index_select(0, rows), v.index_select(0, rows)
         k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (k, v))
         mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, N)
         dropout = self.dropout if self.training else 0.0
@@ -202,7 +202,8 @@ class VisionLayer(nn.Module):
     ) -> Tensor:
         """x (B, N, D), text_embeds (B, L, D), keep (B, L) -> (B, N, D), or of the `first` tokens alone."""
         normed = self.norm1(x)
-        x = x[:, :first] + self.attention(normed[:, :first], normed)[0]
+        asking, x = (normed, x) if first is None else (normed[:, :first], x[:, :first])
+        x = x + self.attention(asking, normed)[0]
         if text_embeds is not None:
             x = x + self.cross_attention(self.cross_norm(x), text_embeds, keep)[0]
         return x + self.mlp(self.norm2(x))
@@ -272,7 +273,8 @@ class TextLayer(nn.Module):
         attended to -> x (B, L, D), or of the `first` tokens alone; cross-attention (B, h, L, N) or None.
 
         photos (B,): the row of image_embeds that each text looks at."""
-        x = self.attention_norm(x[:, :first] + self.dropout(self.attention(x[:, :first], x, keep)[0]))
+        asking = x if first is None else x[:, :first]
+        x = self.attention_norm(asking + self.dropout(self.attention(asking, x, keep)[0]))
         attention = None
         if image_embeds is not None:
             seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention, photos)
