@@ -823,6 +823,16 @@ class FashionGen(PhotoDataset):
         super().__init__(chosen(captions), chosen(products), chosen(categories), chosen(subcategories), image_size)
         self.problems = [f"row {row}: empty input_description" for row in range(rows) if not captions[row]]
 
+    def report(self) -> str:
+        """Also whether the file is packed in a way that makes single photos slow to read."""
+        with self._open() as file:
+            images = file["input_image"]
+            together, shape = images.chunks[0] if images.chunks else 1, "x".join(map(str, (1, *images.shape[1:])))
+        if together == 1:
+            return super().report()
+        slow = f"an HDF5 chunk is {together} photos, and reading one unpacks them all; repack the file once:"
+        return f"{super().report()}\n  {slow} h5repack -l input_image:CHUNK={shape} {self.path.name} NEW"
+
     def _open(self) -> h5py.File:
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file; --root must be the folder that holds {self.path.name}")
@@ -1359,6 +1369,9 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
     return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
 
 
+TEXT_KEYS = ("token_ids", "attention_mask", "words")  # what `tokenize` gives, each (B, L), padded with 0
+
+
 def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:
     """-> token_ids, attention_mask (1 = keep) and words (True = may be masked), each (B, L)."""
     encodings = encode(tokenizer, texts)
@@ -1454,8 +1467,13 @@ def augment(
 # ---------------------------------------------------------------------------------- FashionGen's own layout
 
 
-def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int = 0) -> None:
-    """Write `items` synthetic products a split in FashionGen's HDF5 layout (validation: a tenth, at least 8)."""
+def export_fashiongen(
+    folder: Path, items: int, image_size: int = 256, seed: int = 0, together: int = 1, gzip: int | None = None
+) -> None:
+    """Write `items` synthetic products a split in FashionGen's HDF5 layout (validation: a tenth, at least 8).
+
+    together, gzip: photos in an HDF5 chunk, and the level it is packed with, for trying what that costs to read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for split, products in (("train", items), ("val", max(8, items // 10))):
         path = folder / FashionGen.FILES[split]
@@ -1478,7 +1496,8 @@ def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int
         }
         with h5py.File(path, "w") as file:
             images = np.stack([np.asarray(photo) for photo in dataset.photos])
-            file.create_dataset("input_image", data=images, chunks=(1, image_size, image_size, 3))
+            chunk = (min(together, len(images)), image_size, image_size, 3)
+            file.create_dataset("input_image", data=images, chunks=chunk, compression=gzip)
             for key, values in text.items():
                 file.create_dataset(key, data=np.array([v.encode("iso-8859-1") for v in values])[:, None])
             numbers = {"index": range(len(rows)), "index_2": range(len(rows)), "input_msrpUSD": [100] * len(rows)}
@@ -1496,11 +1515,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
     parser.add_argument("--items", type=int, default=200, help="training products (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chunk", type=int, default=1, help="photos in an HDF5 chunk (default 1)")
+    parser.add_argument("--gzip", type=int, choices=range(10), help="pack photos with gzip of this level")
     args = parser.parse_args(argv)
-    if args.items < 1:
-        parser.error(f"--items {args.items}: at least 1")
+    if min(args.items, args.chunk) < 1:
+        parser.error("--items and --chunk: at least 1")
     try:
-        export_fashiongen(args.folder, args.items, seed=args.seed)
+        export_fashiongen(args.folder, args.items, seed=args.seed, together=args.chunk, gzip=args.gzip)
     except (DataError, OSError) as error:
         sys.exit(f"data.py: {error}")
 

@@ -21,6 +21,7 @@ picture: examples.png, or confusion.png with classes.tsv. Keys of metrics.jsonl 
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -1066,6 +1067,8 @@ def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("fine-tuning and search run in one process; start without torchrun")
         config, given, source = parse_config(argv)
         if config.task == "search":
             search(config, source)

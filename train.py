@@ -45,16 +45,21 @@ import sys
 import time
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -62,6 +67,7 @@ from data import (
     ANTONYMS,
     DESCRIPTION,
     SYNONYMS,
+    TEXT_KEYS,
     Collate,
     DataError,
     DataName,
@@ -384,6 +390,153 @@ def check_device(name: str) -> None:
         raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")
 
 
+# ------------------------------------------------------------------------------------- several processes
+
+
+class Exchange(torch.autograd.Function):
+    """Rows (n, …) sent to the ranks, so many to each; gradients come back the same way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, given: list[int], taken: list[int]) -> Tensor:
+        ctx.given, ctx.taken = given, taken
+        received = x.new_empty(sum(taken), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), taken, given)
+        return received
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return Exchange.apply(grad, ctx.taken, ctx.given), None, None
+
+
+@dataclass
+class Ranks:
+    """The processes that torchrun started, as one of them sees them. Each has the whole model and a share of every
+    batch, and together they do what one process would with the whole batch; the random draws alone differ.
+
+    Alone a process is rank 0 of 1, and nothing here does anything.
+    """
+
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    count: int = 1
+    rows: list[int] = field(default_factory=lambda: [0])  # photos of the batch under way, rank by rank
+
+    @classmethod
+    def join(cls, device: str) -> "Ranks":
+        """Meet the others: over NCCL with a GPU each, over Gloo on CPUs. All but the first fall silent."""
+        count, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        where = torch.device(device)
+        if count == 1:
+            return cls(where)
+        if where.type == "cuda":
+            if where.index is not None:
+                raise ConfigError(f"--device {device}: torchrun gives each process its own GPU; say cuda")
+            if local >= torch.cuda.device_count():
+                raise ConfigError(f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}")
+            where = torch.device("cuda", local)
+            torch.cuda.set_device(where)
+        if not dist.is_initialized():  # the others wait while the first validates: not minutes, hours
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        if dist.get_rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (main() gives errors their way back)
+        return cls(where, dist.get_rank(), count, [0] * count)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this one that validates, writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def first(self) -> int:
+        """Where this rank's rows begin in the whole batch."""
+        return sum(self.rows[: self.rank])
+
+    def part(self, batch: list[int]) -> list[int]:
+        """This rank's share of a batch of indices."""
+        start, stop = (len(batch) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return batch[start:stop]
+
+    def agree(self, batch: dict) -> dict:
+        """This rank's share of a batch as it enters the step: texts as long as the longest of all ranks, everyone's
+        unreadable photos; how many rows there are is noted in `rows`."""
+        if self.count == 1:
+            self.rows = [len(batch["rows"])]
+            return batch
+        longest = batch["token_ids"].shape[1] if len(batch["rows"]) else 0
+        mine = torch.tensor([[len(batch["rows"]), longest, len(batch["unreadable"])]], device=self.device)
+        self.rows = [1] * self.count
+        self.rows, lengths, unreadable = self.gather(mine).T.tolist()
+        if any(unreadable):
+            reasons: list = [None] * self.count
+            dist.all_gather_object(reasons, batch["unreadable"])
+            batch["unreadable"] = sum(reasons, [])
+        texts = {key: F.pad(batch[key], [0, max(lengths) - longest]) for key in TEXT_KEYS if key in batch}
+        return batch | texts
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x (B, …) of every rank, one after the other; without gradients."""
+        if self.count == 1:
+            return x
+        most = max(self.rows)  # ranks may differ by a row, collectives may not
+        parts = [x.new_empty(most, *x.shape[1:]) for _ in self.rows]
+        dist.all_gather(parts, F.pad(x, [0, 0] * (x.ndim - 1) + [0, most - len(x)]))
+        return torch.cat([part[:rows] for part, rows in zip(parts, self.rows, strict=True)])
+
+    def fetch(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """Rows `wanted` (B,) of the whole batch of x (B, …), each from the rank that has it; gradients go back there.
+        Less travels than in gathering: what a rank receives does not grow with their number."""
+        if self.count == 1:
+            return x[wanted]
+        wanted, order = wanted.sort()
+        starts = [sum(self.rows[:rank]) for rank in range(self.count + 1)]
+        split = lambda asked, rank: asked[(asked >= starts[rank]) & (asked < starts[rank + 1])] - starts[rank]
+        given = [split(asked, self.rank) for asked in self.gather(wanted).split(self.rows)]
+        taken = [len(split(wanted, rank)) for rank in range(self.count)]
+        return Exchange.apply(x[torch.cat(given)], [len(rows) for rows in given], taken)[order.argsort()]
+
+    def mean(self, value: Tensor, terms: Tensor | int) -> Tensor:
+        """A mean over so many `terms` (or the True ones) of this rank, weighted so that the plain mean of all ranks'
+        values, which is what DistributedDataParallel makes of gradients, is the mean over all terms of all ranks."""
+        if self.count == 1:
+            return value
+        mine = torch.as_tensor(terms, device=self.device).sum().float()
+        total = mine.clone()
+        dist.all_reduce(total)
+        return value * (self.count * mine / total.clamp(min=1))
+
+    def average(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """The plain mean of each over all ranks."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        if self.count > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.count).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor([flag], device=self.device, dtype=torch.int)
+        dist.all_reduce(flags)
+        return bool(flags.item())
+
+    def first_says(self, what):
+        """What the first rank has there."""
+        said = [what]
+        if self.count > 1:
+            dist.broadcast_object_list(said)
+        return said[0]
+
+    def check_same(self, what: str, number: int) -> None:
+        """Raise ConfigError where ranks do not have the same number."""
+        if self.any(self.first_says(number) != number):
+            raise ConfigError(f"{what} differ from process to process; is the data the same on every machine?")
+
+    def parallel(self, step: nn.Module) -> nn.Module:
+        """The same step, whose backward pass also averages gradients over the ranks."""
+        # static_graph: the MIM decoder is there in every recipe, and each step uses the same parameters as the first
+        return DistributedDataParallel(step, static_graph=True) if self.count > 1 else step
+
+
 # ---------------------------------------------------------------------------------------------- the run
 
 
@@ -406,6 +559,7 @@ class Run:
     unreadable: set[str] = field(default_factory=set)
     generator: torch.Generator | None = None
     features: tuple[Tensor, Tensor] | None = None  # of the batch under way, for the sampler
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self):
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
@@ -429,10 +583,15 @@ class Run:
         warmup = self.config.itm_warmup
         return self.config.itm_share * min(1.0, max(0.0, (self.step - warmup) / max(1, warmup)) if warmup else 1.0)
 
+    def mean(self, value: Tensor, terms: Tensor | int) -> Tensor:
+        """`Ranks.mean`."""
+        return self.ranks.mean(value, terms)
+
     def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
-        """`pick_negatives` of logits (B, B), as the config says at this step."""
+        """`pick_negatives` of logits (B, K), as the config says at this step."""
         mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.detach()
-        chosen = pick_negatives(sim, forbidden, None, mode, self.generator, margin)
+        own_pair = sim.diagonal(self.ranks.first)
+        chosen = pick_negatives(sim, forbidden, own_pair, mode, self.generator, margin)
         drawn = pick_negatives(sim, forbidden, None, "random", self.generator)
         hard = torch.rand(len(sim), device=sim.device, generator=self.generator) < self.hard_share
         return torch.where(hard, chosen, drawn)
@@ -476,19 +635,18 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
     itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
-    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    wrong = wrong_pairs(run, batch, sim_i2t, sim_t2i, text_embeds, image_embeds)
+    own = torch.arange(count, device=run.device)
     paired, filled = model.fuse(
-        torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
-        torch.cat([keep, keep[t], keep, keep]),
-        image_embeds,
-        photos=torch.cat([own, own, i, own]),
+        torch.cat([text_embeds, wrong.text_embeds, text_embeds, masked_embeds]),
+        torch.cat([keep, wrong.keep, keep, keep]),
+        wrong.photos,
+        photos=torch.cat([own, own, wrong.places, own]),
         only_cls=3 * count,
     )
 
     # losses
-    itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
+    itm_labels = torch.cat([torch.ones_like(own), wrong.labels])
     itm_logits = model.itm_logits(paired)
     chosen = mlm_labels != -100
     mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
@@ -497,9 +655,12 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
         with torch.no_grad():
             fused_m = momentum.fuse(momentum.encode_text(masked_ids, keep), keep, image_embeds_m)
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
-    mlm = mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha)
-    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm}
-    return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+    losses = {
+        "itc": itc,
+        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
+    }
+    return losses, accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
 
 
 def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
@@ -533,21 +694,20 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo, masked text with its photo
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
-    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    wrong = wrong_pairs(run, batch, sim_i2t, sim_t2i, text_embeds, image_embeds)
+    own = torch.arange(count, device=run.device)
     paired, filled = model.fuse(
-        torch.cat([text_embeds, text_embeds[t], text_embeds, masked_embeds]),
-        torch.cat([keep, keep[t], keep, keep]),
-        image_embeds,
-        photos=torch.cat([own, own, i, own]),
+        torch.cat([text_embeds, wrong.text_embeds, text_embeds, masked_embeds]),
+        torch.cat([keep, wrong.keep, keep, keep]),
+        wrong.photos,
+        photos=torch.cat([own, own, wrong.places, own]),
         only_cls=3 * count,
     )
     # reconstruct: masked photo with its text
     pixels = model.reconstruct_patches(visible_embeds, visible, text_embeds, keep)
 
     # losses
-    itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
+    itm_labels = torch.cat([torch.ones_like(own), wrong.labels])
     itm_logits = model.itm_logits(paired)
     chosen = mlm_labels != -100
     mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
@@ -558,11 +718,11 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
     losses = {
         "itc": itc,
-        "itm": itm_loss(itm_logits, itm_labels),
-        "mlm": mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha),
-        "mim": config.mim_weight * mim_loss(pixels, batch["images"], patch_mask),
+        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
+        "mim": run.mean(config.mim_weight * mim_loss(pixels, batch["images"], patch_mask), patch_mask),
     }
-    return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+    return losses, accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
 
 
 def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
@@ -595,16 +755,15 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
 
     # fuse: matching pairs; each photo with a wrong text, each text with a wrong photo; and, as far as switched on, the
     # photo without what one word is about, and masked text with its photo
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
-    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    wrong = wrong_pairs(run, batch, sim_i2t, sim_t2i, text_embeds, image_embeds)
+    own = torch.arange(count, device=run.device)
     matching = model.fuse(text_embeds, keep, image_embeds, return_attention=config.soft_mask)
     matching, attentions = matching if config.soft_mask else (matching, [])
-    pairs, photos = [(text_embeds[t], keep[t], own), (text_embeds, keep, i)], image_embeds
+    pairs, photos = [(wrong.text_embeds, wrong.keep, own), (text_embeds, keep, wrong.places)], wrong.photos
     if config.soft_mask:
         readable = batch["words"] & ~word_mask if config.mask_text else batch["words"]
+        pairs += [(text_embeds, keep, own + len(photos))]
         photos = torch.cat([photos, soften(run, readable, matching, attentions, image_embeds)])
-        pairs += [(text_embeds, keep, own + count)]
     only_cls = len(pairs) * count
     if not config.mask_text:
         pairs += [(masked_embeds, keep, own)]
@@ -613,8 +772,8 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     filled = matching if config.mask_text else filled  # from where masked words are predicted
 
     # losses
-    one, wrong = torch.ones_like(t), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)
-    itm_labels = torch.cat([one, wrong, one] if config.soft_mask else [one, wrong])
+    one = torch.ones_like(own)
+    itm_labels = torch.cat([one, wrong.labels, one] if config.soft_mask else [one, wrong.labels])
     itm_logits = model.itm_logits(torch.cat([matching[:, :1], paired]))
     chosen = mlm_labels != -100
     mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)
@@ -623,9 +782,12 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
         with torch.no_grad():
             fused_m = momentum.fuse(momentum.encode_text(masked_ids, keep), keep, image_embeds_m)
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
-    mlm = mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha)
-    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm}
-    return losses, {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+    losses = {
+        "itc": itc,
+        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
+    }
+    return losses, accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
 
 
 def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
@@ -656,32 +818,37 @@ def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, flo
     itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
     # fuse: matching pairs, each photo with a wrong text, each text with a wrong photo
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-    wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
-    own, t, i = torch.arange(count, device=run.device), wrong_text.clamp(min=0), wrong_image.clamp(min=0)
+    wrong = wrong_pairs(run, batch, sim_i2t, sim_t2i, text_embeds, image_embeds)
+    own = torch.arange(count, device=run.device)
     paired, matching = model.fuse(
-        torch.cat([text_embeds[t], text_embeds, text_embeds]),
-        torch.cat([keep[t], keep, keep]),
-        image_embeds,
-        photos=torch.cat([own, i, own]),
+        torch.cat([wrong.text_embeds, text_embeds, text_embeds]),
+        torch.cat([wrong.keep, keep, keep]),
+        wrong.photos,
+        photos=torch.cat([own, wrong.places, own]),
         only_cls=2 * count,
     )
 
     # losses: masked words are predicted, and replaced ones detected, from the matching pairs
-    itm_labels = torch.cat([torch.ones_like(own), torch.where(torch.cat([wrong_text, wrong_image]) < 0, -100, 0)])
+    itm_labels = torch.cat([torch.ones_like(own), wrong.labels])
     itm_logits = model.itm_logits(torch.cat([matching[:, :1], paired]))
     chosen = mlm_labels != -100
     mlm_logits, labels = model.mlm_logits(matching[chosen]), mlm_labels[chosen]  # (M, V), (M,)
-    losses = {"itc": itc, "itm": itm_loss(itm_logits, itm_labels), "mlm": mlm_loss(mlm_logits, labels)}
-    figures = {"itm_accuracy": accuracy(itm_logits, itm_labels), "mlm_accuracy": accuracy(mlm_logits, labels)}
+    losses = {
+        "itc": itc,
+        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.mean(mlm_loss(mlm_logits, labels), chosen),
+    }
+    figures = accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
     if config.model.alignment:
         # choice: ramped up, since from random weights its full pull gathers all features in one point
-        losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, keep), image_feat)
+        alignment = alignment_loss(model.category_feature(text_embeds, keep), image_feat)
+        losses["align"] = run.mean(run.ramp * alignment, count)
     if config.model.detector:
         legible = batch["words"] & (masked_ids != run.mask_id)
         rtd_logits, rtd_labels = model.replaced_logits(matching[legible]), replaced[legible].long()
-        losses["rtd"] = cross_entropy(rtd_logits, rtd_labels)
-        figures["replaced_recall"] = accuracy(rtd_logits, rtd_labels.masked_fill(rtd_labels == 0, -100))
+        losses["rtd"] = run.mean(cross_entropy(rtd_logits, rtd_labels), legible)
+        found = rtd_labels.masked_fill(rtd_labels == 0, -100)
+        figures["replaced_recall"] = run.mean(accuracy(rtd_logits, found), found >= 0)
     return losses, figures
 
 
@@ -765,19 +932,45 @@ def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Te
     return maps.clamp(min=1e-12).log().mean(dim=0).exp()[:, None]
 
 
+class WrongPairs(typing.NamedTuple):
+    """ITM negatives of a batch, from all ranks' photos and texts: each photo's wrong text, each text's wrong photo."""
+
+    text_embeds: Tensor  # (B, L, D)
+    keep: Tensor  # (B, L)
+    photos: Tensor  # image tokens (C, N, D): the batch's own photos, then what other ranks hold of the wrong ones
+    places: Tensor  # (B,) the row of `photos` that is each text's wrong one
+    labels: Tensor  # (2B,) 0, or −100 where every other pair would match: first the wrong texts, then the wrong photos
+
+
+def wrong_pairs(
+    run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor, text_embeds: Tensor, image_embeds: Tensor
+) -> WrongPairs:
+    """Choose negatives by logits (B, K) of the batch's photos to all ranks' texts, and of its texts to all photos."""
+    ranks, keep = run.ranks, batch["attention_mask"]
+    forbidden = forbidden_negatives(ranks.gather(batch["product_ids"]), ranks.gather(batch["caption_ids"]))
+    forbidden = forbidden[ranks.first :][: len(keep)]  # (B, K)
+    text, photo = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
+    labels = torch.where(torch.cat([text, photo]) < 0, -100, 0)
+    text, photo = text.clamp(min=0), photo.clamp(min=0)
+    photos = image_embeds
+    if ranks.count > 1:
+        photos = torch.cat([image_embeds, ranks.fetch(image_embeds, photo)])
+        photo = torch.arange(len(photo), 2 * len(photo), device=run.device)
+    return WrongPairs(ranks.fetch(text_embeds, text), ranks.fetch(keep, text), photos, photo, labels)
+
+
 def contrast(
     run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, image_feat_m: Tensor, text_feat_m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ITC of online features against momentum keys (in-batch, then the queue), which it then pushes. All (B, E).
 
-    -> weighted loss, and the in-batch logits (B, B) photo to text and text to photo, for choosing ITM negatives.
+    -> weighted loss, and the logits (B, K) photo to text and text to photo of the batch, all ranks' part of it, for
+    choosing ITM negatives.
     """
     temp = run.model.temp
     with torch.no_grad():
-        old_images, old_texts, old_products = run.queue.filled()
-        image_keys = torch.cat([image_feat_m, old_images])  # (K, E)
-        text_keys = torch.cat([text_feat_m, old_texts])
-        products = torch.cat([batch["product_ids"], old_products])
+        new = [run.ranks.gather(x) for x in (image_feat_m, text_feat_m, batch["product_ids"])]
+        image_keys, text_keys, products = map(torch.cat, zip(new, run.queue.filled(), strict=True))  # (K, E), …, (K,)
     # in full precision: at a temperature of 0.02, bf16 would round the logits to steps of a quarter
     with torch.autocast(run.device.type, enabled=False):
         sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
@@ -786,16 +979,25 @@ def contrast(
             targets_i2t = targets(image_feat_m @ text_keys.T / temp)
             targets_t2i = targets(text_feat_m @ image_keys.T / temp)
         loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, run.config.focal_gamma)
-    run.queue.push(image_feat_m, text_feat_m, batch["product_ids"])
-    run.features = image_feat_m, text_feat_m
-    count = len(image_feat)
-    return run.config.itc_weight * loss, sim_i2t[:, :count], sim_t2i[:, :count]
+    run.queue.push(*new)
+    run.features = new[:2]
+    in_batch = len(new[0])
+    loss = run.mean(run.config.itc_weight * loss, len(image_feat))
+    return loss, sim_i2t[:, :in_batch], sim_t2i[:, :in_batch]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of the labelled rows (label ≥ 0) whose highest logit is the label's."""
     right = (logits.argmax(dim=-1) == labels) & (labels >= 0)
     return right.sum() / (labels >= 0).sum().clamp(min=1)
+
+
+def accuracies(run: Run, itm_logits: Tensor, itm_labels: Tensor, mlm_logits: Tensor, labels: Tensor) -> dict:
+    """Figures that every recipe logs."""
+    return {
+        "itm_accuracy": run.mean(accuracy(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm_accuracy": run.mean(accuracy(mlm_logits, labels), labels >= 0),
+    }
 
 
 # -------------------------------------------------------------------------------------------- validation
@@ -1067,16 +1269,17 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
-def seed_for(seed: int, step: int) -> int:
+def seed_for(seed: int, step: int, rank: int = 0) -> int:
     """A seed for one step: what a step draws depends on nothing before it, so a resumed run draws the same."""
-    return (seed * 1_000_003 + step) % 2**63
+    return (seed * 1_000_003 + step + (rank << 40)) % 2**63
 
 
-def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer) -> Run:
+def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
     """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
     torch.manual_seed(config.seed)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
-    device = torch.device(config.device)
+    ranks = ranks or Ranks(torch.device(config.device))
+    device = ranks.device
     model = VisionLanguageModel(config.model)
     model.to(device).train()
     momentum = MomentumModel(model, config.ema_decay)
@@ -1097,14 +1300,18 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer) -
         total,
         epoch_steps,
         dataset.fingerprint(),
+        ranks=ranks,
     )
 
 
 def save_checkpoint(run: Run, sampler: GroupedBatchSampler, path: Path) -> None:
-    """Write last.pt whole or not at all: to a file beside it, flushed to the disk, then renamed over it.
+    """Write last.pt whole or not at all: to a file beside it, flushed to the disk, then renamed over it. The first rank
+    does, for all have the same.
 
     `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
+    if not run.ranks.leads:
+        return
     state = {
         "model": run.model.state_dict(),
         "momentum": run.momentum.model.state_dict(),
@@ -1345,11 +1552,22 @@ def _own_session(_worker: int) -> None:
     os.setsid()
 
 
+@dataclass
+class Share:
+    """Of every batch of a sampler the part that is one rank's to load."""
+
+    sampler: GroupedBatchSampler
+    ranks: Ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.ranks.part, self.sampler)
+
+
 def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Run) -> Iterator[dict]:
     """Batches from the current step on, epoch after epoch."""
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=Share(sampler, run.ranks),
         collate_fn=Collate(run.tokenizer),
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
@@ -1360,6 +1578,7 @@ def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Ru
     epoch, first_batch = divmod(run.step * run.config.accumulate, len(sampler))
     while True:
         sampler.set_epoch(epoch, first_batch)
+        run.ranks.check_same("batches", zlib.crc32(sampler.state_dict()["order"].numpy()))
         yield from loader
         epoch, first_batch = epoch + 1, 0
 
@@ -1398,8 +1617,11 @@ class Job:
 
 
 def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
-    """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early."""
+    """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early.
+
+    Under torchrun every process calls this."""
     config, state = begin(config, given, check_flags)
+    ranks = Ranks.join(config.device)
     train_set, val_set = (
         build_dataset(config.data, config.root, split, config.model.image_size, config.seed, config.products)
         for split in ("train", "val")
@@ -1417,7 +1639,8 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
         sizes = config.model.vocab_size, config.model.max_length
         tokenizer = build_tokenizer(spoken, *sizes, config.vocab, config.prompts)
     report_cut_texts(train_set, tokenizer)
-    run = build_run(config, train_set, tokenizer)
+    run = build_run(config, train_set, tokenizer, ranks)
+    ranks.check_same("training photos or vocabularies", zlib.crc32(tokenizer.to_str().encode(), run.data))
     if not state and (config.vision_weights or config.text_weights or config.weights):
         print(load_pretrained(run.model, config.vision_weights, config.text_weights, config.weights))
         run.momentum.update(run.model, decay=0)
@@ -1428,7 +1651,8 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
 
     job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
     final = work(run, job, train_set, state)
-    draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
+    if ranks.leads:
+        draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
     return final
 
 
@@ -1460,6 +1684,8 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
         len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
         dataset.caption_ids, config.seed, margin=config.margin,
     )  # fmt: skip
+    if len(dataset) // len(sampler) < run.ranks.count:
+        raise ConfigError(f"--batch-size {config.batch_size}: too few photos for {run.ranks.count} processes")
     resumed_step = None
     if state:
         if state["data"] != run.data:
@@ -1467,17 +1693,19 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
         restore(run, sampler, state)
         resumed_step = run.step
         state.clear()  # the checkpoint is as large as the run itself
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
-    metrics = Metrics(out / "metrics.jsonl", resumed_step)
+    if run.ranks.leads:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
+    metrics = Metrics(out / "metrics.jsonl" if run.ranks.leads else Path(os.devnull), resumed_step)
     parameters = sum(p.numel() for p in run.model.parameters())
     size = f"{parameters / 1e6:.1f} M parameters"
-    print(f"{job.name}: {size}, {run.total_steps} steps on {run.device}, into {out}/")
+    where = f"{run.device}" + (f" and {run.ranks.count - 1} more processes" if run.ranks.count > 1 else "")
+    print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
     try:
         with StopSignals() as stop:
             return loop(run, job, dataset, sampler, metrics, stop)
     finally:
-        if any("loss" in line for line in metrics.lines):
+        if run.ranks.leads and any("loss" in line for line in metrics.lines):
             draw_curves(metrics.lines, out / "curves.png", job.panels)
 
 
@@ -1489,53 +1717,72 @@ def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:
         raise NonFiniteLoss(f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr")
 
 
+class Step(nn.Module):
+    """A job's losses as the forward pass of one module, for DistributedDataParallel to take hold of."""
+
+    def __init__(self, run: Run, job: Job):
+        super().__init__()
+        self.model, self.run, self.job = run.model, run, job
+
+    def forward(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+        """Losses, and figures to log."""
+        with autocast(self.run):
+            return self.job.losses(self.run, batch)
+
+
+def record_validation(
+    run: Run, job: Job, sampler: GroupedBatchSampler, metrics: Metrics, say: Callable[[str], None]
+) -> None:
+    """Validate: write the figures, and the weights where they are the best so far."""
+    figures, remarks = job.validate(run)
+    run.model.train()
+    line = {"step": run.step, **figures}
+    if job.best_step([*metrics.lines, line]) == run.step:  # first, so that the line never lacks its weights
+        save_checkpoint(run, sampler, Path(run.config.out) / "best.pt")
+    metrics.write(**line)
+    say(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_")))
+    for remark in remarks:
+        say("    " + remark)
+
+
 def loop(
     run: Run, job: Job, dataset: PhotoDataset, sampler: GroupedBatchSampler, metrics: Metrics, stop: StopSignals
 ) -> dict | None:
     """validate → schedule → forward → backward → clip → step → EMA → log → checkpoint, until the last step."""
-    config, last = run.config, Path(run.config.out) / "last.pt"
-    batches = endless_batches(dataset, sampler, run)
+    config, ranks, last = run.config, run.ranks, Path(run.config.out) / "last.pt"
+    batches, forward = endless_batches(dataset, sampler, run), ranks.parallel(Step(run, job))
     seen, took = 0, 0.0
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
     while True:
         done = run.step == run.total_steps
-        if run.step and (done or run.step % config.val_every == 0) and not metrics.validation(run.step):
-            figures, remarks = job.validate(run)
-            run.model.train()
-            line = {"step": run.step, **figures}
-            if job.best_step([*metrics.lines, line]) == run.step:  # first, so that the line never lacks its weights
-                save_checkpoint(run, sampler, last.with_name("best.pt"))
-            metrics.write(**line)
-            held_out = (f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_"))
-            bar.write(f"step {run.step}: " + "  ".join(held_out))
-            for remark in remarks:
-                bar.write("    " + remark)
-        if done or job.stalled(metrics.lines):
+        due = run.step and (done or run.step % config.val_every == 0)
+        if ranks.leads and due and not metrics.validation(run.step):
+            record_validation(run, job, sampler, metrics, bar.write)
+        if ranks.any(done or job.stalled(metrics.lines)):
             break
 
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed_for(config.seed, run.step))  # dropout
-        run.generator = torch.Generator(run.device).manual_seed(seed_for(config.seed, run.step))
+        torch.manual_seed(seed_for(config.seed, run.step, ranks.rank))  # dropout
+        run.generator = torch.Generator(run.device).manual_seed(seed_for(config.seed, run.step, ranks.rank))
 
         totals: dict[str, Tensor] = {}
         for _ in range(config.accumulate):
-            batch = to_device(next(batches), run.device)
-            seen += len(batch["rows"])
+            batch = ranks.agree(to_device(next(batches), run.device))
+            seen += sum(ranks.rows)
             for reason in set(batch["unreadable"]) - run.unreadable:
                 bar.write(f"left out: {reason}")
             run.unreadable |= set(batch["unreadable"])
-            if not len(batch["rows"]):
+            if not all(ranks.rows):
                 continue
             for key in [key for key in ("images", "target_images") if key in batch]:
                 batch[key] = augment(batch[key], config.crop_scale, config.color_jitter, run.generator, config.distort)
-            with autocast(run):
-                losses, figures = job.losses(run, batch)
+            losses, figures = forward(batch)
             loss = sum(losses.values()) / config.accumulate
             loss.backward()
             if config.sampler != "random":
-                sampler.collect(batch["rows"], *run.features)
+                sampler.collect(ranks.gather(batch["rows"]), *run.features)
             for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
         if not totals:  # not one photo of this step could be read
@@ -1556,9 +1803,9 @@ def loop(
         bar.update()
         run.seconds, took = run.seconds + time.perf_counter() - start, took + time.perf_counter() - start
         done = run.step == run.total_steps
-        stopping = not done and (bool(stop.caught) or run.step == config.stop_at)
+        stopping = ranks.any(not done and (bool(stop.caught) or run.step == config.stop_at))
         if run.step % config.log_every == 0 or done or stopping:
-            values = {key: value.item() for key, value in totals.items()}
+            values = ranks.average(totals)
             metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **values, lr=lr, temp=run.model.temp.item(),
                           unreadable=len(run.unreadable), conflicts=sampler.conflicts,
                           samples_per_second=seen / took)  # fmt: skip
@@ -1584,9 +1831,16 @@ def main(argv: list[str] | None = None) -> None:
         config, given = parse_config(argv)
         train(config, given)
     except (ConfigError, DataError, WeightsError, NonFiniteLoss, OSError) as error:
+        sys.stderr = sys.__stderr__
         sys.exit(f"train.py: {error}")
+    except Exception:
+        sys.stderr = sys.__stderr__
+        raise
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -287,8 +287,9 @@ def step(config: TrainConfig, repeats: int) -> None:
 # ------------------------------------------------------------------------------------------ data and sampler
 
 
-def data(config: TrainConfig, workers: list[int], batches: int) -> None:
-    """Photos a second through decoding and collation by so many workers, and through transfer and augmentation."""
+def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> None:
+    """Photos a second through decoding and collation by so many workers, through transfer and augmentation, and
+    through the step that they are for."""
     dataset = build_dataset(config.data, config.root, "train", config.model.image_size, config.seed, config.products)
     dataset.prompts = config.prompts
     print(dataset.report())
@@ -309,6 +310,14 @@ def data(config: TrainConfig, workers: list[int], batches: int) -> None:
         augment(images, config.crop_scale, config.color_jitter, generator, config.distort)
     rate = batches * len(batch["rows"]) / (now(device) - start)
     print(f"  transfer and augment, {device}: {rate:9,.0f} photos a second")
+    run, (batch,) = open_step(config, 1)
+    take, seconds = our_step(run, {}), []
+    for _ in tqdm(range(steps + 1), "steps", disable=None):  # the first warms up
+        start = now(device)
+        take(batch)
+        seconds.append(now(device) - start)
+    rate = config.batch_size / float(np.median(seconds[1:]))
+    print(f"  a step of {config.recipe}, {config.preset}, {device}: {rate:9,.1f} photos a second")
 
 
 def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, seed: int = 0) -> dict[str, float]:
@@ -360,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     photos = what.add_parser("data", allow_abbrev=False)
     photos.add_argument("--by-workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to try")
     photos.add_argument("--batches", type=int, default=20, help="batches to read")
+    photos.add_argument("--steps-timed", type=int, default=3, help="steps to time beside it")
     grouped = what.add_parser("sampler", allow_abbrev=False)
     grouped.add_argument("--items", type=int, nargs="+", default=[260_000], help="photos of the data set")
     grouped.add_argument("--width", type=int, default=256, help="of the features, E")
@@ -380,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.what == "step":
             step(config, args.repeats)
         else:
-            data(config, args.by_workers, args.batches)
+            data(config, args.by_workers, args.batches, args.steps_timed)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"benchmark.py: {error}")
 

@@ -1,0 +1,177 @@
+"""Several processes do what one does: the same losses and the same parameters from the same batches.
+
+This file is also what the test starts under torchrun: `python tests/test_ranks.py OUT [SHARD]` trains every recipe a
+few steps with draws that depend on the rows alone, since each process draws its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import finetune  # noqa: E402
+import masking  # noqa: E402
+import train  # noqa: E402
+
+# nine photos a batch on two ranks: four and five; fourteen steps: the third epoch is grouped by all ranks' features
+FLAGS = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
+         "--fusion-layers", "2", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "9",
+         "--val-products", "4", "--warmup", "2", "--itm-warmup", "0", "--itm-share", "1", "--alpha", "0.4", "--queue",
+         "24", "--sampler", "semihard", "--itm-negatives", "semihard", "--steps", "14", "--log-every", "1",
+         "--lr", "1e-3", "--val-every", "100"]  # fmt: skip
+OWN = {"syncmask": ["--mask-hint", "0"], "softmask": [], "fashionfine": [], "albef": []}
+
+
+def every_third(words, ratio, generator=None):
+    """In place of random words: those whose place is a multiple of three."""
+    return words & (torch.arange(words.shape[1], device=words.device) % 3 == 1)
+
+
+def first_patches(rows, patches, ratio, generator=None, device=None):
+    """In place of random patches: the first half."""
+    return (torch.arange(patches, device=device) < round(ratio * patches)).expand(rows, -1)
+
+
+def hide(ids, mask, mask_id, *_):
+    """In place of 80/10/10: all are hidden."""
+    return ids.masked_fill(mask, mask_id), ids.masked_fill(~mask, -100)
+
+
+def hide_and_replace(ids, words, mask, mask_id, *_):
+    """In place of random replacements: the word after a hidden one becomes its neighbour."""
+    replaced = words & ~mask & mask.roll(1, dims=1)
+    return (*hide(torch.where(replaced, ids.roll(1, dims=1), ids), mask, mask_id), replaced)
+
+
+def first_of(weights, *_args, **_more):
+    """In place of a draw: the first that is possible."""
+    return (weights > 0).float().argmax(dim=1, keepdim=True)
+
+
+def fixed_draws():
+    """Nothing that a step does depends on a generator, so that sharing it out changes nothing."""
+    fixed = {"random_word_mask": every_third, "random_patch_mask": first_patches, "corrupt_words": hide,
+             "replace_words": hide_and_replace, "augment": lambda images, *_: train.normalise(images)}  # fmt: skip
+    return [mock.patch.object(train, name, what) for name, what in fixed.items()] + [
+        mock.patch.object(torch, "multinomial", first_of),
+        # coarse scores: rounding must not decide between two words that are as good as equal
+        mock.patch.object(masking, "_jitter", lambda scores, *_: (4096 * scores).round()),
+        mock.patch.dict(train.SCHEDULES["tiny"], mask_warmup=0),
+    ]
+
+
+def trained(out, recipe, *more):
+    config, given = train.parse_config([*FLAGS, *OWN[recipe], "--recipe", recipe, "--out", f"{out}/{recipe}", *more])
+    return train.train(config, given)
+
+
+def main(out):
+    patches = fixed_draws()
+    for patch in patches:
+        patch.start()
+    for recipe in OWN:
+        trained(out, recipe)
+    for patch in patches:
+        patch.stop()
+
+
+def torchrun(*command, processes=2):
+    flags = ["--standalone", "--nproc-per-node", str(processes)]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, command)],
+        capture_output=True, text=True, cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    done = torchrun(__file__, two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    main(one)
+    return one, two, done.stdout
+
+
+@pytest.mark.parametrize("recipe", OWN)
+def test_two_processes_train_as_one(both, recipe):
+    one, two, _ = both
+    for mine, theirs in zip(lines(one / recipe), lines(two / recipe), strict=True):
+        for key in set(mine) - {"samples_per_second", "seconds", "peak_memory_mib"}:
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (key, mine["step"])
+    mine, theirs = (train.load_checkpoint(out / recipe / "last.pt") for out in (one, two))
+    for part in ("model", "momentum", "queue"):
+        for name, tensor in mine[part].items():
+            if name.endswith("key.bias"):
+                continue  # the softmax takes it away: its gradient is rounding, which AdamW makes large
+            torch.testing.assert_close(tensor, theirs[part][name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(mine["sampler"]["order"], theirs["sampler"]["order"])
+
+
+def test_the_first_process_speaks_for_both(both):
+    one, two, said = both
+    assert said.count("done at step 14") == len(OWN) and "and 1 more processes" in said
+    assert {path.name for path in (one / "albef").iterdir()} == {path.name for path in (two / "albef").iterdir()}
+
+
+def test_another_number_of_processes_goes_on_with_a_run(tmp_path):
+    out = ["--out", str(tmp_path)]
+    done = torchrun("train.py", *FLAGS, *out, "--accumulate", "2", "--stop-at", "3", "--workers", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("stopped at step 3") == 1
+    config, given = train.parse_config(["--resume", *out])
+    assert train.train(config, given)["step"] == 14
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 15), 14, 14]
+
+
+def test_a_share_that_cannot_be_read_is_passed_over_by_all(tmp_path):
+    """The photos of one product cannot be read: a batch of two can be one process's share and no more."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = [
+        {"image": f"{i}.png", "caption": f"a {['red', 'blue', 'green', 'pink'][i % 4]} dress", "product_id": i}
+        for i in range(10)
+    ]
+    for split, part in (("train", rows[:8]), ("val", rows[8:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for i, row in enumerate(rows):
+        (folder / row["image"]).write_bytes(b"no photo") if i < 3 else photo(folder / row["image"], i)
+    flags = [flag for flag in FLAGS if flag not in ("--products", "12")]
+    done = torchrun(
+        "train.py", *flags, "--data", "jsonl", "--root", folder, "--preset", "tiny", "--batch-size", "2",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("left out: ") == 3
+    assert lines(tmp_path / "run")[-1]["final"]
+
+
+def photo(path, number):
+    Image.new("RGB", (40, 40), (25 * number, 90, 200)).save(path)
+
+
+def test_too_few_photos_for_a_share_each_are_refused(tmp_path):
+    done = torchrun("train.py", *FLAGS, "--batch-size", "2", "--out", tmp_path / "run", processes=3)
+    assert done.returncode != 0 and "too few photos for 3 processes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_fine_tuning_is_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="one process"):
+        finetune.main(["--task", "retrieval", "--checkpoint", "last.pt"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
