@@ -9,10 +9,11 @@ The first three take train.py's flags too: --preset, --recipe, --batch-size, --d
 """
 
 import argparse
+import contextlib
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -68,7 +69,7 @@ def open_step(config: TrainConfig, batches: int) -> tuple[Run, list[dict]]:
 
 def count_step(run: Run, batch: dict) -> dict[str, float]:
     """What a step of the run's recipe does per photo: how many photos or texts pass each part of the model, and of the
-    momentum model (…_m), and multiply-adds (in millions) forward and in the whole step."""
+    momentum model (…_m); multiply-adds (in millions) forward and in the whole step; MiB kept for the backward pass."""
     counts: dict[str, float] = {}
     count = len(batch["token_ids"])
 
@@ -83,28 +84,45 @@ def count_step(run: Run, batch: dict) -> dict[str, float]:
         for model, suffix in ((run.model, ""), (run.momentum, "_m"))
         for part in ("vision", "text", "fusion", "decoder")
     ]
-    # the fused kernels of attention are not counted on every device
-    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+    with counted() as flops:
         losses, _ = RECIPES[run.config.recipe](run, batch)
         counts["forward"] = flops.get_total_flops() / 2e6 / count
         sum(losses.values()).backward()
     counts["step"] = flops.get_total_flops() / 2e6 / count
-    run.optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
+
+    kept = {p.untyped_storage().data_ptr(): 0 for p in run.model.parameters()}  # these are there anyway
+
+    def note(saved: Tensor) -> Tensor:
+        kept.setdefault(saved.untyped_storage().data_ptr(), saved.untyped_storage().nbytes())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved), autocast(run):
+        RECIPES[run.config.recipe](run, batch)
+    counts["kept"] = sum(kept.values()) / 2**20 / count
+    run.optimizer.zero_grad()
     return counts
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Counts the matrix products inside, those of attention too, whose fused kernels are not counted everywhere."""
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        yield flops
 
 
 def passes(config: TrainConfig) -> None:
     """Print `count_step` of every recipe; a photo counts as one even where only its visible patches are encoded."""
     parts = ["vision", "text", "fusion", "decoder", "vision_m", "text_m", "fusion_m"]
-    print(f"{config.preset}, batch {config.batch_size}; multiply-adds a photo in millions")
-    print("| recipe | " + " | ".join(parts) + " | forward | step |\n" + "|---" * (len(parts) + 3) + "|")
+    print(f"{config.preset}, batch {config.batch_size}; a photo: multiply-adds in millions, MiB kept for backward")
+    print("| recipe | " + " | ".join(parts) + " | forward | step | MiB |\n" + "|---" * (len(parts) + 4) + "|")
     for recipe in RECIPES:
         own, _ = parse_config(["--recipe", recipe, "--preset", config.preset, "--batch-size", str(config.batch_size)])
         run, batches = open_step(own, 1)
         counts = count_step(run, batches[0])
-        cells = [f"{counts.get(part, 0):g}" for part in parts] + [f"{counts[key]:,.0f}" for key in ("forward", "step")]
+        cells = [f"{counts.get(part, 0):g}" for part in parts]
+        cells += [f"{counts[key]:,.0f}" for key in ("forward", "step")] + [f"{counts['kept']:,.1f}"]
         print(f"| {recipe} | " + " | ".join(cells) + " |")
 
 
@@ -264,6 +282,11 @@ def step(config: TrainConfig, repeats: int) -> None:
     if config.recipe == "albef":
         # public implementations of ALBEF write attention out; the library's default is the fused kernel
         steps |= {f"library parts, {how}": reference_step(run, how) for how in ("eager", "sdpa")}
+    work = dict.fromkeys(steps, counts["step"])
+    for name in steps.keys() - {"ours"}:
+        with counted() as flops:
+            steps[name](batches[0])
+        work[name] = flops.get_total_flops() / 2e6 / config.batch_size
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(repeats + 1), "steps", disable=None):  # the first warms up
         for name, take in steps.items():
@@ -276,12 +299,12 @@ def step(config: TrainConfig, repeats: int) -> None:
           f"{torch.get_num_threads()} threads; medians of {repeats} steps")  # fmt: skip
     for name, median in medians.items():
         print(f"  {name:20} {median:8.3f} s a step, {size / median:8.1f} photos a second, "
-              f"{median / medians['ours']:.2f} x ours")  # fmt: skip
+              f"{median / medians['ours']:.2f} x ours; {work[name]:,.0f} M multiply-adds a photo")  # fmt: skip
     parts = ", ".join(f"{phase} {np.median(times[1:]):.3f} s" for phase, times in phases.items())
     rate = counts["step"] * 1e6 * size / medians["ours"]
     print(f"  ours: {parts}; process at most {peak_memory_mib(run.device):,.0f} MiB")
-    print(f"  {counts['step']:,.0f} M multiply-adds a photo: {rate / 1e9:,.1f} G a second, "
-          f"{100 * rate / top:.0f} % of the {top / 1e9:,.1f} G of a 2048 x 2048 matrix product")  # fmt: skip
+    print(f"  ours: {rate / 1e9:,.1f} G multiply-adds a second, {100 * rate / top:.0f} % of the {top / 1e9:,.1f} G of "
+          "a 2048 x 2048 matrix product")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ data and sampler
