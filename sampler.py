@@ -16,7 +16,6 @@ of the *next* epoch. The first epoch is random. "Most similar" depends on the mo
 Letters: N items, B batch, E feature width, M search block.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Literal
 
@@ -149,27 +148,44 @@ def chain(
     sim (M, M): photo i to text j, its diagonal the items' own pairs · groups (G, M): an item is put off while one of
     its group ids is among the last batch_size − 1 items, so that a batch may be cut anywhere. -> order (M,).
     """
-    count = len(sim)
+    count, window = len(sim), max(1, batch_size - 1)
+    rows = sim, np.ascontiguousarray(sim.T)  # photo to texts, text to photos
+    limits = sim.diagonal() - margin
+    kin = sharing(groups)
+    near = [0] * count  # how many of the last items an item shares an id with
+    penalty = np.zeros(count, dtype=np.float32)  # added to the scores: −10 while near, −∞ once used
     order = np.empty(count, dtype=np.int64)
-    used = np.zeros(count, dtype=np.float32)  # −∞ once used: added to the scores
-    recent: deque[np.ndarray] = deque()  # for each of the last items, which items share an id with it
-    put_off = np.zeros(count, dtype=np.int32)  # their sum
     anchor = first
     for position in range(count):
         if position:
-            row = sim[anchor] if position % 2 else sim[:, anchor]
-            scores = row
+            scores = rows[(position + 1) % 2][anchor]
             if mode == "semihard":
                 # cosines lie in [−1, 1]: those that qualify come first, then the rest, least violating first
-                scores = np.where(row < sim[anchor, anchor] - margin, row, -3 - row)
-            anchor = int((scores - 10.0 * (put_off > 0) + used).argmax())
-        order[position] = anchor
-        used[anchor] = -np.inf
-        recent.append((groups == groups[:, anchor, None]).any(axis=0))
-        put_off += recent[-1]
-        if len(recent) > max(1, batch_size - 1):
-            put_off -= recent.popleft()
+                scores = np.where(scores < limits[anchor], scores, -3 - scores)
+            anchor = int((scores + penalty).argmax())
+        order[position], penalty[anchor] = anchor, -np.inf
+        for item in kin[anchor]:
+            near[item] += 1
+            if near[item] == 1:
+                penalty[item] -= 10
+        for item in kin[order[position - window]] if position >= window else ():
+            near[item] -= 1
+            if near[item] == 0:
+                penalty[item] += 10
     return order
+
+
+def sharing(groups: np.ndarray) -> list[set[int]]:
+    """For each item the items, itself among them, that have its id in a row of `groups` (G, M)."""
+    kin: list[set[int]] = [set() for _ in range(groups.shape[1])]
+    for ids in groups.tolist():
+        together: dict[int, list[int]] = {}
+        for item, name in enumerate(ids):
+            together.setdefault(name, []).append(item)
+        for members in together.values():
+            for item in members:
+                kin[item].update(members)
+    return kin
 
 
 def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> int:
