@@ -13,6 +13,7 @@ import contextlib
 import copy
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Collate, DataError, augment, build_dataset, build_tokenizer, normalise, to_device
+from data import TEXT_KEYS, Collate, DataError, augment, build_dataset, build_tokenizer, normalise, to_device
 from losses import itc_loss, itc_targets, itm_loss, mlm_loss
 from masking import random_word_mask
 from model import ModelConfig
@@ -47,8 +48,9 @@ from train import (
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def open_step(config: TrainConfig, batches: int) -> tuple[Run, list[dict]]:
-    """A run past its warm-ups, and batches of synthetic photos for it, on its device."""
+def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, list[dict]]:
+    """A run past its warm-ups, and batches of synthetic photos for it, on its device; texts padded to `tokens` tokens,
+    unless the longest of a batch is longer."""
     products = 2 + batches * config.batch_size // 3
     dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products, False)
     dataset.prompts = config.prompts
@@ -63,7 +65,9 @@ def open_step(config: TrainConfig, batches: int) -> tuple[Run, list[dict]]:
     found = []
     for chosen in rows.reshape(batches, -1):
         batch = to_device(Collate(tokenizer)([dataset[int(row)] for row in chosen]), run.device)
-        found.append(batch | {"images": normalise(batch["images"])})
+        missing = max(0, min(tokens, config.model.max_length) - batch["token_ids"].shape[1])
+        padded = {key: F.pad(batch[key], [0, missing]) for key in TEXT_KEYS}
+        found.append(batch | padded | {"images": normalise(batch["images"])})
     return run, found
 
 
@@ -112,16 +116,16 @@ def counted() -> Iterator[FlopCounterMode]:
         yield flops
 
 
-def passes(config: TrainConfig) -> None:
+def passes(config: TrainConfig, tokens: int) -> None:
     """Print `count_step` of every recipe; a photo counts as one even where only its visible patches are encoded."""
     parts = ["vision", "text", "fusion", "decoder", "vision_m", "text_m", "fusion_m"]
     print(f"{config.preset}, batch {config.batch_size}; a photo: multiply-adds in millions, MiB kept for backward")
-    print("| recipe | " + " | ".join(parts) + " | forward | step | MiB |\n" + "|---" * (len(parts) + 4) + "|")
+    print("| recipe | tokens | " + " | ".join(parts) + " | forward | step | MiB |\n" + "|---" * (len(parts) + 5) + "|")
     for recipe in RECIPES:
         own, _ = parse_config(["--recipe", recipe, "--preset", config.preset, "--batch-size", str(config.batch_size)])
-        run, batches = open_step(own, 1)
-        counts = count_step(run, batches[0])
-        cells = [f"{counts.get(part, 0):g}" for part in parts]
+        run, (batch,) = open_step(own, 1, tokens)
+        counts = count_step(run, batch)
+        cells = [str(batch["token_ids"].shape[1])] + [f"{counts.get(part, 0):g}" for part in parts]
         cells += [f"{counts[key]:,.0f}" for key in ("forward", "step")] + [f"{counts['kept']:,.1f}"]
         print(f"| {recipe} | " + " | ".join(cells) + " |")
 
@@ -311,11 +315,14 @@ def step(config: TrainConfig, repeats: int) -> None:
 
 
 def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> None:
-    """Photos a second through decoding and collation by so many workers, through transfer and augmentation, and
-    through the step that they are for."""
+    """What a data set holds in memory, and photos a second through decoding and collation by so many workers, through
+    transfer and augmentation, and through the step that they are for."""
+    tracemalloc.start()
     dataset = build_dataset(config.data, config.root, "train", config.model.image_size, config.seed, config.products)
+    held = tracemalloc.get_traced_memory()[0] / len(dataset)
+    tracemalloc.stop()
     dataset.prompts = config.prompts
-    print(dataset.report())
+    print(f"{dataset.report()}\n  {held:,.0f} bytes of memory a photo, in each process")
     tokenizer = build_tokenizer(dataset.captions[:5000], config.model.vocab_size, config.model.max_length)
     order = np.random.default_rng(config.seed).permutation(len(dataset))[: batches * config.batch_size]
     chunks = [chunk.tolist() for chunk in np.array_split(order, max(1, len(order) // config.batch_size))]
@@ -386,7 +393,8 @@ def main(argv: list[str] | None = None) -> None:
         "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_subparsers(dest="what", required=True)
-    what.add_parser("passes", allow_abbrev=False)
+    counts = what.add_parser("passes", allow_abbrev=False)
+    counts.add_argument("--tokens", type=int, default=1, help="shortest length of the texts")
     steps = what.add_parser("step", allow_abbrev=False)
     steps.add_argument("--repeats", type=int, default=10, help="steps to time")
     photos = what.add_parser("data", allow_abbrev=False)
@@ -409,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
             return samplers(args)
         config, _ = parse_config([*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags])
         if args.what == "passes":
-            passes(config)
+            passes(config, args.tokens)
         elif args.what == "step":
             step(config, args.repeats)
         else:
