@@ -1369,7 +1369,7 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
     return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
 
 
-TEXT_KEYS = ("token_ids", "attention_mask", "words")  # what `tokenize` gives, each (B, L), padded with 0
+TOKEN_KEYS = ("token_ids", "attention_mask", "words")  # what `tokenize` gives, each (B, L), padded with 0
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:

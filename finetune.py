@@ -21,7 +21,6 @@ picture: examples.png, or confusion.png with classes.tsv. Keys of metrics.jsonl 
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import textwrap
@@ -356,9 +355,12 @@ def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tenso
             image_embeds = run.model.encode_image(batch["images"])
             until = int(torch.searchsorted(place, seen + len(image_embeds)))
             for at in torch.arange(done, until, device=run.device).split(4 * run.config.batch_size):
-                t = asked[at]
-                photos = place[at] - seen
-                paired, _ = run.model.fuse(text_embeds[t], keep[t], image_embeds, photos=photos, only_cls=len(t))
+                if not len(at):
+                    continue
+                t, which = asked[at], place[at] - seen
+                first, last = which[0], which[-1]  # photos are in order: of most batches a few are asked for
+                shown = image_embeds[first : last + 1]
+                paired, _ = run.model.fuse(text_embeds[t], keep[t], shown, photos=which - first, only_cls=len(t))
                 logits = run.model.itm_logits(paired)
                 scores[at] = (logits[:, 1] - logits[:, 0]).float()
         seen, done = seen + len(image_embeds), until
@@ -1067,7 +1069,7 @@ def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.distributed.is_torchelastic_launched():
             raise ConfigError("fine-tuning and search run in one process; start without torchrun")
         config, given, source = parse_config(argv)
         if config.task == "search":

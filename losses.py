@@ -56,10 +56,10 @@ def pick_negatives(
     generator: torch.Generator | None = None,
     margin: float | Tensor = 0.0,
 ) -> Tensor:
-    """One in-batch negative for each row of `sim` (B, B): its column (B,), or −1 where every column is forbidden.
+    """One in-batch negative for each row of `sim` (B, K): its column (B,), or −1 where every column is forbidden.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
-    semihard: the most similar one below `positive_sim` (B,), the diagonal unless given, by at least `margin`; if none
+    semihard: the most similar one below `positive_sim` (B,), by default the diagonal, by at least `margin`; if none
     is below, the least similar one (choice, after FaceNet; `sampler.chain` follows the same rule)
     Logits are masked before the softmax: masking probabilities can leave an all-zero row at low temperature.
     """

@@ -236,8 +236,8 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
         for number, layer in enumerate(self.layers, start=1):
-            last_of_cls = number == len(self.layers) > self.patch_layer  # nobody reads its patches
-            x = layer(x, first=1 if last_of_cls else None)
+            unread = number == len(self.layers) and number > self.patch_layer  # its patches
+            x = layer(x, first=1 if unread else None)
             if number == self.patch_layer:
                 patches = x[:, 1:]
         x = torch.cat([x[:, :1], patches], dim=1)
@@ -311,9 +311,9 @@ class FusionEncoder(nn.Module):
     with `return_attention` also the list, one per layer, of probabilities (B, h, L, N).
     Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
 
-    photos (B,): which row of image_embeds each text is paired with, so that no photo is projected twice.
+    photos (B,): which row of image_embeds each text is paired with, so that a layer projects no photo twice.
     only_cls: of so many pairs, the first ones, just [CLS] is asked for; their last layer is spared the other tokens,
-    and there are two results, (only_cls, 1, D) and (B − only_cls, L, D).
+    and there are two results, (only_cls, 1, D) and (B − only_cls, L, D), without attention.
     """
 
     def __init__(self, config: ModelConfig):
@@ -328,7 +328,7 @@ class FusionEncoder(nn.Module):
         image_embeds: Tensor,
         return_attention: bool = False,
         photos: Tensor | None = None,
-        only_cls: int = 0,
+        only_cls: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
         """Shapes as the class says; probabilities are kept in the graph, so that Grad-CAM can take their gradient."""
         x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
@@ -336,14 +336,19 @@ class FusionEncoder(nn.Module):
             context_keep = torch.ones(1, image_embeds.shape[1], dtype=torch.bool, device=image_embeds.device)
             context_keep[:, 0] = False
         *lower, last = self.layers
-        for layer in lower if only_cls else self.layers:
+        for layer in self.layers if only_cls is None else lower:
             x, attention = layer(x, keep, image_embeds, context_keep, return_attention, photos)
             attentions.append(attention)
-        if only_cls:
-            photos = torch.arange(len(x), device=x.device) if photos is None else photos
-            x_and_co = zip(*(t.tensor_split([only_cls]) for t in (x, keep, photos)), (1, None), strict=True)
-            return tuple(last(x, k, image_embeds, context_keep, False, p, first)[0] for x, k, p, first in x_and_co)
-        return (x, attentions) if return_attention else x
+        if only_cls is None:
+            return (x, attentions) if return_attention else x
+        photos = torch.arange(len(x), device=x.device) if photos is None else photos
+
+        def finish(pairs: slice, first: int | None) -> Tensor:
+            if not len(x[pairs]):
+                return x[pairs]
+            return last(x[pairs], keep[pairs], image_embeds, context_keep, False, photos[pairs], first)[0]
+
+        return finish(slice(only_cls), 1), finish(slice(only_cls, None), None)
 
 
 class PatchDecoder(nn.Module):
@@ -499,7 +504,7 @@ class VisionLanguageModel(nn.Module):
         image_embeds: Tensor,
         return_attention: bool = False,
         photos: Tensor | None = None,
-        only_cls: int = 0,
+        only_cls: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
         """Text tokens that have looked at the image; see `FusionEncoder`."""
         return self.fusion(text_embeds, attention_mask, image_embeds, return_attention, photos, only_cls)

@@ -3,6 +3,7 @@
     python train.py                                            tiny model, synthetic photos, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
+    torchrun --nproc-per-node N train.py …                     N GPUs: see Ranks
 
 What a run leaves in --out: config.json, metrics.jsonl, curves.png, masks.png, last.pt. Keys of metrics.jsonl:
 
@@ -31,6 +32,7 @@ What a run leaves in --out: config.json, metrics.jsonl, curves.png, masks.png, l
     false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
     negative_similarity         mean cosine of the chosen ITM negatives: their hardness
     final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
+                                (of the first process)
 """
 
 import argparse
@@ -67,7 +69,7 @@ from data import (
     ANTONYMS,
     DESCRIPTION,
     SYNONYMS,
-    TEXT_KEYS,
+    TOKEN_KEYS,
     Collate,
     DataError,
     DataName,
@@ -147,7 +149,7 @@ class LoopConfig:
 
     steps: int | None = option(None, "optimiser steps; either this or --epochs", low=1)
     epochs: int | None = option(None, "passes over the training photos", low=1)
-    batch_size: int = option(64, "photos a batch", low=2)
+    batch_size: int = option(64, "photos a batch, of all processes together", low=2)
     accumulate: int = option(
         1, "batches a step; negatives still come from one batch (and the queue), so it only saves memory", low=1
     )
@@ -179,7 +181,7 @@ class LoopConfig:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
     compile: bool = option(False, "torch.compile the encoders")
-    workers: int = option(0, "data loading processes", low=0)
+    workers: int = option(0, "data loading processes, for each process that trains", low=0)
     log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
     val_every: int = option(200, "steps between validations", low=1)
     val_products: int = option(1000, "held-out products to validate on, at most", low=2)
@@ -259,7 +261,7 @@ RECIPE_FLAGS = {
     "fashionfine": {"local_image", "local_text", "alignment", "detector"},
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
-# What a resumed run may change: nothing that decides its result.
+# What a resumed run may change: nothing that decides its result. (The number of processes decides what is drawn.)
 FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every"}
 
 
@@ -408,26 +410,33 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, ctx.taken, ctx.given), None, None
 
 
+def speak_up() -> None:
+    """Give a silent process its voice back, for an error."""
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
 @dataclass
 class Ranks:
     """The processes that torchrun started, as one of them sees them. Each has the whole model and a share of every
     batch, and together they do what one process would with the whole batch; the random draws alone differ.
 
-    Alone a process is rank 0 of 1, and nothing here does anything.
+    Alone a process is rank 0 of 1, and nothing here does anything. Where one rank cannot read a single photo of its
+    share, all pass over the batch.
     """
 
     device: torch.device = torch.device("cpu")
     rank: int = 0
     count: int = 1
     rows: list[int] = field(default_factory=lambda: [0])  # photos of the batch under way, rank by rank
+    patient: dist.ProcessGroup | None = None  # for waiting longer than a collective may take
 
     @classmethod
     def join(cls, device: str) -> "Ranks":
         """Meet the others: over NCCL with a GPU each, over Gloo on CPUs. All but the first fall silent."""
-        count, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         where = torch.device(device)
-        if count == 1:
+        if not dist.is_torchelastic_launched():
             return cls(where)
+        count, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
         if where.type == "cuda":
             if where.index is not None:
                 raise ConfigError(f"--device {device}: torchrun gives each process its own GPU; say cuda")
@@ -435,11 +444,13 @@ class Ranks:
                 raise ConfigError(f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}")
             where = torch.device("cuda", local)
             torch.cuda.set_device(where)
-        if not dist.is_initialized():  # the others wait while the first validates: not minutes, hours
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=3))
-        if dist.get_rank():
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (main() gives errors their way back)
-        return cls(where, dist.get_rank(), count, [0] * count)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+            if dist.get_rank():
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+                sys.excepthook = lambda *error: (speak_up(), sys.__excepthook__(*error))
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        return cls(where, dist.get_rank(), count, [0] * count, patient)
 
     @property
     def leads(self) -> bool:
@@ -463,14 +474,15 @@ class Ranks:
             self.rows = [len(batch["rows"])]
             return batch
         longest = batch["token_ids"].shape[1] if len(batch["rows"]) else 0
-        mine = torch.tensor([[len(batch["rows"]), longest, len(batch["unreadable"])]], device=self.device)
-        self.rows = [1] * self.count
-        self.rows, lengths, unreadable = self.gather(mine).T.tolist()
+        mine = torch.tensor([len(batch["rows"]), longest, len(batch["unreadable"])], device=self.device)
+        all_of_them = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(all_of_them, mine)
+        self.rows, lengths, unreadable = torch.stack(all_of_them).T.tolist()
         if any(unreadable):
             reasons: list = [None] * self.count
             dist.all_gather_object(reasons, batch["unreadable"])
             batch["unreadable"] = sum(reasons, [])
-        texts = {key: F.pad(batch[key], [0, max(lengths) - longest]) for key in TEXT_KEYS if key in batch}
+        texts = {key: F.pad(batch[key], [0, max(lengths) - longest]) for key in TOKEN_KEYS if key in batch}
         return batch | texts
 
     def gather(self, x: Tensor) -> Tensor:
@@ -487,12 +499,14 @@ class Ranks:
         Less travels than in gathering: what a rank receives does not grow with their number."""
         if self.count == 1:
             return x[wanted]
-        wanted, order = wanted.sort()
-        starts = [sum(self.rows[:rank]) for rank in range(self.count + 1)]
-        split = lambda asked, rank: asked[(asked >= starts[rank]) & (asked < starts[rank + 1])] - starts[rank]
-        given = [split(asked, self.rank) for asked in self.gather(wanted).split(self.rows)]
-        taken = [len(split(wanted, rank)) for rank in range(self.count)]
-        return Exchange.apply(x[torch.cat(given)], [len(rows) for rows in given], taken)[order.argsort()]
+        wanted, order = wanted.sort()  # so that what one rank gives lies together
+        asked = self.gather(wanted)
+        rows = torch.tensor(self.rows, device=x.device)
+        asking = torch.arange(self.count, device=x.device).repeat_interleave(rows)
+        giving = torch.bucketize(asked, rows.cumsum(0), right=True)
+        traffic = torch.bincount(asking * self.count + giving, minlength=self.count**2).view(self.count, -1).tolist()
+        given, taken = [line[self.rank] for line in traffic], traffic[self.rank]
+        return Exchange.apply(x[asked[giving == self.rank] - self.first], given, taken)[order.argsort()]
 
     def mean(self, value: Tensor, terms: Tensor | int) -> Tensor:
         """A mean over so many `terms` (or the True ones) of this rank, weighted so that the plain mean of all ranks'
@@ -519,6 +533,11 @@ class Ranks:
         dist.all_reduce(flags)
         return bool(flags.item())
 
+    def wait(self) -> None:
+        """Until all are here, however long it takes."""
+        if self.count > 1:
+            dist.barrier(self.patient)
+
     def first_says(self, what):
         """What the first rank has there."""
         said = [what]
@@ -529,11 +548,11 @@ class Ranks:
     def check_same(self, what: str, number: int) -> None:
         """Raise ConfigError where ranks do not have the same number."""
         if self.any(self.first_says(number) != number):
-            raise ConfigError(f"{what} differ from process to process; is the data the same on every machine?")
+            raise ConfigError(f"{what} differ from process to process; are flags, data and --out the same everywhere?")
 
     def parallel(self, step: nn.Module) -> nn.Module:
         """The same step, whose backward pass also averages gradients over the ranks."""
-        # static_graph: the MIM decoder is there in every recipe, and each step uses the same parameters as the first
+        # static_graph: most recipes leave the MIM decoder unused, but each step uses what the first one did
         return DistributedDataParallel(step, static_graph=True) if self.count > 1 else step
 
 
@@ -582,10 +601,6 @@ class Run:
         ones from the first step on ITM does not leave chance, and with nothing but hard ones it forgets the easy."""
         warmup = self.config.itm_warmup
         return self.config.itm_share * min(1.0, max(0.0, (self.step - warmup) / max(1, warmup)) if warmup else 1.0)
-
-    def mean(self, value: Tensor, terms: Tensor | int) -> Tensor:
-        """`Ranks.mean`."""
-        return self.ranks.mean(value, terms)
 
     def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
         """`pick_negatives` of logits (B, K), as the config says at this step."""
@@ -657,8 +672,8 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
     losses = {
         "itc": itc,
-        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
-        "mlm": run.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
+        "itm": run.ranks.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.ranks.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
     }
     return losses, accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
 
@@ -718,9 +733,9 @@ def syncmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
     losses = {
         "itc": itc,
-        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
-        "mlm": run.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
-        "mim": run.mean(config.mim_weight * mim_loss(pixels, batch["images"], patch_mask), patch_mask),
+        "itm": run.ranks.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.ranks.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
+        "mim": run.ranks.mean(config.mim_weight * mim_loss(pixels, batch["images"], patch_mask), patch_mask),
     }
     return losses, accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
 
@@ -784,8 +799,8 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
             mlm_logits_m = momentum.mlm_logits(fused_m[chosen])
     losses = {
         "itc": itc,
-        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
-        "mlm": run.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
+        "itm": run.ranks.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.ranks.mean(mlm_loss(mlm_logits, labels, mlm_logits_m, run.alpha), chosen),
     }
     return losses, accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
 
@@ -835,20 +850,20 @@ def fashionfine(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, flo
     mlm_logits, labels = model.mlm_logits(matching[chosen]), mlm_labels[chosen]  # (M, V), (M,)
     losses = {
         "itc": itc,
-        "itm": run.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
-        "mlm": run.mean(mlm_loss(mlm_logits, labels), chosen),
+        "itm": run.ranks.mean(itm_loss(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm": run.ranks.mean(mlm_loss(mlm_logits, labels), chosen),
     }
     figures = accuracies(run, itm_logits, itm_labels, mlm_logits, labels)
     if config.model.alignment:
         # choice: ramped up, since from random weights its full pull gathers all features in one point
         alignment = alignment_loss(model.category_feature(text_embeds, keep), image_feat)
-        losses["align"] = run.mean(run.ramp * alignment, count)
+        losses["align"] = run.ranks.mean(run.ramp * alignment, count)
     if config.model.detector:
         legible = batch["words"] & (masked_ids != run.mask_id)
         rtd_logits, rtd_labels = model.replaced_logits(matching[legible]), replaced[legible].long()
-        losses["rtd"] = run.mean(cross_entropy(rtd_logits, rtd_labels), legible)
+        losses["rtd"] = run.ranks.mean(cross_entropy(rtd_logits, rtd_labels), legible)
         found = rtd_labels.masked_fill(rtd_labels == 0, -100)
-        figures["replaced_recall"] = run.mean(accuracy(rtd_logits, found), found >= 0)
+        figures["replaced_recall"] = run.ranks.mean(accuracy(rtd_logits, found), found >= 0)
     return losses, figures
 
 
@@ -912,10 +927,12 @@ def momentum_attention(
             _, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
         first, second = read_layer(attentions, config.mask_layer, config.mask_heads).chunk(2)
         return torch.where(half[:, None, :, None], first, second)
-    with torch.set_grad_enabled(config.mask_source == "gradcam"):
-        text = text_embeds_m.detach().requires_grad_(config.mask_source == "gradcam")
+    gradcam = config.mask_source == "gradcam"
+    # compiled code would lose the way from the match logit back to the attention
+    with torch.set_grad_enabled(gradcam), torch.compiler.set_stance("force_eager" if gradcam else "default"):
+        text = text_embeds_m.detach().requires_grad_(gradcam)
         fused, attentions = momentum.fuse(text, keep, image_embeds_m, return_attention=True)
-        if config.mask_source == "gradcam":
+        if gradcam:
             attentions = attentions[:-1]  # of the last layer only [CLS] reaches the match logit
             gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions)
             attentions = [a * gradient.clamp(min=0) for a, gradient in zip(attentions, gradients, strict=True)]
@@ -937,7 +954,7 @@ class WrongPairs(typing.NamedTuple):
 
     text_embeds: Tensor  # (B, L, D)
     keep: Tensor  # (B, L)
-    photos: Tensor  # image tokens (C, N, D): the batch's own photos, then what other ranks hold of the wrong ones
+    photos: Tensor  # image tokens (C, N, D): the batch's own, and with several ranks after them each text's wrong one
     places: Tensor  # (B,) the row of `photos` that is each text's wrong one
     labels: Tensor  # (2B,) 0, or −100 where every other pair would match: first the wrong texts, then the wrong photos
 
@@ -956,7 +973,7 @@ def wrong_pairs(
     if ranks.count > 1:
         photos = torch.cat([image_embeds, ranks.fetch(image_embeds, photo)])
         photo = torch.arange(len(photo), 2 * len(photo), device=run.device)
-    return WrongPairs(ranks.fetch(text_embeds, text), ranks.fetch(keep, text), photos, photo, labels)
+    return WrongPairs(ranks.fetch(text_embeds, text), ranks.gather(keep)[text], photos, photo, labels)
 
 
 def contrast(
@@ -982,7 +999,7 @@ def contrast(
     run.queue.push(*new)
     run.features = new[:2]
     in_batch = len(new[0])
-    loss = run.mean(run.config.itc_weight * loss, len(image_feat))
+    loss = run.ranks.mean(run.config.itc_weight * loss, len(image_feat))
     return loss, sim_i2t[:, :in_batch], sim_t2i[:, :in_batch]
 
 
@@ -995,8 +1012,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 def accuracies(run: Run, itm_logits: Tensor, itm_labels: Tensor, mlm_logits: Tensor, labels: Tensor) -> dict:
     """Figures that every recipe logs."""
     return {
-        "itm_accuracy": run.mean(accuracy(itm_logits, itm_labels), itm_labels >= 0),
-        "mlm_accuracy": run.mean(accuracy(mlm_logits, labels), labels >= 0),
+        "itm_accuracy": run.ranks.mean(accuracy(itm_logits, itm_labels), itm_labels >= 0),
+        "mlm_accuracy": run.ranks.mean(accuracy(mlm_logits, labels), labels >= 0),
     }
 
 
@@ -1531,7 +1548,11 @@ def draw_text(
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once, unless torchrun is there:
+    it may pass on a signal that has already come."""
+
+    def __init__(self, second_stops: bool):
+        self.second_stops = second_stops
 
     def __enter__(self) -> "StopSignals":
         self.caught: str | None = None
@@ -1540,7 +1561,8 @@ class StopSignals:
 
     def _catch(self, number: int, _frame) -> None:
         self.caught = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if self.second_stops:
+            signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
@@ -1619,7 +1641,7 @@ class Job:
 def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early.
 
-    Under torchrun every process calls this."""
+    Under torchrun every process calls this; the lines of all but the first lack the validation."""
     config, state = begin(config, given, check_flags)
     ranks = Ranks.join(config.device)
     train_set, val_set = (
@@ -1692,6 +1714,8 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
             raise ConfigError(f"{out}/last.pt was trained on other rows than the training split holds now")
         restore(run, sampler, state)
         resumed_step = run.step
+        decides = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+        run.ranks.check_same("flags or checkpoints", zlib.crc32(repr((run.step, decides)).encode()))
         state.clear()  # the checkpoint is as large as the run itself
     if run.ranks.leads:
         out.mkdir(parents=True, exist_ok=True)
@@ -1702,17 +1726,17 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     where = f"{run.device}" + (f" and {run.ranks.count - 1} more processes" if run.ranks.count > 1 else "")
     print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
     try:
-        with StopSignals() as stop:
+        with StopSignals(second_stops=run.ranks.count == 1) as stop:
             return loop(run, job, dataset, sampler, metrics, stop)
     finally:
         if run.ranks.leads and any("loss" in line for line in metrics.lines):
             draw_curves(metrics.lines, out / "curves.png", job.panels)
 
 
-def check_finite(totals: dict[str, Tensor], step: int, last: Path) -> None:
+def check_finite(ranks: Ranks, totals: dict[str, Tensor], step: int, last: Path) -> None:
     """Raise NonFiniteLoss before a loss or gradient that is NaN or infinite reaches the weights."""
-    if not (totals["loss"].isfinite() and totals["grad_norm"].isfinite()):
-        parts = ", ".join(f"{key} {value.item():.3g}" for key, value in totals.items())
+    if ranks.any(not (totals["loss"].isfinite() and totals["grad_norm"].isfinite())):
+        parts = ", ".join(f"{key} {value:.3g}" for key, value in ranks.average(totals).items())
         kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
         raise NonFiniteLoss(f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr")
 
@@ -1758,6 +1782,8 @@ def loop(
         due = run.step and (done or run.step % config.val_every == 0)
         if ranks.leads and due and not metrics.validation(run.step):
             record_validation(run, job, sampler, metrics, bar.write)
+        if due:
+            ranks.wait()
         if ranks.any(done or job.stalled(metrics.lines)):
             break
 
@@ -1770,12 +1796,12 @@ def loop(
         totals: dict[str, Tensor] = {}
         for _ in range(config.accumulate):
             batch = ranks.agree(to_device(next(batches), run.device))
-            seen += sum(ranks.rows)
             for reason in set(batch["unreadable"]) - run.unreadable:
                 bar.write(f"left out: {reason}")
             run.unreadable |= set(batch["unreadable"])
             if not all(ranks.rows):
                 continue
+            seen += sum(ranks.rows)
             for key in [key for key in ("images", "target_images") if key in batch]:
                 batch[key] = augment(batch[key], config.crop_scale, config.color_jitter, run.generator, config.distort)
             losses, figures = forward(batch)
@@ -1785,14 +1811,14 @@ def loop(
                 sampler.collect(ranks.gather(batch["rows"]), *run.features)
             for key, value in (losses | figures | {"loss": sum(losses.values())}).items():
                 totals[key] = totals.get(key, 0) + value.detach() / config.accumulate
-        if not totals:  # not one photo of this step could be read
+        if not totals:  # not one photo of this step, or of one rank's share, could be read
             if len(run.unreadable) > len(dataset) // 2:
                 raise DataError(f"most photos cannot be read, the last one: {batch['unreadable'][-1]}")
             run.step += 1
             bar.update()
             continue
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-        check_finite(totals, run.step + 1, last)
+        check_finite(ranks, totals, run.step + 1, last)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.model.clamp_temp()
@@ -1815,7 +1841,8 @@ def loop(
             save_checkpoint(run, sampler, last)
         if stopping:
             bar.close()
-            print(f"stopped at step {run.step} ({stop.caught or '--stop-at'}); saved in {last}, go on with --resume")
+            why = "--stop-at" if run.step == config.stop_at else stop.caught or "signal"
+            print(f"stopped at step {run.step} ({why}); saved in {last}, go on with --resume")
             return None
     bar.close()
     cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
@@ -1831,11 +1858,8 @@ def main(argv: list[str] | None = None) -> None:
         config, given = parse_config(argv)
         train(config, given)
     except (ConfigError, DataError, WeightsError, NonFiniteLoss, OSError) as error:
-        sys.stderr = sys.__stderr__
+        speak_up()
         sys.exit(f"train.py: {error}")
-    except Exception:
-        sys.stderr = sys.__stderr__
-        raise
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")
     finally:

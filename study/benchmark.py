@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TEXT_KEYS, Collate, DataError, augment, build_dataset, build_tokenizer, normalise, to_device
+from data import TOKEN_KEYS, Collate, DataError, augment, build_dataset, build_tokenizer, normalise, to_device
 from losses import itc_loss, itc_targets, itm_loss, mlm_loss
 from masking import random_word_mask
 from model import ModelConfig
@@ -66,7 +66,7 @@ def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, 
     for chosen in rows.reshape(batches, -1):
         batch = to_device(Collate(tokenizer)([dataset[int(row)] for row in chosen]), run.device)
         missing = max(0, min(tokens, config.model.max_length) - batch["token_ids"].shape[1])
-        padded = {key: F.pad(batch[key], [0, missing]) for key in TEXT_KEYS}
+        padded = {key: F.pad(batch[key], [0, missing]) for key in TOKEN_KEYS}
         found.append(batch | padded | {"images": normalise(batch["images"])})
     return run, found
 
@@ -116,14 +116,15 @@ def counted() -> Iterator[FlopCounterMode]:
         yield flops
 
 
-def passes(config: TrainConfig, tokens: int) -> None:
-    """Print `count_step` of every recipe; a photo counts as one even where only its visible patches are encoded."""
+def passes(flags: list[str], tokens: int) -> None:
+    """Print `count_step` of every recipe with these flags of train.py; a photo counts as one even where only its
+    visible patches are encoded."""
     parts = ["vision", "text", "fusion", "decoder", "vision_m", "text_m", "fusion_m"]
-    print(f"{config.preset}, batch {config.batch_size}; a photo: multiply-adds in millions, MiB kept for backward")
+    print("a photo: passes, multiply-adds in millions, MiB kept for the backward pass")
     print("| recipe | tokens | " + " | ".join(parts) + " | forward | step | MiB |\n" + "|---" * (len(parts) + 5) + "|")
     for recipe in RECIPES:
-        own, _ = parse_config(["--recipe", recipe, "--preset", config.preset, "--batch-size", str(config.batch_size)])
-        run, (batch,) = open_step(own, 1, tokens)
+        config, _ = parse_config([*flags, "--recipe", recipe])
+        run, (batch,) = open_step(config, 1, tokens)
         counts = count_step(run, batch)
         cells = [str(batch["token_ids"].shape[1])] + [f"{counts.get(part, 0):g}" for part in parts]
         cells += [f"{counts[key]:,.0f}" for key in ("forward", "step")] + [f"{counts['kept']:,.1f}"]
@@ -166,7 +167,7 @@ class Reference(nn.Module):
 
     def fuse(self, text_embeds: Tensor, keep: Tensor, image_embeds: Tensor) -> Tensor:
         """(B, L, D), (B, L), (B, N, D) -> (B, L, D)."""
-        mask = keep[:, None, None, :].bool().expand(-1, 1, keep.shape[1], -1)
+        mask = (1.0 - keep[:, None, None, :].to(text_embeds.dtype)) * torch.finfo(text_embeds.dtype).min
         for layer in self.fusion:
             out = layer(text_embeds, attention_mask=mask, encoder_hidden_states=image_embeds)
             text_embeds = out[0] if isinstance(out, tuple) else out
@@ -175,12 +176,15 @@ class Reference(nn.Module):
 
 def reference_step(run: Run, attention: str) -> Callable[[dict], Tensor]:
     """A step of ALBEF as public implementations write it: a pass for the matching pairs, one for the others, one for
-    masked words; negatives drawn row by row; the vocabulary predicted for every token; momentum copied one parameter
-    after the other. The same objectives, masks and optimiser settings as ours."""
+    masked words; negatives drawn row by row; the vocabulary predicted for every token; plain AdamW; momentum copied one
+    parameter after the other. The objectives are ours; its masks are drawn beforehand."""
     config = run.config
     torch.manual_seed(config.seed)
     model = Reference(run.model.config, attention).to(run.device).train()
     momentum = copy.deepcopy(model).requires_grad_(False)
+    if config.compile:
+        for part in (model.vision, model.text, *model.fusion, momentum.vision, momentum.text, *momentum.fusion):
+            part.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
     def negatives(sim: Tensor, same: Tensor) -> list[int]:
@@ -262,23 +266,28 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def ceiling(run: Run, size: int = 2048, repeats: int = 5) -> float:
-    """Multiply-adds a second of a large matrix product, in the run's precision on its device: the most to hope for."""
+def ceiling(run: Run, size: int, products: int = 4, repeats: int = 5) -> float:
+    """Multiply-adds a second of large matrix products, in the run's precision on its device: the most to hope for."""
     dtype = torch.bfloat16 if run.config.precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=run.device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
         start = now(run.device)
-        a @ b
+        for _ in range(products):
+            a @ b
         best = min(best, now(run.device) - start)
-    return size**3 / best
+    return products * size**3 / best
 
 
 def step(config: TrainConfig, repeats: int) -> None:
-    """Time our step, and for albef the reference's, turn about; print medians, their ratio and where time goes."""
+    """Time our step, and for albef the reference's, turn about; print medians, their ratio and where time goes. Without
+    the queue, which the reference does not have."""
+    config = replace(config, queue=0)
     run, batches = open_step(config, 2)
     for batch in batches:
         batch["mask"] = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+        our_step(run, {})(batch)
+    peak = peak_memory_mib(run.device)  # before anything else is in memory
     plain, same = open_step(replace(config, compile=False), 2)  # compiled code cannot be counted
     counts, phases = count_step(plain, same[0]), {}
     del plain, same
@@ -292,23 +301,24 @@ def step(config: TrainConfig, repeats: int) -> None:
             steps[name](batches[0])
         work[name] = flops.get_total_flops() / 2e6 / config.batch_size
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in tqdm(range(repeats + 1), "steps", disable=None):  # the first warms up
+    for number in tqdm(range(repeats + 2), "steps", disable=None):  # the first two warm up
         for name, take in steps.items():
             start = now(run.device)
             take(batches[number % 2])
             seconds[name].append(now(run.device) - start)
-    size, top = config.batch_size, ceiling(run)
-    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
-    print(f"{config.recipe}, {config.preset}, batch {size}, {config.precision}, {run.device}, "
-          f"{torch.get_num_threads()} threads; medians of {repeats} steps")  # fmt: skip
+    size, side = config.batch_size, 8192 if run.device.type == "cuda" else 2048
+    top = ceiling(run, side)
+    medians = {name: float(np.median(times[2:])) for name, times in seconds.items()}
+    how = f"{config.precision}{', compiled' if config.compile else ''}, {run.device}, {torch.get_num_threads()} threads"
+    print(f"{config.recipe}, {config.preset}, batch {size}, {how}; medians of {repeats} steps")
     for name, median in medians.items():
         print(f"  {name:20} {median:8.3f} s a step, {size / median:8.1f} photos a second, "
               f"{median / medians['ours']:.2f} x ours; {work[name]:,.0f} M multiply-adds a photo")  # fmt: skip
-    parts = ", ".join(f"{phase} {np.median(times[1:]):.3f} s" for phase, times in phases.items())
+    parts = ", ".join(f"{phase} {np.median(times[2:]):.3f} s" for phase, times in phases.items())
     rate = counts["step"] * 1e6 * size / medians["ours"]
-    print(f"  ours: {parts}; process at most {peak_memory_mib(run.device):,.0f} MiB")
+    print(f"  ours: {parts}; at most {peak:,.0f} MiB")
     print(f"  ours: {rate / 1e9:,.1f} G multiply-adds a second, {100 * rate / top:.0f} % of the {top / 1e9:,.1f} G of "
-          "a 2048 x 2048 matrix product")  # fmt: skip
+          f"a {side} x {side} matrix product")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ data and sampler
@@ -323,22 +333,30 @@ def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> N
     tracemalloc.stop()
     dataset.prompts = config.prompts
     print(f"{dataset.report()}\n  {held:,.0f} bytes of memory a photo, in each process")
-    tokenizer = build_tokenizer(dataset.captions[:5000], config.model.vocab_size, config.model.max_length)
-    order = np.random.default_rng(config.seed).permutation(len(dataset))[: batches * config.batch_size]
-    chunks = [chunk.tolist() for chunk in np.array_split(order, max(1, len(order) // config.batch_size))]
-    for count in workers:
-        loader = iter(DataLoader(dataset, batch_sampler=chunks, collate_fn=Collate(tokenizer), num_workers=count))
-        batch, seen = next(loader), 0  # starting the workers is not counted
+    sizes = config.model.vocab_size, config.model.max_length
+    tokenizer = build_tokenizer(dataset.captions[:5000], *sizes, config.vocab, config.prompts)
+    order = np.random.default_rng(config.seed).permutation(len(dataset))
+    rates = {}
+    for count in [max(workers), *workers]:  # the first round brings the files into memory
+        ahead = max(1, 2 * count)  # batches that workers make before they are asked for: not counted
+        rows = np.resize(order, ((batches + ahead), config.batch_size)).tolist()
+        loader = DataLoader(dataset, batch_sampler=rows, collate_fn=Collate(tokenizer), num_workers=count)
+        reader = iter(loader)
+        for _ in range(ahead):
+            batch = next(reader)
         start = time.perf_counter()
-        for batch in loader:
-            seen += len(batch["rows"])
-        print(f"  decode and collate, {count:2} workers: {seen / (time.perf_counter() - start):9,.0f} photos a second")
+        seen = sum(len(more["rows"]) for more in reader)
+        rates[count] = seen / (time.perf_counter() - start)
+    for count in workers:
+        print(f"  decode and collate, {count:2} workers: {rates[count]:9,.0f} photos a second")
     device, generator = torch.device(config.device), torch.Generator(config.device).manual_seed(0)
-    start = now(device)
-    for _ in range(batches):
+    seconds = []
+    for _ in range(batches + 1):
+        start = now(device)
         images = to_device(batch, device)["images"]
         augment(images, config.crop_scale, config.color_jitter, generator, config.distort)
-    rate = batches * len(batch["rows"]) / (now(device) - start)
+        seconds.append(now(device) - start)
+    rate = len(batch["rows"]) / float(np.median(seconds[1:]))
     print(f"  transfer and augment, {device}: {rate:9,.0f} photos a second")
     run, (batch,) = open_step(config, 1)
     take, seconds = our_step(run, {}), []
@@ -417,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
             return samplers(args)
         config, _ = parse_config([*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags])
         if args.what == "passes":
-            passes(config, args.tokens)
+            passes(flags, args.tokens)
         elif args.what == "step":
             step(config, args.repeats)
         else:

@@ -4,10 +4,13 @@ This file is also what the test starts under torchrun: `python tests/test_ranks.
 few steps with draws that depend on the rows alone, since each process draws its own.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -27,11 +30,11 @@ FLAGS = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers
          "--val-products", "4", "--warmup", "2", "--itm-warmup", "0", "--itm-share", "1", "--alpha", "0.4", "--queue",
          "24", "--sampler", "semihard", "--itm-negatives", "semihard", "--steps", "14", "--log-every", "1",
          "--lr", "1e-3", "--val-every", "100"]  # fmt: skip
-OWN = {"syncmask": ["--mask-hint", "0"], "softmask": [], "fashionfine": [], "albef": []}
+OWN = {"syncmask": ["--mask-hint", "0"], "softmask": [], "fashionfine": [], "albef": ["--accumulate", "2"]}
 
 
 def every_third(words, ratio, generator=None):
-    """In place of random words: those whose place is a multiple of three."""
+    """In place of random words: every third place."""
     return words & (torch.arange(words.shape[1], device=words.device) % 3 == 1)
 
 
@@ -74,22 +77,24 @@ def trained(out, recipe, *more):
 
 
 def main(out):
-    patches = fixed_draws()
-    for patch in patches:
-        patch.start()
-    for recipe in OWN:
-        trained(out, recipe)
-    for patch in patches:
-        patch.stop()
+    with contextlib.ExitStack() as stack:
+        for patch in fixed_draws():
+            stack.enter_context(patch)
+        for recipe in OWN:
+            trained(out, recipe)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def alone():
+    """An environment in which nothing says that torchrun is there already."""
+    return {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"OMP_NUM_THREADS": "1"}
 
 
 def torchrun(*command, processes=2):
-    flags = ["--standalone", "--nproc-per-node", str(processes)]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *flags, *map(str, command)],
-        capture_output=True, text=True, cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [*TORCHRUN[:-1], str(processes), *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone())
 
 
 def lines(out):
@@ -126,14 +131,30 @@ def test_the_first_process_speaks_for_both(both):
     assert {path.name for path in (one / "albef").iterdir()} == {path.name for path in (two / "albef").iterdir()}
 
 
-def test_another_number_of_processes_goes_on_with_a_run(tmp_path):
-    out = ["--out", str(tmp_path)]
-    done = torchrun("train.py", *FLAGS, *out, "--accumulate", "2", "--stop-at", "3", "--workers", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stopped at step 3") == 1
-    config, given = train.parse_config(["--resume", *out])
-    assert train.train(config, given)["step"] == 14
-    assert [line["step"] for line in lines(tmp_path)] == [*range(1, 15), 14, 14]
+def test_another_number_of_processes_goes_on_after_a_signal(tmp_path):
+    out, flags = ["--out", str(tmp_path)], ["--precision", "bf16", "--steps", "500", "--workers", "1"]
+    command = [*TORCHRUN, "train.py", *FLAGS, *flags, *out]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=alone())
+    while run.poll() is None and not (tmp_path / "metrics.jsonl").is_file():
+        time.sleep(0.2)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    said, error = run.communicate(timeout=60)
+    assert said.count("stopped at step") == 1 and "(SIGINT)" in said, error[-3000:]
+    reached = train.load_checkpoint(tmp_path / "last.pt")["step"]
+    config, given = train.parse_config(["--resume", *out, "--stop-at", str(reached + 2)])
+    assert train.train(config, given) is None
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [*range(1, reached + 3)]
+
+
+def test_other_flags_on_one_of_the_ranks_are_refused(tmp_path):
+    script = tmp_path / "uneven.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+        f"train.main([*{FLAGS!r}, '--out', {str(tmp_path / 'run')!r}, '--products', str(12 + int(os.environ['RANK']))])"
+    )
+    done = torchrun(script)
+    assert done.returncode != 0 and "train.py: training photos or vocabularies differ" in done.stderr
 
 
 def test_a_share_that_cannot_be_read_is_passed_over_by_all(tmp_path):
@@ -164,11 +185,12 @@ def photo(path, number):
 
 def test_too_few_photos_for_a_share_each_are_refused(tmp_path):
     done = torchrun("train.py", *FLAGS, "--batch-size", "2", "--out", tmp_path / "run", processes=3)
-    assert done.returncode != 0 and "too few photos for 3 processes" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and "train.py: --batch-size 2: too few photos for 3 processes" in done.stderr
+    assert f'File "{ROOT}/train.py"' not in done.stderr  # no traceback of ours; torchrun adds its own
 
 
-def test_fine_tuning_is_for_one_process(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_fine_tuning_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
     with pytest.raises(SystemExit, match="one process"):
         finetune.main(["--task", "retrieval", "--checkpoint", "last.pt"])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -238,6 +239,27 @@ def test_no_recipe_makes_more_passes_than_it_says(recipe):
     more = benchmark.count_step(run, batch)
     extra = {part for part in more if part.endswith("_m") and more[part] > counts.get(part, 0)}
     assert extra == (set() if recipe == "fashionfine" else {"text_m", "fusion_m"})
+
+
+def test_passes_benchmark_prints_every_recipe(capsys):
+    benchmark.main(["passes", *SMALL, "--fusion-layers", "2", "--tokens", "60"])
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[0] for row in cells] == list(train.RECIPES) and all(int(row[1]) >= 60 for row in cells)
+
+
+def test_the_reference_step_has_the_same_losses_with_either_attention():
+    config, _ = train.parse_config([*SMALL, "--recipe", "albef", "--queue", "0", "--alpha", "0.4"])
+    run, (batch,) = benchmark.open_step(config, 1)
+    batch["mask"] = benchmark.random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    longer = batch | {key: F.pad(batch[key], [0, 5]) for key in ("token_ids", "attention_mask", "words", "mask")}
+    losses = []
+    for attention, given in (("eager", batch), ("sdpa", batch), ("eager", longer)):
+        torch.manual_seed(1)  # negatives
+        run.generator.manual_seed(1)
+        run.corrupt = lambda ids, mask: (ids.masked_fill(mask, run.mask_id), ids.masked_fill(~mask, -100))
+        losses.append(benchmark.reference_step(run, attention)(given).item())
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_step_benchmark_times_both(capsys):

@@ -550,6 +550,20 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
         torch.testing.assert_close(one[name], two[name])
 
 
+def test_soft_masks_of_a_compiled_model_are_drawn(monkeypatch):
+    """With a backend that, unlike "eager", traces the backward pass too, and so cuts the way of a gradient."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    masks = []
+    for flags in ([], ["--compile"]):
+        config, _ = parse_config([*FAST, "--fusion-layers", "2", *flags])
+        dataset = data.build_dataset("synthetic", None, "train", 32, 0, 2)
+        state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+        batch = data.Collate(state.tokenizer)([dataset[0], dataset[1]])
+        masks.append(train.shown_soft_masks(state, batch, torch.Generator().manual_seed(0))[0][1])
+    torch.testing.assert_close(*masks)
+
+
 # --------------------------------------------------------------------------------------- command line
 
 
