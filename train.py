@@ -627,9 +627,9 @@ class Run:
 def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
     """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets. -> losses, figures to log.
 
-    Forward passes a step, in photos or captions: image B; text 2B (clean, masked); fusion 4B in one call
-    (B matching, 2B not, B masked). Momentum: image B, text 2B, fusion B (masked); text and fusion of the
-    masked half only while alpha > 0.
+    Forward passes a step, in photos or captions: image B; text 2B (clean, masked); fusion 4B in one call (B matching,
+    2B not, B masked; of the first three, in all recipes, the last layer makes [CLS] alone). Momentum: image B, text 2B,
+    fusion B (masked); text and fusion of the masked half only while alpha > 0.
     """
     config, model, momentum = run.config, run.model, run.momentum
     ids, keep = batch["token_ids"], batch["attention_mask"]

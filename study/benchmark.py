@@ -343,10 +343,15 @@ def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> N
         loader = DataLoader(dataset, batch_sampler=rows, collate_fn=Collate(tokenizer), num_workers=count)
         reader = iter(loader)
         for _ in range(ahead):
-            batch = next(reader)
-        start = time.perf_counter()
-        seen = sum(len(more["rows"]) for more in reader)
+            next(reader)
+        seen, filled, start = 0, [], time.perf_counter()
+        for batch in reader:
+            seen += len(batch["rows"])
+            filled.append(batch["attention_mask"].float().mean().item())
         rates[count] = seen / (time.perf_counter() - start)
+    print(
+        f"  texts fill {100 * np.mean(filled):.0f} % of the tokens up to the longest of a batch of {config.batch_size}"
+    )
     for count in workers:
         print(f"  decode and collate, {count:2} workers: {rates[count]:9,.0f} photos a second")
     device, generator = torch.device(config.device), torch.Generator(config.device).manual_seed(0)
