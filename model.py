@@ -313,7 +313,7 @@ class FusionEncoder(nn.Module):
 
     photos (B,): which row of image_embeds each text is paired with, so that a layer projects no photo twice.
     only_cls: of so many pairs, the first ones, just [CLS] is asked for; their last layer is spared the other tokens,
-    and there are two results, (only_cls, 1, D) and (B − only_cls, L, D), without attention.
+    and there are two results, (only_cls, 1, D) and (B − only_cls, L, D). Raises ValueError with return_attention.
     """
 
     def __init__(self, config: ModelConfig):
@@ -331,6 +331,8 @@ class FusionEncoder(nn.Module):
         only_cls: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
         """Shapes as the class says; probabilities are kept in the graph, so that Grad-CAM can take their gradient."""
+        if return_attention and only_cls is not None:
+            raise ValueError("only_cls spares tokens whose attention return_attention asks for")
         x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
         if not self.cls_context:
             context_keep = torch.ones(1, image_embeds.shape[1], dtype=torch.bool, device=image_embeds.device)

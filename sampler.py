@@ -200,19 +200,38 @@ def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: n
         again = np.ones(len(order), dtype=bool)
         again[np.unique(pairs, return_index=True)[1]] = False
         repeated |= again
+    place = np.empty(groups.shape[1], dtype=np.int64)  # the position of each item
+    place[order] = np.arange(len(order))
+    by_id = [(np.argsort(ids, kind="stable"), np.sort(ids)) for ids in groups]
+
+    def kin(items: np.ndarray) -> np.ndarray:
+        """Positions of all that share an id with one of the items."""
+        found = []
+        for (items_by_id, ids), own in zip(by_id, groups, strict=True):
+            next_one, past = np.searchsorted(ids, own[items]), np.searchsorted(ids, own[items], "right")
+            while len(next_one):
+                found.append(items_by_id[next_one])
+                more = next_one + 1 < past
+                next_one, past = next_one[more] + 1, past[more]
+        return place[np.concatenate(found)]
+
     stuck = 0
     for position in repeated.nonzero()[0]:
-        mine, others = groups[:, order], np.flatnonzero(batch_of == batch_of[position])
-        others = others[others != position]
-        if not (mine[:, others] == mine[:, position, None]).any():
+        start, stop = np.searchsorted(batch_of, [batch_of[position], batch_of[position] + 1])
+        item, others = order[position], np.delete(order[start:stop], position - start)
+        if not (groups[:, others] == groups[:, item, None]).any():
             continue  # an earlier swap has already mended it
-        fits = np.ones(len(order), dtype=bool)
-        for ids in mine:
-            fits &= ~np.isin(ids, ids[others])  # nothing that clashes here
-            fits &= ~np.isin(batch_of, batch_of[ids == ids[position]])  # nor where this one would clash
-        if not fits.any():
+        # no place for it: where something clashes with those who stay here, and batches where it would clash itself
+        closed = [kin(others)]
+        for batch in np.unique(batch_of[kin(order[position, None])]):
+            closed.append(np.arange(*np.searchsorted(batch_of, [batch, batch + 1])))
+        closed = np.unique(np.concatenate(closed))
+        if len(closed) == len(order):
             stuck += 1
             continue
-        there = rng.choice(fits.nonzero()[0])
+        # one of the open positions, by its number among them
+        there = rng.choice(len(order) - len(closed))
+        there += np.searchsorted(closed - np.arange(len(closed)), there, "right")
         order[position], order[there] = order[there], order[position]
+        place[order[[position, there]]] = position, there
     return stuck

@@ -303,6 +303,8 @@ def check_ranges(config: LoopConfig) -> None:
     """Raise ConfigError for a field outside the range its metadata gives, or for two lengths of the run."""
     if config.steps and config.epochs:
         raise ConfigError("--steps and --epochs contradict each other; give one")
+    if config.sampler != "random" and config.search_size <= config.batch_size:
+        raise ConfigError(f"--search-size {config.search_size} groups nothing unless it is above --batch-size")
     for spec in fields(config):
         value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
         if value is None or (low is None and high is None):
@@ -396,7 +398,7 @@ def check_device(name: str) -> None:
 
 
 class Exchange(torch.autograd.Function):
-    """Rows (n, …) sent to the ranks, so many to each; gradients come back the same way."""
+    """Rows (n, …) sent to the ranks, so many to each; gradients come back the same way (PyTorch deprecates its own)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, given: list[int], taken: list[int]) -> Tensor:
@@ -525,7 +527,7 @@ class Ranks:
             dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.count).tolist(), strict=True))
 
-    def any(self, flag: bool) -> bool:
+    def on_any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         if self.count == 1:
             return flag
@@ -547,7 +549,7 @@ class Ranks:
 
     def check_same(self, what: str, number: int) -> None:
         """Raise ConfigError where ranks do not have the same number."""
-        if self.any(self.first_says(number) != number):
+        if self.on_any(self.first_says(number) != number):
             raise ConfigError(f"{what} differ from process to process; are flags, data and --out the same everywhere?")
 
     def parallel(self, step: nn.Module) -> nn.Module:
@@ -605,7 +607,7 @@ class Run:
     def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
         """`pick_negatives` of logits (B, K), as the config says at this step."""
         mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.detach()
-        own_pair = sim.diagonal(self.ranks.first)
+        own_pair = sim.diagonal(self.ranks.first)  # the batch's columns begin with those of the ranks before
         chosen = pick_negatives(sim, forbidden, own_pair, mode, self.generator, margin)
         drawn = pick_negatives(sim, forbidden, None, "random", self.generator)
         hard = torch.rand(len(sim), device=sim.device, generator=self.generator) < self.hard_share
@@ -628,8 +630,8 @@ def albef(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | T
     """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets. -> losses, figures to log.
 
     Forward passes a step, in photos or captions: image B; text 2B (clean, masked); fusion 4B in one call (B matching,
-    2B not, B masked; of the first three, in all recipes, the last layer makes [CLS] alone). Momentum: image B, text 2B,
-    fusion B (masked); text and fusion of the masked half only while alpha > 0.
+    2B not, B masked; for the first 3B, which only ITM reads, the last layer makes [CLS] alone). Momentum: image B, text
+    2B, fusion B (masked); text and fusion of the masked half only while alpha > 0.
     """
     config, model, momentum = run.config, run.model, run.momentum
     ids, keep = batch["token_ids"], batch["attention_mask"]
@@ -1735,7 +1737,7 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
 
 def check_finite(ranks: Ranks, totals: dict[str, Tensor], step: int, last: Path) -> None:
     """Raise NonFiniteLoss before a loss or gradient that is NaN or infinite reaches the weights."""
-    if ranks.any(not (totals["loss"].isfinite() and totals["grad_norm"].isfinite())):
+    if ranks.on_any(not (totals["loss"].isfinite() and totals["grad_norm"].isfinite())):
         parts = ", ".join(f"{key} {value:.3g}" for key, value in ranks.average(totals).items())
         kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
         raise NonFiniteLoss(f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr")
@@ -1784,7 +1786,7 @@ def loop(
             record_validation(run, job, sampler, metrics, bar.write)
         if due:
             ranks.wait()
-        if ranks.any(done or job.stalled(metrics.lines)):
+        if ranks.on_any(done or job.stalled(metrics.lines)):
             break
 
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
@@ -1829,7 +1831,7 @@ def loop(
         bar.update()
         run.seconds, took = run.seconds + time.perf_counter() - start, took + time.perf_counter() - start
         done = run.step == run.total_steps
-        stopping = ranks.any(not done and (bool(stop.caught) or run.step == config.stop_at))
+        stopping = ranks.on_any(not done and (bool(stop.caught) or run.step == config.stop_at))
         if run.step % config.log_every == 0 or done or stopping:
             values = ranks.average(totals)
             metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **values, lr=lr, temp=run.model.temp.item(),

@@ -574,6 +574,7 @@ def test_soft_masks_of_a_compiled_model_are_drawn(monkeypatch):
         (["--step", "3"], "unknown flag --step"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs contradict each other"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--search-size", "64"], "--search-size 64 groups nothing unless it is above --batch-size"),
         (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
         (["--recipe", "clip"], "invalid choice: 'clip'"),
         (["--batch-size", "many"], "invalid int value: 'many'"),
@@ -765,7 +766,7 @@ def test_false_negatives_are_counted_by_hand():
         [[own, above, below, far], [above, own, far, below], [below, far, own, above], [far, below, above, own]]
     )
     config, _ = parse_config(
-        [*FAST, "--image-size", "64", "--patch-size", "16", "--batch-size", "4", "--search-size", "4"]
+        [*FAST, "--image-size", "64", "--patch-size", "16", "--batch-size", "4", "--search-size", "5"]
     )
     state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     state.momentum = Oracle(dataset, sim, torch.eye(4))
