@@ -830,8 +830,10 @@ class FashionGen(PhotoDataset):
             together, shape = images.chunks[0] if images.chunks else 1, "x".join(map(str, (1, *images.shape[1:])))
         if together == 1:
             return super().report()
-        slow = f"an HDF5 chunk is {together} photos, and reading one unpacks them all; repack the file once:"
-        return f"{super().report()}\n  {slow} h5repack -l input_image:CHUNK={shape} {self.path.name} NEW"
+        slow = (
+            f"an HDF5 chunk is {together} photos, and for one all are read; repack the file once, with HDF5's own tool:"
+        )
+        return f"{super().report()}\n  {slow} h5repack -l input_image:CHUNK={shape} {self.path} NEW"
 
     def _open(self) -> h5py.File:
         if not self.path.is_file():
@@ -1514,9 +1516,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=["export-fashiongen"])
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
     parser.add_argument("--items", type=int, default=200, help="training products (default 200)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn products (default 0)")
     parser.add_argument("--chunk", type=int, default=1, help="photos in an HDF5 chunk (default 1)")
-    parser.add_argument("--gzip", type=int, choices=range(10), help="pack photos with gzip of this level")
+    parser.add_argument(
+        "--gzip", type=int, choices=range(10), help="pack photos with gzip of this level (default: unpacked)"
+    )
     args = parser.parse_args(argv)
     if min(args.items, args.chunk) < 1:
         parser.error("--items and --chunk: at least 1")

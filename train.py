@@ -1725,7 +1725,7 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     metrics = Metrics(out / "metrics.jsonl" if run.ranks.leads else Path(os.devnull), resumed_step)
     parameters = sum(p.numel() for p in run.model.parameters())
     size = f"{parameters / 1e6:.1f} M parameters"
-    where = f"{run.device}" + (f" and {run.ranks.count - 1} more processes" if run.ranks.count > 1 else "")
+    where = f"{run.device}" + (f", {run.ranks.count} processes" if run.ranks.count > 1 else "")
     print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
     try:
         with StopSignals(second_stops=run.ranks.count == 1) as stop:

@@ -65,7 +65,7 @@ def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, 
     found = []
     for chosen in rows.reshape(batches, -1):
         batch = to_device(Collate(tokenizer)([dataset[int(row)] for row in chosen]), run.device)
-        missing = max(0, min(tokens, config.model.max_length) - batch["token_ids"].shape[1])
+        missing = max(0, tokens - batch["token_ids"].shape[1])
         padded = {key: F.pad(batch[key], [0, missing]) for key in TOKEN_KEYS}
         found.append(batch | padded | {"images": normalise(batch["images"])})
     return run, found
@@ -127,6 +127,8 @@ def passes(flags: list[str], tokens: int) -> None:
     print("| recipe | tokens | " + " | ".join(parts) + " | forward | step | MiB |\n" + "|---" * (len(parts) + 5) + "|")
     for recipe in RECIPES:
         config, _ = parse_config([*flags, "--recipe", recipe])
+        if tokens > config.model.max_length:
+            raise ConfigError(f"--tokens {tokens}: the model reads {config.model.max_length}; see --max-length")
         run, (batch,) = open_step(config, 1, tokens)
         counts = count_step(run, batch)
         cells = [str(batch["token_ids"].shape[1])] + [f"{counts.get(part, 0):g}" for part in parts]
@@ -416,37 +418,65 @@ def samplers(args: argparse.Namespace) -> None:
             print(f"{'':9} growth of {mode}: photos to the power of {slope:.2f}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def number(low: int) -> Callable[[str], int]:
+    """For argparse: a whole number of at least `low`."""
+
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on")
+        return int(text)
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, but for train.py's flags."""
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_subparsers(dest="what", required=True)
-    counts = what.add_parser("passes", allow_abbrev=False)
-    counts.add_argument("--tokens", type=int, default=1, help="shortest length of the texts")
-    steps = what.add_parser("step", allow_abbrev=False)
-    steps.add_argument("--repeats", type=int, default=10, help="steps to time")
-    photos = what.add_parser("data", allow_abbrev=False)
-    photos.add_argument("--by-workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to try")
-    photos.add_argument("--batches", type=int, default=20, help="batches to read")
-    photos.add_argument("--steps-timed", type=int, default=3, help="steps to time beside it")
-    grouped = what.add_parser("sampler", allow_abbrev=False)
-    grouped.add_argument("--items", type=int, nargs="+", default=[260_000], help="photos of the data set")
-    grouped.add_argument("--width", type=int, default=256, help="of the features, E")
-    grouped.add_argument("--block", type=int, default=1920, help="photos of a search block")
-    grouped.add_argument("--batch", type=int, default=128, help="photos of a batch")
-    grouped.add_argument("--mode", nargs="+", choices=get_args(SamplerMode), default=["hard", "semihard"])
+    what = parser.add_subparsers(dest="what", required=True, metavar="{passes,step,data,sampler}")
+
+    def add(name: str, description: str) -> argparse.ArgumentParser:
+        defaults = argparse.ArgumentDefaultsHelpFormatter
+        return what.add_parser(name, description=description, allow_abbrev=False, formatter_class=defaults)
+
+    more = "; train.py's flags (see its --help) work too, the recipe is albef unless given"
+    counts = add("passes", "passes and multiply-adds of each recipe; train.py's flags work too, but for --recipe")
+    counts.add_argument("--tokens", type=number(1), default=1, help="pad shorter texts to so many tokens")
+    steps = add("step", "a step, for albef beside one from library parts" + more)
+    steps.add_argument("--repeats", type=number(1), default=10, help="steps to time")
+    photos = add("data", "photos a second through reading, augmentation and a step" + more)
+    photos.add_argument("--by-workers", type=number(0), nargs="+", default=[0, 1, 2], help="numbers of workers to try")
+    photos.add_argument("--batches", type=number(1), default=20, help="batches to read")
+    photos.add_argument("--steps-timed", type=number(1), default=3, help="steps to time beside it")
+    grouped = add("sampler", "seconds, memory and left-over conflicts of composing grouped batches")
+    grouped.add_argument("--items", type=number(1), nargs="+", default=[260_000], help="photos of the data set")
+    grouped.add_argument("--width", type=number(1), default=256, help="of the features, E")
+    grouped.add_argument("--block", type=number(2), default=1920, help="photos of a search block (--search-size)")
+    grouped.add_argument("--batch", type=number(1), default=128, help="photos of a batch (--batch-size)")
+    modes = get_args(SamplerMode)
+    grouped.add_argument("--mode", nargs="+", choices=modes, default=["hard", "semihard"], help="of grouping")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
     args, flags = parser.parse_known_args(argv)
-    numbers = [value for name, value in vars(args).items() if isinstance(value, int)]
-    numbers += args.items if args.what == "sampler" else []
-    if min(numbers, default=1) < 1 or (args.what == "sampler" and flags):
-        parser.error(f"unknown flag {flags[0]}" if flags else "sizes and counts: at least 1")
+    if args.what == "sampler" and flags:
+        parser.error(f"unknown flag {flags[0]}")
+    if args.what == "sampler" and args.block <= args.batch:
+        parser.error(f"--block {args.block} groups nothing unless it is above --batch")
     try:
         if args.what == "sampler":
             return samplers(args)
-        config, _ = parse_config([*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags])
         if args.what == "passes":
-            passes(flags, args.tokens)
-        elif args.what == "step":
+            if "--recipe" in flags:
+                raise ConfigError("--recipe: passes counts all of them")
+            return passes(flags, args.tokens)
+        config, _ = parse_config([*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags])
+        if config.resume:
+            raise ConfigError("--resume: nothing is trained here")
+        if args.what == "step":
             step(config, args.repeats)
         else:
             data(config, args.by_workers, args.batches, args.steps_timed)

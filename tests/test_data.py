@@ -246,7 +246,7 @@ def test_a_file_whose_photos_are_packed_together_reads_the_same_and_is_named(fas
     folder = tmp_path / "packed"
     data.main(["export-fashiongen", str(folder), "--items", "6", "--chunk", "4", "--gzip", "1"])
     plain, packed = (data.build_dataset("fashiongen", str(where), "train", 64) for where in (fashiongen, folder))
-    assert "h5repack -l input_image:CHUNK=1x256x256x3 fashiongen_256_256_train.h5" in packed.report()
+    assert f"h5repack -l input_image:CHUNK=1x256x256x3 {folder}/fashiongen_256_256_train.h5 NEW" in packed.report()
     assert "an HDF5 chunk is 4 photos" in packed.report() and "h5repack" not in plain.report()
     assert torch.equal(packed[5]["image"], plain[5]["image"])
     with pytest.raises(SystemExit):

@@ -271,16 +271,32 @@ def test_step_benchmark_times_both(capsys):
     benchmark.main(["data", "--by-workers", "0", "1", "--batches", "3", *SMALL])
     out = capsys.readouterr().out
     assert "1 workers" in out and "transfer and augment, cpu" in out
-    with pytest.raises(SystemExit, match="benchmark.py: --steps 0"):
-        benchmark.main(["step", "--steps", "0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("step --steps 0", "benchmark.py: --steps 0: must be at least 1"),
+        ("step --resume", "benchmark.py: --resume: nothing is trained here"),
+        ("step --batch-size 8 --repeats 0", "argument --repeats: 0 is not a whole number from 1 on"),
+        ("data --by-workers -1", "argument --by-workers: -1 is not a whole number from 0 on"),
+        ("passes --recipe albef", "benchmark.py: --recipe: passes counts all of them"),
+        ("passes --tokens 9999", "benchmark.py: --tokens 9999: the model reads 64; see --max-length"),
+        ("sampler --items 0", "argument --items: 0 is not a whole number from 1 on"),
+        ("sampler --block 16 --batch 32", "--block 16 groups nothing unless it is above --batch"),
+        ("sampler --batch-size 8", "unknown flag --batch-size"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(flags.split())
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
 
 
 def test_sampler_benchmark_composes_every_photo(capsys):
     benchmark.main(["sampler", "--items", "500", "--block", "100", "--batch", "16", "--width", "8"])
     out = capsys.readouterr().out
     assert "500 photos, hard" in out and "500 photos, semihard" in out
-    with pytest.raises(SystemExit):
-        benchmark.main(["sampler", "--items", "0"])
 
 
 def test_probe_finds_what_is_linearly_there_and_nothing_else():
