@@ -1,6 +1,15 @@
-"""One profile for the property tests: no time limit on an example, and the same examples every time."""
+"""One profile for the property tests: no time limit on an example, and the same examples every time. Fewer held-out
+synthetic products than a run has, which it would draw anew in every test."""
 
+import pytest
 from hypothesis import settings
+
+import data
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_products(monkeypatch):
+    monkeypatch.setattr(data, "VAL_PRODUCTS", 60)
