@@ -830,9 +830,7 @@ class FashionGen(PhotoDataset):
             together, shape = images.chunks[0] if images.chunks else 1, "x".join(map(str, (1, *images.shape[1:])))
         if together == 1:
             return super().report()
-        slow = (
-            f"an HDF5 chunk is {together} photos, and for one all are read; repack the file once, with HDF5's own tool:"
-        )
+        slow = f"an HDF5 chunk is {together} photos, and for one all are read; repack the file once:"
         return f"{super().report()}\n  {slow} h5repack -l input_image:CHUNK={shape} {self.path} NEW"
 
     def _open(self) -> h5py.File:
@@ -1518,9 +1516,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=200, help="training products (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn products (default 0)")
     parser.add_argument("--chunk", type=int, default=1, help="photos in an HDF5 chunk (default 1)")
-    parser.add_argument(
-        "--gzip", type=int, choices=range(10), help="pack photos with gzip of this level (default: unpacked)"
-    )
+    parser.add_argument("--gzip", type=int, choices=range(10), help="pack photos, at this level (default: not packed)")
     args = parser.parse_args(argv)
     if min(args.items, args.chunk) < 1:
         parser.error("--items and --chunk: at least 1")

@@ -789,8 +789,7 @@ def softmask(run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, float 
     filled = matching if config.mask_text else filled  # from where masked words are predicted
 
     # losses
-    one = torch.ones_like(own)
-    itm_labels = torch.cat([one, wrong.labels, one] if config.soft_mask else [one, wrong.labels])
+    itm_labels = torch.cat([torch.ones_like(own), wrong.labels, own.new_ones(count * config.soft_mask)])
     itm_logits = model.itm_logits(torch.cat([matching[:, :1], paired]))
     chosen = mlm_labels != -100
     mlm_logits, labels = model.mlm_logits(filled[chosen]), mlm_labels[chosen]  # (M, V), (M,)

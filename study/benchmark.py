@@ -289,7 +289,7 @@ def step(config: TrainConfig, repeats: int) -> None:
     the queue, which the reference does not have."""
     config = replace(config, queue=0)
     run, batches = open_step(config, 2)
-    for batch in batches:
+    for batch in tqdm(batches, "warming up", leave=False, disable=None):
         batch["mask"] = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
         our_step(run, {})(batch)
     peak = peak_memory_mib(run.device)  # before anything else is in memory
@@ -299,7 +299,7 @@ def step(config: TrainConfig, repeats: int) -> None:
         # public implementations of ALBEF write attention out; the library's default is the fused kernel
         steps |= {f"library parts, {how}": reference_step(run, how) for how in ("eager", "sdpa")}
     work = dict.fromkeys(steps, counts["step"])
-    for name in steps.keys() - {"ours"}:
+    for name in tqdm(steps.keys() - {"ours"}, "counting", leave=False, disable=None):
         with counted() as flops:
             steps[name](batches[0])
         work[name] = flops.get_total_flops() / 2e6 / config.batch_size
@@ -344,7 +344,7 @@ def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> N
         ahead = max(1, 2 * count)  # batches that workers make before they are asked for: not counted
         rows = np.resize(order, ((batches + ahead), config.batch_size)).tolist()
         loader = DataLoader(dataset, batch_sampler=rows, collate_fn=Collate(tokenizer), num_workers=count)
-        reader = iter(loader)
+        reader = iter(tqdm(loader, f"reading with {count} workers", unit=" batches", leave=False, disable=None))
         for _ in range(ahead):
             next(reader)
         seen, filled, start = 0, [], time.perf_counter()

@@ -1,7 +1,7 @@
 """Several processes do what one does: the same losses and the same parameters from the same batches.
 
-This file is also what the test starts under torchrun: `python tests/test_ranks.py OUT [SHARD]` trains every recipe a
-few steps with draws that depend on the rows alone, since each process draws its own.
+This file is also what the test starts under torchrun: `python tests/test_ranks.py OUT` trains every recipe a few
+steps with draws that depend on the rows alone, since each process draws its own.
 """
 
 import contextlib

@@ -241,6 +241,14 @@ def test_no_recipe_makes_more_passes_than_it_says(recipe):
     assert extra == (set() if recipe == "fashionfine" else {"text_m", "fusion_m"})
 
 
+def test_both_steps_are_compiled(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    benchmark.main(["step", "--repeats", "1", *SMALL, "--compile"])
+    assert {"VisionTransformer", "FusionEncoder", "ViTModel", "BertLayer"} <= set(compiled)
+    assert "fp32, compiled, cpu" in capsys.readouterr().out
+
+
 def test_passes_benchmark_prints_every_recipe(capsys):
     benchmark.main(["passes", *SMALL, "--fusion-layers", "2", "--tokens", "60"])
     rows = capsys.readouterr().out.splitlines()[-4:]
@@ -268,7 +276,7 @@ def test_step_benchmark_times_both(capsys):
     assert "ours " in out and "library parts, eager" in out and "x ours; " in out and "multiply-adds a photo" in out
     benchmark.main(["step", "--repeats", "1", *SMALL, "--recipe", "fashionfine"])
     assert "library parts" not in capsys.readouterr().out
-    benchmark.main(["data", "--by-workers", "0", "1", "--batches", "3", *SMALL])
+    benchmark.main(["data", "--by-workers", "0", "1", "--batches", "3", "--steps-timed", "1", *SMALL])
     out = capsys.readouterr().out
     assert "1 workers" in out and "transfer and augment, cpu" in out
 
@@ -294,9 +302,10 @@ def test_benchmark_refuses_in_one_line(flags, message, capsys):
 
 
 def test_sampler_benchmark_composes_every_photo(capsys):
-    benchmark.main(["sampler", "--items", "500", "--block", "100", "--batch", "16", "--width", "8"])
+    sizes = ["--items", "500", "700", "--block", "100", "--batch", "16", "--width", "8"]
+    benchmark.main(["sampler", *sizes, "--mode", "hard", "semihard"])
     out = capsys.readouterr().out
-    assert "500 photos, hard" in out and "500 photos, semihard" in out
+    assert "500 photos, hard" in out and "700 photos, semihard" in out and "growth of hard" in out
 
 
 def test_probe_finds_what_is_linearly_there_and_nothing_else():
