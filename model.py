@@ -13,21 +13,14 @@ registers (Darcet et al. 2024), local tokens and phrases (Fashion-FINE, Jin et a
 initialisation follow them, so published weights load.
 """
 
-import argparse
 import copy
-import pickle
-import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-EXTRA_TOKENS = 9  # category symbols that data.py may append to a vocabulary; published weights have none
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
@@ -94,9 +87,6 @@ PRESETS = {
     "base": ModelConfig(image_size=256, patch_size=16, width=768, heads=12, vision_layers=12, text_layers=6,
                         fusion_layers=6, max_length=96, dropout=0.1, vocab_size=30522),
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------ building blocks
 
 
 class Attention(nn.Module):
@@ -179,9 +169,6 @@ def initialise(model: "VisionLanguageModel") -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
-
-
-# ---------------------------------------------------------------------------------------- the encoders
 
 
 class VisionLayer(nn.Module):
@@ -379,8 +366,6 @@ class PatchDecoder(nn.Module):
         return self.pixels(self.norm(x[:, 1:]))
 
 
-# ------------------------------------------------------------------------ what Fashion-FINE adds to the features
-
 PHRASE_SHARE = 0.05  # of the phrases in a category feature, beside the symbol (Fashion-FINE)
 
 
@@ -420,9 +405,6 @@ class Phrases(nn.Module):
         x = rearrange(tokens * keep[..., None], "b l d -> b d l")
         x = torch.stack([conv(x).tanh() for conv in self.convs]).amax(dim=0)  # (B, D, L)
         return (x * keep[:, None]).sum(dim=2) / keep.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-# --------------------------------------------------------------------------------------- whole models
 
 
 class VisionLanguageModel(nn.Module):
@@ -596,203 +578,3 @@ class FeatureQueue(nn.Module):
         self.text_feat[at] = text_feat[last].to(self.text_feat.dtype)
         self.product_ids[at] = product_ids[last]
         self.pushed += len(product_ids)
-
-
-# ---------------------------------------------------------------------------------- pretrained weights
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be read, or of which nothing fits the model."""
-
-
-@dataclass
-class LoadReport:
-    """What `load_pretrained` did: names of ours that were filled, of theirs that were not used, of ours left."""
-
-    loaded: list[str]
-    skipped: dict[str, str]  # name -> reason; theirs, or ours where only the shape differs
-    missing: list[str]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
-        for kind, entries in (
-            ("skipped", [f"{name}: {reason}" for name, reason in self.skipped.items()]),
-            ("missing", self.missing),
-        ):
-            lines += [f"  {kind} {entry}" for entry in entries[:8]]
-            lines += [f"  … and {len(entries) - 8} more {kind}"] if len(entries) > 8 else []
-        return "\n".join(lines)
-
-
-# Their names, made ours by applying the first rule that matches. "{}" is a layer number.
-LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\."
-VISION_RULES = [
-    (r"(?:embeddings\.)?cls_token", "cls_token"),
-    (r"pos_embed|embeddings\.position_embeddings", "position_embed"),
-    (r"(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.", "patch_embed."),
-    (LAYER + r"attn\.qkv\.", r"layers.\1.attention.qkv."),
-    (LAYER + r"(?:attention\.attention\.query|attention\.q_proj)\.", r"layers.\1.attention.query."),
-    (LAYER + r"(?:attention\.attention\.key|attention\.k_proj)\.", r"layers.\1.attention.key."),
-    (LAYER + r"(?:attention\.attention\.value|attention\.v_proj)\.", r"layers.\1.attention.value."),
-    (LAYER + r"(?:attn\.proj|attention\.output\.dense|attention\.o_proj)\.", r"layers.\1.attention.output."),
-    (LAYER + r"(?:norm1|layernorm_before)\.", r"layers.\1.norm1."),
-    (LAYER + r"(?:norm2|layernorm_after)\.", r"layers.\1.norm2."),
-    (LAYER + r"(?:mlp\.fc1|intermediate\.dense)\.", r"layers.\1.mlp.0."),
-    (LAYER + r"(?:mlp\.fc2|output\.dense)\.", r"layers.\1.mlp.2."),
-    (r"(?:norm|layernorm)\.", "norm."),
-]
-TEXT_RULES = [
-    (r"embeddings\.word_embeddings\.", "text.word_embeddings."),
-    (r"embeddings\.position_embeddings\.weight", "text.position_embeddings"),
-    (r"embeddings\.LayerNorm\.", "text.norm."),
-    (LAYER + r"attention\.self\.(query|key|value)\.", r"layers.\1.attention.\2."),
-    (LAYER + r"attention\.output\.dense\.", r"layers.\1.attention.output."),
-    (LAYER + r"attention\.output\.LayerNorm\.", r"layers.\1.attention_norm."),
-    (LAYER + r"crossattention\.self\.(query|key|value)\.", r"layers.\1.cross_attention.\2."),
-    (LAYER + r"crossattention\.output\.dense\.", r"layers.\1.cross_attention.output."),
-    (LAYER + r"crossattention\.output\.LayerNorm\.", r"layers.\1.cross_attention_norm."),
-    (LAYER + r"intermediate\.dense\.", r"layers.\1.mlp.0."),
-    (LAYER + r"output\.dense\.", r"layers.\1.mlp.2."),
-    (LAYER + r"output\.LayerNorm\.", r"layers.\1.mlp_norm."),
-    (r"cls\.predictions\.transform\.dense\.", "mlm_head.0."),
-    (r"cls\.predictions\.transform\.LayerNorm\.", "mlm_head.2."),
-    (r"cls\.predictions\.bias", "mlm_bias"),
-]
-
-
-def load_pretrained(
-    model: VisionLanguageModel,
-    vision: str | Path | None = None,
-    text: str | Path | None = None,
-    whole: str | Path | None = None,
-) -> LoadReport:
-    """Fill `model` in place from published weights: `.safetensors`, or `.pth`/`.bin` without running pickled code.
-
-    vision: a ViT in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated.
-    text: a BERT in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder.
-    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads).
-    Raises WeightsError when a file cannot be read or none of its tensors fits.
-    """
-    report = LoadReport([], {}, [])
-    ours = dict(model.named_parameters())
-    for path, rename in ((vision, _rename_vision), (text, _rename_text), (whole, _rename_whole)):
-        if path is None:
-            continue
-        renamed = {}
-        for name, tensor in _read_weights(Path(path)).items():
-            parts = rename(name, tensor, model.config)
-            renamed.update(parts)
-            if not parts:
-                report.skipped[name] = "no counterpart in this model"
-        loaded = _copy_fitting(_fold_token_types(renamed), ours, report)
-        if not loaded:
-            raise WeightsError(f"{path}: none of its tensors fits this model; is it the right kind and preset?")
-        report.loaded += loaded
-    report.missing = sorted(set(ours) - set(report.loaded))
-    return report
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DeiT store their options
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such weights file") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{path}: cannot be read as .safetensors or plain tensors ({reason})") from None
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
-    return {name.removeprefix("module."): t for name, t in state.items() if isinstance(t, Tensor)}
-
-
-def _apply(rules: list[tuple[str, str]], name: str) -> str | None:
-    for pattern, ours in rules:
-        if match := re.match(pattern, name):
-            return match.expand(ours) + name[match.end() :]
-    return None
-
-
-def _rename_vision(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    ours = _apply(VISION_RULES, re.sub(r"^(vit|deit|model)\.", "", name))
-    if ours is None:
-        return {}
-    if ".qkv." in ours:  # timm keeps the three projections in one matrix
-        parts = zip(("query", "key", "value"), tensor.chunk(3))
-        return {"vision." + ours.replace("qkv", part): t for part, t in parts}
-    if ours == "position_embed":
-        tensor = _interpolate_positions(tensor, config.grid)
-    return {"vision." + ours: tensor}
-
-
-def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
-    """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if table.ndim != 3 or side == grid or 1 + side**2 != table.shape[1]:
-        return table
-    patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1].float(), rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
-
-
-def _rename_text(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    name = name.removeprefix("bert.")
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # TensorFlow
-    if name == "embeddings.token_type_embeddings.weight":
-        return {"token_type": tensor}
-    ours = _apply(TEXT_RULES, name)
-    if ours is None:
-        return {}
-    if ours == "text.position_embeddings":
-        tensor = tensor[: config.max_length]
-    if match := re.match(r"layers\.(\d+)\.", ours):
-        number, rest = int(match[1]), ours[match.end() :]
-        upper = number >= config.text_layers
-        ours = f"fusion.layers.{number - config.text_layers}.{rest}" if upper else f"text.layers.{number}.{rest}"
-    return {ours: tensor}
-
-
-def _rename_whole(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    if name.startswith("visual_encoder."):
-        return _rename_vision(name.removeprefix("visual_encoder."), tensor, config)
-    if name.startswith("text_encoder."):
-        return _rename_text(name.removeprefix("text_encoder."), tensor, config)
-    if re.match(r"(vision_proj|text_proj|itm_head)\.|temp$", name):
-        return {name: tensor}
-    return {}  # momentum copies, queues, pointers
-
-
-def _fold_token_types(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT adds token type 0 at every position: add it to the position embeddings once and for all."""
-    token_type = renamed.pop("token_type", None)
-    if token_type is not None and "text.position_embeddings" in renamed:
-        renamed["text.position_embeddings"] = renamed["text.position_embeddings"] + token_type[0]
-    return renamed
-
-
-def _lacks_symbols(name: str, theirs: Tensor, ours: Tensor) -> bool:
-    a_word_a_row = name in ("text.word_embeddings.weight", "mlm_bias")
-    return a_word_a_row and theirs.shape == (len(ours) - EXTRA_TOKENS, *ours.shape[1:])
-
-
-@torch.no_grad()
-def _copy_fitting(theirs: dict[str, Tensor], ours: dict[str, nn.Parameter], report: LoadReport) -> list[str]:
-    loaded = []
-    for name, tensor in theirs.items():
-        if name not in ours:
-            report.skipped[name] = "no counterpart in this model"
-        elif _lacks_symbols(name, tensor, ours[name]):
-            ours[name][:-EXTRA_TOKENS].copy_(tensor)
-            loaded.append(name)
-        elif tensor.shape != ours[name].shape:
-            report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(ours[name].shape)}"
-        else:
-            ours[name].copy_(tensor)
-            loaded.append(name)
-    return loaded

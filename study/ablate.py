@@ -32,9 +32,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import DataError
+from harness.checkpoints import config_from_dict
+from harness.config import FREE_ON_RESUME, TrainConfig, parse_config
+from harness.flags import ConfigError
+from measures.truth import skill
+from photos.dataset import DataError
 from study.probe import category_accuracy
-from train import FREE_ON_RESUME, ConfigError, TrainConfig, config_from_dict, parse_config, skill
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
 masks = lambda kind: ["--patch-mask", kind, "--word-mask", kind]

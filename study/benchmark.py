@@ -29,21 +29,17 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TOKEN_KEYS, Collate, DataError, augment, build_dataset, build_tokenizer, normalise, to_device
+from data import TOKEN_KEYS, Collate, augment, build_dataset, build_tokenizer, normalise, to_device
+from harness.config import TrainConfig, parse_config
+from harness.flags import ConfigError
+from harness.log import peak_memory_mib
+from harness.run import Run, autocast, build_run
 from losses import itc_loss, itc_targets, itm_loss, mlm_loss
 from masking import random_word_mask
 from model import ModelConfig
+from photos.dataset import DataError
 from sampler import GroupedBatchSampler, SamplerMode
-from train import (
-    RECIPES,
-    ConfigError,
-    Run,
-    TrainConfig,
-    autocast,
-    build_run,
-    parse_config,
-    peak_memory_mib,
-)
+from train import RECIPES
 
 # ---------------------------------------------------------------------------------------------- one step
 

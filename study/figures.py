@@ -23,21 +23,16 @@ import matplotlib.pyplot as plt
 import torch
 from tokenizers import Tokenizer
 
-from data import DESCRIPTION, Collate, DataError, DataName, PhotoDataset, build_dataset, encode, to_device
+from data import Collate, DataName, build_dataset, encode, to_device
+from harness.checkpoints import config_from_dict, load_checkpoint
+from harness.config import MaskSource, TrainConfig
+from harness.flags import ConfigError, check_device
+from harness.run import Run, build_run
 from masking import reduce_heads
-from train import (
-    ConfigError,
-    MaskSource,
-    Run,
-    TrainConfig,
-    build_run,
-    check_device,
-    config_from_dict,
-    draw_masks,
-    first_photos,
-    load_checkpoint,
-    shown_masks,
-)
+from measures.pictures import draw_masks, first_photos
+from measures.truth import shown_masks
+from photos.dataset import DataError, PhotoDataset
+from photos.prompts import DESCRIPTION
 
 
 def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4) -> None:

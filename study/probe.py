@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DataError, DataName, PhotoDataset, Synthetic, build_dataset, normalise
+from data import DataName, build_dataset, normalise
+from harness.checkpoints import load_checkpoint
+from harness.flags import ConfigError
 from model import ModelConfig, VisionLanguageModel
-from train import ConfigError, load_checkpoint
+from photos.dataset import DataError, PhotoDataset
+from photos.synthetic import Synthetic
 
 PRODUCTS = 1500
 ATTRIBUTES = {

@@ -12,7 +12,15 @@ from PIL import Image
 from transformers import BertTokenizerFast
 
 import data
-from data import COLOURS, Collate, DataError, FashionGen, Synthetic, augment, build_dataset, build_tokenizer, normalise
+from data import Collate, augment, build_dataset, build_tokenizer, normalise
+from measures.truth import word_truth
+from photos.dataset import DataError
+from photos.families import FAMILY, synthetic_triplets
+from photos.fashiongen import FashionGen
+from photos.jsonl import Jsonl
+from photos.prompts import SYMBOLS, prompted, symbol_of
+from photos.synthetic import Synthetic
+from photos.wardrobe import COLOURS, DETAILS, GARMENTS, NECKS, Product
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_truth_regions_follow_the_view(wardrobe):
         regions = wardrobe.truth(row, 8)[1]
         assert "unseen" not in regions and regions["garment"].any()
         for key, _, _ in wardrobe.products[index].details:
-            shown_on = data.DETAILS[key][1]
+            shown_on = DETAILS[key][1]
             if view in ("front", "back"):
                 assert (key in regions) == (view in shown_on), (view, key, wardrobe.captions[row])
             elif "front" not in shown_on:
@@ -83,7 +91,7 @@ def test_truth_regions_follow_the_view(wardrobe):
 def test_word_truth_is_the_truth_token_by_token(wardrobe):
     tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
     rows = list(range(12))
-    known = data.word_truth(wardrobe, rows, tokenizer, 8)
+    known = word_truth(wardrobe, rows, tokenizer, 8)
     encodings = tokenizer.encode_batch([wardrobe.captions[row] for row in rows])
     assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
     hidden = 0
@@ -104,9 +112,7 @@ def test_word_truth_is_the_truth_token_by_token(wardrobe):
 def test_a_description_fits_a_photo_that_shows_nothing_against_it():
     """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
     said = "{logo|Red logo} at front. {graphic|Pink star print} at back"
-    shirt = data.Product(
-        "shirt", "navy", None, "long", "spread", (("logo", "red", ""), ("graphic", "pink", "star")), said
-    )
+    shirt = Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""), ("graphic", "pink", "star")), said)
     others = {
         "itself": shirt,
         "another colour": replace(shirt, colour="teal"),
@@ -126,7 +132,7 @@ def test_a_description_fits_a_photo_that_shows_nothing_against_it():
         "a belt more": replace(shirt, details=(*shirt.details, ("belt", "white", ""))),
         "striped": replace(shirt, pattern=("striped", "white")),
     }
-    dataset = data.Synthetic("train", 1, 64, progress=False)
+    dataset = Synthetic("train", 1, 64, progress=False)
     dataset.products, dataset.rows = list(others.values()), [(0, "front"), (0, "back")]
     fits = {name: [dataset.describes(i, row) for row in (0, 1)] for i, name in enumerate(others)}
     assert fits == {
@@ -446,12 +452,12 @@ def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
     ],
 )  # fmt: skip
 def test_symbol_of_a_category(category, subcategory, symbol):
-    assert data.symbol_of(category, subcategory) == symbol
+    assert symbol_of(category, subcategory) == symbol
 
 
 def test_every_synthetic_category_has_a_symbol():
-    categories = {garment.category for garment in data.GARMENTS.values()}
-    assert "others" not in {data.symbol_of(category) for category in categories}
+    categories = {garment.category for garment in GARMENTS.values()}
+    assert "others" not in {symbol_of(category) for category in categories}
 
 
 def spoken(text):
@@ -467,10 +473,10 @@ def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe):
         for row in range(40):
             product, text = wardrobe.products[wardrobe.rows[row][0]], wardrobe.text(row)
             assert plain[row] == ("", wardrobe.captions[row]) and text == wardrobe.text(row)
-            symbol = data.symbol_of(wardrobe.categories[row])
+            symbol = symbol_of(wardrobe.categories[row])
             assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
             assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
-            known = {"category": data.GARMENTS[product.garment].category, "sub category": product.garment.upper()}
+            known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
             known |= {"colour": product.colour, "sleeve": product.sleeve, "neck": product.neck}
             known["pattern"] = " in ".join(product.pattern) if product.pattern else None
             assert spoken(text) == {name: value for name, value in known.items() if value}
@@ -480,7 +486,7 @@ def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe):
         assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
     finally:
         del wardrobe.prompts
-    assert data.prompted("a", "bags", {"category": ""}, np.random.default_rng(0)) == (
+    assert prompted("a", "bags", {"category": ""}, np.random.default_rng(0)) == (
         "[bags] the image description is", "a",
     )  # fmt: skip
 
@@ -533,9 +539,9 @@ def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe):
         del wardrobe.prompts
     tokenizer = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, frames=True)
     again = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, frames=True)
-    assert again.to_str() == tokenizer.to_str() and tokenizer.get_vocab_size() <= 600 + len(data.SYMBOLS)
+    assert again.to_str() == tokenizer.to_str() and tokenizer.get_vocab_size() <= 600 + len(SYMBOLS)
     special = {tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS}
-    symbols = {tokenizer.token_to_id(f"[{symbol}]") for symbol in data.SYMBOLS}
+    symbols = {tokenizer.token_to_id(f"[{symbol}]") for symbol in SYMBOLS}
     assert min(symbols) == tokenizer.get_vocab_size() - 9 and not symbols & set(data.word_ids(tokenizer).tolist())
     batch = data.tokenize(tokenizer, texts[:30])
     for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["words"].tolist(), strict=False):
@@ -551,12 +557,12 @@ def test_word_truth_is_the_same_in_a_frame(wardrobe):
     rows = [0, 1, 2, 9]
     tokenizer = build_tokenizer(wardrobe.captions, 400, 128, frames=True)
     plain, alone = (
-        data.word_truth(wardrobe, rows, tokenizer, 8),
+        word_truth(wardrobe, rows, tokenizer, 8),
         data.tokenize(tokenizer, [wardrobe.text(r) for r in rows]),
     )
     wardrobe.prompts = True
     try:
-        framed = data.word_truth(wardrobe, rows, tokenizer, 8)
+        framed = word_truth(wardrobe, rows, tokenizer, 8)
         batch = data.tokenize(tokenizer, [wardrobe.text(row) for row in rows])
     finally:
         del wardrobe.prompts
@@ -626,7 +632,7 @@ def test_jitter_is_off_by_default_and_changes_colours_when_on():
 
 @pytest.fixture(scope="module")
 def triplets():
-    return data.synthetic_triplets("train", 150, 32, seed=0, progress=False)
+    return synthetic_triplets("train", 150, 32, seed=0, progress=False)
 
 
 def test_synthetic_triplets_differ_in_one_or_two_attributes_that_the_text_names(triplets):
@@ -642,7 +648,7 @@ def test_synthetic_triplets_differ_in_one_or_two_attributes_that_the_text_names(
             assert theirs["sleeve"] in text
             changed -= {"cuffs"} if theirs["sleeve"] != "long" else set()
         if mine["neck"] != theirs["neck"]:
-            assert data.NECKS[theirs["neck"]][0].lower() in text
+            assert NECKS[theirs["neck"]][0].lower() in text
         if theirs["pattern"] and mine["pattern"] != theirs["pattern"]:
             assert theirs["pattern"][1] in text
         assert 1 <= len(changed) <= 2 and "{" not in text and "COLOUR" not in text
@@ -654,16 +660,16 @@ def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):
     key = lambda p: repr(sorted(p.attributes().items(), key=str))
     families = {}
     for photo, product in enumerate(triplets.photos.products):
-        families.setdefault(photo // data.FAMILY, []).append(key(product))
-    assert all(len(set(family)) == data.FAMILY for family in families.values())
-    val = data.synthetic_triplets("val", 60, 32, seed=0, progress=False)
+        families.setdefault(photo // FAMILY, []).append(key(product))
+    assert all(len(set(family)) == FAMILY for family in families.values())
+    val = synthetic_triplets("val", 60, 32, seed=0, progress=False)
     assert not {key(p) for p in val.photos.products} & {key(p) for p in triplets.photos.products}
     pretraining = {key(p) for p in Synthetic("train", 400, 32, progress=False).products}
     assert not {key(p) for p in val.photos.products} & pretraining
     assert {name: len(rows) for name, rows in val.galleries["synthetic"].items()} == {"union": 48, "original": 60}
     assert len(val) == 6 * 12 and set(val.families) == set(range(12))
     with pytest.raises(DataError, match="no whole family"):
-        data.synthetic_triplets("val", 4, 32, progress=False)
+        synthetic_triplets("val", 4, 32, progress=False)
 
 
 def test_triplets_give_reference_and_target(triplets):
@@ -773,9 +779,9 @@ def test_versions_tell_that_a_photo_has_changed(tmp_path):
     line = {"image": "a.png", "caption": "a", "product_id": 1}
     for name in ("train", "val"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
-    before = data.Jsonl(tmp_path, "val", 32).versions()
+    before = Jsonl(tmp_path, "val", 32).versions()
     (tmp_path / "a.png").write_bytes(b"xyz")
-    assert data.Jsonl(tmp_path, "val", 32).versions() != before
+    assert Jsonl(tmp_path, "val", 32).versions() != before
 
 
 def test_distortion_is_seeded_moves_pixels_and_leaves_colours():

@@ -16,9 +16,29 @@ from test_train import FAST, same_state
 import data
 import finetune
 import train
-from data import DataError
-from finetune import Ranking, hold_out, sampled_candidates, scores_by_class
-from train import ConfigError, match_rank
+from harness import finetune_config
+from harness.batches import match_scores, photo_features
+from harness.checkpoints import load_checkpoint, load_weights
+from harness.config import parse_config
+from harness.finetune_config import FOUND
+from harness.flags import ConfigError
+from harness.run import Job, build_run
+from harness.splits import hold_out, numbers_of, open_photos
+from measures.scores import (
+    Ranking,
+    full_rankings,
+    match_rank,
+    recalls_of,
+    retrieval_recalls,
+    sampled_candidates,
+    scores_by_class,
+    triplet_recalls,
+)
+from measures.search import check_words, search, unknown_words
+from photos.dataset import DataError
+from photos.fashioniq import PhotoFiles
+from photos.prompts import DESCRIPTION, DIFFERENCE
+from photos.triplets import Triplets
 
 VAL_PRODUCTS = 12
 
@@ -35,13 +55,13 @@ def few_products():
 def pretrained(tmp_path_factory):
     """A checkpoint of a few steps."""
     out = tmp_path_factory.mktemp("pretrained")
-    train.train(*train.parse_config([*FAST, "--products", "20", "--out", str(out), "--steps", "4"]))
+    train.train(*parse_config([*FAST, "--products", "20", "--out", str(out), "--steps", "4"]))
     return out / "last.pt"
 
 
 def command(*flags):
-    config, names, source = finetune.parse_config([str(flag) for flag in flags])
-    return finetune.search(config, source) if config.task == "search" else finetune.finetune(config, names, source)
+    config, names, source = finetune_config.parse_config([str(flag) for flag in flags])
+    return search(config, source) if config.task == "search" else finetune.finetune(config, names, source)
 
 
 def results(out):
@@ -66,8 +86,8 @@ def test_match_rank_by_hand():
 def test_recalls_one_to_many_by_hand():
     """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
     images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
-    rankings = list(finetune.full_rankings(images, texts, torch.tensor([0, 0, 1]), top=2))
-    figures = finetune.recalls_of(rankings, [ranking.rank for ranking in rankings])
+    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), top=2))
+    figures = recalls_of(rankings, [ranking.rank for ranking in rankings])
     assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
     assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
     assert figures["full_mean"] == pytest.approx((2 / 3 + 1 + 1 + 0.5 + 1 + 1) / 6)
@@ -81,9 +101,9 @@ def test_full_rankings_agree_with_the_recalls_of_pretraining():
     owner = torch.randint(0, 15, (60,), generator=generator)
     owner[:15] = torch.arange(15)
     images, texts = feats(60), feats(15)
-    expected = train.retrieval_recalls(images, texts, owner, torch.arange(15))
-    rankings = list(finetune.full_rankings(images, texts, owner, 0))
-    figures = finetune.recalls_of(rankings, [ranking.rank for ranking in rankings])
+    expected = retrieval_recalls(images, texts, owner, torch.arange(15))
+    rankings = list(full_rankings(images, texts, owner, 0))
+    figures = recalls_of(rankings, [ranking.rank for ranking in rankings])
     assert all(figures[f"full_{key}"] == pytest.approx(value) for key, value in expected.items())
 
 
@@ -128,8 +148,8 @@ def test_macro_f1_equals_a_second_implementation(pairs):
 
 def test_triplet_recalls_by_hand():
     """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
-    photos = data.PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
-    triplets = data.Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
+    photos = PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
+    triplets = Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
     assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
     sim = torch.zeros(2, 60)
     sim[0, 2] = 1.0  # found at once
@@ -137,7 +157,7 @@ def test_triplet_recalls_by_hand():
     small = sim[:, :4]
     ranked = [("dress", "original", sim, np.array([0, 1]), np.arange(60)),
               ("dress", "union", small, np.array([0, 1]), np.arange(4))]  # fmt: skip
-    figures, chance = finetune.triplet_recalls(triplets, ranked)
+    figures, chance = triplet_recalls(triplets, ranked)
     assert figures["dress_original_r1"] == figures["dress_original_r10"] == 0.5 and figures["dress_original_r50"] == 1
     assert figures["dress_union_r1"] == figures["mean_union_r1"] == 1
     assert chance["mean_original_r10"] == 10 / 60 and chance["dress_union_r1"] == 0.25
@@ -154,7 +174,7 @@ def test_sampled_candidates_follow_their_definition(products, negatives, seed):
     """products: (sub-category, photos) each."""
     owner = np.repeat(np.arange(len(products)), [photos for _, photos in products])
     kind_of = [str(kind) for kind, _ in products]  # strings: "10" sorts before "2"
-    kinds = finetune.numbers_of([kind_of[product] for product in owner])
+    kinds = numbers_of([kind_of[product] for product in owner])
     kind_of = kinds[np.unique(owner, return_index=True)[1]]
     draw = lambda: sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed))
     lists, again = draw(), draw()
@@ -193,14 +213,16 @@ def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, 
 
 
 def test_match_scores_equal_pair_by_pair(pretrained):
-    config, _, source = finetune.parse_config(["--task", "retrieval", "--checkpoint", str(pretrained), "--eval-only"])
-    photos = finetune.open_photos(config, "val")
-    run = train.build_run(config, photos, train.Tokenizer.from_str(source["tokenizer"]))
-    finetune.load_weights(run, source, "x")
+    config, _, source = finetune_config.parse_config(
+        ["--task", "retrieval", "--checkpoint", str(pretrained), "--eval-only"]
+    )
+    photos = open_photos(config, "val")
+    run = build_run(config, photos, train.Tokenizer.from_str(source["tokenizer"]))
+    load_weights(run, source, "x")
     run.model.eval()
     texts = list(dict.fromkeys(photos.text(row) for row in range(len(photos))))
     pairs = torch.tensor([[5, 1], [0, 0], [5, 0], [17, 3], [0, 2], [0, 0]])
-    scores = finetune.match_scores(run, photos, texts, pairs)
+    scores = match_scores(run, photos, texts, pairs)
     for (photo, text), score in zip(pairs.tolist(), scores.tolist(), strict=True):
         words = data.tokenize(run.tokenizer, [texts[text]])
         with torch.no_grad():
@@ -237,7 +259,7 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, left, key,
     validations = [line for line in lines(out) if key in line and not line.get("final")]
     assert [line["step"] for line in validations] == [2, 4]
     best = max(validations, key=lambda line: (line[key], -line["step"]))
-    assert train.load_checkpoint(out / "best.pt")["step"] == best["step"]
+    assert load_checkpoint(out / "best.pt")["step"] == best["step"]
     assert said["best_step"] == best["step"] and said["left_out"] == 0
     printed = capsys.readouterr().out
     assert figure in printed and "chance" in printed and "held out of these, to choose the best step: " in printed
@@ -250,14 +272,14 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, left, key,
 def test_tasks_of_a_fashionfine_checkpoint(tmp_path, capsys):
     """Texts get a lead and neither symbol nor prompts, so no label is told; tgir compares [CLS] alone."""
     flags = [*FAST, "--products", "20", "--out", str(tmp_path / "pre"), "--steps", "2", "--recipe", "fashionfine"]
-    train.train(*train.parse_config(flags))
+    train.train(*parse_config(flags))
     source = tmp_path / "pre" / "last.pt"
     common = ["--checkpoint", source, "--steps", "2", "--val-every", "2"]
     for task, lead, shares in (
-        ("retrieval", data.DESCRIPTION, (0.05, 0.25)), ("category", data.DESCRIPTION, (0.05, 0.25)),
-        ("tgir", data.DIFFERENCE, (0.0, 0.0)),
+        ("retrieval", DESCRIPTION, (0.05, 0.25)), ("category", DESCRIPTION, (0.05, 0.25)),
+        ("tgir", DIFFERENCE, (0.0, 0.0)),
     ):  # fmt: skip
-        config, _, _ = finetune.parse_config([str(flag) for flag in ["--task", task, *common]])
+        config, _, _ = finetune_config.parse_config([str(flag) for flag in ["--task", task, *common]])
         opened = finetune.TASKS[task](config).open("val")
         assert opened.text(3) == (lead, opened.captions[3])
         if task == "tgir":
@@ -265,14 +287,14 @@ def test_tasks_of_a_fashionfine_checkpoint(tmp_path, capsys):
         assert (config.model.local_image, config.model.local_text) == shares and not config.model.alignment
         assert (config.focal_gamma, config.itc_weight) == ((2, 0.25) if task == "retrieval" else (0, 1))
         found = command("--task", task, *common, "--out", tmp_path / task)
-        saved = train.load_checkpoint(tmp_path / task / "best.pt")["model"]
+        saved = load_checkpoint(tmp_path / task / "best.pt")["model"]
         assert any(name.startswith("adapter") for name in saved) == (task != "tgir")
         assert not any(name.startswith(("phrases", "detector")) for name in saved)
         flags = ["--task", task, "--eval-only", "--checkpoint", tmp_path / task / "best.pt"]
         assert command(*flags, "--out", tmp_path / f"{task}-again")["metrics"] == found["metrics"]
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     by_words = command("--task", "search", "--checkpoint", source, "--query", "red shirt", "--out", tmp_path / "s")
-    assert len(by_words) == finetune.FOUND and by_words[0][1] <= 1
+    assert len(by_words) == FOUND and by_words[0][1] <= 1
     flags = ["--task", "search", "--checkpoint", tmp_path / "tgir" / "best.pt", "--out", tmp_path / "s"]
     command(*flags, "--image", tmp_path / "a.png", "--query", "is red")
     damaged = torch.load(source, weights_only=True)
@@ -288,7 +310,7 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):
     assert command(*flags, "--out", tmp_path / "parts", "--stop-at", "3") is None
     assert not (tmp_path / "parts" / "results.json").exists()
     assert command("--task", "category", "--resume", "--out", tmp_path / "parts")["metrics"] == whole["metrics"]
-    one, two = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    one, two = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     same_state(one, two)
     with pytest.raises(ConfigError, match="--task tgir contradicts the run to resume, which has category"):
         command("--task", "tgir", "--resume", "--out", tmp_path / "parts")
@@ -309,17 +331,17 @@ def test_early_stopping_and_the_best_step(tmp_path, pretrained):
     found = command(*flags, "--steps", "9", "--patience", "2", "--out", tmp_path)
     steps = [line["step"] for line in lines(tmp_path) if "val_accuracy" in line and not line.get("final")]
     assert steps == [1, 2, 3] and found["steps"] == 3  # nothing is learnt, so nothing becomes better
-    assert train.load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
     assert command("--task", "subcategory", "--resume", "--out", tmp_path)["metrics"] == found["metrics"]
     assert max(line["step"] for line in lines(tmp_path)) == 3
 
 
 def test_best_step_is_the_first_of_the_highest():
-    job = train.Job("x", None, None, {}, "val_a", 2)
+    job = Job("x", None, None, {}, "val_a", 2)
     said = [{"step": step, "val_a": value} for step, value in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1))]
     assert job.best_step(said) == 2 and job.best_step([{"step": 1, "loss": 3}]) is None
     assert job.stalled(said) and not job.stalled(said[:3]) and not job.stalled([])
-    assert not train.Job("x", None, None, {}).stalled(said)
+    assert not Job("x", None, None, {}).stalled(said)
 
 
 def test_every_other_flag_runs(tmp_path, pretrained):
@@ -336,13 +358,11 @@ def test_every_other_flag_runs(tmp_path, pretrained):
 
 
 def test_from_scratch_takes_only_sizes_and_words(tmp_path, pretrained):
-    source = train.load_checkpoint(pretrained)["model"]["vision.patch_embed.weight"]
+    source = load_checkpoint(pretrained)["model"]["vision.patch_embed.weight"]
     common = ["--task", "category", "--checkpoint", pretrained, "--steps", "1", "--lr", "0", "--final-lr", "0"]
     assert command(*common, "--from-scratch", "--out", tmp_path / "s")["checkpoint"] == "random weights"
     command(*common, "--out", tmp_path / "p")
-    weights = [
-        train.load_checkpoint(tmp_path / name / "last.pt")["model"]["vision.patch_embed.weight"] for name in "sp"
-    ]
+    weights = [load_checkpoint(tmp_path / name / "last.pt")["model"]["vision.patch_embed.weight"] for name in "sp"]
     assert torch.equal(weights[1], source) and not torch.equal(weights[0], source)
 
 
@@ -376,7 +396,7 @@ def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, 
     assert found["metrics"]["unseen_share"] == pytest.approx(0.4) and found["metrics"]["accuracy"] <= 0.6
     table = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
     assert "(unseen in training)\t2\t0.0000\t0.0000\t0.0000" in table
-    assert train.load_checkpoint(tmp_path / "out" / "best.pt")["config"]["classes"] == ("BAGS", "HATS", "TOPS")
+    assert load_checkpoint(tmp_path / "out" / "best.pt")["config"]["classes"] == ("BAGS", "HATS", "TOPS")
 
 
 def test_retrieval_on_jsonl_without_sub_categories(tmp_path, pretrained):
@@ -408,7 +428,7 @@ def test_evaluation_agrees_with_the_validation_of_pretraining(tmp_path):
         (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
     sizes = [flag for flag in FAST if flag not in ("--products", "12")]
     flags = ["--preset", "tiny", "--data", "jsonl", "--root", str(root), "--steps", "6", "--out", str(tmp_path / "run")]
-    final = train.train(*train.parse_config([*sizes, *flags]))
+    final = train.train(*parse_config([*sizes, *flags]))
     found = command("--task", "retrieval", "--eval-only", "--checkpoint", tmp_path / "run" / "last.pt",
                     "--out", tmp_path / "as-is")  # fmt: skip
     for way in ("i2t", "t2i"):
@@ -452,8 +472,8 @@ def test_a_gallery_that_cannot_be_read_is_one_line(tmp_path, pretrained):
 
 def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, capsys, monkeypatch):
     checkpoint = shutil.copy(pretrained, tmp_path / "last.pt")
-    config, _, _ = finetune.parse_config(["--task", "search", "--checkpoint", str(checkpoint), "--query", "red"])
-    photos = finetune.open_photos(config, "val")
+    config, _, _ = finetune_config.parse_config(["--task", "search", "--checkpoint", str(checkpoint), "--query", "red"])
+    photos = open_photos(config, "val")
     photos.photo(7).save(tmp_path / "wanted.png")
     common = ["--task", "search", "--checkpoint", checkpoint, "--out", tmp_path / "found"]
     found = command(*common, "--image", tmp_path / "wanted.png")
@@ -461,18 +481,18 @@ def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained,
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
     assert (tmp_path / "found" / "found-wanted.png").exists() and (tmp_path / "last.synthetic-val.index").exists()
 
-    encode = finetune.photo_features
-    monkeypatch.setattr(finetune, "photo_features", lambda *_: pytest.fail("the index was not used"))
+    encode = photo_features
+    monkeypatch.setattr("measures.search.photo_features", lambda *_: pytest.fail("the index was not used"))
     both = command(*common, "--image", tmp_path / "wanted.png", "--query", "is red")
     words = command(*common, "--query", "red")
     assert len({tuple(row for row, _ in ranking) for ranking in (found, both, words)}) == 3
     assert (tmp_path / "found" / "found-is-red-wanted.png").exists()
 
-    state = train.load_checkpoint(checkpoint)
+    state = load_checkpoint(checkpoint)
     state["model"]["vision_proj.bias"] += 1
     torch.save(state, checkpoint)
     capsys.readouterr()
-    monkeypatch.setattr(finetune, "photo_features", encode)
+    monkeypatch.setattr("measures.search.photo_features", encode)
     changed = command(*common, "--image", tmp_path / "wanted.png")
     assert "have changed since, encoding them anew" in capsys.readouterr().out and changed[1] != found[1]
 
@@ -495,11 +515,11 @@ def test_search_by_a_damaged_photo_is_one_line(tmp_path, pretrained):
 
 def test_unknown_words(capsys):
     tokenizer = data.build_tokenizer(["red dress with red belt", "red dress"] * 3, 60, 64)
-    assert finetune.unknown_words(tokenizer, "red dress") == []
-    assert finetune.unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
+    assert unknown_words(tokenizer, "red dress") == []
+    assert unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
     with pytest.raises(DataError, match="no word of it"):
-        finetune.check_words(tokenizer, "", "dwb dwb été")
-    finetune.check_words(tokenizer, "", "red dwb " + 70 * "dress ")
+        check_words(tokenizer, "", "dwb dwb été")
+    check_words(tokenizer, "", "red dwb " + 70 * "dress ")
     said = capsys.readouterr().out
     assert "letter by letter: dwb\n" in said and "cut after 64 tokens" in said
 
@@ -560,13 +580,13 @@ def test_bad_checkpoints_are_one_line(tmp_path, pretrained):
     for task in ("tgir", "category"):
         command("--task", task, "--checkpoint", pretrained, "--steps", "1", "--out", tmp_path / task)
     with pytest.raises(ConfigError, match="the run is a fine-tuning, --task tgir of finetune.py"):
-        train.train(*train.parse_config(["--resume", "--out", str(tmp_path / "tgir")]))
+        train.train(*parse_config(["--resume", "--out", str(tmp_path / "tgir")]))
     assert "is one of --task tgir; give a pretraining" in refused(tmp_path / "tgir" / "best.pt", "--task", "category")
     assert "is fine-tuned already" in refused(tmp_path / "tgir" / "best.pt", "--task", "tgir")
     search = ["--task", "search", "--query", "red"]
     assert "needs --image to search by" in refused(tmp_path / "tgir" / "best.pt", *search)
     assert "was fine-tuned for category" in refused(tmp_path / "category" / "best.pt", *search)
-    state = train.load_checkpoint(pretrained)
+    state = load_checkpoint(pretrained)
     state["config"]["model"] = {**state["config"]["model"], "width": 64}
     torch.save(state, tmp_path / "other.pt")
     assert "does not fit its own config" in refused(tmp_path / "other.pt", "--task", "tgir", "--eval-only")

@@ -9,19 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
 
-import data
-from model import (
-    EXTRA_TOKENS,
-    PRESETS,
-    Attention,
-    FeatureQueue,
-    ModelConfig,
-    MomentumModel,
-    VisionLanguageModel,
-    VisionTransformer,
-    WeightsError,
-    load_pretrained,
-)
+from harness.weights import EXTRA_TOKENS, WeightsError, load_pretrained
+from model import PRESETS, Attention, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, VisionTransformer
+from photos.prompts import SYMBOLS
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2,
                     embed_dim=16, max_length=20, vocab_size=60)  # fmt: skip
@@ -641,4 +631,4 @@ def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
     state["cls.predictions.bias"] = torch.zeros(SMALL.vocab_size)
     torch.save(state, tmp_path / "bert.bin")
     assert "shape (60, 48), this model has (69, 32)" in str(load_pretrained(narrow, text=tmp_path / "bert.bin"))
-    assert len(data.SYMBOLS) == EXTRA_TOKENS
+    assert len(SYMBOLS) == EXTRA_TOKENS

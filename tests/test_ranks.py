@@ -23,6 +23,10 @@ sys.path.insert(0, str(ROOT))
 import finetune  # noqa: E402
 import masking  # noqa: E402
 import train  # noqa: E402
+from data import normalise  # noqa: E402
+from harness import config as run_config  # noqa: E402
+from harness.checkpoints import load_checkpoint  # noqa: E402
+from harness.config import parse_config  # noqa: E402
 
 # nine photos a batch on two ranks: four and five; fourteen steps: the third epoch is grouped by all ranks' features
 FLAGS = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
@@ -62,17 +66,18 @@ def first_of(weights, *_args, **_more):
 def fixed_draws():
     """Nothing that a step does depends on a generator, so that sharing it out changes nothing."""
     fixed = {"random_word_mask": every_third, "random_patch_mask": first_patches, "corrupt_words": hide,
-             "replace_words": hide_and_replace, "augment": lambda images, *_: train.normalise(images)}  # fmt: skip
-    return [mock.patch.object(train, name, what) for name, what in fixed.items()] + [
+             "replace_words": hide_and_replace, "augment": lambda images, *_: normalise(images)}  # fmt: skip
+    users = [(module, name) for module in list(sys.modules.values()) for name in fixed if name in vars(module)]
+    return [mock.patch.object(module, name, fixed[name]) for module, name in users if module.__name__ != __name__] + [
         mock.patch.object(torch, "multinomial", first_of),
         # coarse scores: rounding must not decide between two words that are as good as equal
         mock.patch.object(masking, "_jitter", lambda scores, *_: (4096 * scores).round()),
-        mock.patch.dict(train.SCHEDULES["tiny"], mask_warmup=0),
+        mock.patch.dict(run_config.SCHEDULES["tiny"], mask_warmup=0),
     ]
 
 
 def trained(out, recipe, *more):
-    config, given = train.parse_config([*FLAGS, *OWN[recipe], "--recipe", recipe, "--out", f"{out}/{recipe}", *more])
+    config, given = parse_config([*FLAGS, *OWN[recipe], "--recipe", recipe, "--out", f"{out}/{recipe}", *more])
     return train.train(config, given)
 
 
@@ -116,7 +121,7 @@ def test_two_processes_train_as_one(both, recipe):
     for mine, theirs in zip(lines(one / recipe), lines(two / recipe), strict=True):
         for key in set(mine) - {"samples_per_second", "seconds", "peak_memory_mib"}:
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (key, mine["step"])
-    mine, theirs = (train.load_checkpoint(out / recipe / "last.pt") for out in (one, two))
+    mine, theirs = (load_checkpoint(out / recipe / "last.pt") for out in (one, two))
     for part in ("model", "momentum", "queue"):
         for name, tensor in mine[part].items():
             if name.endswith("key.bias"):
@@ -141,8 +146,8 @@ def test_another_number_of_processes_goes_on_after_a_signal(tmp_path):
     run.send_signal(signal.SIGINT)
     said, error = run.communicate(timeout=60)
     assert said.count("stopped at step") == 1 and "(SIGINT)" in said, error[-3000:]
-    reached = train.load_checkpoint(tmp_path / "last.pt")["step"]
-    config, given = train.parse_config(["--resume", *out, "--stop-at", str(reached + 2)])
+    reached = load_checkpoint(tmp_path / "last.pt")["step"]
+    config, given = parse_config(["--resume", *out, "--stop-at", str(reached + 2)])
     assert train.train(config, given) is None
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [*range(1, reached + 3)]
 

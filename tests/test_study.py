@@ -12,9 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
 import finetune
 import train
+from data import Collate, build_dataset, build_tokenizer, normalise
+from harness.config import parse_config
+from harness.flags import ConfigError
+from harness.run import build_run
+from measures.pictures import INK, PAPER, draw_text
+from photos.dataset import PhotoDataset
+from photos.synthetic import Synthetic
 from study import ablate, benchmark, figures, probe, sources
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +32,7 @@ FILES = [flag for flag in SMALL if flag not in ("--products", "12")] + ["--data"
 
 def write_files(folder, category=lambda product: "odd" if product % 2 else "even"):
     """36 drawn products with all their photos as a jsonl data set, one photo damaged. -> how many photos."""
-    drawn = data.Synthetic("train", 36, 32, progress=False)
+    drawn = Synthetic("train", 36, 32, progress=False)
     folder.mkdir()
     lines = []
     for row, product in enumerate(drawn.product_ids.tolist()):
@@ -53,7 +59,7 @@ def test_contact_sheet(tmp_path):
 
 
 def test_masks_and_words_of_a_checkpoint(tmp_path, capsys):
-    config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
+    config, given = parse_config([*SMALL, "--out", str(tmp_path)])
     train.train(config, given)
     checkpoint = str(tmp_path / "last.pt")
     figures.main(["masks", "--checkpoint", checkpoint, "--file", str(tmp_path / "again.png")])
@@ -78,15 +84,15 @@ def test_masks_and_words_of_a_checkpoint(tmp_path, capsys):
 
 
 def test_gradcam_reads_any_layer_but_the_last():
-    config = train.parse_config([*SMALL, "--mask-layer", "2", "--mask-source", "attention"])[0]
+    config = parse_config([*SMALL, "--mask-layer", "2", "--mask-source", "attention"])[0]
     read = figures.read_from(config, "gradcam")
     assert (read.mask_source, read.mask_layer) == ("gradcam", 0) and figures.read_from(config, "hidden").mask_layer == 2
-    with pytest.raises(train.ConfigError, match="--source gradcam needs a model with two fusion layers"):
-        figures.read_from(train.parse_config([*SMALL, "--fusion-layers", "1"])[0], "gradcam")
+    with pytest.raises(ConfigError, match="--source gradcam needs a model with two fusion layers"):
+        figures.read_from(parse_config([*SMALL, "--fusion-layers", "1"])[0], "gradcam")
 
 
 def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatch):
-    config, given = train.parse_config([*SMALL, "--fusion-layers", "2", "--out", str(tmp_path)])
+    config, given = parse_config([*SMALL, "--fusion-layers", "2", "--out", str(tmp_path)])
     train.train(config, given)
     asked = []
     figures_of = dict.fromkeys(["word_cooccurrence", "detail_cooccurrence", "patch_cooccurrence", "pointing"], 0.75)
@@ -108,13 +114,13 @@ def test_every_reading_of_the_attention_is_measured(tmp_path, capsys, monkeypatc
 
 def test_predictions_are_those_of_the_hidden_words(tmp_path):
     """Against one pass for each of some words, with the same half of the others hidden, and photos of other products."""
-    config, _ = train.parse_config([*SMALL, "--out", str(tmp_path)])
-    dataset = train.build_dataset("synthetic", None, "val", 32)
-    run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
-    batch = train.Collate(run.tokenizer)([dataset[row] for row in range(8)])
+    config, _ = parse_config([*SMALL, "--out", str(tmp_path)])
+    dataset = build_dataset("synthetic", None, "val", 32)
+    run = build_run(config, dataset, build_tokenizer(dataset.captions, 300, 64))
+    batch = Collate(run.tokenizer)([dataset[row] for row in range(8)])
     half = sources.random_word_mask(batch["words"], 0.5, torch.Generator().manual_seed(5))
     scores = sources.predictions(run, batch, torch.Generator().manual_seed(5))
-    images = run.momentum.encode_image(train.normalise(batch["images"]))
+    images = run.momentum.encode_image(normalise(batch["images"]))
     gain = scores["gain over another photo"]
     for b, word in ((0, 2), (1, 5), (5, 1)):
         hidden = half if half[b, word] else batch["words"] & ~half
@@ -130,13 +136,13 @@ def test_predictions_are_those_of_the_hidden_words(tmp_path):
 
 def test_masked_words_are_blacked_out(tmp_path):
     """Black behind the masked word alone."""
-    config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
-    dataset = train.build_dataset("synthetic", None, "val", 32)
-    run = train.build_run(config, dataset, train.build_tokenizer(dataset.captions, 300, 64))
-    page = Image.new("RGB", (400, 60), train.PAPER)
+    config, given = parse_config([*SMALL, "--out", str(tmp_path)])
+    dataset = build_dataset("synthetic", None, "val", 32)
+    run = build_run(config, dataset, build_tokenizer(dataset.captions, 300, 64))
+    page = Image.new("RGB", (400, 60), PAPER)
     pen, font = train.ImageDraw.Draw(page), train.ImageFont.load_default(15)
-    train.draw_text(pen, font, ("", "red coat"), run.tokenizer, [False, False, True, False], (0, 0), 300)
-    dark = (np.array(page) == train.INK).all(2).sum(0)
+    draw_text(pen, font, ("", "red coat"), run.tokenizer, [False, False, True, False], (0, 0), 300)
+    dark = (np.array(page) == INK).all(2).sum(0)
     middle = int(font.getlength("red")) + 3
     assert dark[:middle].max() < 15 < dark[middle:].max()
 
@@ -212,7 +218,7 @@ def test_recipes_are_compared_on_files(tmp_path, monkeypatch):
 
 def test_every_condition_of_the_ablations_is_a_valid_run():
     for grid in ablate.GRIDS.values():
-        configs = [train.parse_config(flags)[0] for flags in grid.values()]
+        configs = [parse_config(flags)[0] for flags in grid.values()]
         assert len(set(configs)) == len(configs)
 
 
@@ -229,7 +235,7 @@ MULTIPLY_ADDS = {"albef": 30.7, "syncmask": 41.0, "softmask": 29.7, "fashionfine
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_no_recipe_makes_more_passes_than_it_says(recipe):
     """Whoever adds a pass, or work inside one, has to say so here and in the docstring of the recipe."""
-    config, _ = train.parse_config([*SMALL, "--fusion-layers", "2", "--recipe", recipe, "--alpha", "0"])
+    config, _ = parse_config([*SMALL, "--fusion-layers", "2", "--recipe", recipe, "--alpha", "0"])
     run, (batch,) = benchmark.open_step(config, 1)
     counts = benchmark.count_step(run, batch)
     forward, step, kept = (counts.pop(key) for key in ("forward", "step", "kept"))
@@ -257,7 +263,7 @@ def test_passes_benchmark_prints_every_recipe(capsys):
 
 
 def test_the_reference_step_has_the_same_losses_with_either_attention():
-    config, _ = train.parse_config([*SMALL, "--recipe", "albef", "--queue", "0", "--alpha", "0.4"])
+    config, _ = parse_config([*SMALL, "--recipe", "albef", "--queue", "0", "--alpha", "0.4"])
     run, (batch,) = benchmark.open_step(config, 1)
     batch["mask"] = benchmark.random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     longer = batch | {key: F.pad(batch[key], [0, 5]) for key in ("token_ids", "attention_mask", "words", "mask")}
@@ -322,14 +328,14 @@ def test_labels_that_were_never_fitted_are_errors_and_none_is_no_label():
     """30 products whose features tell all labels apart, but of those left to test, every third, four have a new one."""
     names = ["", *["red", "blue"] * 14, "red"]
     names[2:12:3] = ["new"] * 4
-    dataset = data.PhotoDataset(["text"] * 30, list(range(30)), names, [""] * 30, 32)
+    dataset = PhotoDataset(["text"] * 30, list(range(30)), names, [""] * 30, 32)
     kinds = torch.tensor([["", "red", "blue", "new"].index(name) for name in names])
     features = torch.nn.functional.one_hot(kinds).float()
     assert probe.accuracies(dataset, list(range(30)), [features])["category"] == pytest.approx([0.6, 0.4])
 
 
 def test_probe_of_a_checkpoint(tmp_path, capsys, monkeypatch):
-    config, given = train.parse_config([*SMALL, "--out", str(tmp_path)])
+    config, given = parse_config([*SMALL, "--out", str(tmp_path)])
     train.train(config, given)
     capsys.readouterr()
     checkpoint = tmp_path / "last.pt"
@@ -351,7 +357,7 @@ def test_probe_of_a_checkpoint(tmp_path, capsys, monkeypatch):
 def test_probe_of_files(tmp_path, capsys):
     """A pretraining and a fine-tuning of it, after the files have moved; one photo cannot be decoded."""
     count = write_files(tmp_path / "shop")
-    config, given = train.parse_config([*FILES, "--root", str(tmp_path / "shop"), "--out", str(tmp_path / "run")])
+    config, given = parse_config([*FILES, "--root", str(tmp_path / "shop"), "--out", str(tmp_path / "run")])
     train.train(config, given)
     finetune.main(["--task", "category", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--steps", "1",
                    "--batch-size", "8", "--out", str(tmp_path / "tuned")])  # fmt: skip

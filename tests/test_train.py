@@ -15,9 +15,19 @@ import torch
 
 import data
 import train
-from masking import word_counts
-from model import PRESETS
-from train import ConfigError, parse_config, retrieval_recalls
+from harness import config as run_config
+from harness.checkpoints import config_from_dict, load_checkpoint
+from harness.config import MaskSource, ema_decay, learning_rate, parse_config
+from harness.flags import ConfigError
+from harness.run import NonFiniteLoss, autocast, build_optimizer, build_run
+from harness.wiring import accuracy, contrast, momentum_attention, read_layer
+from masking import random_patch_mask, word_counts
+from measures.pictures import shown_soft_masks
+from measures.scores import retrieval_recalls
+from measures.truth import mask_truth, negative_truth, truth_in_words, word_truth
+from model import PRESETS, VisionLanguageModel
+from photos.synthetic import Synthetic
+from photos.wardrobe import Product
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
@@ -30,7 +40,7 @@ FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine":
 @pytest.fixture(autouse=True)
 def synchronized_from_the_first_step(monkeypatch):
     """Runs here are too short for a warm-up with random masks."""
-    monkeypatch.setitem(train.SCHEDULES["tiny"], "mask_warmup", 0)
+    monkeypatch.setitem(run_config.SCHEDULES["tiny"], "mask_warmup", 0)
 
 
 def run(out, *flags):
@@ -44,7 +54,7 @@ def resume(out, *flags):
 
 
 def checkpoint(out):
-    return train.load_checkpoint(Path(out) / "last.pt")
+    return load_checkpoint(Path(out) / "last.pt")
 
 
 def lines(out):
@@ -98,8 +108,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in final.items()})
     )
     assert written[-1]["final"] is True and {*held_out, "seconds", "peak_memory_mib"} <= written[-1].keys()
-    saved = train.config_from_dict(json.loads((tmp_path / "config.json").read_text()))
-    assert saved == train.config_from_dict(checkpoint(tmp_path)["config"]) and saved.model.width == 32
+    saved = config_from_dict(json.loads((tmp_path / "config.json").read_text()))
+    assert saved == config_from_dict(checkpoint(tmp_path)["config"]) and saved.model.width == 32
 
 
 @pytest.mark.parametrize(
@@ -141,10 +151,10 @@ def test_overfits_one_batch(recipe):
     torch.manual_seed(0)
     flags = ["--dropout", "0", "--alpha", "0", "--itm-negatives", "random", *FAST_FOR[recipe]]
     config, _ = parse_config([*FAST, "--recipe", recipe, *flags])
-    dataset = data.Synthetic("train", 4, 32, progress=False)
+    dataset = Synthetic("train", 4, 32, progress=False)
     dataset.prompts = config.prompts
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    state = train.build_run(config, dataset, tokenizer)
+    state = build_run(config, dataset, tokenizer)
     one_of_each = [list(dataset.product_ids).index(p) for p in range(4)]
     batch = data.Collate(tokenizer)([dataset[row] for row in one_of_each])
     batch["images"] = data.normalise(batch["images"])
@@ -175,10 +185,10 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
     config, _ = parse_config(
         [*FAST, "--recipe", recipe, "--registers", "2", "--fusion-layers", "2", "--mask-source", "gradcam"]
     )
-    dataset = data.Synthetic("train", 8, 32, progress=False)
+    dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts = config.prompts
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    state = train.build_run(config, dataset, tokenizer)
+    state = build_run(config, dataset, tokenizer)
     state.generator, state.step = torch.Generator().manual_seed(0), 1
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
     batch["images"] = data.augment(batch["images"], generator=state.generator)
@@ -194,10 +204,10 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
 def first_losses(*flags, weights=None):
     """Losses of the first batch of a fixed model, or of one with some of another's weights; the run, the batch."""
     config, _ = parse_config([*FAST, "--fusion-layers", "2", "--dropout", "0", "--alpha", "0", *flags])
-    dataset = data.Synthetic("train", 8, 32, progress=False)
+    dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts = config.prompts
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    state = train.build_run(config, dataset, tokenizer)
+    state = build_run(config, dataset, tokenizer)
     state.model.load_state_dict(weights or {}, strict=False)
     state.momentum.update(state.model, decay=0)
     state.generator, state.step = torch.Generator().manual_seed(0), 100
@@ -274,7 +284,7 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     image_feat, text_feat = unit(8).requires_grad_(), unit(8).requires_grad_()
     keys = unit(8), unit(8)
     products = batch["product_ids"].tolist()
-    ours, _, _ = train.contrast(state, batch, image_feat, text_feat, *keys)
+    ours, _, _ = contrast(state, batch, image_feat, text_feat, *keys)
     naive, owners = 0, products + old[2].tolist()
     for queries, own, older in ((image_feat, keys[1], old[1]), (text_feat, keys[0], old[0])):
         for b, query in enumerate(queries):
@@ -363,7 +373,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
         return losses | {"itm": losses["itm"] + (root if state.step == 3 else 0)}, figures
 
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
-    with pytest.raises(train.NonFiniteLoss, match=r"step 4: .*grad_norm nan"):
+    with pytest.raises(NonFiniteLoss, match=r"step 4: .*grad_norm nan"):
         run(tmp_path, "--steps", "6", "--save-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
@@ -399,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         return losses | {"itm": losses["itm"] * (float("nan") if state.step == 3 else 1)}, figures
 
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
-    with pytest.raises(train.NonFiniteLoss, match=r"step 4: the loss or its gradient is not finite .*itm nan.*last.pt"):
+    with pytest.raises(NonFiniteLoss, match=r"step 4: the loss or its gradient is not finite .*itm nan.*last.pt"):
         run(tmp_path, "--steps", "6", "--save-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
@@ -413,7 +423,7 @@ def test_every_data_set_trains(tmp_path, recipe):
     data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
     folder = tmp_path / "shop"
     folder.mkdir()
-    drawn = data.Synthetic("train", 10, 48, progress=False)
+    drawn = Synthetic("train", 10, 48, progress=False)
     with open(folder / "train.jsonl", "w") as file:
         for row in range(len(drawn)):
             drawn.photos[row].save(folder / f"{row}.jpg")
@@ -455,7 +465,7 @@ def test_every_other_flag_runs(tmp_path):
         " --mask-warmup 2"
     )
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
-    config = train.config_from_dict(checkpoint(tmp_path)["config"])
+    config = config_from_dict(checkpoint(tmp_path)["config"])
     assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2 and config.clip == 0.5
 
 
@@ -500,14 +510,14 @@ def test_resuming_on_other_data_is_refused(tmp_path):
 
 def test_similarities_stay_in_full_precision_under_bf16():
     config, _ = parse_config([*FAST, "--precision", "bf16"])
-    dataset = data.Synthetic("train", 8, 32, progress=False)
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    dataset = Synthetic("train", 8, 32, progress=False)
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
-    with train.autocast(state):
+    with autocast(state):
         image_embeds = state.model.encode_image(data.normalise(batch["images"]))
         text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
         feats = state.model.project_image(image_embeds), state.model.project_text(text_embeds)
-        _, sim_i2t, _ = train.contrast(state, batch, *feats, *feats)
+        _, sim_i2t, _ = contrast(state, batch, *feats, *feats)
     assert sim_i2t.dtype == torch.float32
     features = state.features[0].double()
     exact = features @ state.features[1].double().T / state.model.temp.item()
@@ -558,9 +568,9 @@ def test_soft_masks_of_a_compiled_model_are_drawn(monkeypatch):
     for flags in ([], ["--compile"]):
         config, _ = parse_config([*FAST, "--fusion-layers", "2", *flags])
         dataset = data.build_dataset("synthetic", None, "train", 32, 0, 2)
-        state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+        state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
         batch = data.Collate(state.tokenizer)([dataset[0], dataset[1]])
-        masks.append(train.shown_soft_masks(state, batch, torch.Generator().manual_seed(0))[0][1])
+        masks.append(shown_soft_masks(state, batch, torch.Generator().manual_seed(0))[0][1])
     torch.testing.assert_close(*masks)
 
 
@@ -624,9 +634,13 @@ def test_bad_flags_are_one_clear_line(flags, message, capsys, tmp_path, monkeypa
 
 def test_precedence_defaults_preset_recipe_flags():
     config, _ = parse_config(["--recipe", "albef"])
-    assert (config.preset, config.steps, config.model) == ("tiny", train.SCHEDULES["tiny"]["steps"], PRESETS["tiny"])
+    assert (config.preset, config.steps, config.model) == (
+        "tiny",
+        run_config.SCHEDULES["tiny"]["steps"],
+        PRESETS["tiny"],
+    )
     assert config.weight_decay == 0.02 and config.out == "runs/synthetic-albef-tiny"
-    assert config.itm_negatives == train.SCHEDULES["tiny"]["itm_negatives"]
+    assert config.itm_negatives == run_config.SCHEDULES["tiny"]["itm_negatives"]
     config, _ = parse_config([])
     assert config.recipe == "syncmask" and config.model == replace(
         PRESETS["tiny"], registers=4, cls_context=False, patch_layer=2
@@ -667,25 +681,25 @@ def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritte
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     config = replace(parse_config([])[0], lr=1.0, final_lr=0.1, warmup=10)
-    rates = [train.learning_rate(step, config, 111) for step in range(111)]
+    rates = [learning_rate(step, config, 111) for step in range(111)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
-    dataset = data.Synthetic("train", 12, 32, progress=False)
+    dataset = Synthetic("train", 12, 32, progress=False)
     config, _ = parse_config(
         [*FAST, "--alpha", "0.4", "--itm-negatives", "hard", "--itm-share", "0.6", "--itm-warmup", "10"]
     )
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     seen = []
     for step in (0, 1, 10, 15, 1000):
         state.step = step
         seen.append((state.alpha, state.hard_share))
     assert seen[0] == (0.0, 0.0) and seen[2][1] == 0 and seen[3][1] == pytest.approx(0.3) and seen[4] == (0.4, 0.6)
     assert seen[1][0] == pytest.approx(0.4 / state.epoch_steps)
-    assert train.ema_decay(0, 0.99) == 0.1 and train.ema_decay(10**6, 0.99) == 0.99
+    assert ema_decay(0, 0.99) == 0.1 and ema_decay(10**6, 0.99) == 0.99
     state.generator = torch.Generator().manual_seed(0)
     sim, forbidden = torch.arange(200.0).expand(200, 200), torch.zeros(200, 200, dtype=torch.bool)
     assert 0.45 < (state.negatives(sim, forbidden) == 199).float().mean() < 0.75  # 0.6 of them the hardest one
@@ -695,8 +709,8 @@ def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
 def test_weight_decay_is_on_matrices_only():
     config, _ = parse_config([*FAST, "--registers", "2"])
     with torch.device("meta"):
-        model = train.VisionLanguageModel(config.model)
-    decayed, rest = train.build_optimizer(model, config).param_groups
+        model = VisionLanguageModel(config.model)
+    decayed, rest = build_optimizer(model, config).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(names) == len(decayed["params"]) + len(rest["params"])
     assert decayed["weight_decay"] == 0.02 and rest["weight_decay"] == 0
@@ -749,14 +763,14 @@ def test_false_negatives_are_counted_by_hand():
     """Four products seen from the front. 0: a navy shirt with a red logo. 1: the same without it, so its text fits
     photo 0, but not the other way round. 2: the shirt in teal. 3: a bag. Similarities are chosen so that the hardest
     negatives are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
-    shirt = data.Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""),), "Logo shirt")
+    shirt = Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""),), "Logo shirt")
     products = [
         shirt,
         replace(shirt, details=(), marked_caption="Plain shirt"),
         replace(shirt, colour="teal", marked_caption="Teal shirt"),
-        data.Product("tote bag", "pink", None, None, None, (), "Pink bag"),
+        Product("tote bag", "pink", None, None, None, (), "Pink bag"),
     ]
-    dataset = data.Synthetic("train", 4, 64, progress=False)
+    dataset = Synthetic("train", 4, 64, progress=False)
     dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
     dataset.captions = [product.marked_caption for product in products]
     dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
@@ -768,10 +782,10 @@ def test_false_negatives_are_counted_by_hand():
     config, _ = parse_config(
         [*FAST, "--image-size", "64", "--patch-size", "16", "--batch-size", "4", "--search-size", "5"]
     )
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     state.momentum = Oracle(dataset, sim, torch.eye(4))
     state.momentum.tokenizer = state.tokenizer
-    figures = train.negative_truth(state, dataset)
+    figures = negative_truth(state, dataset)
     # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no logo), 2 and 3 each other's;
     # texts the same way round: text 1 gets photo 0 (false)
     assert figures["false_negative_rate_hard"] == pytest.approx(2 / 8)
@@ -782,37 +796,37 @@ def test_false_negatives_are_counted_by_hand():
 
 def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
     """With the truth itself as attention every mask and every word is right; beside it what random masks get."""
-    dataset = data.Synthetic("val", 10, 32, progress=False)
+    dataset = Synthetic("val", 10, 32, progress=False)
     config, _ = parse_config(
         [*FAST, "--mim-ratio", "0.05", "--mlm-ratio", "0.1", "--word-score", "max", "--patch-size", "4"]
     )
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
 
     def attention(run, batch, *_):
-        regions = data.word_truth(dataset, batch["rows"].tolist(), state.tokenizer, 8).regions.float()
+        regions = word_truth(dataset, batch["rows"].tolist(), state.tokenizer, 8).regions.float()
         return torch.nn.functional.pad(regions, (1, 0))[:, None]
 
-    monkeypatch.setattr(train, "momentum_attention", attention)
-    figures = train.mask_truth(state, dataset)
+    monkeypatch.setattr("measures.truth.momentum_attention", attention)
+    figures = mask_truth(state, dataset)
     for key in ("patch_cooccurrence", "word_cooccurrence", "detail_cooccurrence", "pointing", "pointing_whole"):
         assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
-    assert train.truth_in_words(figures | {f"{key}{end}": 0.0 for key in ("false_negative_rate", "negative_similarity")
+    assert truth_in_words(figures | {f"{key}{end}": 0.0 for key in ("false_negative_rate", "negative_similarity")
                                            for end in ("", "_random", "_hard")})[0].startswith(
         "masks, skill over random ones: patches 1.00, words 1.00, of details 1.00")  # fmt: skip
 
 
-@pytest.mark.parametrize("source", typing.get_args(train.MaskSource))
+@pytest.mark.parametrize("source", typing.get_args(MaskSource))
 def test_momentum_attention_of_every_source(source):
     config, _ = parse_config(
         [*FAST, "--mask-source", source, "--fusion-layers", "2", "--registers", "2", "--mask-layer", "1"]
     )
-    dataset = data.Synthetic("train", 8, 32, progress=False)
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    dataset = Synthetic("train", 8, 32, progress=False)
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
     count, length = batch["token_ids"].shape
     image_embeds = state.momentum.encode_image(data.normalise(batch["images"]))
     text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-    read = lambda: train.momentum_attention(state, batch, image_embeds, text_embeds, torch.Generator().manual_seed(0))
+    read = lambda: momentum_attention(state, batch, image_embeds, text_embeds, torch.Generator().manual_seed(0))
     attention = read()
     assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
     if source == "gradcam":
@@ -849,8 +863,8 @@ def test_momentum_attention_of_every_source(source):
 def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
     """The attention is on the last patches and words alone, so a synchronized mask is known in advance."""
     config, _ = parse_config([*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--mask-noise", "0", *flags])
-    dataset = data.Synthetic("train", 8, 32, progress=False)
-    state = train.build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    dataset = Synthetic("train", 8, 32, progress=False)
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     state.step = 5
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
     first = batch["words"].sum(1) - word_counts(batch["words"], 0.3)
@@ -869,14 +883,14 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
     assert torch.equal(word_mask, last_words) == (words == "sync")
     assert torch.equal(chosen(0)[0], patch_mask) and (patches == "sync") == torch.equal(chosen(1)[0], patch_mask)
     if patches == "block":
-        assert not torch.equal(patch_mask, train.random_patch_mask(6, 16, 0.5, torch.Generator().manual_seed(0)))
+        assert not torch.equal(patch_mask, random_patch_mask(6, 16, 0.5, torch.Generator().manual_seed(0)))
 
 
 def test_layers_are_read_one_by_one_or_where_they_agree():
     one, two = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
-    assert torch.equal(train.read_layer([one, two], 2, "mean"), two)
-    torch.testing.assert_close(train.read_layer([one, two], 0, "mean")[:, 0], (one.mean(1) * two.mean(1)).sqrt())
-    torch.testing.assert_close(train.read_layer([one, two], 0, "max")[:, 0], (one.amax(1) * two.amax(1)).sqrt())
+    assert torch.equal(read_layer([one, two], 2, "mean"), two)
+    torch.testing.assert_close(read_layer([one, two], 0, "mean")[:, 0], (one.mean(1) * two.mean(1)).sqrt())
+    torch.testing.assert_close(read_layer([one, two], 0, "max")[:, 0], (one.amax(1) * two.amax(1)).sqrt())
 
 
 def test_equal_features_earn_nothing():
@@ -887,4 +901,4 @@ def test_equal_features_earn_nothing():
 
 def test_accuracy_ignores_unlabelled_rows():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
-    assert train.accuracy(logits, torch.tensor([0, 0, -100])) == 0.5
+    assert accuracy(logits, torch.tensor([0, 0, -100])) == 0.5

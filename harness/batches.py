@@ -1,0 +1,146 @@
+"""Photos and texts on their way into the model: endless batches to train on, whole data sets to encode."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import Collate, encode, normalise, to_device, tokenize
+from harness.ranks import Ranks
+from harness.run import Run, autocast
+from photos.dataset import DataError, PhotoDataset
+from photos.prompts import Text
+from sampler import GroupedBatchSampler
+
+
+@dataclass
+class Share:
+    """Of every batch of a sampler the part that is one rank's to load."""
+
+    sampler: GroupedBatchSampler
+    ranks: Ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.ranks.part, self.sampler)
+
+
+def _own_session(_worker: int) -> None:
+    """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
+    os.setsid()
+
+
+def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Run) -> Iterator[dict]:
+    """Batches from the current step on, epoch after epoch."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=Share(sampler, run.ranks),
+        collate_fn=Collate(run.tokenizer),
+        num_workers=run.config.workers,
+        pin_memory=run.device.type == "cuda",
+        persistent_workers=run.config.workers > 0,
+        worker_init_fn=_own_session,
+        generator=torch.Generator(),  # its own, or making an iterator would draw from the one dropout uses
+    )
+    epoch, first_batch = divmod(run.step * run.config.accumulate, len(sampler))
+    while True:
+        sampler.set_epoch(epoch, first_batch)
+        run.ranks.check_same("batches", zlib.crc32(sampler.state_dict()["order"].numpy()))
+        yield from loader
+        epoch, first_batch = epoch + 1, 0
+
+
+def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset:
+    """All photos of the first `count` products."""
+    return torch.utils.data.Subset(dataset, (dataset.product_ids < count).nonzero()[0].tolist())
+
+
+def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer, sample: int = 1000) -> None:
+    """Say it where texts are longer than the model reads."""
+    texts = [dataset.text(row) for row in range(0, len(dataset), max(1, len(dataset) // sample))]
+    if cut := sum(bool(encoding.overflowing) for encoding in encode(tokenizer, texts)):
+        longest = tokenizer.truncation["max_length"]
+        print(f"{100 * cut / len(texts):.0f} % of the training texts are cut at {longest} tokens; see --max-length")
+
+
+@torch.no_grad()
+def text_features(run: Run, texts: list[Text]) -> Tensor:
+    """Unit-length features (n, E). Every wording is encoded once: identical texts get identical features and tie."""
+    wordings, feats = list(dict.fromkeys(texts)), []
+    for start in tqdm(range(0, len(wordings), 256), "encoding texts", unit=" batches", leave=False, disable=None):
+        encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
+        with autocast(run):
+            text_embeds = run.model.encode_text(encoded["token_ids"], encoded["attention_mask"])
+            feats.append(run.model.text_feature(text_embeds, encoded["attention_mask"]))
+    number = {wording: i for i, wording in enumerate(wordings)}
+    return torch.cat(feats)[[number[text] for text in texts]]
+
+
+def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
+    """All of a data set in order, on the device, photos normalised and neither cropped nor flipped."""
+    loader = DataLoader(
+        dataset, run.config.batch_size, collate_fn=Collate(run.tokenizer), num_workers=run.config.workers
+    )
+    for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
+        for reason in set(batch["unreadable"]) - run.unreadable:
+            tqdm.write(f"left out: {reason}")
+        run.unreadable |= set(batch["unreadable"])
+        if len(batch["rows"]):
+            batch = to_device(batch, run.device)
+            yield batch | {"images": normalise(batch["images"])}
+
+
+@torch.no_grad()
+def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
+    """Rows that could be decoded (n,), and unit-length features of their photos (n, E)."""
+    rows, feats = [np.arange(0)], []
+    for batch in batches_of(run, dataset, "encoding photos"):
+        with autocast(run):
+            feats.append(run.model.image_feature(run.model.encode_image(batch["images"])))
+        rows.append(batch["rows"].cpu().numpy())
+    if not feats:
+        raise DataError("no photo could be read")
+    return np.concatenate(rows), torch.cat(feats)
+
+
+@torch.no_grad()
+def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tensor) -> Tensor:
+    """The ITM head's logit for "match" over "no match", of pairs (n, 2) of a row of `photos` and a text. -> (n,).
+
+    Each photo and each text is encoded once.
+    """
+    encoded = to_device(tokenize(run.tokenizer, texts), run.device)
+    ids, keep = encoded["token_ids"], encoded["attention_mask"]
+    with autocast(run):
+        text_embeds = torch.cat(
+            [run.model.encode_text(i, k) for i, k in zip(ids.split(256), keep.split(256), strict=True)]
+        )
+    rows, place = pairs[:, 0].unique(return_inverse=True)
+    order, scores = place.argsort(), torch.empty(len(pairs), device=run.device)
+    place, done = place[order].to(run.device), 0
+    asked, seen = pairs[order, 1].to(run.device), 0
+    for batch in batches_of(run, photos.part(rows.numpy()), "matching"):
+        with autocast(run):
+            image_embeds = run.model.encode_image(batch["images"])
+            until = int(torch.searchsorted(place, seen + len(image_embeds)))
+            for at in torch.arange(done, until, device=run.device).split(4 * run.config.batch_size):
+                if not len(at):
+                    continue
+                t, which = asked[at], place[at] - seen
+                first, last = which[0], which[-1]  # photos are in order: of most batches a few are asked for
+                shown = image_embeds[first : last + 1]
+                paired, _ = run.model.fuse(text_embeds[t], keep[t], shown, photos=which - first, only_cls=len(t))
+                logits = run.model.itm_logits(paired)
+                scores[at] = (logits[:, 1] - logits[:, 0]).float()
+        seen, done = seen + len(image_embeds), until
+    if done < len(pairs):
+        raise DataError("a photo that could be read before could not be read again")
+    result = torch.empty_like(scores)
+    result[order.to(run.device)] = scores
+    return result

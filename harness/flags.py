@@ -1,0 +1,77 @@
+"""Flags out of the fields of a config dataclass: help, ranges, one-line refusals."""
+
+import argparse
+import difflib
+import math
+import types
+import typing
+from dataclasses import field, fields
+from typing import Literal
+
+import torch
+
+
+class ConfigError(ValueError):
+    """Flags that do not fit together, or a checkpoint that does not fit the flags."""
+
+
+def option(default, help: str, low: float | None = None, high: float | None = None, **metadata):
+    """A config field with what the command line needs: help and the allowed range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses with one line instead of a page of usage, and suggests the flag that was meant."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split()[2].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(flag, known, n=1)
+            message = f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[str, dict]) -> None:
+    """One flag for each field of a config dataclass; a flag that is not given leaves no trace.
+
+    layers: what overrides the defaults under which name, for --help alone."""
+    hints = typing.get_type_hints(config_class)
+    for spec in fields(config_class):
+        if "help" not in spec.metadata:
+            continue
+        flag, kind = "--" + spec.name.replace("_", "-"), hints[spec.name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        defaults = [str(spec.default)] if spec.default is not None else []
+        defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
+        text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
+
+
+def check_ranges(config) -> None:
+    """Raise ConfigError for a field of a config dataclass outside the range that its metadata gives."""
+    for spec in fields(config):
+        value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
+        if value is None or (low is None and high is None):
+            continue
+        if not (low if low is not None else -math.inf) <= value <= (high if high is not None else math.inf):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"--{spec.name.replace('_', '-')} {value}: must be {bounds}")
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: no such kind of device; try cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: cpu or cuda")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")

@@ -1,0 +1,178 @@
+"""A run: its models, optimiser and place in the schedule; and the job that the loop does with it."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from data import ANTONYMS, SYNONYMS, word_ids, word_pairs
+from harness.config import LoopConfig, TrainConfig
+from harness.ranks import Ranks
+from losses import pick_negatives
+from masking import corrupt_words, replace_words
+from model import FeatureQueue, MomentumModel, VisionLanguageModel
+from photos.dataset import PhotoDataset
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+@dataclass
+class Run:
+    """Everything a recipe, or a task of finetune.py, may use besides the batch."""
+
+    config: TrainConfig  # or finetune.py's: what both have is LoopConfig
+    tokenizer: Tokenizer
+    model: VisionLanguageModel
+    momentum: MomentumModel
+    queue: FeatureQueue
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    total_steps: int
+    epoch_steps: float  # optimiser steps in one pass over the photos
+    data: int = 0  # fingerprint of the training photos
+    step: int = 0
+    seconds: float = 0.0
+    unreadable: set[str] = field(default_factory=set)
+    generator: torch.Generator | None = None
+    features: tuple[Tensor, Tensor] | None = None  # of the batch under way, for the sampler
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self):
+        self.mask_id = self.tokenizer.token_to_id("[MASK]")
+        self.word_ids = word_ids(self.tokenizer).to(self.device)
+        self.antonyms, self.synonyms = (word_pairs(self.tokenizer, w).to(self.device) for w in (ANTONYMS, SYNONYMS))
+
+    @property
+    def ramp(self) -> float:
+        """From 0 to 1 over the first epoch, linearly."""
+        return min(1.0, self.step / self.epoch_steps)
+
+    @property
+    def alpha(self) -> float:
+        """Share of the momentum soft targets, ramped up over the first epoch (ALBEF)."""
+        return self.config.alpha * self.ramp
+
+    @property
+    def hard_share(self) -> float:
+        """Share of the ITM negatives that are chosen rather than drawn at random. A curriculum (choice): with hard
+        ones from the first step on ITM does not leave chance, and with nothing but hard ones it forgets the easy."""
+        warmup = self.config.itm_warmup
+        return self.config.itm_share * min(1.0, max(0.0, (self.step - warmup) / max(1, warmup)) if warmup else 1.0)
+
+    def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
+        """`pick_negatives` of logits (B, K), as the config says at this step."""
+        mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.detach()
+        own_pair = sim.diagonal(self.ranks.first)  # the batch's columns begin with those of the ranks before
+        chosen = pick_negatives(sim, forbidden, own_pair, mode, self.generator, margin)
+        drawn = pick_negatives(sim, forbidden, None, "random", self.generator)
+        hard = torch.rand(len(sim), device=sim.device, generator=self.generator) < self.hard_share
+        return torch.where(hard, chosen, drawn)
+
+    def corrupt(self, token_ids: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`corrupt_words` with this run's vocabulary and generator."""
+        return corrupt_words(token_ids, word_mask, self.mask_id, self.word_ids, self.generator)
+
+    def replace_words(self, token_ids: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`replace_words` with this run's vocabulary and generator."""
+        tables = self.mask_id, self.word_ids, self.antonyms, self.synonyms
+        return replace_words(token_ids, words, word_mask, *tables, self.generator)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop works on: pretraining by a recipe, or one of finetune.py's tasks."""
+
+    name: str
+    losses: Callable[[Run, dict], tuple[dict[str, Tensor], dict[str, float | Tensor]]]  # and figures to log
+    validate: Callable[[Run], tuple[dict[str, float], list[str]]]  # figures, and lines for the eye
+    panels: dict[str, list[str]]  # of curves.png
+    select: str | None = None  # figure whose highest value is kept as best.pt
+    patience: int = 0  # validations without a better one after which to stop; 0: never
+
+    def best_step(self, lines: list[dict]) -> int | None:
+        """Step of the best validation so far, the first of equals."""
+        steps = [line for line in lines if self.select in line and not line.get("final")]
+        return max(steps, key=lambda line: (line[self.select], -line["step"]))["step"] if steps else None
+
+    def stalled(self, lines: list[dict]) -> bool:
+        """Early stopping: has nothing become better for `patience` validations?"""
+        best = self.best_step(lines)
+        later = [line for line in lines if self.select in line and best is not None and line["step"] > best]
+        return 0 < self.patience <= len(later)
+
+
+class Step(nn.Module):
+    """A job's losses as the forward pass of one module, for DistributedDataParallel to take hold of."""
+
+    def __init__(self, run: Run, job: Job):
+        super().__init__()
+        self.model, self.run, self.job = run.model, run, job
+
+    def forward(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+        """Losses, and figures to log."""
+        with autocast(self.run):
+            return self.job.losses(self.run, batch)
+
+
+def autocast(run: Run) -> contextlib.AbstractContextManager:
+    """bf16 where it is asked for, otherwise nothing."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16")
+
+
+def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on biases, norms, embeddings, tokens or the temperature."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        table = any(part in name for part in ("embeddings", "position_embed", "_token", "registers"))
+        (rest if table or parameter.ndim < 2 else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+
+def seed_for(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for one step: what a step draws depends on nothing before it, so a resumed run draws the same."""
+    return (seed * 1_000_003 + step + (rank << 40)) % 2**63
+
+
+def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
+    """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
+    torch.manual_seed(config.seed)
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
+    ranks = ranks or Ranks(torch.device(config.device))
+    device = ranks.device
+    model = VisionLanguageModel(config.model)
+    model.to(device).train()
+    momentum = MomentumModel(model, config.ema_decay)
+    if config.compile:
+        for part in (model.vision, model.text, model.fusion, momentum.vision, momentum.text, momentum.fusion):
+            part.compile()
+    epoch_steps = -(-len(dataset) // config.batch_size) / config.accumulate
+    total = config.steps or max(1, round(config.epochs * epoch_steps))
+    queue = FeatureQueue(config.queue, config.model.embed_dim).to(device)
+    return Run(
+        config,
+        tokenizer,
+        model,
+        momentum,
+        queue,
+        build_optimizer(model, config),
+        device,
+        total,
+        epoch_steps,
+        dataset.fingerprint(),
+        ranks=ranks,
+    )
+
+
+def check_finite(ranks: Ranks, totals: dict[str, Tensor], step: int, last: Path) -> None:
+    """Raise NonFiniteLoss before a loss or gradient that is NaN or infinite reaches the weights."""
+    if ranks.on_any(not (totals["loss"].isfinite() and totals["grad_norm"].isfinite())):
+        parts = ", ".join(f"{key} {value:.3g}" for key, value in ranks.average(totals).items())
+        kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr")

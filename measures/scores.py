@@ -1,0 +1,174 @@
+"""Figures from similarities and answers: recalls, rankings, accuracy, F1. Pure functions."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from photos.triplets import Triplets
+
+Figures = dict[str, float]
+
+
+def match_rank(sim: Tensor, positive: Tensor) -> Tensor:
+    """How many wrong candidates come before the best right one: 0 is a hit at rank 1. sim, positive (Q, C) -> (Q,).
+
+    Ties count against the model, so that equal features earn nothing, and so does what is not a number. A row without a
+    right candidate is beyond every rank.
+    """
+    best = sim.masked_fill(~positive, -math.inf).max(dim=1, keepdim=True).values
+    rank = (~(sim < best) & ~positive).sum(dim=1)
+    return rank.masked_fill(~positive.any(dim=1), torch.iinfo(rank.dtype).max)
+
+
+def retrieval_recalls(
+    image_feat: Tensor, text_feat: Tensor, image_products: Tensor, text_products: Tensor, ranks: tuple = (1, 5, 10)
+) -> dict[str, float]:
+    """Full-protocol recall: every photo (n, E) against one text per product (m, E), and every text against all photos.
+
+    A text hits with the best-ranked photo of its product. -> {"i2t_r1": share, …, "t2i_r10": share}
+    """
+
+    def one_way(queries: Tensor, keys: Tensor, query_products: Tensor, key_products: Tensor) -> Tensor:
+        chunks = zip(queries.split(1024), query_products.split(1024), strict=True)
+        return torch.cat([match_rank(q @ keys.T, own[:, None] == key_products[None, :]) for q, own in chunks])
+
+    i2t = one_way(image_feat, text_feat, image_products, text_products)
+    t2i = one_way(text_feat, image_feat, text_products, image_products)
+    return {f"{way}_r{k}": (r < k).float().mean().item() for way, r in (("i2t", i2t), ("t2i", t2i)) for k in ranks}
+
+
+@dataclass
+class Ranking:
+    """Queries with how they were ranked by similarity. Letters: Q queries, C candidates, K best ones kept."""
+
+    protocol: str  # full_i2t, sampled_t2i, …
+    rank: Tensor  # (Q,): wrong candidates before the best right one
+    pairs: Tensor  # (Q, K, 2): photo and text of the best K by similarity, to be re-ranked
+    right: Tensor  # (Q, K)
+    sizes: Tensor  # (Q, 2): candidates, and right ones among them
+
+    @staticmethod
+    def of(protocol: str, sim: Tensor, right: Tensor, photos: Tensor, texts: Tensor, top: int) -> "Ranking":
+        """sim, right (Q, C); photos, texts (Q, C) or broadcast to it."""
+        best = sim.topk(min(top, sim.shape[1]), dim=1).indices
+        pairs = torch.stack([photos.expand_as(sim).gather(1, best), texts.expand_as(sim).gather(1, best)], dim=2)
+        sizes = torch.stack([torch.full((len(sim),), sim.shape[1]), right.sum(dim=1)], dim=1)
+        return Ranking(protocol, match_rank(sim, right), pairs, right.gather(1, best), sizes)
+
+    @staticmethod
+    def sampled(way: str, lists: Tensor, image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int) -> "Ranking":
+        """Of candidate lists (Q, 1 + C): the query's photo, then for i2t the texts, for t2i the photos to choose from,
+        the right one first."""
+        query, choice = lists[:, :1], lists[:, 1:]
+        photos, texts = (query, choice) if way == "i2t" else (choice, owner[query])
+        sim = (image_feat[photos] * text_feat[texts]).sum(dim=2)
+        right = torch.zeros_like(sim, dtype=torch.bool)
+        right[:, 0] = True
+        return Ranking.of(f"sampled_{way}", sim, right, photos, texts, top)
+
+    def reranked(self, scores: Tensor) -> Tensor:
+        """Ranks (Q,) when the best K are put in the order of `scores` (Q, K), before all others."""
+        return torch.where(self.right.any(dim=1), match_rank(scores, self.right), self.rank)
+
+    def chance(self) -> Figures:
+        """Recalls of a random order: 1 − C(n − right, k) / C(n, k)."""
+        counts = Counter(map(tuple, self.sizes.tolist()))
+        miss = lambda n, right, k: math.comb(n - right, k) / math.comb(n, k) if k <= n else 0.0
+        share = lambda k: sum(times * (1 - miss(n, right, k)) for (n, right), times in counts.items()) / len(self.rank)
+        return {f"{self.protocol}_r{k}": share(k) for k in (1, 5, 10)}
+
+
+def full_rankings(image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int) -> Iterator[Ranking]:
+    """Every photo (n, E) against the texts (m, E), every text against all photos; owner (n,): the text of a photo."""
+    photos, texts = torch.arange(len(image_feat)), torch.arange(len(text_feat))
+    i2t = [
+        Ranking.of("full_i2t", image_feat[p] @ text_feat.T, owner[p, None] == texts, p[:, None], texts, top)
+        for p in photos.split(1024)
+    ]
+    t2i = [
+        Ranking.of("full_t2i", text_feat[t] @ image_feat.T, t[:, None] == owner, photos, t[:, None], top)
+        for t in texts.split(1024)
+    ]
+    for parts in (i2t, t2i):
+        joined = (torch.cat([getattr(part, key) for part in parts]) for key in ("rank", "pairs", "right", "sizes"))
+        yield Ranking(parts[0].protocol, *joined)
+
+
+def sampled_candidates(
+    owner: np.ndarray, kinds: np.ndarray, queries: int, negatives: int, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """One draw of the sampled protocol: random query photos, and for each the right text (i2t), or itself as the right
+    photo of its text (t2i), before `negatives` of other products of the same sub-category, topped up from others where
+    there are too few. owner (n,): product of a photo; kinds (n,): its sub-category.
+    -> {"i2t": (Q, 1 + C), "t2i": (Q, 1 + C)}: photo, right candidate, wrong ones."""
+    chosen, lists = rng.permutation(len(owner))[:queries], {"i2t": [], "t2i": []}
+    products, first = np.unique(owner, return_index=True)
+    for photo in chosen:
+        for way, owners, kinds_of, right in (
+            ("i2t", products, kinds[first], owner[photo]), ("t2i", owner, kinds, photo)
+        ):  # fmt: skip
+            others = np.flatnonzero(owners != owner[photo])
+            alike = kinds_of[others] == kinds[photo]
+            pool = np.concatenate([rng.permutation(others[alike]), rng.permutation(others[~alike])])
+            lists[way].append(np.concatenate([[photo, right], pool[:negatives]]))
+    shortest = {way: min(map(len, rows)) for way, rows in lists.items()}
+    return {way: torch.from_numpy(np.stack([row[: shortest[way]] for row in rows])) for way, rows in lists.items()}
+
+
+def recalls_of(rankings: list[Ranking], ranks: list[Tensor]) -> Figures:
+    """R@1/5/10 of each protocol and direction, the mean over both and, of several draws, the mean over these."""
+    shares = {}
+    for ranking, rank in zip(rankings, ranks, strict=True):
+        for k in (1, 5, 10):
+            shares.setdefault(f"{ranking.protocol}_r{k}", []).append((rank < k).float().mean().item())
+    figures = {key: float(np.mean(values)) for key, values in shares.items()}
+    spread = {f"{key}_std": float(np.std(values)) for key, values in shares.items() if len(values) > 1}
+    for name in dict.fromkeys(ranking.protocol.split("_")[0] for ranking in rankings):
+        means = [value for key, value in figures.items() if key.startswith(f"{name}_")]
+        spread[f"{name}_mean"] = float(np.mean(means))
+    return figures | spread
+
+
+# subset, protocol, similarities (Q, C), triplets (Q,), the gallery's rows of `photos` (C,)
+RankedTriplets = tuple[str, str, Tensor, np.ndarray, np.ndarray]
+
+
+def triplet_recalls(dataset: Triplets, ranked: Iterable[RankedTriplets]) -> tuple[Figures, Figures]:
+    """R@1, R@10, R@50 by subset and gallery, and their mean over subsets; and what chance would give."""
+    figures, chance = {}, {}
+    for subset, protocol, sim, triplets, rows in ranked:
+        rank = match_rank(sim, torch.from_numpy(dataset.targets[triplets][:, None] == rows))
+        for k in (1, 10, 50):
+            figures[f"{subset}_{protocol}_r{k}"] = (rank < k).float().mean().item()
+            chance[f"{subset}_{protocol}_r{k}"] = min(1.0, k / len(rows))
+    for values in (figures, chance):
+        for end in dict.fromkeys(key.split("_", 1)[1] for key in list(values)):
+            values[f"mean_{end}"] = float(np.mean([v for key, v in values.items() if key.endswith(end)]))
+    return figures, chance
+
+
+def recognition_scores(right: Tensor, answered: Tensor) -> Figures:
+    """Accuracy, and macro-F1: the mean of F1 over the classes that occur among the right or the answered (n,)."""
+    f1 = [f1 for _, _, f1 in scores_by_class(right, answered).values()]
+    return {"accuracy": (right == answered).float().mean().item(), "macro_f1": float(np.mean(f1))}
+
+
+def scores_by_class(right: Tensor, answered: Tensor) -> dict[int, tuple[float, float, float]]:
+    """Precision, recall, F1 of every class that occurs among the right or the answered (n,).
+
+    F1 = 2·hits / (right + answered); a ratio of nothing to nothing counts as 0.
+    """
+    classes = int(torch.cat([right, answered]).max()) + 1
+    hits = right[right == answered].bincount(minlength=classes)
+    there, said = right.bincount(minlength=classes), answered.bincount(minlength=classes)
+    ratio = lambda a, b: (a / b).item() if b else 0.0
+    return {
+        c: (ratio(hits[c], said[c]), ratio(hits[c], there[c]), ratio(2 * hits[c], there[c] + said[c]))
+        for c in range(classes)
+        if there[c] + said[c]
+    }

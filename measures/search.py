@@ -1,0 +1,116 @@
+"""Search: the best photos for words, for a photo, or for a photo changed by words."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from data import encode, normalise, to_device, tokenize
+from harness.batches import match_scores, photo_features, text_features
+from harness.checkpoints import load_weights
+from harness.finetune_config import FOUND, FinetuneConfig
+from harness.run import Run, autocast, build_run
+from harness.splits import lead_of, open_photos
+from harness.wiring import compose
+from measures.pictures import draw_answers
+from photos.dataset import DataError, PhotoDataset, open_photo, square
+
+
+def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
+    """The best photos for words, for a photo, or for a photo changed by words, on a sheet. -> rows and scores."""
+    photo, tokenizer = None, Tokenizer.from_str(source["tokenizer"])
+    if config.image:
+        try:
+            photo = square(open_photo(Path(config.image), config.model.image_size), config.model.image_size)
+        except OSError as error:
+            raise DataError(f"--image {config.image}: {error}") from None
+    if config.query:
+        check_words(tokenizer, lead_of(config), config.query)
+    dataset = open_photos(config, config.split)
+    print(f"{config.split}: {dataset.report()}")
+    run = build_run(config, dataset, tokenizer)
+    load_weights(run, source, config.checkpoint)
+    run.model.eval()
+    rows, feats = photo_index(run, dataset)
+    query = query_feature(run, lead_of(config), config.query, photo, fused=config.start == "tgir")
+    scores, best = (feats @ query).topk(min(len(rows), max(FOUND, config.rerank)))
+    if config.rerank:
+        pairs = torch.stack([best.cpu(), torch.zeros(len(best), dtype=torch.long)], dim=1)
+        asked = [(lead_of(config), config.query)]
+        matched, order = match_scores(run, dataset.part(rows), asked, pairs).sort(descending=True)
+        scores, best = matched.sigmoid(), best[order]
+    found = [(int(rows[i]), s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)][:FOUND]
+    for row, score in found:
+        print(f"  {score:.3f}  {dataset.name_of(row)}  {dataset.captions[row]}")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    words = "-".join(re.findall(r"\w+", f"found {config.query or ''} {Path(config.image or '').stem}".lower()))
+    path = out / f"{words[:60]}.png"
+    draw_answers(dataset, [(config.query or "", photo, [(row, f"{s:.2f}", False) for row, s in found])], path)
+    print(f"see {path}")
+    return found
+
+
+def check_words(tokenizer: Tokenizer, lead: str, text: str) -> None:
+    """Raise DataError for a query that the vocabulary has no word of; say what else of it is not read as it stands."""
+    words, unknown = dict.fromkeys(re.findall(r"\w+", text)), dict.fromkeys(unknown_words(tokenizer, text))
+    if len(unknown) == len(words):
+        raise DataError(f"--query {text!r}: no word of it is in the model's vocabulary")
+    if unknown:
+        print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
+    if encode(tokenizer, [(lead, text)])[0].overflowing:
+        print(f"--query is longer than the model reads, and cut after {tokenizer.truncation['max_length']} tokens")
+
+
+def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Words that the vocabulary can only spell letter by letter, or not at all."""
+    unknown = []
+    for word in re.findall(r"\w+", text):
+        pieces = tokenizer.encode(word, add_special_tokens=False).tokens
+        spelt = len(pieces) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
+        if spelt or "[UNK]" in pieces:
+            unknown.append(word)
+    return unknown
+
+
+@torch.no_grad()
+def query_feature(run: Run, lead: str, text: str | None, photo: Image.Image | None, fused: bool) -> Tensor:
+    """The unit-length feature (E,) of words, of a photo, or of both."""
+    if photo is None:
+        return text_features(run, [(lead, text)])[0]
+    batch = to_device(tokenize(run.tokenizer, [(lead, text)]), run.device) if text else None
+    with autocast(run):
+        pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(run.device)
+        embeds = run.model.encode_image(normalise(pixels))
+        return compose(run, batch, embeds, fused)[0] if text else run.model.image_feature(embeds)[0]
+
+
+def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
+    """Rows (n,) and features (n, E) of all photos: encoded once, and kept beside the checkpoint until the weights, the
+    data or a photo change."""
+    config, key = run.config, hashlib.sha256()
+    for name, tensor in run.model.state_dict().items():
+        if name.startswith(("vision", "adapter")):
+            key.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    key.update(json.dumps([config.precision, dataset.fingerprint(), *dataset.versions()]).encode())
+    path = Path(config.checkpoint).with_suffix(f".{config.data}-{config.split}.index")
+    if path.exists():
+        try:
+            saved = torch.load(path, map_location=run.device, weights_only=True)
+            if saved["key"] == key.hexdigest():
+                return saved["rows"].cpu().numpy(), saved["features"]
+            print(f"{path}: model or photos have changed since, encoding them anew")
+        except Exception:  # torch raises many kinds for a file that is not its own
+            print(f"{path}: cannot be read, encoding the photos anew")
+    rows, feats = photo_features(run, dataset)
+    try:
+        torch.save({"key": key.hexdigest(), "rows": torch.from_numpy(rows), "features": feats.cpu()}, path)
+    except (OSError, RuntimeError) as error:
+        print(f"{path}: the index cannot be kept ({error})")
+    return rows, feats

@@ -1,0 +1,96 @@
+"""FashionIQ's captions, image splits and photos, read as distributed."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from photos.dataset import DataError, PhotoDataset, open_photo, version_of
+from photos.triplets import Triplets
+
+
+class PhotoFiles(PhotoDataset):
+    """Photos by name, without text."""
+
+    def __init__(self, paths: dict[str, Path], image_size: int):
+        self.names, self.paths = list(paths), list(paths.values())
+        blank = [""] * len(paths)
+        super().__init__(blank, self.names, blank, blank, image_size)
+
+    def versions(self) -> list[str]:
+        return [version_of(path) for path in self.paths]
+
+    def photo(self, row: int) -> Image.Image:
+        """The photo of a name."""
+        return open_photo(self.paths[row], self.image_size)
+
+    def name_of(self, row: int) -> str:
+        return self.names[row]
+
+
+FASHIONIQ = ("dress", "shirt", "toptee")
+
+
+def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: int) -> Triplets:
+    """FashionIQ (Wu et al. 2021) as distributed: `captions/cap.{dress,shirt,toptee}.{split}.json`,
+    `image_splits/split.….json`, `images/{id}.jpg` or `.png`.
+
+    Both captions of a pair are joined by "and" (choice: in their order). Photos that are not there are named and
+    counted, with the queries that need them. The test split has no targets.
+    """
+    files = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix in (".jpg", ".png")}
+    listed, pairs, subsets = {}, [], []
+    for subset in FASHIONIQ:
+        records = _read_list(folder / "captions" / f"cap.{subset}.{split}.json", "one object a pair")
+        ids = _read_list(folder / "image_splits" / f"split.{subset}.{split}.json", "one image id an entry")
+        keys = ("candidate",) if split == "test" else ("candidate", "target")
+        for number, record in enumerate(records):
+            fine = isinstance(record, dict) and isinstance(record.get("captions"), list) and record["captions"]
+            if not fine or not all(
+                isinstance(text, str) for text in [record.get(k) for k in keys] + record["captions"]
+            ):
+                where = f"{folder}/captions/cap.{subset}.{split}.json entry {number}"
+                raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
+            pairs.append([record[key] for key in keys] + [" and ".join(text.strip() for text in record["captions"])])
+            subsets.append(subset)
+        if not all(isinstance(name, str) for name in ids):
+            raise DataError(f"{folder}/image_splits/split.{subset}.{split}.json: expected a list of image ids")
+        listed[subset] = list(dict.fromkeys(ids))
+    wanted = dict.fromkeys([name for names in listed.values() for name in names])
+    wanted |= dict.fromkeys(name for pair in pairs for name in pair[:-1])
+    known = {name: files[name] for name in wanted if name in files}
+    row_of = {name: row for row, name in enumerate(known)}
+    kept = [number for number, pair in enumerate(pairs) if all(name in known for name in pair[:-1])]
+    for subset in FASHIONIQ:
+        if not any(subsets[number] == subset for number in kept):
+            example = pairs[subsets.index(subset)][0]
+            raise DataError(
+                f"{folder}/images: no photos of any {split} pair of {subset}; expected {example}.jpg or .png"
+            )
+    triplets = Triplets(
+        PhotoFiles(known, image_size),
+        references=[row_of[pairs[number][0]] for number in kept],
+        targets=[-1 if split == "test" else row_of[pairs[number][1]] for number in kept],
+        texts=[pairs[number][-1] for number in kept],
+        subsets=[subsets[number] for number in kept],
+        families=[pairs[number][0] for number in kept],
+        originals={subset: [row_of[name] for name in names if name in known] for subset, names in listed.items()},
+    )
+    triplets.problems = [f"no photo {name}" for name in wanted if name not in known]
+    if len(kept) < len(pairs):
+        triplets.problems.append(f"{len(pairs) - len(kept):,} pairs of photos that are not there")
+    return triplets
+
+
+def _read_list(path: Path, what: str) -> list:
+    """A JSON list that is not empty."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; --root must hold FashionIQ's captions, image_splits, images") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{path}: expected a JSON list, {what}")
+    return values

@@ -1,0 +1,115 @@
+"""One's own photos: one JSON object a line."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from photos.dataset import DataError, PhotoDataset, Split, open_photo, version_of
+from photos.prompts import ATTRIBUTES
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _value(value) -> str:
+    """An optional field: words or a number, those of a list joined; "" for anything else."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_value, value)))
+    known = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+    return " ".join(str(value).split()) if known else ""
+
+
+class Jsonl(PhotoDataset):
+    """Photos listed one JSON object a line: `image` (relative to the folder), `caption`, `product_id`, and if you
+    have them `category` and `subcategory`, and for prompts any other of ATTRIBUTES (`title` serves as `name`). Files
+    `train.jsonl` and `val.jsonl`; without the latter a tenth of the products, chosen by hash, is held out.
+
+    A malformed line, or a path that leaves the folder, refuses the file: it is not what it seems. A missing
+    photo or an empty caption leaves out that line only, and is reported.
+    """
+
+    def __init__(self, folder: Path, split: Split, image_size: int, seed: int = 0):
+        self.folder = folder
+        own_split = (folder / "val.jsonl").is_file()
+        path = folder / (f"{split}.jsonl" if own_split else "train.jsonl")
+        records, problems = self._read(path)
+        if not own_split:
+            products = {str(record["product_id"]) for record in records}
+            by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
+            if len(products) == 1:
+                raise DataError(f"{path}: one product cannot be split; add more, or a val.jsonl")
+            held_out = set(by_hash[: max(1, len(products) // 10)])
+            records = [record for record in records if (str(record["product_id"]) in held_out) == (split == "val")]
+        if not records:
+            raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
+        self.images = [record["image"] for record in records]
+        self.known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
+        self.known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
+        kinds = self.known["category"], self.known["subcategory"]
+        captions, products = ([str(record[key]) for record in records] for key in ("caption", "product_id"))
+        super().__init__(captions, products, *kinds, image_size)
+        self.problems = problems
+
+    def _read(self, path: Path) -> tuple[list[dict], list[str]]:
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")  # a caption may hold other line separators
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; one JSON object a line with image, caption, product_id") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        records, problems = [], []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            record = self._parse(f"{path} line {number}", line)
+            if not (self.folder / record["image"]).is_file():
+                problems.append(f"line {number}: no photo {record['image']}")
+            elif not record["caption"].strip():
+                problems.append(f"line {number}: empty caption")
+            else:
+                records.append(record)
+        return records, problems
+
+    @staticmethod
+    def _parse(where: str, line: str) -> dict:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected an object with image, caption, product_id")
+        for key in ("image", "caption"):
+            if not isinstance(record.get(key), str):
+                raise DataError(f"{where}: field {key} is missing or not text")
+        if not isinstance(record.get("product_id"), str | int) or isinstance(record["product_id"], bool):
+            raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
+        if not record["image"].isprintable() or len(record["image"]) > 1000:
+            raise DataError(f"{where}: field image is not a path")
+        for key in ("caption", "product_id", *(key for key in (*ATTRIBUTES, "title") if key in record)):
+            if not _is_text(str(record[key])):
+                raise DataError(f"{where}: field {key} holds half a character (a lone surrogate)")
+        if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
+            raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
+        return record
+
+    def attributes(self, row: int) -> dict[str, str]:
+        """What the line says of them."""
+        return {name: values[row] for name, values in self.known.items()}
+
+    def photo(self, row: int) -> Image.Image:
+        """The photo of a line."""
+        return open_photo(self.folder / self.images[row], self.image_size)
+
+    def versions(self) -> list[str]:
+        return [version_of(self.folder / image) for image in self.images]
+
+    def name_of(self, row: int) -> str:
+        return self.images[row]
