@@ -235,17 +235,12 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(
-    images: Tensor,
-    min_scale: float = 0.5,
-    jitter: float = 0.0,
-    generator: torch.Generator | None = None,
-    distort: float = 0.0,
+    images: Tensor, min_scale: float = 0.5, generator: torch.Generator | None = None, distort: float = 0.0
 ) -> Tensor:
     """Random resized crop (area share min_scale … 1, aspect 3/4 … 4/3) and flip of a whole batch, each photo its own.
 
     images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
-    jitter: strength of random brightness, contrast and saturation; 0 by default, since captions name colours.
-    distort: strength of random rotation (30° at 1), shear, blur and noise, which leave colours as they are.
+    distort: strength of random rotation (30° at 1), shear, blur and noise; captions name colours, which stay.
     """
     count, device = len(images), images.device
     draw = lambda low, high: torch.rand(count, device=device, generator=generator) * (high - low) + low
@@ -262,12 +257,6 @@ def augment(
         theta = torch.cat([turn @ theta[:, :, :2], theta[:, :, 2:]], 2)
     points = F.affine_grid(theta, list(images.shape), align_corners=False)
     pixels = F.grid_sample(images.float() / 255, points, mode="bilinear", padding_mode="border", align_corners=False)
-    if jitter > 0:
-        factor = lambda: draw(1 - jitter, 1 + jitter)[:, None, None, None]
-        pixels = pixels * factor()
-        pixels = torch.lerp(pixels.mean(dim=(1, 2, 3), keepdim=True), pixels, factor())  # contrast
-        pixels = torch.lerp(pixels.mean(dim=1, keepdim=True), pixels, factor())  # saturation
-        pixels = pixels.clamp(0, 1)
     if distort > 0:
         share = lambda: draw(0, distort)[:, None, None, None]
         pixels = torch.lerp(pixels, F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1), share())  # blur
@@ -283,13 +272,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
     parser.add_argument("--items", type=int, default=200, help="training products (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn products (default 0)")
-    parser.add_argument("--chunk", type=int, default=1, help="photos in an HDF5 chunk (default 1)")
-    parser.add_argument("--gzip", type=int, choices=range(10), help="pack photos, at this level (default: not packed)")
     args = parser.parse_args(argv)
-    if min(args.items, args.chunk) < 1:
-        parser.error("--items and --chunk: at least 1")
+    if args.items < 1:
+        parser.error("--items: at least 1")
     try:
-        export_fashiongen(args.folder, args.items, seed=args.seed, together=args.chunk, gzip=args.gzip)
+        export_fashiongen(args.folder, args.items, seed=args.seed)
     except (DataError, OSError) as error:
         sys.exit(f"data.py: {error}")
 

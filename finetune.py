@@ -32,14 +32,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import build_triplets
-from harness.batches import batches_of, match_scores, photo_features, text_features
+from harness.batches import batches_of, match_scores, one_text_a_product, photo_features, text_features
 from harness.checkpoints import begin, load_checkpoint, load_weights
 from harness.finetune_config import FinetuneConfig, check_flags, parse_config
 from harness.flags import ConfigError
 from harness.run import Job, NonFiniteLoss, Run, autocast, build_run
 from harness.splits import hold_out, lead_of, numbers_of, open_photos
-from harness.wiring import accuracy, compose, contrast, matching
-from losses import cross_entropy, forbidden_negatives, itc_loss, itc_targets, itm_loss
+from harness.wiring import accuracy, add_matches, compose, contrast, match_pairs, teach, wrong_pairs
+from losses import cross_entropy, itc_loss, itc_targets
 from measures.pictures import draw_answers, draw_confusion
 from measures.scores import (
     Figures,
@@ -73,6 +73,10 @@ class Task:
         """To train on, to choose the best step by: no product is in both."""
         return self.parts(dataset, dataset.product_ids)
 
+    def settled(self, _train_set: PhotoDataset) -> "Task":
+        """The task that knows what there is to learn, where that is counted."""
+        return self
+
     def parts(self, dataset: PhotoDataset, groups: np.ndarray, labels: list[str] | None = None) -> tuple:
         """`hold_out` of a data set by the config."""
         config = self.config
@@ -92,32 +96,26 @@ class Retrieval(Task):
 
     def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
-        ids, keep = batch["token_ids"], batch["attention_mask"]
-        image_embeds, text_embeds = run.model.encode_image(batch["images"]), run.model.encode_text(ids, keep)
-        with torch.no_grad():
-            image_feat_m = run.momentum.project_image(run.momentum.encode_image(batch["images"]))
-            text_feat_m = run.momentum.project_text(run.momentum.encode_text(ids, keep))
-        image_feat, text_feat = run.model.image_feature(image_embeds), run.model.text_feature(text_embeds, keep)
-        itc, sim_i2t, sim_t2i = contrast(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
-        forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
-        wrong_text, wrong_image = run.negatives(sim_i2t, forbidden), run.negatives(sim_t2i, forbidden)
-        logits, labels = matching(run.model, text_embeds, keep, image_embeds, wrong_text, wrong_image)
-        return {"itc": itc, "itm": itm_loss(logits, labels)}, {"itm_accuracy": accuracy(logits, labels)}
+        model, ids, keep = run.model, batch["token_ids"], batch["attention_mask"]
+        image_embeds, text_embeds = model.encode_image(batch["images"]), model.encode_text(ids, keep)
+        feats = model.image_feature(image_embeds), model.text_feature(text_embeds, keep)
+        itc = contrast(run, batch, *feats, teach(run, batch))
+        pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds), text_embeds, keep)
+        itm, right = match_pairs(run, model.fuse_cls(*pairs.inputs), pairs.labels)
+        return {"itc": itc.loss, "itm": itm}, {"itm_accuracy": right}
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
         """Full protocol on the held-out products."""
         _, image_feat, text_feat, owner, _ = self.encode(run, dataset)
-        rankings = [*full_rankings(image_feat, text_feat, owner, 0)]
-        recalls = recalls_of(rankings, [ranking.rank for ranking in rankings])
+        recalls = recalls_of([*full_rankings(image_feat, text_feat, owner)])
         return {key.replace("full", "val"): value for key, value in recalls.items()}
 
     def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor, Tensor, Tensor, list[Text]]:
         """Rows (n,), image_feat (n, E), text_feat (m, E) of one text a product, the text of each photo (n,), texts; on
         the CPU."""
         rows, image_feat = photo_features(run, dataset)
-        _, first, owner = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
-        texts = [dataset.text(rows[i]) for i in first]
-        return rows, image_feat.cpu(), text_features(run, texts).cpu(), torch.from_numpy(owner), texts
+        texts, owner = one_text_a_product(dataset, rows)
+        return rows, image_feat.cpu(), text_features(run, texts).cpu(), owner, texts
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
         """Both protocols, by similarity and with `--rerank` also by the matching head."""
@@ -132,7 +130,7 @@ class Retrieval(Task):
             for way, lists in sampled_candidates(owner.numpy(), kinds, self.queries, self.negatives, rng).items():
                 rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
                 alike[way].append((kind_of[way][lists[:, 2:]] == kinds[lists[:, :1]]).mean())
-        metrics = recalls_of(rankings, [ranking.rank for ranking in rankings])
+        metrics = recalls_of(rankings)
         if top:
             pairs, place = torch.cat([r.pairs.flatten(0, 1) for r in rankings]).unique(dim=0, return_inverse=True)
             scores = match_scores(run, dataset.part(rows), texts, pairs).cpu()[place]
@@ -293,11 +291,15 @@ class Recognition(Task):
             few = ", ".join(single[:5]) + (", …" if len(single) > 5 else "")
             print(f"{len(single)} of {len(products)} classes have a single product, trained on and not held out: {few}")
         train_set, held_out = self.parts(dataset, dataset.product_ids, labels)
+        return train_set, held_out
+
+    def settled(self, train_set: PhotoDataset) -> "Recognition":
+        """The task that knows the classes of its training photos."""
         classes = tuple(sorted(set(self.labels_of(train_set))))
         model = replace(self.config.model, classes=len(classes))
-        self.config = replace(self.config, classes=classes, model=model)
-        self.train_classes = self.class_ids(train_set)
-        return train_set, held_out
+        task = Recognition(replace(self.config, classes=classes, model=model))
+        task.train_classes = task.class_ids(train_set)
+        return task
 
     def class_ids(self, dataset: PhotoDataset) -> Tensor:
         """The class of each row; one more, the last, for labels that training has not seen. -> (N,)."""
@@ -311,7 +313,7 @@ class Recognition(Task):
             return run.model.class_logits(image_embeds)
         keep = batch["attention_mask"]
         text_embeds = run.model.encode_text(batch["token_ids"], keep)
-        return run.model.class_logits(run.model.fuse(text_embeds, keep, image_embeds, only_cls=len(keep))[0])
+        return run.model.class_logits(run.model.fuse_cls(text_embeds, keep, image_embeds))
 
     def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Cross-entropy."""
@@ -374,42 +376,23 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | No
         load_weights(run, best, config.checkpoint)
         out.mkdir(parents=True, exist_ok=True)
     else:
-        run = train_task(config, task, source, state)
+        whole = task.open("train")
+        train_set, held_out = task.divide(whole)
+        print(f"train: {whole.report()}\nheld out of these, to choose the best step: {held_out.report()}")
+        task = task.settled(train_set)
+        run = train_task(task, train_set, held_out, source, state)
         if run is None:
             return None
         best = load_checkpoint(out / "best.pt")
         load_weights(run, best, f"{out}/best.pt")
-    start, run.unreadable = time.perf_counter(), set()
-    run.model.eval()
-    report = task.report(run, reported)
-    results = {
-        "task": config.task,
-        "data": config.data,
-        "split": config.split,
-        **report,
-        "checkpoint": "random weights" if config.from_scratch else config.checkpoint,
-        "steps": run.step,
-        "best_step": best["step"],
-        "left_out": len(reported.problems) + len(run.unreadable),
-        "seed": config.seed,
-        "seconds": run.seconds + time.perf_counter() - start,
-    }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{config.task} on {config.data} {config.split} ({report['protocol']}):")
-    for key in (key for key in report["metrics"] if not key.endswith("_std")):
-        chance = f"   chance {100 * report['chance'][key]:.1f} %" if key in report["chance"] else ""
-        print(f"  {key:24} {100 * report['metrics'][key]:6.1f} %{chance}")
-    print(f"see {out}/results.json")
-    return results
+    return evaluate(run, task, reported, best["step"])
 
 
-def train_task(config: FinetuneConfig, task, source: dict, state: dict | None) -> Run | None:
+def train_task(
+    task: Task, train_set: PhotoDataset, held_out: PhotoDataset, source: dict, state: dict | None
+) -> Run | None:
     """Train as train.py does, over the task's own losses and validation. -> the run; None if it was stopped."""
-    whole = task.open("train")
-    train_set, held_out = task.divide(whole)
-    print(f"train: {whole.report()}\nheld out of these, to choose the best step: {held_out.report()}")
-    config = task.config  # recognition has counted its classes
-    run = build_run(config, train_set, Tokenizer.from_str(source["tokenizer"]))
+    config, run = task.config, build_run(task.config, train_set, Tokenizer.from_str(source["tokenizer"]))
     if state is None and not config.from_scratch:
         load_weights(run, source, config.checkpoint)
     name = f"{config.task} from {'scratch' if config.from_scratch else config.checkpoint}"
@@ -420,6 +403,32 @@ def train_task(config: FinetuneConfig, task, source: dict, state: dict | None) -
 
     final = work(run, Job(name, task.losses, validate, task.panels, task.select, config.patience), train_set, state)
     return run if final else None
+
+
+def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> dict:
+    """The task's report on the split that is reported, written to results.json and printed. -> results."""
+    config, start, run.unreadable = task.config, time.perf_counter(), set()
+    run.model.eval()
+    report = task.report(run, reported)
+    results = {
+        "task": config.task,
+        "data": config.data,
+        "split": config.split,
+        **report,
+        "checkpoint": "random weights" if config.from_scratch else config.checkpoint,
+        "steps": run.step,
+        "best_step": best_step,
+        "left_out": len(reported.problems) + len(run.unreadable),
+        "seed": config.seed,
+        "seconds": run.seconds + time.perf_counter() - start,
+    }
+    (Path(config.out) / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{config.task} on {config.data} {config.split} ({report['protocol']}):")
+    for key in (key for key in report["metrics"] if not key.endswith("_std")):
+        chance = f"   chance {100 * report['chance'][key]:.1f} %" if key in report["chance"] else ""
+        print(f"  {key:24} {100 * report['metrics'][key]:6.1f} %{chance}")
+    print(f"see {config.out}/results.json")
+    return results
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Every mask: which words and which patches are hidden, and what a hidden word is replaced by.
+"""Every mask: which words and which patches are hidden, how attention becomes a mask, what replaces a hidden word.
 
-Pure functions on tensors. Masks are boolean, True = masked. `words` (B, L) marks the tokens that may be
-masked at all: neither [CLS], [SEP] nor [PAD]. Every draw takes a generator on the tensors' device.
+Functions on tensors; one of them asks the momentum model. Masks are boolean, True = masked. `words` (B, L) marks the
+tokens that may be masked at all: neither [CLS], [SEP] nor [PAD]. Every draw takes a generator on the tensors' device.
 
 Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
 """
@@ -11,9 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model import MomentumModel
+
 HeadReduction = Literal["mean", "max"]
 WordScore = Literal["max", "mass", "entropy"]
 PatchScore = Literal["all", "masked"]
+MaskSource = Literal["attention", "gradcam", "hidden"]
 
 
 def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
@@ -48,31 +51,52 @@ def random_patch_mask(
     return mask_top(scores, torch.ones_like(scores, dtype=torch.bool), patch_counts(rows, patches, ratio, device))
 
 
-def block_patch_mask(
-    rows: int, grid: int, ratio: float, generator: torch.Generator | None = None, device: torch.device | None = None
-) -> Tensor:
-    """Random rectangles of patches until the share is reached, as in BEiT (Bao et al. 2022, §2.3). -> (rows, grid²).
+def momentum_attention(
+    momentum: MomentumModel,
+    batch: dict,
+    image_embeds_m: Tensor,
+    text_embeds_m: Tensor,
+    source: MaskSource,
+    mask_id: int,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """The momentum model's cross-attention that masks are made of: one map (B, h, L, N) a fusion layer, detached.
 
-    A rectangle covers a tenth to four tenths of the photo, aspect 0.3 … 1/0.3; of the last one the surplus is left
-    off at random, so that counts are exact, as `random_patch_mask`'s.
+    attention  A, of the clean pair: the plainest reading of SyncMask
+    gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding), of all layers but
+               the last, of which only [CLS] reaches the match logit
+    hidden     row w of A while word w is hidden: a word that is there needs not look at the photo, a hidden one must.
+               Two passes, each with one random half of the words hidden (choice)
+
+    batch: token_ids, attention_mask, words (B, L) · image_embeds_m (B, N, D), text_embeds_m (B, L, D): the clean pair
     """
-    cells = torch.arange(grid, device=device)
-    scores = torch.rand(rows, grid * grid, device=device, generator=generator)
-    counts = patch_counts(rows, grid * grid, ratio, device)
-    covered = torch.zeros(rows, grid * grid, dtype=torch.bool, device=device)
-    for rank in range(64, 0, -1):  # patches of earlier rectangles rank higher
-        area, aspect, top, left = torch.rand(4, rows, 1, device=device, generator=generator)
-        area, aspect = (0.1 + 0.3 * area) * grid**2, 0.3 ** (2 * aspect - 1)
-        height, width = ((area * aspect) ** 0.5).clamp(1, grid).round(), ((area / aspect) ** 0.5).clamp(1, grid).round()
-        top, left = (top * (grid - height + 1)).floor(), (left * (grid - width + 1)).floor()
-        in_row = (cells >= top) & (cells < top + height)  # (rows, grid)
-        in_column = (cells >= left) & (cells < left + width)
-        fresh = (in_row[:, :, None] & in_column[:, None, :]).flatten(1) & ~covered
-        scores += rank * fresh
-        covered |= fresh
-        if (covered.sum(dim=1) >= counts).all():
-            break
-    return mask_top(scores, torch.ones_like(covered), counts)
+    ids, keep, words = batch["token_ids"], batch["attention_mask"], batch["words"]
+    if source == "hidden":
+        half = random_word_mask(words, 0.5, generator)
+        hidden = torch.stack([half, words & ~half])  # (2, B, L)
+        with torch.no_grad():
+            keep, image_embeds_m = keep.repeat(2, 1), image_embeds_m.repeat(2, 1, 1)
+            text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
+            _, attentions = momentum.fusion(text, keep, image_embeds_m, return_attention=True)
+        return [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]
+    if source == "attention":
+        with torch.no_grad():
+            return momentum.fusion(text_embeds_m, keep, image_embeds_m, return_attention=True)[1]
+    # compiled code would lose the way from the match logit back to the attention
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        text = text_embeds_m.detach().requires_grad_()
+        fused, attentions = momentum.fusion(text, keep, image_embeds_m, return_attention=True)
+        gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
+    return [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
+
+
+def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
+    """Of attention maps (B, h, L, N) that of one layer, from 1 on; or for 0 what all layers agree on, (B, 1, L, N):
+    their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
+    if layer:
+        return attentions[layer - 1]
+    maps = torch.stack([a.float().mean(dim=1) if heads == "mean" else a.float().amax(dim=1) for a in attentions])
+    return maps.clamp(min=1e-12).log().mean(dim=0).exp()[:, None]
 
 
 def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:

@@ -1,16 +1,15 @@
 """The vision-language model: ViT, BERT-style text encoder, cross-attention fusion, momentum twin.
 
-Two encoders turn a photo and its description into tokens; the fusion encoder lets every text token
-look at every image token. Everything the methods ask of a model is here, everything about *training* it
-is elsewhere: this file imports no other file of the project.
+Two encoders turn a photo and its description into tokens; the fusion encoder lets every text token look at every image
+token. Everything about *training* the model is elsewhere: this file imports no other file of the project.
 
 Legend of the dimension letters in shape comments
     B batch · N image tokens (CLS + patches) · P patches · L text tokens · D width · h heads
     E shared embedding of the contrastive space · K queue length · V vocabulary · M any number of rows
 
-Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1),
-registers (Darcet et al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes, norms and
-initialisation follow them, so published weights load.
+Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1), registers (Darcet et
+al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes, norms and initialisation follow them, so
+published weights load.
 """
 
 import copy
@@ -24,52 +23,48 @@ from torch import Tensor, nn
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
+def size(default, help: str, low: float = 1, high: float | None = None):
+    """A field of `ModelConfig` with its meaning and the range that it must lie in."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the model. Vision, text and fusion share one width, as ViT-B and BERT-base do."""
 
-    image_size: int = field(default=64, metadata={"help": "side of the square photo the ViT sees, pixels"})
-    patch_size: int = field(default=8, metadata={"help": "side of a patch, pixels"})
-    width: int = field(default=128, metadata={"help": "token width D of all three encoders"})
-    heads: int = field(default=4, metadata={"help": "attention heads"})
-    vision_layers: int = field(default=4, metadata={"help": "ViT layers"})
-    text_layers: int = field(default=2, metadata={"help": "text encoder layers"})
-    fusion_layers: int = field(default=2, metadata={"help": "fusion encoder layers"})
-    mim_layers: int = field(default=1, metadata={"help": "layers of the light decoder of masked image modelling"})
-    patch_layer: int = field(default=0, metadata={"help": "ViT layer whose patch tokens are put out; 0: the last"})
-    registers: int = field(default=0, metadata={"help": "register tokens in the ViT, dropped at its output"})
-    cls_context: bool = field(default=True, metadata={"help": "fusion also looks at the image's CLS token"})
-    local_image: float = field(default=0.0, metadata={"help": "share of the patches in a photo's feature, beside CLS"})
-    local_text: float = field(default=0.0, metadata={"help": "share of the words in a text's feature, beside [CLS]"})
-    alignment: bool = field(default=False, metadata={"help": "category symbol and phrases are aligned with the photo"})
-    detector: bool = field(default=False, metadata={"help": "head that tells replaced words"})
-    embed_dim: int = field(default=256, metadata={"help": "width E of the contrastive space"})
-    max_length: int = field(default=64, metadata={"help": "longest description, tokens"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout in text and fusion layers (BERT: 0.1)"})
-    vocab_size: int = field(default=2048, metadata={"help": "WordPiece vocabulary, at most (a given --vocab decides)"})
-    classes: int = 0  # of the recognition head; 0: there is none. No flag: finetune.py counts them
+    image_size: int = size(64, "side of the square photo the ViT sees, pixels")
+    patch_size: int = size(8, "side of a patch, pixels")
+    width: int = size(128, "token width D of all three encoders")
+    heads: int = size(4, "attention heads")
+    vision_layers: int = size(4, "ViT layers")
+    text_layers: int = size(2, "text encoder layers")
+    fusion_layers: int = size(2, "fusion encoder layers")
+    mim_layers: int = size(1, "layers of the light decoder of masked image modelling")
+    patch_layer: int = size(0, "ViT layer whose patch tokens are put out; 0: the last", low=0)
+    registers: int = size(0, "register tokens in the ViT, dropped at its output", low=0)
+    cls_context: bool = size(True, "fusion also looks at the image's CLS token", low=0)
+    local_image: float = size(0.0, "share of the patches in a photo's feature, beside CLS", low=0, high=1)
+    local_text: float = size(0.0, "share of the words in a text's feature, beside [CLS]", low=0, high=1)
+    alignment: bool = size(False, "category symbol and phrases are aligned with the photo", low=0)
+    detector: bool = size(False, "head that tells replaced words", low=0)
+    embed_dim: int = size(256, "width E of the contrastive space")
+    max_length: int = size(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
+    dropout: float = size(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.99)
+    vocab_size: int = size(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6)  # a word at least
+    classes: int = 0  # of the recognition head; 0: there is none. No flag: the labels are counted
 
     def __post_init__(self):
-        # [CLS] word [SEP]; a word beside the special tokens
-        lowest = {"max_length": 3, "vocab_size": 6}
-        from_zero = ("registers", "patch_layer", "cls_context", "local_image", "local_text", "alignment", "detector",
-                     "dropout", "classes")  # fmt: skip
-        lowest |= dict.fromkeys(from_zero, 0)
-        for spec in fields(self):
-            low, value = lowest.get(spec.name, 1), getattr(self, spec.name)
-            if value < low:
-                raise ValueError(f"{spec.name} {value} is less than {low}")
+        for spec in (spec for spec in fields(self) if spec.metadata):
+            value, low, high = getattr(self, spec.name), spec.metadata["low"], spec.metadata["high"]
+            if value < low or (high is not None and value > high):
+                bound = f"less than {low}" if value < low else f"more than {high}"
+                raise ValueError(f"{spec.name} {value} is {bound}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.patch_layer > self.vision_layers:
             raise ValueError(f"patch_layer {self.patch_layer}: there are {self.vision_layers} ViT layers")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout {self.dropout} is not below 1")
-        for name in ("local_image", "local_text"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} {getattr(self, name)} is a share of more than 1")
 
     @property
     def grid(self) -> int:
@@ -78,8 +73,7 @@ class ModelConfig:
 
 
 PRESETS = {
-    # minutes on two CPU cores
-    "tiny": ModelConfig(),
+    "tiny": ModelConfig(),  # minutes on two CPU cores
     # one small GPU; the width of DeiT-S and MiniLM-L12-H384
     "small": ModelConfig(image_size=128, patch_size=16, width=384, heads=6, vision_layers=12, text_layers=6,
                          fusion_layers=6, max_length=96, dropout=0.1, vocab_size=8192),
@@ -90,35 +84,25 @@ PRESETS = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` to itself, or to `context` (Vaswani et al. 2017, §3.2).
-
-    Probabilities are formed explicitly only when asked for; the output is the same either way.
-    """
+    """Multi-head attention of `x` to itself, or to `context` (Vaswani et al. 2017, §3.2). Probabilities are formed
+    explicitly only when asked for; the output is the same either way."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        keep: Tensor | None = None,
-        return_attention: bool = False,
+        self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False,
         rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x (B, L, D), context (B, N, D) or None, keep (B, N) bool, True where a key may be attended to
         -> output (B, L, D), probabilities (B, h, L, N) or None.
 
         rows (B,): which row of a context (C, N, D) each x looks at; keys and values are then projected once a row.
         """
-        context = x if context is None else context
         q = rearrange(self.query(x), "b l (h d) -> b h l d", h=self.heads)
-        k, v = self.key(context), self.value(context)
+        k, v = (project(x if context is None else context) for project in (self.key, self.value))
         if rows is not None:
             k, v = k.index_select(0, rows), v.index_select(0, rows)
         k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (k, v))
@@ -142,12 +126,17 @@ def mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
-def _unit(x: Tensor) -> Tensor:
+def word_head(width: int, *more: nn.Module) -> nn.Sequential:
+    """BERT's transform of a token before a decision about it."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12), *more)
+
+
+def unit(x: Tensor) -> Tensor:
     """(B, E), unit length; in float32 at least, since bf16 would be off by 0.2 %."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
-def _mix(one: Tensor, other: Tensor, r: float) -> Tensor:
+def mix(one: Tensor, other: Tensor, r: float) -> Tensor:
     """norm((1 − r)·one + r·other). (B, E), (B, E) -> (B, E)."""
     return F.normalize((1 - r) * one + r * other, dim=-1)
 
@@ -205,19 +194,16 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        patches = config.grid**2
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        self.position_embed = nn.Parameter(torch.randn(1, 1 + patches, config.width) * NARROW_STD)
+        self.position_embed = nn.Parameter(torch.randn(1, 1 + config.grid**2, config.width) * NARROW_STD)
         self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * NARROW_STD)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.patch_layer = config.patch_layer or config.vision_layers
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W), keep (B, K) or None -> image_embeds (B, 1 + P or 1 + K, D)."""
-        x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")  # (B, P, D)
-        x = x + self.position_embed[:, 1:]
+        x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d") + self.position_embed[:, 1:]  # (B, P, D)
         if keep is not None:
             x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))  # (B, K, D)
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
@@ -228,8 +214,7 @@ class VisionTransformer(nn.Module):
             if number == self.patch_layer:
                 patches = x[:, 1:]
         x = torch.cat([x[:, :1], patches], dim=1)
-        # registers took part in self-attention and are dropped here (Darcet et al. 2024)
-        return self.norm(x[:, : x.shape[1] - self.registers.shape[1]])
+        return self.norm(x[:, : x.shape[1] - self.registers.shape[1]])  # registers took part in self-attention alone
 
 
 class TextLayer(nn.Module):
@@ -247,15 +232,9 @@ class TextLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        keep: Tensor,
-        image_embeds: Tensor | None = None,
-        context_keep: Tensor | None = None,
-        return_attention: bool = False,
-        photos: Tensor | None = None,
-        first: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, keep: Tensor, image_embeds: Tensor | None = None, context_keep: Tensor | None = None,
+        return_attention: bool = False, photos: Tensor | None = None, first: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x (B, L, D), keep (B, L), image_embeds (B, N, D), context_keep (1, N); keeps are True where a token may be
         attended to -> x (B, L, D), or of the `first` tokens alone; cross-attention (B, h, L, N) or None.
 
@@ -270,10 +249,8 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The lower half of BERT: token_ids (B, L), attention_mask (B, L; 1 = keep) -> text_embeds (B, L, D).
-
-    BERT's token-type embedding is constant for single sentences; it lives inside the position embeddings.
-    """
+    """The lower half of BERT: token_ids (B, L), attention_mask (B, L; 1 = keep) -> text_embeds (B, L, D). BERT's
+    token-type embedding is constant for single sentences; it lives inside the position embeddings."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -294,13 +271,12 @@ class TextEncoder(nn.Module):
 class FusionEncoder(nn.Module):
     """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder).
 
-    text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D);
-    with `return_attention` also the list, one per layer, of probabilities (B, h, L, N).
-    Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
+    text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D); with `return_attention`
+    also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that Grad-CAM can take their
+    gradient. Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
 
-    photos (B,): which row of image_embeds each text is paired with, so that a layer projects no photo twice.
-    only_cls: of so many pairs, the first ones, just [CLS] is asked for; their last layer is spared the other tokens,
-    and there are two results, (only_cls, 1, D) and (B − only_cls, L, D). Raises ValueError with return_attention.
+    photos (B,): which row of image_embeds (C, N, D) each text is paired with, so that a layer projects no photo twice
+    first: so many tokens are asked for; the last layer is spared the others
     """
 
     def __init__(self, config: ModelConfig):
@@ -309,35 +285,18 @@ class FusionEncoder(nn.Module):
         self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
 
     def forward(
-        self,
-        text_embeds: Tensor,
-        attention_mask: Tensor,
-        image_embeds: Tensor,
-        return_attention: bool = False,
-        photos: Tensor | None = None,
-        only_cls: int | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
-        """Shapes as the class says; probabilities are kept in the graph, so that Grad-CAM can take their gradient."""
-        if return_attention and only_cls is not None:
-            raise ValueError("only_cls spares tokens whose attention return_attention asks for")
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False,
+        photos: Tensor | None = None, first: int | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
         x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
         if not self.cls_context:
             context_keep = torch.ones(1, image_embeds.shape[1], dtype=torch.bool, device=image_embeds.device)
             context_keep[:, 0] = False
-        *lower, last = self.layers
-        for layer in self.layers if only_cls is None else lower:
-            x, attention = layer(x, keep, image_embeds, context_keep, return_attention, photos)
+        for number, layer in enumerate(self.layers, start=1):
+            wanted = first if number == len(self.layers) else None
+            x, attention = layer(x, keep, image_embeds, context_keep, return_attention, photos, wanted)
             attentions.append(attention)
-        if only_cls is None:
-            return (x, attentions) if return_attention else x
-        photos = torch.arange(len(x), device=x.device) if photos is None else photos
-
-        def finish(pairs: slice, first: int | None) -> Tensor:
-            if not len(x[pairs]):
-                return x[pairs]
-            return last(x[pairs], keep[pairs], image_embeds, context_keep, False, photos[pairs], first)[0]
-
-        return finish(slice(only_cls), 1), finish(slice(only_cls, None), None)
+        return (x, attentions) if return_attention else x
 
 
 class PatchDecoder(nn.Module):
@@ -370,11 +329,10 @@ PHRASE_SHARE = 0.05  # of the phrases in a category feature, beside the symbol (
 
 
 class LocalAdapter(nn.Module):
-    """Modality-agnostic adapter (Fashion-FINE, Jin et al. 2024): the same weights sum up patches and words.
+    """Modality-agnostic adapter (Fashion-FINE, Jin et al. 2024): the same weights sum up patches and words. Padding
+    gets no weight (choice; the authors' code lets it take part).
 
     a_i = softmax_i(wᵀ tanh(W x_i + b)),   l = Σ_i a_i x_i
-
-    Padding gets no weight (choice; the authors' code lets it take part).
     """
 
     def __init__(self, width: int):
@@ -391,9 +349,9 @@ class LocalAdapter(nn.Module):
 
 class Phrases(nn.Module):
     """Phrase feature of a text (Fashion-FINE): words alone and with their neighbours, the strongest, on average.
+    Kernels of 1, 2 and 3 words, dilated by 2. Padding is zero in them and left out of the mean (choice).
 
-    mean_i max_k tanh(conv_k(x))_i, with kernels of 1, 2 and 3 words, dilated by 2. Padding is zero in the convolutions
-    and left out of the mean (choice).
+    mean_i max_k tanh(conv_k(x))_i
     """
 
     def __init__(self, width: int):
@@ -408,10 +366,8 @@ class Phrases(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder.
-
-    As the config says also a head for recognition, and Fashion-FINE's local tokens, phrases and replaced-word head.
-    """
+    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder. As
+    the config says also a head for recognition, and Fashion-FINE's local tokens, phrases and replaced-word head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -422,20 +378,13 @@ class VisionLanguageModel(nn.Module):
         self.vision_proj = nn.Linear(config.width, config.embed_dim)
         self.text_proj = nn.Linear(config.width, config.embed_dim)
         self.itm_head = nn.Linear(config.width, 2)
-        self.mlm_head = nn.Sequential(
-            nn.Linear(config.width, config.width), nn.GELU(), nn.LayerNorm(config.width, eps=1e-12)
-        )
+        self.mlm_head = word_head(config.width)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder = PatchDecoder(config)
         self.class_head = nn.Linear(config.width, config.classes) if config.classes else None
         self.adapter = LocalAdapter(config.width) if config.local_image or config.local_text else None
         self.phrases = Phrases(config.width) if config.alignment else None
-        self.detector = None
-        if config.detector:
-            norm = nn.LayerNorm(config.width, eps=1e-12)
-            self.detector = nn.Sequential(
-                nn.Linear(config.width, config.width), nn.GELU(), norm, nn.Linear(config.width, 2)
-            )
+        self.detector = word_head(config.width, nn.Linear(config.width, 2)) if config.detector else None
         self.temp = nn.Parameter(torch.tensor(0.07))
         initialise(self)
 
@@ -449,29 +398,24 @@ class VisionLanguageModel(nn.Module):
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """image_embeds (B, N, D) -> image_feat (B, E), unit length, float32 also under autocast."""
-        return _unit(self.vision_proj(image_embeds[:, 0]))
+        return unit(self.vision_proj(image_embeds[:, 0]))
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
         """text_embeds (B, L, D) -> text_feat (B, E), unit length."""
-        return _unit(self.text_proj(text_embeds[:, 0]))
+        return unit(self.text_proj(text_embeds[:, 0]))
 
     def image_feature(self, image_embeds: Tensor) -> Tensor:
-        """What photos are compared by: `project_image`, or with `local_image` = r Fashion-FINE's integrated feature.
-
-        f = norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), l of the patches. image_embeds (B, N, D) -> (B, E).
-        """
+        """What photos are compared by, image_embeds (B, N, D) -> (B, E): `project_image`, or with `local_image` = r
+        Fashion-FINE's integrated feature, f = norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), l of the patches."""
         cls_feat, r = self.project_image(image_embeds), self.config.local_image
-        return _mix(cls_feat, _unit(self.vision_proj(self.adapter(image_embeds[:, 1:]))), r) if r else cls_feat
+        return mix(cls_feat, unit(self.vision_proj(self.adapter(image_embeds[:, 1:]))), r) if r else cls_feat
 
     def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same of texts, `project_text` and `local_text`; l of the tokens from position 2 on, whether there is a
-        symbol at position 1 or not (so do the authors).
-
-        text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
-        """
+        """The same of texts (B, L, D) with attention_mask (B, L), by `project_text` and `local_text` -> (B, E); l of
+        the tokens from position 2 on, whether there is a symbol at position 1 or not (so do the authors)."""
         cls_feat, r = self.project_text(text_embeds), self.config.local_text
         keep = attention_mask[:, 2:].bool()
-        return _mix(cls_feat, _unit(self.text_proj(self.adapter(text_embeds[:, 2:], keep))), r) if r else cls_feat
+        return mix(cls_feat, unit(self.text_proj(self.adapter(text_embeds[:, 2:], keep))), r) if r else cls_feat
 
     def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """What C-CmA aligns with the photo: the category symbol, the token at position 1, and the phrases after it.
@@ -479,19 +423,19 @@ class VisionLanguageModel(nn.Module):
         t = norm(0.95·norm(proj(symbol)) + 0.05·norm(proj(phrase))). (B, L, D), (B, L) -> (B, E), unit length.
         """
         phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
-        return _mix(_unit(self.text_proj(text_embeds[:, 1])), _unit(self.text_proj(phrase)), PHRASE_SHARE)
+        return mix(unit(self.text_proj(text_embeds[:, 1])), unit(self.text_proj(phrase)), PHRASE_SHARE)
 
     def fuse(
-        self,
-        text_embeds: Tensor,
-        attention_mask: Tensor,
-        image_embeds: Tensor,
-        return_attention: bool = False,
-        photos: Tensor | None = None,
-        only_cls: int | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor]:
-        """Text tokens that have looked at the image; see `FusionEncoder`."""
-        return self.fusion(text_embeds, attention_mask, image_embeds, return_attention, photos, only_cls)
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, photos: Tensor | None = None
+    ) -> Tensor:
+        """Text tokens that have looked at the image. -> fused (B, L, D); arguments as `FusionEncoder`'s."""
+        return self.fusion(text_embeds, attention_mask, image_embeds, photos=photos)
+
+    def fuse_cls(
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, photos: Tensor | None = None
+    ) -> Tensor:
+        """The same where [CLS] alone is asked for, at less cost. -> (B, 1, D)."""
+        return self.fusion(text_embeds, attention_mask, image_embeds, photos=photos, first=1)
 
     def itm_logits(self, fused: Tensor) -> Tensor:
         """fused (B, L, D) -> (B, 2); class 1 is "match"."""
@@ -522,11 +466,10 @@ class VisionLanguageModel(nn.Module):
 
 
 class MomentumModel(nn.Module):
-    """An exponential moving average of a model, called like the model itself and never trained.
+    """An exponential moving average of a model, called like the model itself and never trained; it stays in evaluation
+    mode: a teacher without dropout (choice).
 
     θ_m ← decay·θ_m + (1 − decay)·θ      (He et al. 2020, eq. 2)
-
-    It stays in evaluation mode: a teacher without dropout (choice).
     """
 
     def __init__(self, model: VisionLanguageModel, decay: float = 0.995):
@@ -546,9 +489,8 @@ class MomentumModel(nn.Module):
     @torch.no_grad()
     def update(self, model: VisionLanguageModel, decay: float | None = None) -> None:
         """Move the average towards `model`, by 1 − decay (the constructor's decay unless given)."""
-        decay = self.decay if decay is None else decay
         ours, theirs = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        torch._foreach_lerp_(ours, theirs, 1 - (self.decay if decay is None else decay))
 
 
 class FeatureQueue(nn.Module):
@@ -569,12 +511,10 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self, image_feat: Tensor, text_feat: Tensor, product_ids: Tensor) -> None:
         """Overwrite the oldest entries with a batch of (B, E), (B, E) and (B,)."""
-        length = len(self.product_ids)
-        if length == 0:
-            return
-        at = (self.pushed + torch.arange(len(product_ids), device=product_ids.device)) % length
-        at, last = at[-length:], slice(-length, None)
-        self.image_feat[at] = image_feat[last].to(self.image_feat.dtype)
-        self.text_feat[at] = text_feat[last].to(self.text_feat.dtype)
-        self.product_ids[at] = product_ids[last]
-        self.pushed += len(product_ids)
+        if length := len(self.product_ids):
+            at = (self.pushed + torch.arange(len(product_ids), device=product_ids.device)) % length
+            at, last = at[-length:], slice(-length, None)
+            self.image_feat[at] = image_feat[last].to(self.image_feat.dtype)
+            self.text_feat[at] = text_feat[last].to(self.text_feat.dtype)
+            self.product_ids[at] = product_ids[last]
+            self.pushed += len(product_ids)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, encode, normalise, to_device, tokenize
+from data import Collate, augment, build_tokenizer, encode, normalise, to_device, tokenize
+from harness.config import TrainConfig
 from harness.ranks import Ranks
 from harness.run import Run, autocast
 from photos.dataset import DataError, PhotoDataset
@@ -36,11 +37,11 @@ def _own_session(_worker: int) -> None:
     os.setsid()
 
 
-def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Run) -> Iterator[dict]:
-    """Batches from the current step on, epoch after epoch."""
+def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
+    """This rank's share of the batches from the current step on, epoch after epoch, on its device."""
     loader = DataLoader(
         dataset,
-        batch_sampler=Share(sampler, run.ranks),
+        batch_sampler=Share(run.sampler, run.ranks),
         collate_fn=Collate(run.tokenizer),
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
@@ -48,12 +49,29 @@ def endless_batches(dataset: PhotoDataset, sampler: GroupedBatchSampler, run: Ru
         worker_init_fn=_own_session,
         generator=torch.Generator(),  # its own, or making an iterator would draw from the one dropout uses
     )
-    epoch, first_batch = divmod(run.step * run.config.accumulate, len(sampler))
+    epoch, first_batch = divmod(run.step, len(run.sampler))
     while True:
-        sampler.set_epoch(epoch, first_batch)
-        run.ranks.check_same("batches", zlib.crc32(sampler.state_dict()["order"].numpy()))
-        yield from loader
+        run.sampler.set_epoch(epoch, first_batch)
+        run.ranks.check_same("batches", zlib.crc32(run.sampler.state_dict()["order"].numpy()))
+        for batch in loader:
+            yield run.ranks.agree(to_device(batch, run.device))
         epoch, first_batch = epoch + 1, 0
+
+
+def augmented(run: Run, batch: dict) -> dict:
+    """The batch with its photos cropped, flipped and normalised, each at random."""
+    keys = [key for key in ("images", "target_images") if key in batch]
+    config = run.config
+    return batch | {key: augment(batch[key], config.crop_scale, run.generator, config.distort) for key in keys}
+
+
+def learn_vocabulary(config: TrainConfig, dataset: PhotoDataset) -> Tokenizer:
+    """The tokenizer of a new run: trained on the texts of its photos, unless --vocab gives one."""
+    rows = range(0 if config.vocab else len(dataset))
+    bar = tqdm(rows, "reading texts", unit=" texts", leave=False, disable=None)
+    spoken = [" ".join(dataset.text(row)[1::2]) for row in bar]
+    sizes = config.model.vocab_size, config.model.max_length
+    return build_tokenizer(spoken, *sizes, config.vocab, config.prompts)
 
 
 def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset:
@@ -67,6 +85,12 @@ def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer, sample: int = 
     if cut := sum(bool(encoding.overflowing) for encoding in encode(tokenizer, texts)):
         longest = tokenizer.truncation["max_length"]
         print(f"{100 * cut / len(texts):.0f} % of the training texts are cut at {longest} tokens; see --max-length")
+
+
+def one_text_a_product(dataset: PhotoDataset, rows: np.ndarray) -> tuple[list[Text], Tensor]:
+    """The text of each product that some rows (n,) show, that of its first photo; and the text of each row (n,)."""
+    _, first, owner = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
+    return [dataset.text(rows[i]) for i in first], torch.from_numpy(owner)
 
 
 @torch.no_grad()
@@ -135,8 +159,7 @@ def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tenso
                 t, which = asked[at], place[at] - seen
                 first, last = which[0], which[-1]  # photos are in order: of most batches a few are asked for
                 shown = image_embeds[first : last + 1]
-                paired, _ = run.model.fuse(text_embeds[t], keep[t], shown, photos=which - first, only_cls=len(t))
-                logits = run.model.itm_logits(paired)
+                logits = run.model.itm_logits(run.model.fuse_cls(text_embeds[t], keep[t], shown, which - first))
                 scores[at] = (logits[:, 1] - logits[:, 0]).float()
         seen, done = seen + len(image_embeds), until
     if done < len(pairs):

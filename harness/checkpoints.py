@@ -11,10 +11,9 @@ from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from harness.flags import ConfigError
 from harness.run import Run
 from model import ModelConfig
-from sampler import GroupedBatchSampler
 
 
-def save_checkpoint(run: Run, sampler: GroupedBatchSampler, path: Path) -> None:
+def save_checkpoint(run: Run, path: Path) -> None:
     """Write last.pt whole or not at all: to a file beside it, flushed to the disk, then renamed over it. The first rank
     does, for all have the same.
 
@@ -27,7 +26,7 @@ def save_checkpoint(run: Run, sampler: GroupedBatchSampler, path: Path) -> None:
         "momentum": run.momentum.model.state_dict(),
         "queue": run.queue.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "sampler": sampler.state_dict(),
+        "sampler": run.sampler.state_dict(),
         "rng": {"seed": run.config.seed, "step": run.step},
         "data": run.data,
         "step": run.step,
@@ -88,14 +87,17 @@ def resumed_config(
     return merged
 
 
-def restore(run: Run, sampler: GroupedBatchSampler, state: dict) -> None:
-    """Put a run where its checkpoint left off."""
+def restore(run: Run, state: dict) -> None:
+    """Put a run where its checkpoint left off, and let go of the state, which is as large as the run itself."""
+    if state["data"] != run.data:
+        raise ConfigError(f"{run.config.out}/last.pt was trained on other rows than the training split holds now")
     run.model.load_state_dict(state["model"])
     run.momentum.model.load_state_dict(state["momentum"])
     run.queue.load_state_dict(state["queue"])
     run.optimizer.load_state_dict(state["optimizer"])
-    sampler.load_state_dict(state["sampler"])
+    run.sampler.load_state_dict(state["sampler"])
     run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])
+    state.clear()
 
 
 def begin(

@@ -2,66 +2,67 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
 from data import DataName
-from harness.flags import ConfigError, OneLineParser, add_flags, check_device, check_ranges, option
+from harness.flags import ConfigError, OneLineParser, add_flags, check_device, check_ranges, check_readers, option
 from losses import NegativeMode
-from masking import HeadReduction, PatchScore, WordScore
+from masking import HeadReduction, MaskSource, PatchScore, WordScore
 from model import PRESETS, ModelConfig
 from sampler import SamplerMode
 
-PatchMask = Literal["random", "block", "sync"]
-WordMask = Literal["random", "sync"]
-MaskSource = Literal["attention", "gradcam", "hidden"]
+MaskMode = Literal["random", "sync"]
+# who reads a flag: one recipe alone; in fine-tuning one task alone, which may go on with what pretraining had; all,
+# even where nothing is trained
+of_syncmask, of_softmask = (partial(option, recipe=(name,)) for name in ("syncmask", "softmask"))
+of_retrieval = partial(option, task=("retrieval",))
+of_contrast = partial(of_retrieval, inherited=True)
+always = partial(option, untrained=True)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """What the loop reads: where it writes, how long, how fast, on what. Shared by pretraining and fine-tuning."""
 
-    out: str | None = option(None, "output folder (default runs/<data>-<recipe or task>-<preset>)")
+    out: str | None = always(None, "output folder (default runs/<data>-<recipe or task>-<preset>)")
     resume: bool = option(False, "go on from last.pt in the output folder")
     stop_at: int | None = option(None, "save and stop after this step; --resume goes on", low=1)
-    seed: int = option(0, "of everything random", low=0)
+    seed: int = always(0, "of everything random", low=0)
 
     steps: int | None = option(None, "optimiser steps; either this or --epochs", low=1)
     epochs: int | None = option(None, "passes over the training photos", low=1)
-    batch_size: int = option(64, "photos a batch, of all processes together", low=2)
-    accumulate: int = option(
-        1, "batches a step; negatives still come from one batch (and the queue), so it only saves memory", low=1
-    )
+    batch_size: int = always(64, "photos a batch, of all processes together", low=2)
     lr: float = option(1e-4, "peak learning rate", low=0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
     warmup: int = option(500, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
     clip: float = option(1.0, "largest gradient norm", low=1e-9)
-    ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
-    alpha: float = option(
+    ema_decay: float = of_retrieval(0.995, "decay of the momentum model", low=0, high=1)
+    alpha: float = of_retrieval(
         0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1
     )
-    queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
-    itm_negatives: NegativeMode = option("similar", "how ITM negatives are chosen in the batch")
-    itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
-    itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
-    sampler: SamplerMode = option("random", "how photos are grouped to batches, from the second epoch on")
-    search_size: int = option(1920, "photos in which the grouping looks for similar ones", low=2)
-    margin: float = option(
+    queue: int = of_contrast(0, "momentum features kept as further ITC negatives", low=0)
+    itm_negatives: NegativeMode = of_contrast("similar", "how ITM negatives are chosen in the batch")
+    itm_share: float = of_contrast(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
+    itm_warmup: int = of_retrieval(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
+    sampler: SamplerMode = of_contrast("random", "how photos are grouped to batches, from the second epoch on")
+    search_size: int = of_contrast(1920, "photos in which the grouping looks for similar ones", low=2)
+    margin: float = of_contrast(
         0.0, "semihard groups and negatives: how much less similar than the own pair, as a cosine", low=0, high=2
     )
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
-    color_jitter: float = option(0.0, "strength of colour jitter; 0, since captions name colours", low=0, high=1)
     distort: float = option(0.0, "strength of rotation, shear, blur and noise", low=0, high=1)
-    focal_gamma: float = option(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
-    itc_weight: float = option(1.0, "weight of ITC in the loss", low=0)
+    focal_gamma: float = of_contrast(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
+    itc_weight: float = of_contrast(1.0, "weight of ITC in the loss", low=0)
 
-    products: int = option(2500, "synthetic training products", low=2)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast")
+    products: int = always(2500, "synthetic training products", low=2, inherited=True)
+    device: str = always("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
+    precision: Literal["fp32", "bf16"] = always("fp32", "bf16: autocast")
     compile: bool = option(False, "torch.compile the encoders")
-    workers: int = option(0, "data loading processes, for each process that trains", low=0)
+    workers: int = always(0, "data loading processes, for each process that trains", low=0)
     log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
     val_every: int = option(200, "steps between validations", low=1)
     val_products: int = option(1000, "held-out products to validate on, at most", low=2)
@@ -82,9 +83,9 @@ class TrainConfig(LoopConfig):
     prompts: bool = option(False, "put the category symbol and attribute prompts around the descriptions to train on")
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
     mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
-    mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
-    patch_mask: PatchMask = option("sync", "how MIM chooses patches: at random, in random blocks, synchronized")
-    word_mask: WordMask = option("sync", "how MLM chooses words: at random, synchronized")
+    mim_weight: float = of_syncmask(1.0, "weight of MIM in the loss", low=0)
+    patch_mask: MaskMode = of_syncmask("sync", "how MIM chooses patches: at random, synchronized")
+    word_mask: MaskMode = of_syncmask("sync", "how MLM chooses words: at random, synchronized")
     mask_source: MaskSource = option(
         "hidden",
         "synchronized masks come from the momentum cross-attention (attention), from it times the gradient of the match"
@@ -98,11 +99,11 @@ class TrainConfig(LoopConfig):
     patch_score: PatchScore = option(
         "masked", "whose attention makes a patch worth masking: all words', the masked ones'"
     )
-    mask_noise: float = option(0.1, "noise on the scores, in deviations of a row", low=0)
-    mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
-    mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
-    soft_mask: bool = option(True, "one more match for ITM: the photo with what one word is about suppressed")
-    mask_text: bool = option(True, "masked text for ITC and ITM too, not for MLM alone")
+    mask_noise: float = of_syncmask(0.1, "noise on the scores, in deviations of a row", low=0)
+    mask_hint: float = of_syncmask(0.0, "share of the pairs that keep random masks", low=0, high=1)
+    mask_warmup: int = of_syncmask(0, "steps with random masks, until attention means something", low=0)
+    soft_mask: bool = of_softmask(True, "one more match for ITM: the photo with what one word is about suppressed")
+    mask_text: bool = of_softmask(True, "masked text for ITC and ITM too, not for MLM alone")
 
     vocab: str | None = option(None, "a BERT vocab.txt instead of a vocabulary trained on the captions")
     vision_weights: str | None = option(None, "ViT weights to start from (Hugging Face, timm, DeiT, MAE naming)")
@@ -134,11 +135,10 @@ RECIPE_DEFAULTS = {
     "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
 }  # fmt: skip
-# flags that only some recipes read
-RECIPE_FLAGS = {
-    "syncmask": {"mim_weight", "mim_layers", "patch_mask", "word_mask", "mask_noise", "mask_hint", "mask_warmup"},
-    "softmask": {"soft_mask", "mask_text"},
-    "fashionfine": {"local_image", "local_text", "alignment", "detector"},
+# fields of the model that only one recipe reads
+MODEL_FLAGS = {
+    "mim_layers": ("syncmask",),
+    **dict.fromkeys(("local_image", "local_text", "alignment", "detector"), ("fashionfine",)),
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What a resumed run may change: nothing that decides its result. (The number of processes decides what is drawn.)
@@ -147,7 +147,8 @@ FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_
 
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     """Command line -> config, names of the flags given. Precedence: defaults < preset < recipe < flags."""
-    parser = OneLineParser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = "Pretraining: one recipe per method, one flat loop."
+    parser = OneLineParser("train.py", description=about, allow_abbrev=False)
     layers = SCHEDULES | RECIPE_DEFAULTS
     add_flags(parser, TrainConfig, layers)
     add_flags(parser.add_argument_group("sizes of the model (defaults: tiny's)"), ModelConfig, layers)
@@ -201,9 +202,7 @@ def check_flags(config: TrainConfig, given: dict) -> None:
         raise ConfigError("--text-weights and --weights need --vocab: word embeddings belong to their vocabulary")
     if config.weights and (config.text_weights or config.vision_weights):
         raise ConfigError("--weights contradicts --vision-weights and --text-weights; it holds both")
-    for recipe, flags in RECIPE_FLAGS.items():
-        if foreign := sorted(flags & set(given)) if config.recipe != recipe else None:
-            raise ConfigError(f"--{foreign[0].replace('_', '-')} is for --recipe {recipe}, not for {config.recipe}")
+    check_readers(config, set(given), "recipe", MODEL_FLAGS)
     deepest = config.model.fusion_layers
     if config.mask_layer > deepest:
         raise ConfigError(f"--mask-layer {config.mask_layer}: there are {deepest} fusion layers")

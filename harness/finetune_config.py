@@ -1,44 +1,50 @@
 """What a fine-tuning, an evaluation or a search is told, and the command line that says it."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from harness.checkpoints import load_checkpoint
-from harness.config import LoopConfig, check_loop
-from harness.flags import ConfigError, OneLineParser, add_flags, option
+from harness.config import LoopConfig, always, check_loop
+from harness.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
 from model import ModelConfig
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "search"]
+RECOGNITION = ("category", "subcategory")
+FOUND = 10  # photos that search shows
+PHOTOS = ("synthetic", "fashiongen", "jsonl")
+TASK_DATA = {"tgir": ("synthetic", "fashioniq"), "search": (*PHOTOS, "fashioniq")}  # of the others: PHOTOS
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(LoopConfig):
     """A fine-tuning, an evaluation or a search. Every field with a help text is a flag."""
 
-    task: TaskName | None = option(None, "what to do")
-    checkpoint: str = option("runs/synthetic-syncmask-tiny/last.pt", "what train.py, or an earlier fine-tuning, left")
-    data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq"] | None = option(
+    task: TaskName | None = always(None, "what to do")
+    checkpoint: str = always("runs/synthetic-syncmask-tiny/last.pt", "what train.py, or an earlier fine-tuning, left")
+    data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq"] | None = always(
         None, "data set (default: that of the checkpoint)"
     )
-    root: str | None = option(None, "folder of the data set (default: that of the checkpoint, or data/<data>)")
-    split: Literal["val", "train", "test"] = option(
+    root: str | None = always(None, "folder of the data set (default: that of the checkpoint, or data/<data>)")
+    split: Literal["val", "train", "test"] = always(
         "val", "split to report on, or to search in; test: of FashionIQ, writes ranked ids instead of figures"
     )
-    eval_only: bool = option(False, "do not train: evaluate the checkpoint as it is")
+    eval_only: bool = always(False, "do not train: evaluate the checkpoint as it is")
     from_scratch: bool = option(False, "random weights instead of the checkpoint's, to compare with")
     held_out: float = option(
-        0.1,
-        "share of the training products, --val-products at most, held out to choose the best step by",
-        low=0.001,
-        high=0.9,
-    )
+        0.1, "share of the training products, --val-products at most, held out to choose the best step by",
+        low=0.001, high=0.9,
+    )  # fmt: skip
     patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
-    rerank: int = option(0, "let the matching head re-rank so many of the best by similarity", low=0)
-    modality: Literal["both", "image"] = option("both", "what recognition sees: photo and text, or the photo alone")
-    query: str | None = option(None, "words to search by")
-    image: str | None = option(None, "photo to search by, alone or with words that change it")
+    rerank: int = always(
+        0, "let the matching head re-rank so many of the best by similarity", low=0, task=("retrieval", "search")
+    )
+    modality: Literal["both", "image"] = option(
+        "both", "what recognition sees: photo and text, or the photo alone", task=RECOGNITION
+    )
+    query: str | None = always(None, "words to search by", task=("search",))
+    image: str | None = always(None, "photo to search by, alone or with words that change it", task=("search",))
     # the checkpoint's, or counted; not flags
     start: str | None = None  # task that the checkpoint was fine-tuned for, None after pretraining alone
     preset: str = "tiny"
@@ -58,22 +64,6 @@ SCHEDULES = {
     "base retrieval": dict(epochs=30, lr=1e-5),
     "base tgir": dict(epochs=10, final_lr=1e-7, weight_decay=0.3),
 }
-# how pretraining contrasted, grouped batches and chose negatives; retrieval goes on with it
-INHERITED = ("focal_gamma", "itc_weight", "sampler", "itm_negatives", "itm_share", "search_size", "margin", "queue",
-             "products")  # fmt: skip
-RECOGNITION = ("category", "subcategory")
-TASK_FLAGS = {
-    "retrieval": {"rerank", "sampler", "itm_negatives", "itm_share", "itm_warmup", "search_size", "margin", "queue",
-                  "alpha", "ema_decay", "focal_gamma", "itc_weight"},
-    "category": {"modality"},
-    "subcategory": {"modality"},
-    "search": {"query", "image", "rerank"},
-}  # fmt: skip
-FOUND = 10  # photos that search shows
-USE_FLAGS = {"task", "checkpoint", "data", "root", "split", "out", "products", "device", "precision", "workers",
-             "batch_size", "seed", "eval_only", "rerank"}  # fmt: skip
-PHOTOS = ("synthetic", "fashiongen", "jsonl")
-TASK_DATA = {"tgir": ("synthetic", "fashioniq"), "search": (*PHOTOS, "fashioniq")}
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str], dict]:
@@ -81,7 +71,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
 
     Precedence: defaults < checkpoint < preset and task < flags.
     """
-    parser = OneLineParser("finetune.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(
+        "finetune.py", description="What a pretrained model is for: downstream tasks, and search.", allow_abbrev=False
+    )
     add_flags(parser, FinetuneConfig, SCHEDULES)
     given = vars(parser.parse_args(argv))
     if not given.get("task"):
@@ -111,19 +103,20 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
 def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     """defaults < the checkpoint's config, `saved` < preset and task < `given`."""
     task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
-    own = {"data": data, "preset": preset, "data_seed": saved.get("data_seed", saved["seed"])}
+    own = {"data": data, "preset": preset, "prompts": saved["prompts"], "start": saved.get("task")}
+    own |= {"data_seed": saved.get("data_seed", saved["seed"]), "classes": tuple(saved.get("classes", ()))}
     own |= {"root": saved["root"]} if data == saved["data"] else {}
+    own |= {"modality": saved["modality"]} if "modality" in saved else {}
+    for spec in fields(FinetuneConfig):
+        if spec.metadata.get("inherited") and task in spec.metadata.get("task", (task,)):
+            own[spec.name] = saved[spec.name]
     model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
     if task == "tgir":  # [CLS] alone, as in Fashion-FINE
         model = replace(model, local_image=0.0, local_text=0.0)
-    own |= {"model": model, "classes": tuple(saved.get("classes", ()))}
-    own |= {"prompts": saved.get("prompts", False)}  # checkpoints have not always had prompts and a weight of ITC
-    own |= {name: saved[name] for name in (INHERITED if task == "retrieval" else ("products",)) if name in saved}
-    own |= {"modality": saved["modality"]} if "modality" in saved else {}
     schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
-        schedule = {name: value for name, value in schedule.items() if name not in ("steps", "epochs")}
-    config = FinetuneConfig(**own | schedule | given, start=saved.get("task"))
+        schedule.pop("steps", None), schedule.pop("epochs", None)
+    config = FinetuneConfig(model=model, **own | schedule | given)
     ending = "-image" if task in RECOGNITION and config.modality == "image" else ""
     ending += "-scratch" if config.from_scratch else "-eval" if config.eval_only else ""
     return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{preset}")
@@ -155,12 +148,11 @@ def check_flags(config: FinetuneConfig, given: dict) -> None:
         raise ConfigError("--root is for data from files; synthetic photos are drawn")
     if config.data != "synthetic" and "products" in given:
         raise ConfigError(f"--products is for synthetic photos, not for {config.data}")
-    for flag in sorted(set(given) & set().union(*TASK_FLAGS.values()) - TASK_FLAGS.get(config.task, set())):
-        tasks = " or ".join(task for task, flags in TASK_FLAGS.items() if flag in flags)
-        raise ConfigError(f"--{flag.replace('_', '-')} is for --task {tasks}, not for {config.task}")
+    check_readers(config, set(given), "task")
     if config.task == "search" or config.eval_only:
-        for flag in sorted(set(given) - USE_FLAGS - {"query", "image"}):
-            raise ConfigError(f"--{flag.replace('_', '-')} is for training, which is not done here")
+        untrained = {spec.name for spec in fields(config) if spec.metadata.get("untrained")}
+        for name in sorted(set(given) - untrained):
+            raise ConfigError(f"{flag_of(name)} is for training, which is not done here")
     if config.eval_only and "products" in given:
         raise ConfigError("--products is of the training split, which is not used here")
     if config.task == "search":

@@ -16,8 +16,17 @@ class ConfigError(ValueError):
 
 
 def option(default, help: str, low: float | None = None, high: float | None = None, **metadata):
-    """A config field with what the command line needs: help and the allowed range."""
+    """A config field with what the command line needs: help, the allowed range, and who reads it.
+
+    recipe, task: the only recipes, the only tasks that do · untrained: read where nothing is trained, too
+    inherited: a fine-tuning goes on with what pretraining had
+    """
     return field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -40,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[
     for spec in fields(config_class):
         if "help" not in spec.metadata:
             continue
-        flag, kind = "--" + spec.name.replace("_", "-"), hints[spec.name]
+        flag, kind = flag_of(spec.name), hints[spec.name]
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
         defaults = [str(spec.default)] if spec.default is not None else []
@@ -62,7 +71,18 @@ def check_ranges(config) -> None:
             continue
         if not (low if low is not None else -math.inf) <= value <= (high if high is not None else math.inf):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ConfigError(f"--{spec.name.replace('_', '-')} {value}: must be {bounds}")
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be {bounds}")
+
+
+def check_readers(config, given: set[str], kind: str, more: dict[str, tuple] | None = None) -> None:
+    """Raise ConfigError for a given flag that another `kind` of run (recipe, task) reads and this one does not.
+
+    more: readers of flags that are not fields of `config` itself."""
+    mine = getattr(config, kind)
+    readers = {spec.name: spec.metadata[kind] for spec in fields(config) if kind in spec.metadata} | (more or {})
+    for name in sorted(given & readers.keys()):
+        if mine not in readers[name]:
+            raise ConfigError(f"{flag_of(name)} is for --{kind} {' or '.join(readers[name])}, not for {mine}")
 
 
 def check_device(name: str) -> None:

@@ -1,4 +1,32 @@
-"""What a run writes down while it goes on, and how it is asked to stop."""
+"""What a run writes down while it goes on, and how it is asked to stop. Keys of metrics.jsonl:
+
+step, epoch                 optimiser steps done; passes over the training photos
+loss, itc, itm, mlm, mim    the objective and its parts, of that step's batch; itc and mim times their weights
+rtd, align                  parts of recipe fashionfine: replaced-token detection; category alignment (C-CmA)
+lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
+itm_accuracy, mlm_accuracy  on that step's batch (matching pairs and negatives; masked words)
+replaced_recall             of that batch's replaced words, the share that was detected (fashionfine)
+unreadable                  photos left out so far because they could not be decoded
+conflicts                   photos that share a batch of this epoch with one of their product or caption
+samples_per_second          photos trained on a second since the last line
+val_i2t_r1 … val_t2i_r10    held-out retrieval recall, photo to text and text to photo, by product
+val_mlm_accuracy            masked words of held-out photos restored (the run's ratio of random words)
+val_unreadable              held-out photos left out because they could not be decoded
+val_itm_accuracy            held-out pairs told from random wrong ones; chance is 0.5
+On synthetic photos, whose truth is known, also these; each with its value for random masks (or a random patch, or
+random batches and negatives) beside it as …_random, and for the hardest batches and negatives as …_hard:
+word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
+detail_cooccurrence         the same for the small attributes alone: neither garment nor colour nor pattern
+attribute_share             of all masked words, the share that name an attribute
+patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
+pointing, pointing_whole    is the most attended patch of a visible word in its region? details; garment and cloth
+visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
+unseen_word_accuracy        the same of words that name what it does not show
+false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
+negative_similarity         mean cosine of the chosen ITM negatives: their hardness
+final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
+                            (of the first process)
+"""
 
 import json
 import resource
@@ -7,6 +35,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.run import Run
+
+LOSSES = ("itc", "itm", "mlm", "mim", "align", "rtd", "class")  # shown beside the bar
 
 
 class Metrics:
@@ -37,6 +71,54 @@ def _json_or_none(line: str) -> dict | None:
         return json.loads(line)
     except json.JSONDecodeError:  # a line that a killed run left half written
         return None
+
+
+class Progress:
+    """The bar, the photos that are left out, and the training lines of metrics.jsonl."""
+
+    def __init__(self, run: Run, metrics: Metrics):
+        self.run, self.metrics, self.seen, self.took = run, metrics, 0, 0.0
+        self.bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
+        self.say = self.bar.write
+
+    def left_out(self, reasons: list[str]) -> None:
+        """Name photos that cannot be decoded, each once."""
+        for reason in set(reasons) - self.run.unreadable:
+            self.say(f"left out: {reason}")
+        self.run.unreadable |= set(reasons)
+
+    def count(self, photos: int, seconds: float) -> None:
+        """A step has taken so long for so many photos."""
+        self.bar.update()
+        self.run.seconds += seconds
+        self.seen, self.took = self.seen + photos, self.took + seconds
+
+    def write(self, values: dict[str, Tensor], lr: float) -> None:
+        """A line about the step: its values, averaged over the ranks; photos a second since the last line."""
+        run, means = self.run, self.run.ranks.average(values)
+        rate = self.seen / self.took
+        self.metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **means, lr=lr, temp=run.model.temp.item(),
+                           unreadable=len(run.unreadable), conflicts=run.sampler.conflicts,
+                           samples_per_second=rate)  # fmt: skip
+        shown = [key for key in means if key in LOSSES]
+        self.bar.set_postfix({key: f"{means[key]:.2f}" for key in shown} | {"photos/s": f"{rate:.0f}"})
+        self.seen, self.took = 0, 0.0
+
+    def stop(self, why: str) -> None:
+        """Say that the run was stopped before its end."""
+        self.bar.close()
+        last = f"{self.run.config.out}/last.pt"
+        print(f"stopped at step {self.run.step} ({why}); saved in {last}, go on with --resume")
+
+    def finish(self) -> dict:
+        """The final line: the last validation, and what training has cost."""
+        self.bar.close()
+        run = self.run
+        cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
+        final = {"step": run.step, "final": True, **self.metrics.validation(run.step), **cost}
+        self.metrics.write(**final)
+        print(f"done at step {run.step}, {run.seconds / 60:.1f} min of training; see {run.config.out}/curves.png")
+        return final
 
 
 class StopSignals:

@@ -118,7 +118,7 @@ class Ranks:
         """Rows `wanted` (B,) of the whole batch of x (B, …), each from the rank that has it; gradients go back there.
         Less travels than in gathering: what a rank receives does not grow with their number."""
         if self.count == 1:
-            return x[wanted]
+            return x.index_select(0, wanted)  # not x[wanted], whose gradient threads sum up in any order
         wanted, order = wanted.sort()  # so that what one rank gives lies together
         asked = self.gather(wanted)
         rows = torch.tensor(self.rows, device=x.device)
@@ -126,7 +126,8 @@ class Ranks:
         giving = torch.bucketize(asked, rows.cumsum(0), right=True)
         traffic = torch.bincount(asking * self.count + giving, minlength=self.count**2).view(self.count, -1).tolist()
         given, taken = [line[self.rank] for line in traffic], traffic[self.rank]
-        return Exchange.apply(x[asked[giving == self.rank] - self.first], given, taken)[order.argsort()]
+        mine = x.index_select(0, asked[giving == self.rank] - self.first)
+        return Exchange.apply(mine, given, taken).index_select(0, order.argsort())
 
     def mean(self, value: Tensor, terms: Tensor | int) -> Tensor:
         """A mean over so many `terms` (or the True ones) of this rank, weighted so that the plain mean of all ranks'

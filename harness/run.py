@@ -16,6 +16,7 @@ from losses import pick_negatives
 from masking import corrupt_words, replace_words
 from model import FeatureQueue, MomentumModel, VisionLanguageModel
 from photos.dataset import PhotoDataset
+from sampler import GroupedBatchSampler
 
 
 class NonFiniteLoss(RuntimeError):
@@ -32,18 +33,17 @@ class Run:
     momentum: MomentumModel
     queue: FeatureQueue
     optimizer: torch.optim.Optimizer
-    device: torch.device
-    total_steps: int
-    epoch_steps: float  # optimiser steps in one pass over the photos
-    data: int = 0  # fingerprint of the training photos
+    sampler: GroupedBatchSampler
+    ranks: Ranks
+    data: int  # fingerprint of the training photos
     step: int = 0
     seconds: float = 0.0
     unreadable: set[str] = field(default_factory=set)
-    generator: torch.Generator | None = None
-    features: tuple[Tensor, Tensor] | None = None  # of the batch under way, for the sampler
-    ranks: Ranks = field(default_factory=Ranks)
+    generator: torch.Generator | None = None  # of the step under way
 
     def __post_init__(self):
+        self.device, self.epoch_steps = self.ranks.device, len(self.sampler)  # steps in one pass over the photos
+        self.total_steps = self.config.steps or max(1, self.config.epochs * self.epoch_steps)
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
         self.word_ids = word_ids(self.tokenizer).to(self.device)
         self.antonyms, self.synonyms = (word_pairs(self.tokenizer, w).to(self.device) for w in (ANTONYMS, SYNONYMS))
@@ -64,6 +64,12 @@ class Run:
         ones from the first step on ITM does not leave chance, and with nothing but hard ones it forgets the easy."""
         warmup = self.config.itm_warmup
         return self.config.itm_share * min(1.0, max(0.0, (self.step - warmup) / max(1, warmup)) if warmup else 1.0)
+
+    def seed_step(self) -> None:
+        """What a step draws depends on nothing before it, so that a resumed run draws the same."""
+        seed = (self.config.seed * 1_000_003 + self.step + (self.ranks.rank << 40)) % 2**63
+        torch.manual_seed(seed)  # dropout
+        self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
         """`pick_negatives` of logits (B, K), as the config says at this step."""
@@ -102,7 +108,7 @@ class Job:
 
     def stalled(self, lines: list[dict]) -> bool:
         """Early stopping: has nothing become better for `patience` validations?"""
-        best = self.best_step(lines)
+        best = self.best_step(lines) if self.patience else None
         later = [line for line in lines if self.select in line and best is not None and line["step"] > best]
         return 0 < self.patience <= len(later)
 
@@ -135,44 +141,29 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
-def seed_for(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for one step: what a step draws depends on nothing before it, so a resumed run draws the same."""
-    return (seed * 1_000_003 + step + (rank << 40)) % 2**63
-
-
 def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
-    """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
+    """Model with random weights, momentum model, queue, optimiser and sampler of a new run, on its device."""
     torch.manual_seed(config.seed)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     ranks = ranks or Ranks(torch.device(config.device))
-    device = ranks.device
-    model = VisionLanguageModel(config.model)
-    model.to(device).train()
+    model = VisionLanguageModel(config.model).to(ranks.device).train()
     momentum = MomentumModel(model, config.ema_decay)
     if config.compile:
         for part in (model.vision, model.text, model.fusion, momentum.vision, momentum.text, momentum.fusion):
             part.compile()
-    epoch_steps = -(-len(dataset) // config.batch_size) / config.accumulate
-    total = config.steps or max(1, round(config.epochs * epoch_steps))
-    queue = FeatureQueue(config.queue, config.model.embed_dim).to(device)
-    return Run(
-        config,
-        tokenizer,
-        model,
-        momentum,
-        queue,
-        build_optimizer(model, config),
-        device,
-        total,
-        epoch_steps,
-        dataset.fingerprint(),
-        ranks=ranks,
-    )
+    queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)
+    sampler = GroupedBatchSampler(
+        len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
+        dataset.caption_ids, config.seed, margin=config.margin,
+    )  # fmt: skip
+    optimizer = build_optimizer(model, config)
+    return Run(config, tokenizer, model, momentum, queue, optimizer, sampler, ranks, dataset.fingerprint())
 
 
-def check_finite(ranks: Ranks, totals: dict[str, Tensor], step: int, last: Path) -> None:
+def check_finite(run: Run, values: dict[str, Tensor], last: Path) -> None:
     """Raise NonFiniteLoss before a loss or gradient that is NaN or infinite reaches the weights."""
-    if ranks.on_any(not (totals["loss"].isfinite() and totals["grad_norm"].isfinite())):
-        parts = ", ".join(f"{key} {value:.3g}" for key, value in ranks.average(totals).items())
+    if run.ranks.on_any(not (values["loss"].isfinite() and values["grad_norm"].isfinite())):
+        parts = ", ".join(f"{key} {value:.3g}" for key, value in run.ranks.average(values).items())
         kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
-        raise NonFiniteLoss(f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr")
+        said = f"step {run.step + 1}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
+        raise NonFiniteLoss(said)

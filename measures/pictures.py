@@ -1,7 +1,6 @@
 """The pictures that runs leave: curves, masks, answers, confusion."""
 
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from data import Collate, encode, normalise, to_device
 from harness.run import Run, autocast
-from harness.wiring import momentum_attention
-from masking import random_patch_mask, random_word_mask, soft_mask
+from harness.wiring import teach
+from masking import momentum_attention, random_patch_mask, random_word_mask, soft_mask
 from measures.truth import shown_masks
 from photos.dataset import PhotoDataset, square
 from photos.prompts import Text
@@ -109,11 +108,10 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
     layers, words = run.config.model.fusion_layers, batch["words"]
     if layers == 1:
         return []
-    gradcam = replace(run, config=replace(run.config, mask_source="gradcam", mask_layer=(layers + 1) // 2))
-    with autocast(run), torch.no_grad():
-        image_embeds_m = run.momentum.encode_image(normalise(batch["images"]))
-        text_embeds_m = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-    heat = momentum_attention(gradcam, batch, image_embeds_m, text_embeds_m, None)  # A · max(0, ∂s/∂A)
+    with autocast(run):
+        teacher = teach(run, batch | {"images": normalise(batch["images"])})
+    clean = teacher.image_embeds, teacher.text_embeds
+    heat = momentum_attention(run.momentum, batch, *clean, "gradcam", run.mask_id)[(layers + 1) // 2 - 1]
     word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
     mask = soft_mask(heat, torch.ones_like(heat), word.squeeze(1))
     return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]

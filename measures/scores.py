@@ -25,23 +25,6 @@ def match_rank(sim: Tensor, positive: Tensor) -> Tensor:
     return rank.masked_fill(~positive.any(dim=1), torch.iinfo(rank.dtype).max)
 
 
-def retrieval_recalls(
-    image_feat: Tensor, text_feat: Tensor, image_products: Tensor, text_products: Tensor, ranks: tuple = (1, 5, 10)
-) -> dict[str, float]:
-    """Full-protocol recall: every photo (n, E) against one text per product (m, E), and every text against all photos.
-
-    A text hits with the best-ranked photo of its product. -> {"i2t_r1": share, …, "t2i_r10": share}
-    """
-
-    def one_way(queries: Tensor, keys: Tensor, query_products: Tensor, key_products: Tensor) -> Tensor:
-        chunks = zip(queries.split(1024), query_products.split(1024), strict=True)
-        return torch.cat([match_rank(q @ keys.T, own[:, None] == key_products[None, :]) for q, own in chunks])
-
-    i2t = one_way(image_feat, text_feat, image_products, text_products)
-    t2i = one_way(text_feat, image_feat, text_products, image_products)
-    return {f"{way}_r{k}": (r < k).float().mean().item() for way, r in (("i2t", i2t), ("t2i", t2i)) for k in ranks}
-
-
 @dataclass
 class Ranking:
     """Queries with how they were ranked by similarity. Letters: Q queries, C candidates, K best ones kept."""
@@ -83,7 +66,7 @@ class Ranking:
         return {f"{self.protocol}_r{k}": share(k) for k in (1, 5, 10)}
 
 
-def full_rankings(image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int) -> Iterator[Ranking]:
+def full_rankings(image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int = 0) -> Iterator[Ranking]:
     """Every photo (n, E) against the texts (m, E), every text against all photos; owner (n,): the text of a photo."""
     photos, texts = torch.arange(len(image_feat)), torch.arange(len(text_feat))
     i2t = [
@@ -120,10 +103,11 @@ def sampled_candidates(
     return {way: torch.from_numpy(np.stack([row[: shortest[way]] for row in rows])) for way, rows in lists.items()}
 
 
-def recalls_of(rankings: list[Ranking], ranks: list[Tensor]) -> Figures:
-    """R@1/5/10 of each protocol and direction, the mean over both and, of several draws, the mean over these."""
+def recalls_of(rankings: list[Ranking], ranks: list[Tensor] | None = None) -> Figures:
+    """R@1/5/10 of each protocol and direction, the mean over both and, of several draws, the mean over these. `ranks`:
+    other ranks (Q,) than those by similarity, one a ranking."""
     shares = {}
-    for ranking, rank in zip(rankings, ranks, strict=True):
+    for ranking, rank in zip(rankings, ranks or [ranking.rank for ranking in rankings], strict=True):
         for k in (1, 5, 10):
             shares.setdefault(f"{ranking.protocol}_r{k}", []).append((rank < k).float().mean().item())
     figures = {key: float(np.mean(values)) for key, values in shares.items()}

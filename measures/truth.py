@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from data import Collate, encode, normalise, to_device
 from harness.batches import first_products
+from harness.config import TrainConfig
 from harness.run import Run, autocast
-from harness.wiring import momentum_attention
-from losses import forbidden_negatives, pick_negatives
-from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, reduce_heads, sync_mask
+from harness.wiring import synchronize, teach
+from losses import NegativeMode, forbidden_negatives, pick_negatives
+from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, reduce_heads
 from photos.dataset import PhotoDataset
 from photos.synthetic import Synthetic
-from sampler import chain
+from sampler import SamplerMode, chain
 
 
 @dataclass
@@ -102,58 +103,68 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     return {key: hits / max(1, total) for key, (hits, total) in sums.items()}
 
 
-@torch.no_grad()
 def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     """How many ITM negatives are false, and how similar to the anchor they are: batches grouped and negatives chosen
     by the config's modes, at random, and hard. Over some search blocks of training photos; chosen negatives alone,
     without the random ones that `itm_share` mixes in."""
-    config, rng = run.config, np.random.default_rng(run.config.seed)
-    rows = rng.permutation(len(dataset))[: 4 * config.search_size]
-    loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=Collate(run.tokenizer))
-    images, texts = [], []
-    for batch in tqdm(loader, "negatives against the truth", unit=" batches", leave=False, disable=None):
-        batch = to_device(batch, run.device)
-        with autocast(run):
-            images.append(run.momentum.project_image(run.momentum.encode_image(normalise(batch["images"]))))
-            embeds = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-            texts.append(run.momentum.project_text(embeds))
-    image_feat, text_feat = torch.cat(images).cpu(), torch.cat(texts).cpu()
-    generator, figures = torch.Generator().manual_seed(config.seed), {}
-    for suffix, grouping, picking in (("", config.sampler, config.itm_negatives), ("_random", "random", "random"),
-                                      ("_hard", "hard", "hard")):  # fmt: skip
-        false, similarity = [], []
+    config, generator, figures = run.config, torch.Generator().manual_seed(run.config.seed), {}
+    rows = np.random.default_rng(config.seed).permutation(len(dataset))[: 4 * config.search_size]
+    image_feat, text_feat = momentum_features(run, dataset, rows)
+    modes = {"": (config.sampler, config.itm_negatives), "_random": ("random", "random"), "_hard": ("hard", "hard")}
+    for suffix, (grouping, picking) in modes.items():
+        chosen = []  # (photo, text, similarity)
         for block in np.split(np.arange(len(rows)), range(config.search_size, len(rows), config.search_size)):
             sim = image_feat[block] @ text_feat[block].T  # (M, M)
             groups = np.stack([dataset.product_ids[rows[block]], dataset.caption_ids[rows[block]]])
-            order = np.arange(len(block))
-            if grouping != "random":
-                order = chain(sim.numpy(), groups, 0, config.batch_size, grouping, config.margin)
-            for batch in torch.from_numpy(order).split(config.batch_size):
-                own = sim[batch][:, batch]
-                forbidden = forbidden_negatives(*(torch.from_numpy(ids)[batch] for ids in groups))
-                for scores, flipped in ((own, False), (own.T, True)):
-                    logits = scores / run.model.temp.item() if picking == "similar" else scores
-                    wrong = pick_negatives(logits, forbidden, None, picking, generator, config.margin)
-                    for anchor, j in ((a, j) for a, j in enumerate(wrong.tolist()) if j >= 0):
-                        photo, text = (rows[block[batch[k]]] for k in ((j, anchor) if flipped else (anchor, j)))
-                        false.append(dataset.describes(int(dataset.product_ids[text]), int(photo)))
-                        similarity.append(scores[anchor, j].item())
-        figures["false_negative_rate" + suffix] = float(np.mean(false)) if false else 0.0
-        figures["negative_similarity" + suffix] = float(np.mean(similarity)) if similarity else 0.0
+            for batch in grouped(sim, groups, grouping, config):
+                found = batch_negatives(run, sim[batch][:, batch], groups[:, batch], picking, generator)
+                chosen += [(rows[block[batch[i]]], rows[block[batch[t]]], cosine) for i, t, cosine in found]
+        false = [dataset.describes(int(dataset.product_ids[text]), int(photo)) for photo, text, _ in chosen]
+        figures["false_negative_rate" + suffix] = float(np.mean(false)) if chosen else 0.0
+        figures["negative_similarity" + suffix] = float(np.mean([c for _, _, c in chosen])) if chosen else 0.0
     return figures
+
+
+@torch.no_grad()
+def momentum_features(run: Run, dataset: PhotoDataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """image_feat, text_feat (n, E) of some rows by the momentum model, on the CPU; no photo is cropped or flipped."""
+    loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=Collate(run.tokenizer))
+    feats = []
+    for batch in tqdm(loader, "negatives against the truth", unit=" batches", leave=False, disable=None):
+        batch = to_device(batch, run.device)
+        with autocast(run):
+            teacher = teach(run, batch | {"images": normalise(batch["images"])})
+        feats.append((teacher.image_feat.cpu(), teacher.text_feat.cpu()))
+    image_feat, text_feat = map(torch.cat, zip(*feats, strict=True))
+    return image_feat, text_feat
+
+
+def grouped(sim: Tensor, groups: np.ndarray, grouping: SamplerMode, config: TrainConfig) -> list[np.ndarray]:
+    """The items of a search block, sim (M, M), in batches as the sampler would compose them. -> item numbers."""
+    order = np.arange(len(sim))
+    if grouping != "random":
+        order = chain(sim.numpy(), groups, 0, config.batch_size, grouping, config.margin)
+    return np.split(order, range(config.batch_size, len(order), config.batch_size))
+
+
+def batch_negatives(
+    run: Run, sim: Tensor, groups: np.ndarray, picking: NegativeMode, generator: torch.Generator
+) -> list[tuple[int, int, float]]:
+    """The negatives of a batch by its cosines (B, B): photo, text, cosine, of every photo and then of every text."""
+    forbidden, found = forbidden_negatives(*torch.from_numpy(groups)), []
+    for scores, by_text in ((sim, False), (sim.T, True)):
+        logits = scores / run.model.temp.item() if picking == "similar" else scores
+        wrong = pick_negatives(logits, forbidden, None, picking, generator, run.config.margin).tolist()
+        pairs = [(j, a) if by_text else (a, j) for a, j in enumerate(wrong) if j >= 0]
+        found += [(photo, text, sim[photo, text].item()) for photo, text in pairs]
+    return found
 
 
 def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """Attention (B, h, L, N) and synchronized masks (B, P), (B, L) of photos that are neither cropped nor flipped."""
-    config, momentum = run.config, run.momentum
-    with autocast(run), torch.no_grad():
-        image_embeds_m = momentum.encode_image(normalise(batch["images"]))
-        text_embeds_m = momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-        attention = momentum_attention(run, batch, image_embeds_m, text_embeds_m, generator)
-    return attention, *sync_mask(
-        attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, config.word_score,
-        config.patch_score, generator=generator,
-    )  # fmt: skip
+    with autocast(run):
+        teacher = teach(run, batch | {"images": normalise(batch["images"])})
+        return synchronize(run, batch, teacher, 0.0, generator)
 
 
 def skill(figures: dict[str, float], key: str) -> float:

@@ -110,13 +110,8 @@ class FashionGen(PhotoDataset):
         return self.__dict__ | {"_handle": None}
 
 
-def export_fashiongen(
-    folder: Path, items: int, image_size: int = 256, seed: int = 0, together: int = 1, gzip: int | None = None
-) -> None:
-    """Write `items` synthetic products a split in FashionGen's HDF5 layout (validation: a tenth, at least 8).
-
-    together, gzip: photos in an HDF5 chunk, and the level it is packed with, for trying what that costs to read.
-    """
+def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int = 0) -> None:
+    """Write `items` synthetic products a split in FashionGen's HDF5 layout (validation: a tenth, at least 8)."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, products in (("train", items), ("val", max(8, items // 10))):
         path = folder / FashionGen.FILES[split]
@@ -139,8 +134,7 @@ def export_fashiongen(
         }
         with h5py.File(path, "w") as file:
             images = np.stack([np.asarray(photo) for photo in dataset.photos])
-            chunk = (min(together, len(images)), image_size, image_size, 3)
-            file.create_dataset("input_image", data=images, chunks=chunk, compression=gzip)
+            file.create_dataset("input_image", data=images, chunks=(1, image_size, image_size, 3))
             for key, values in text.items():
                 file.create_dataset(key, data=np.array([v.encode("iso-8859-1") for v in values])[:, None])
             numbers = {"index": range(len(rows)), "index_2": range(len(rows)), "input_msrpUSD": [100] * len(rows)}

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ from losses import itc_loss, itc_targets, itm_loss, mlm_loss
 from masking import random_word_mask
 from model import ModelConfig
 from photos.dataset import DataError
+from photos.fashiongen import FashionGen
 from sampler import GroupedBatchSampler, SamplerMode
 from train import RECIPES
 
@@ -323,6 +326,24 @@ def step(config: TrainConfig, repeats: int) -> None:
 # ------------------------------------------------------------------------------------------ data and sampler
 
 
+@contextlib.contextmanager
+def packed(config: TrainConfig, chunk: int, gzip: int | None) -> Iterator[TrainConfig]:
+    """The config, reading a copy of FashionGen's training file with so many photos in an HDF5 chunk, packed so."""
+    if config.data != "fashiongen":
+        raise ConfigError("--chunk and --gzip pack the photos of --data fashiongen")
+    name = FashionGen.FILES["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        with (
+            h5py.File(Path(config.root or "data/fashiongen") / name) as source,
+            h5py.File(f"{folder}/{name}", "w") as file,
+        ):
+            for key in source:
+                photos = key == "input_image"
+                shape = (min(chunk, len(source[key])), *source[key].shape[1:]) if photos else None
+                file.create_dataset(key, data=source[key][:], chunks=shape, compression=gzip if photos else None)
+        yield replace(config, root=folder)
+
+
 def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> None:
     """What a data set holds in memory, and photos a second through decoding and collation by so many workers, through
     transfer and augmentation, and through the step that they are for."""
@@ -358,7 +379,7 @@ def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> N
     for _ in range(batches + 1):
         start = now(device)
         images = to_device(batch, device)["images"]
-        augment(images, config.crop_scale, config.color_jitter, generator, config.distort)
+        augment(images, config.crop_scale, generator, config.distort)
         seconds.append(now(device) - start)
     rate = len(batch["rows"]) / float(np.median(seconds[1:]))
     print(f"  transfer and augment, {device}: {rate:9,.0f} photos a second")
@@ -443,6 +464,8 @@ def build_parser() -> argparse.ArgumentParser:
     steps.add_argument("--repeats", type=number(1), default=10, help="steps to time")
     photos = add("data", "photos a second through reading, augmentation and a step" + more)
     photos.add_argument("--by-workers", type=number(0), nargs="+", default=[0, 1, 2], help="numbers of workers to try")
+    photos.add_argument("--chunk", type=number(1), help="photos in an HDF5 chunk, of a copy of FashionGen's file")
+    photos.add_argument("--gzip", type=int, choices=range(10), help="pack them, at this level")
     photos.add_argument("--batches", type=number(1), default=20, help="batches to read")
     photos.add_argument("--steps-timed", type=number(1), default=3, help="steps to time beside it")
     grouped = add("sampler", "seconds, memory and left-over conflicts of composing grouped batches")
@@ -475,7 +498,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "step":
             step(config, args.repeats)
         else:
-            data(config, args.by_workers, args.batches, args.steps_timed)
+            packing = args.chunk or args.gzip is not None
+            with packed(config, args.chunk or 1, args.gzip) if packing else contextlib.nullcontext(config) as config:
+                data(config, args.by_workers, args.batches, args.steps_timed)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"benchmark.py: {error}")
 

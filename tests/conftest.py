@@ -5,6 +5,7 @@ import pytest
 from hypothesis import settings
 
 import data
+from photos.synthetic import Synthetic
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
@@ -13,3 +14,8 @@ settings.load_profile("project")
 @pytest.fixture(autouse=True)
 def few_held_out_products(monkeypatch):
     monkeypatch.setattr(data, "VAL_PRODUCTS", 60)
+
+
+@pytest.fixture(scope="module")
+def wardrobe():
+    return Synthetic("train", 150, 64, seed=0, progress=False)

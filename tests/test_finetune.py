@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from test_data import PUBLISHED, write_fashioniq
-from test_train import FAST, same_state
+from small import FAST, PUBLISHED, same_state, write_fashioniq
+from tokenizers import Tokenizer
 
 import data
 import finetune
@@ -22,23 +20,11 @@ from harness.checkpoints import load_checkpoint, load_weights
 from harness.config import parse_config
 from harness.finetune_config import FOUND
 from harness.flags import ConfigError
-from harness.run import Job, build_run
-from harness.splits import hold_out, numbers_of, open_photos
-from measures.scores import (
-    Ranking,
-    full_rankings,
-    match_rank,
-    recalls_of,
-    retrieval_recalls,
-    sampled_candidates,
-    scores_by_class,
-    triplet_recalls,
-)
-from measures.search import check_words, search, unknown_words
+from harness.run import build_run
+from harness.splits import open_photos
+from measures.search import search
 from photos.dataset import DataError
-from photos.fashioniq import PhotoFiles
 from photos.prompts import DESCRIPTION, DIFFERENCE
-from photos.triplets import Triplets
 
 VAL_PRODUCTS = 12
 
@@ -72,152 +58,12 @@ def lines(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------- metrics
-
-
-def test_match_rank_by_hand():
-    """Ties count against the model, the best of several right ones counts, none right is a miss."""
-    sim = torch.tensor([[0.9, 0.5, 0.1], [0.5, 0.5, 0.1], [0.2, 0.9, 0.3], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
-    right = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
-    assert match_rank(sim, right)[:4].tolist() == [0, 1, 1, 0] and match_rank(sim, right)[4] > 10**9
-    assert match_rank(torch.full((1, 3), torch.nan), right[:1]).tolist() == [2]  # what is not a number earns nothing
-
-
-def test_recalls_one_to_many_by_hand():
-    """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
-    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
-    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), top=2))
-    figures = recalls_of(rankings, [ranking.rank for ranking in rankings])
-    assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
-    assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
-    assert figures["full_mean"] == pytest.approx((2 / 3 + 1 + 1 + 0.5 + 1 + 1) / 6)
-    assert rankings[1].pairs.tolist() == [[[0, 0], [2, 0]], [[1, 1], [2, 1]]]
-    assert rankings[1].right.tolist() == [[True, False], [False, True]]
-
-
-def test_full_rankings_agree_with_the_recalls_of_pretraining():
-    generator = torch.Generator().manual_seed(0)
-    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
-    owner = torch.randint(0, 15, (60,), generator=generator)
-    owner[:15] = torch.arange(15)
-    images, texts = feats(60), feats(15)
-    expected = retrieval_recalls(images, texts, owner, torch.arange(15))
-    rankings = list(full_rankings(images, texts, owner, 0))
-    figures = recalls_of(rankings, [ranking.rank for ranking in rankings])
-    assert all(figures[f"full_{key}"] == pytest.approx(value) for key, value in expected.items())
-
-
-def test_chance_is_what_a_random_order_gives():
-    sizes = torch.tensor([[20, 1]] * 50 + [[20, 4]] * 50)
-    ranking = Ranking("x", torch.zeros(100), torch.zeros(0), torch.zeros(0), sizes)
-    rng, hits = np.random.default_rng(0), {1: [], 5: [], 10: []}
-    for _ in range(20_000):
-        for right in (1, 4):
-            best = rng.permutation(20)[:right].min()
-            for k in hits:
-                hits[k].append(best < k)
-    for k, found in hits.items():
-        assert ranking.chance()[f"x_r{k}"] == pytest.approx(np.mean(found), abs=0.01)
-    assert Ranking("x", torch.zeros(1), sizes, sizes, torch.tensor([[3, 1]])).chance()["x_r5"] == 1
-
-
-def test_reranking_orders_the_best_and_leaves_the_rest():
-    sim = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1]])
-    right = torch.zeros(3, 4, dtype=torch.bool)
-    right[0, 1] = right[1, 3] = right[2, 0] = True
-    ranking = Ranking.of("full_i2t", sim, right, torch.arange(3)[:, None], torch.arange(4), top=2)
-    assert ranking.rank.tolist() == [1, 3, 0]
-    assert ranking.pairs[1].tolist() == [[1, 0], [1, 1]]
-    assert ranking.reranked(torch.tensor([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]])).tolist() == [0, 3, 1]
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
-def test_macro_f1_equals_a_second_implementation(pairs):
-    """By confusion of labels, one against the rest; class 6 as the one that is never answered rightly is no exception."""
-    right, answered = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    figures = scores_by_class(right, answered)
-    assert set(figures) == {label for pair in pairs for label in pair}
-    for label, (precision, recall, f1) in figures.items():
-        tp = sum(a == label == b for a, b in pairs)
-        fp = sum(a != label == b for a, b in pairs)
-        fn = sum(a == label != b for a, b in pairs)
-        p, r = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
-        assert precision == pytest.approx(p) and recall == pytest.approx(r)
-        assert f1 == pytest.approx(2 * p * r / (p + r) if p + r else 0)
-
-
-def test_triplet_recalls_by_hand():
-    """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
-    photos = PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
-    triplets = Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
-    assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
-    sim = torch.zeros(2, 60)
-    sim[0, 2] = 1.0  # found at once
-    sim[1, 3], sim[1, 10:21] = 0.5, 0.9  # eleven others before it
-    small = sim[:, :4]
-    ranked = [("dress", "original", sim, np.array([0, 1]), np.arange(60)),
-              ("dress", "union", small, np.array([0, 1]), np.arange(4))]  # fmt: skip
-    figures, chance = triplet_recalls(triplets, ranked)
-    assert figures["dress_original_r1"] == figures["dress_original_r10"] == 0.5 and figures["dress_original_r50"] == 1
-    assert figures["dress_union_r1"] == figures["mean_union_r1"] == 1
-    assert chance["mean_original_r10"] == 10 / 60 and chance["dress_union_r1"] == 0.25
-
-
-# ------------------------------------------------------------------------------------------- protocols
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=2, max_size=30),
-    st.integers(1, 12), st.integers(0, 5),
-)  # fmt: skip
-def test_sampled_candidates_follow_their_definition(products, negatives, seed):
-    """products: (sub-category, photos) each."""
-    owner = np.repeat(np.arange(len(products)), [photos for _, photos in products])
-    kind_of = [str(kind) for kind, _ in products]  # strings: "10" sorts before "2"
-    kinds = numbers_of([kind_of[product] for product in owner])
-    kind_of = kinds[np.unique(owner, return_index=True)[1]]
-    draw = lambda: sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed))
-    lists, again = draw(), draw()
-    assert all(torch.equal(lists[way], again[way]) for way in lists)
-    for way, owner_of in (("i2t", np.arange(len(products))), ("t2i", owner)):
-        queries = lists[way].numpy()
-        assert len(queries) == min(8, len(owner)) and len(set(queries[:, 0])) == len(queries)
-        fewest = min((owner_of != owner[photo]).sum() for photo in queries[:, 0])
-        assert queries.shape[1] == 2 + min(negatives, fewest)
-        for photo, right, *wrong in queries.tolist():
-            assert right == (owner[photo] if way == "i2t" else photo)
-            assert len(set(wrong)) == len(wrong) and owner[photo] not in owner_of[wrong]
-            alike = [kind_of[owner_of[candidate]] == kinds[photo] for candidate in wrong]
-            there = sum(kind_of[o] == kinds[photo] for o in owner_of if o != owner[photo])
-            assert sum(alike) == min(len(wrong), there) and alike == sorted(alike, reverse=True)
-
-
-@given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.05, 0.6), st.integers(0, 3))
-def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, share, seed):
-    labels = [str(group % 4) for group in groups]
-    ids, groups_of = np.array(groups), {}
-    for group in groups:
-        groups_of.setdefault(str(group % 4), set()).add(group)
-    if all(len(found) == 1 for found in groups_of.values()):
-        with pytest.raises(DataError, match="too few products"):
-            hold_out(ids, share, 100, seed, labels)
-        return
-    kept, held = hold_out(ids, share, 100, seed, labels)
-    assert sorted([*kept, *held]) == list(range(len(groups))) and not set(ids[kept]) & set(ids[held])
-    assert {labels[row] for row in kept} == set(labels) and len(held)
-    assert len(set(ids[held])) <= max(2, round(share * len(set(groups))))
-    assert all(
-        np.array_equal(*pair) for pair in zip(hold_out(ids, share, 100, seed, labels), (kept, held), strict=True)
-    )
-    assert len(set(ids[hold_out(ids, 0.5, 1, seed, labels)[1]])) == 1
-
-
 def test_match_scores_equal_pair_by_pair(pretrained):
     config, _, source = finetune_config.parse_config(
         ["--task", "retrieval", "--checkpoint", str(pretrained), "--eval-only"]
     )
     photos = open_photos(config, "val")
-    run = build_run(config, photos, train.Tokenizer.from_str(source["tokenizer"]))
+    run = build_run(config, photos, Tokenizer.from_str(source["tokenizer"]))
     load_weights(run, source, "x")
     run.model.eval()
     texts = list(dict.fromkeys(photos.text(row) for row in range(len(photos))))
@@ -231,8 +77,6 @@ def test_match_scores_equal_pair_by_pair(pretrained):
             logits = run.model.itm_logits(run.model.fuse(text_embeds, words["attention_mask"], image))[0]
         assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
 
-
-# ------------------------------------------------------------------------------------------- end to end
 
 LEFT = {"config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "results.json"}
 
@@ -336,22 +180,10 @@ def test_early_stopping_and_the_best_step(tmp_path, pretrained):
     assert max(line["step"] for line in lines(tmp_path)) == 3
 
 
-def test_best_step_is_the_first_of_the_highest():
-    job = Job("x", None, None, {}, "val_a", 2)
-    said = [{"step": step, "val_a": value} for step, value in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.1))]
-    assert job.best_step(said) == 2 and job.best_step([{"step": 1, "loss": 3}]) is None
-    assert job.stalled(said) and not job.stalled(said[:3]) and not job.stalled([])
-    assert not Job("x", None, None, {}).stalled(said)
-
-
 def test_every_other_flag_runs(tmp_path, pretrained):
     flags = "--sampler hard --itm-negatives hard --itm-share 0.7 --itm-warmup 1 --search-size 12 --margin 0.1 --queue 8"
-    flags += (
-        " --alpha 0.3 --ema-decay 0.9 --focal-gamma 2 --distort 0.3 --color-jitter 0.1 --crop-scale 0.7 --held-out 0.3"
-    )
-    flags += (
-        " --precision bf16 --accumulate 2 --epochs 2 --batch-size 6 --products 14 --seed 3 --val-products 5 --workers 0"
-    )
+    flags += " --alpha 0.3 --ema-decay 0.9 --focal-gamma 2 --distort 0.3 --crop-scale 0.7 --held-out 0.3"
+    flags += " --precision bf16 --epochs 2 --batch-size 6 --products 14 --seed 3 --val-products 5 --workers 0"
     found = command("--task", "retrieval", "--checkpoint", pretrained, "--out", tmp_path, *flags.split())
     assert found["seed"] == 3 and found["steps"] == lines(tmp_path)[-1]["step"] > 2
     assert all("itc" in line and "itm" in line for line in lines(tmp_path) if "loss" in line)
@@ -467,9 +299,6 @@ def test_a_gallery_that_cannot_be_read_is_one_line(tmp_path, pretrained):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-# ----------------------------------------------------------------------------------------------- search
-
-
 def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, capsys, monkeypatch):
     checkpoint = shutil.copy(pretrained, tmp_path / "last.pt")
     config, _, _ = finetune_config.parse_config(["--task", "search", "--checkpoint", str(checkpoint), "--query", "red"])
@@ -511,20 +340,6 @@ def test_search_by_a_damaged_photo_is_one_line(tmp_path, pretrained):
     (tmp_path / "half.png").write_bytes(whole[:50] + b"x" * 9 + whole[59:])
     with pytest.raises(SystemExit, match=r"^finetune.py: --image .*half.png: .+"):
         finetune.main(["--task", "search", "--checkpoint", str(pretrained), "--image", str(tmp_path / "half.png")])
-
-
-def test_unknown_words(capsys):
-    tokenizer = data.build_tokenizer(["red dress with red belt", "red dress"] * 3, 60, 64)
-    assert unknown_words(tokenizer, "red dress") == []
-    assert unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
-    with pytest.raises(DataError, match="no word of it"):
-        check_words(tokenizer, "", "dwb dwb été")
-    check_words(tokenizer, "", "red dwb " + 70 * "dress ")
-    said = capsys.readouterr().out
-    assert "letter by letter: dwb\n" in said and "cut after 64 tokens" in said
-
-
-# -------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

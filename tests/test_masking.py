@@ -1,24 +1,32 @@
 """Masks: exact counts, only words, the 80/10/10 rule; synchronized masks by hand; what masks are measured by."""
 
 import math
+import typing
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import FAST
 
+import data
+from harness.config import parse_config
+from harness.run import build_run
 from masking import (
-    block_patch_mask,
+    MaskSource,
     cooccurrence,
     corrupt_words,
     mask_top,
+    momentum_attention,
     pointing,
     random_patch_mask,
     random_word_mask,
+    read_layer,
     replace_words,
     soft_mask,
     sync_mask,
 )
+from photos.synthetic import Synthetic
 
 WORDS = torch.tensor(
     [
@@ -27,6 +35,8 @@ WORDS = torch.tensor(
         [0, 0, 0, 0, 0, 0, 0, 0],  # a caption without a word
     ]
 ).bool()
+
+
 seeded = lambda seed: torch.Generator().manual_seed(seed)
 
 
@@ -52,23 +62,13 @@ def test_mask_top_takes_the_highest_candidates():
 
 @given(grid=st.integers(2, 9), ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_patch_masks_have_exact_counts_and_leave_a_patch(grid, ratio, seed):
-    for mask in (
-        random_patch_mask(5, grid**2, ratio, seeded(seed)),
-        block_patch_mask(5, grid, ratio, seeded(seed)),
-    ):
-        assert mask.shape == (5, grid**2)
-        assert mask.sum(1).tolist() == [min(round(ratio * grid**2), grid**2 - 1)] * 5
+    mask = random_patch_mask(5, grid**2, ratio, seeded(seed))
+    assert mask.shape == (5, grid**2)
+    assert mask.sum(1).tolist() == [min(round(ratio * grid**2), grid**2 - 1)] * 5
 
 
-def test_random_patches_are_uniform_and_blocks_are_blocks():
-    scattered, blocks = random_patch_mask(4000, 64, 0.4, seeded(0)), block_patch_mask(4000, 8, 0.4, seeded(0))
-    assert ((scattered.float().mean(0) - 0.4).abs() < 0.04).all()
-    assert blocks.float().mean(0).min() > 0.05  # every patch is masked now and then
-    together = lambda mask: (mask.view(-1, 8, 8)[:, :, 1:] & mask.view(-1, 8, 8)[:, :, :-1]).float().mean()
-    assert together(scattered) < 0.18 and together(blocks) > 0.26
-
-
-# ------------------------------------------------------------------------------------- synchronized masks
+def test_random_patches_are_uniform():
+    assert ((random_patch_mask(4000, 64, 0.4, seeded(0)).float().mean(0) - 0.4).abs() < 0.04).all()
 
 
 @given(
@@ -145,9 +145,6 @@ def test_exact_ties_fall_anywhere():
         assert ((drawn.float().mean(0) - 4 / 9).abs() < 0.12).all()
 
 
-# ------------------------------------------------------------------------------- what masks are measured by
-
-
 def test_cooccurrence_by_hand():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]]).bool()
     candidates = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]]).bool()
@@ -162,9 +159,6 @@ def test_pointing_by_hand():
     regions = torch.tensor([[[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]]]).bool()
     hits, expected, total = pointing(attention, regions, torch.tensor([[True, True, False, False]]))
     assert (hits, total) == (1, 2) and expected == pytest.approx(2 / 3 + 1 / 3)
-
-
-# ----------------------------------------------------------------------------------------------- corruption
 
 
 def test_corruption_is_80_10_10_and_labels_the_masked_only():
@@ -216,3 +210,45 @@ def test_soft_mask_equals_a_loop():
         expected = [(value - min(heat)) / (max(heat) - min(heat) + 1e-7) for value in heat]
         assert mask[b].tolist() == pytest.approx(expected, abs=1e-5)
     assert not soft_mask(attention, -gradient.abs(), word).any()  # nothing speaks for the match
+
+
+@pytest.mark.parametrize("source", typing.get_args(MaskSource))
+def test_momentum_attention_of_every_source(source):
+    config, _ = parse_config([*FAST, "--fusion-layers", "2", "--registers", "2"])
+    dataset = Synthetic("train", 8, 32, progress=False)
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
+    count, length = batch["token_ids"].shape
+    image_embeds = state.momentum.encode_image(data.normalise(batch["images"]))
+    text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    asked = state.momentum, batch, image_embeds
+    read = lambda: momentum_attention(*asked, text_embeds, source, state.mask_id, torch.Generator().manual_seed(0))[0]
+    attention = read()
+    layers = momentum_attention(*asked, text_embeds, source, state.mask_id)
+    assert len(layers) == (1 if source == "gradcam" else 2)  # the last has no gradient to read
+    assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
+    if source == "gradcam":
+        assert attention.min() >= 0 and attention.amax(1)[batch["words"]].max() > 0
+        weight = state.momentum.itm_head.weight.clone()
+        state.momentum.itm_head.weight[1] = 0  # "match" no longer depends on anything
+        assert (read() == 0).all()
+        state.momentum.itm_head.weight.copy_(weight)
+    else:
+        torch.testing.assert_close(attention[..., 1:].sum(-1)[:, :, 1:2], torch.ones(count, 2, 1))
+    if source == "attention":
+        fused = state.momentum.fusion(text_embeds, batch["attention_mask"], image_embeds, return_attention=True)
+        torch.testing.assert_close(attention, fused[1][0])
+    # a word that is hidden must be found by the rest of the text and the photo: changing it changes nothing of its row
+    word = 3
+    batch["token_ids"] = batch["token_ids"].clone()
+    batch["token_ids"][:, word] = (batch["token_ids"][:, word] + 7) % 200 + 5
+    text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    same = torch.allclose(attention[:, :, word], read()[:, :, word], rtol=1e-3, atol=0)
+    assert same == (source == "hidden")
+
+
+def test_layers_are_read_one_by_one_or_where_they_agree():
+    one, two = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
+    assert torch.equal(read_layer([one, two], 2, "mean"), two)
+    torch.testing.assert_close(read_layer([one, two], 0, "mean")[:, 0], (one.mean(1) * two.mean(1)).sqrt())
+    torch.testing.assert_close(read_layer([one, two], 0, "max")[:, 0], (one.amax(1) * two.amax(1)).sqrt())

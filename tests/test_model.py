@@ -1,7 +1,5 @@
 """The model against Hugging Face's on random weights, its loading of published weights, and its own promises."""
 
-import argparse
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
 
-from harness.weights import EXTRA_TOKENS, WeightsError, load_pretrained
+from harness.weights import load_pretrained
 from model import PRESETS, Attention, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, VisionTransformer
-from photos.prompts import SYMBOLS
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2,
                     embed_dim=16, max_length=20, vocab_size=60)  # fmt: skip
@@ -63,9 +60,6 @@ def close(ours, theirs, keep=None):
     if keep is not None:
         ours, theirs = ours[keep.bool()], theirs[keep.bool()]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-# --------------------------------------------------------------------------------------------- parity
 
 
 def test_vit_equals_hugging_face(tmp_path):
@@ -145,15 +139,12 @@ def test_dropout_acts_in_training_only():
     assert model.eval() and not differ()
 
 
-# ------------------------------------------------------------------------------------------- promises
-
-
 def test_shapes_and_unit_length_features():
     model = make_model()
     token_ids, attention_mask = texts()
     image_embeds = model.encode_image(torch.randn(3, 3, 32, 32))
     text_embeds = model.encode_text(token_ids, attention_mask)
-    fused, attention = model.fuse(text_embeds, attention_mask, image_embeds, return_attention=True)
+    fused, attention = model.fusion(text_embeds, attention_mask, image_embeds, return_attention=True)
     assert image_embeds.shape == (3, 17, 48) and text_embeds.shape == fused.shape == (3, 11, 48)
     assert [a.shape for a in attention] == [(3, 4, 11, 17)] * 2
     close(model.project_image(image_embeds).norm(dim=-1), torch.ones(3))
@@ -218,7 +209,7 @@ def test_without_cls_context_the_text_looks_at_patches_only():
     model = make_model(replace(SMALL, cls_context=False))
     image_embeds, text_embeds, keep = torch.randn(2, 17, 48), torch.randn(2, 7, 48), torch.ones(2, 7)
     with torch.no_grad():
-        fused, attentions = model.fuse(text_embeds, keep, image_embeds, return_attention=True)
+        fused, attentions = model.fusion(text_embeds, keep, image_embeds, return_attention=True)
         for attention in attentions:
             assert attention.shape == (2, 4, 7, 17) and (attention[..., 0] == 0).all()
             torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 7))
@@ -277,9 +268,6 @@ def test_base_is_vit_b_and_bert_base():
     assert len(model.text.layers) == len(model.fusion.layers) == 6
 
 
-# -------------------------------------------------------------------------------------------- momentum
-
-
 def test_momentum_follows_by_the_decay_and_never_trains():
     model = make_model()
     momentum = MomentumModel(model, decay=0.9)
@@ -315,175 +303,6 @@ def test_queue_keeps_the_newest_in_a_ring():
     assert len(empty.filled()[0]) == 0
 
 
-# ------------------------------------------------------------------------------------ pretrained weights
-
-
-def timm_names(vit):
-    """Our ViT's weights under timm's names, which DeiT, MAE and ALBEF share."""
-    state = {"cls_token": vit.cls_token, "pos_embed": vit.position_embed}
-    for part in ("weight", "bias"):
-        state[f"patch_embed.proj.{part}"] = getattr(vit.patch_embed, part)
-        state[f"norm.{part}"] = getattr(vit.norm, part)
-        for i, layer in enumerate(vit.layers):
-            a = layer.attention
-            state[f"blocks.{i}.attn.qkv.{part}"] = torch.cat([getattr(m, part) for m in (a.query, a.key, a.value)])
-            for name, module in (("attn.proj", a.output), ("norm1", layer.norm1), ("norm2", layer.norm2),
-                                 ("mlp.fc1", layer.mlp[0]), ("mlp.fc2", layer.mlp[2])):  # fmt: skip
-                state[f"blocks.{i}.{name}.{part}"] = getattr(module, part)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def bert_names(model):
-    """Our text and fusion encoders under BERT's names, as ALBEF stores them."""
-    table = model.text.position_embeddings
-    state = {
-        "embeddings.word_embeddings.weight": model.text.word_embeddings.weight,
-        "embeddings.position_embeddings.weight": torch.cat([table, torch.zeros(9, table.shape[1])]),
-        "embeddings.token_type_embeddings.weight": torch.zeros(2, table.shape[1]),
-        "embeddings.position_ids": torch.arange(29)[None],
-        "embeddings.LayerNorm.weight": model.text.norm.weight,
-        "embeddings.LayerNorm.bias": model.text.norm.bias,
-    }
-    for i, layer in enumerate([*model.text.layers, *model.fusion.layers]):
-        for ours, theirs in (("attention", "attention"), ("cross_attention", "crossattention")):
-            if not hasattr(layer, ours):
-                continue
-            module = getattr(layer, ours)
-            for part in ("weight", "bias"):
-                for piece in ("query", "key", "value"):
-                    state[f"encoder.layer.{i}.{theirs}.self.{piece}.{part}"] = getattr(getattr(module, piece), part)
-                state[f"encoder.layer.{i}.{theirs}.output.dense.{part}"] = getattr(module.output, part)
-                state[f"encoder.layer.{i}.{theirs}.output.LayerNorm.{part}"] = getattr(
-                    getattr(layer, f"{ours}_norm"), part
-                )
-        for part in ("weight", "bias"):
-            state[f"encoder.layer.{i}.intermediate.dense.{part}"] = getattr(layer.mlp[0], part)
-            state[f"encoder.layer.{i}.output.dense.{part}"] = getattr(layer.mlp[2], part)
-            state[f"encoder.layer.{i}.output.LayerNorm.{part}"] = getattr(layer.mlp_norm, part)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def hub_vit_names(vit):
-    """Hugging Face's names as they stand in published ViT files."""
-    state = {}
-    for name, tensor in timm_names(vit).items():
-        name = name.replace("cls_token", "vit.embeddings.cls_token").replace(
-            "pos_embed", "vit.embeddings.position_embeddings"
-        )
-        name = name.replace("patch_embed.proj", "vit.embeddings.patch_embeddings.projection").replace(
-            "blocks.", "vit.encoder.layer."
-        )
-        name = name.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-        name = (
-            name.replace("attn.proj", "attention.output.dense")
-            .replace("mlp.fc1", "intermediate.dense")
-            .replace("mlp.fc2", "output.dense")
-        )
-        if name.startswith("norm."):
-            name = "vit.layernorm." + name.removeprefix("norm.")
-        if "attn.qkv" in name:
-            for piece, t in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                state[name.replace("attn.qkv", f"attention.attention.{piece}")] = t.clone()
-        else:
-            state[name] = tensor
-    return state
-
-
-@pytest.mark.parametrize("naming", [timm_names, hub_vit_names])
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_vision_weights_in_every_naming(tmp_path, naming, wrapped):
-    source, target = make_model(seed=1), make_model(seed=2)
-    state = naming(source.vision) | {"head.weight": torch.zeros(3, 48), "decoder_blocks.0.norm1.weight": torch.zeros(9)}
-    torch.save({"model": state, "args": argparse.Namespace(lr=1)} if wrapped else state, tmp_path / "vit.pth")
-    report = load_pretrained(target, vision=tmp_path / "vit.pth")
-    assert set(report.skipped) == {"head.weight", "decoder_blocks.0.norm1.weight"}
-    for (name, ours), theirs in zip(target.vision.named_parameters(), source.vision.parameters(), strict=True):
-        assert name == "registers" or torch.equal(ours, theirs)
-    assert "text.norm.weight" in report.missing and "vision.norm.weight" in report.loaded
-
-
-def test_position_embeddings_are_interpolated_to_the_grid(tmp_path):
-    finer = ModelConfig(**{**SMALL.__dict__, "image_size": 64})
-    source, target = make_model(seed=1), make_model(finer)
-    with torch.no_grad():  # a smooth table: interpolation must keep it smooth
-        ramp = torch.linspace(0, 1, 4).repeat_interleave(4)[:, None].expand(16, 48)
-        source.vision.position_embed[0, 1:] = ramp
-    torch.save(timm_names(source.vision), tmp_path / "vit.pth")
-    load_pretrained(target, vision=tmp_path / "vit.pth")
-    table = target.vision.position_embed[0]
-    assert table.shape == (65, 48)
-    close(table[0], source.vision.position_embed[0, 0])
-    rows = table[1:].reshape(8, 8, 48)[:, 0, 0]
-    assert (rows.diff() > -0.02).all() and rows[0] < 0.1 and rows[-1] > 0.9
-
-
-@pytest.mark.parametrize("wrapper", ["", "module."])
-def test_whole_albef_checkpoint(tmp_path, wrapper):
-    source, target = make_model(seed=1), make_model(seed=2)
-    state = {f"visual_encoder.{k}": v for k, v in timm_names(source.vision).items()}
-    state |= {f"text_encoder.bert.{k}": v for k, v in bert_names(source).items()}
-    own = dict(source.named_parameters())
-    for name in ("vision_proj", "text_proj", "itm_head"):
-        state |= {f"{name}.{part}": own[f"{name}.{part}"].detach() for part in ("weight", "bias")}
-    state["temp"] = source.temp.detach()
-    state |= {"text_encoder.cls.predictions.bias": source.mlm_bias.detach(), "image_queue": torch.zeros(4, 9)}
-    state |= {
-        f"text_encoder.cls.predictions.transform.dense.{p}": getattr(source.mlm_head[0], p).detach()
-        for p in ("weight", "bias")
-    }
-    state |= {
-        f"text_encoder.cls.predictions.transform.LayerNorm.{p}": getattr(source.mlm_head[2], p).detach()
-        for p in ("weight", "bias")
-    }
-    state |= {f"visual_encoder_m.{k}": v + 1 for k, v in timm_names(source.vision).items()}
-    state |= {f"text_encoder_m.bert.{k}": v + 1 for k, v in bert_names(source).items()}
-    torch.save({"model": {wrapper + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "albef.pth")
-    report = load_pretrained(target, whole=tmp_path / "albef.pth")
-    assert [name for name in report.missing if not name.startswith("decoder.")] == ["vision.registers"]
-    for (name, ours), theirs in zip(target.named_parameters(), source.parameters(), strict=True):
-        assert name.startswith("decoder.") or torch.equal(ours, theirs), name
-    assert "image_queue" in report.skipped
-
-
-def test_weights_of_another_size_are_refused_and_partial_fits_reported(tmp_path):
-    other = make_model(ModelConfig(**{**SMALL.__dict__, "width": 64}))
-    target = make_model()
-    torch.save(timm_names(other.vision), tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match="none of its tensors fits"):
-        load_pretrained(target, vision=tmp_path / "vit.pth")
-    state = bert_names(make_model(seed=3))
-    state["embeddings.word_embeddings.weight"] = torch.zeros(99, 48)
-    torch.save(state, tmp_path / "bert.bin")
-    report = load_pretrained(target, text=tmp_path / "bert.bin")
-    assert "shape (99, 48), this model has (60, 48)" in str(report)
-    assert "text.word_embeddings.weight" in report.missing
-
-
-class Malicious:
-    def __reduce__(self):
-        return (print, ("ran pickled code",))
-
-
-@pytest.mark.parametrize("kind", ["absent", "text", "pickle", "safetensors", "truncated", "list"])
-def test_unreadable_weights_are_one_clear_line(tmp_path, kind, capsys):
-    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
-    if kind in ("text", "safetensors"):
-        path.write_text("not weights at all, but long enough to be read as a header of some kind")
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"model": Malicious()}))
-    elif kind == "truncated":
-        torch.save(timm_names(make_model().vision), path)
-        path.write_bytes(path.read_bytes()[:2000])
-    elif kind == "list":
-        torch.save([1, 2], path)
-    with pytest.raises(WeightsError, match=str(path.name)) as caught:
-        load_pretrained(make_model(), vision=path)
-    assert "\n" not in str(caught.value) and "ran pickled code" not in capsys.readouterr().out
-
-
-# -------------------------------------------------------------------------------------- nothing computed twice
-
-
 @pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])
 def test_pairs_that_share_photos_or_ask_for_cls_alone_fuse_as_if_on_their_own(layers, cls_context):
     model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
@@ -492,21 +311,18 @@ def test_pairs_that_share_photos_or_ask_for_cls_alone_fuse_as_if_on_their_own(la
     rows, photos = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 1, 0])
     plain = model.fuse(text_embeds[rows], keep[rows], image_embeds[photos])
     shared = model.fuse(text_embeds[rows], keep[rows], image_embeds, photos=photos)
-    cls, rest = model.fuse(text_embeds[rows], keep[rows], image_embeds, photos=photos, only_cls=3)
-    assert cls.shape == (3, 1, SMALL.width) and rest.shape == (2, *plain.shape[1:])
+    cls = model.fuse_cls(text_embeds[rows], keep[rows], image_embeds, photos)
+    assert cls.shape == (5, 1, SMALL.width)
     close(shared, plain)
-    close(cls, plain[:3, :1])
-    close(rest, plain[3:])
+    close(cls, plain[:, :1])
     weigh = torch.randn_like(plain)
-    weigh[:3, 1:] = 0
     inputs = (text_embeds, image_embeds, model.fusion.layers[0].cross_attention.key.weight)
-    theirs = torch.autograd.grad((plain * weigh).sum(), inputs)
-    mine = torch.autograd.grad((cls * weigh[:3, :1]).sum() + (rest * weigh[3:]).sum(), inputs)
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    every, none = model.fuse(text_embeds, keep, image_embeds, only_cls=3)
-    close(every, model.fuse(text_embeds, keep, image_embeds)[:, :1])
-    assert none.shape[0] == 0
+    for ours, weights in ((shared, weigh), (cls, weigh[:, :1])):
+        mine = torch.autograd.grad((ours * weights).sum(), inputs, retain_graph=True)
+        theirs = torch.autograd.grad((plain[:, : weights.shape[1]] * weights).sum(), inputs, retain_graph=True)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    close(model.fuse_cls(text_embeds, keep, image_embeds), model.fuse(text_embeds, keep, image_embeds)[:, :1])
 
 
 def test_patches_of_an_earlier_layer_are_not_computed_further():
@@ -521,8 +337,6 @@ def test_patches_of_an_earlier_layer_are_not_computed_further():
     close(embeds[:, :1], model.vision.norm(whole[:, :1]))
     close(embeds[:, 1:], model.vision.norm(tokens[0][:, 1:17]))
 
-
-# ------------------------------------------------------------------------- local tokens, phrases, symbols
 
 FINE = replace(SMALL, local_image=0.05, local_text=0.25, alignment=True, detector=True)
 
@@ -614,21 +428,5 @@ def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
         plain = make_model()
         assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
         assert torch.equal(plain.text_feature(text_embeds, keep), plain.project_text(text_embeds))
-    with pytest.raises(ValueError, match="local_text 1.5 is a share of more than 1"):
+    with pytest.raises(ValueError, match="local_text 1.5 is more than 1"):
         replace(SMALL, local_text=1.5)
-
-
-def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
-    state = bert_names(make_model(seed=3))
-    torch.save(state, tmp_path / "bert.bin")
-    target = make_model(replace(SMALL, vocab_size=SMALL.vocab_size + 9))
-    before = target.text.word_embeddings.weight.detach().clone()
-    report = load_pretrained(target, text=tmp_path / "bert.bin")
-    after, words = target.text.word_embeddings.weight, state["embeddings.word_embeddings.weight"]
-    assert torch.equal(after[:-9], words) and torch.equal(after[-9:], before[-9:])
-    assert "text.word_embeddings.weight" in report.loaded
-    narrow = make_model(replace(SMALL, vocab_size=SMALL.vocab_size + 9, width=32, text_layers=1))
-    state["cls.predictions.bias"] = torch.zeros(SMALL.vocab_size)
-    torch.save(state, tmp_path / "bert.bin")
-    assert "shape (60, 48), this model has (69, 32)" in str(load_pretrained(narrow, text=tmp_path / "bert.bin"))
-    assert len(SYMBOLS) == EXTRA_TOKENS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import finetune
 import train
@@ -140,7 +140,7 @@ def test_masked_words_are_blacked_out(tmp_path):
     dataset = build_dataset("synthetic", None, "val", 32)
     run = build_run(config, dataset, build_tokenizer(dataset.captions, 300, 64))
     page = Image.new("RGB", (400, 60), PAPER)
-    pen, font = train.ImageDraw.Draw(page), train.ImageFont.load_default(15)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     draw_text(pen, font, ("", "red coat"), run.tokenizer, [False, False, True, False], (0, 0), 300)
     dark = (np.array(page) == INK).all(2).sum(0)
     middle = int(font.getlength("red")) + 3

@@ -1,0 +1,63 @@
+"""Small runs and files that several tests share."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import train
+from harness.checkpoints import load_checkpoint
+from harness.config import parse_config
+
+PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
+
+
+def write_fashioniq(folder, split, sizes, photo=None):
+    """Files of FashionIQ's shape: queries, photos of the split, photos that occur in pairs, by subset."""
+    for part in ("captions", "image_splits", "images"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for subset, (queries, split_size, union) in sizes.items():
+        ids = [f"{subset}{i:05}" for i in range(split_size)]
+        pairs = [{"candidate": ids[(2 * i + 1) % union], "target": ids[(2 * i) % union]} for i in range(queries)]
+        for i, pair in enumerate(pairs):
+            pair["captions"] = [f"is colour {i % 7} ", "has sleeves"]
+        if split == "test":
+            pairs = [{k: v for k, v in pair.items() if k != "target"} for pair in pairs]
+        (folder / "captions" / f"cap.{subset}.{split}.json").write_text(json.dumps(pairs))
+        (folder / "image_splits" / f"split.{subset}.{split}.json").write_text(json.dumps(ids))
+        for number, name in enumerate(ids):
+            path = folder / "images" / f"{name}.{'jpg' if number % 2 else 'png'}"
+            path.touch() if photo is None else photo(number).save(path)
+
+
+FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
+        "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
+        "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1"]  # fmt: skip
+# soft masks read the gradient in a layer before the last
+FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine": [], "albef": []}
+
+
+def run(out, *flags):
+    config, given = parse_config([*FAST, "--out", str(out), *flags])
+    return train.train(config, given)
+
+
+def resume(out, *flags):
+    config, given = parse_config(["--resume", "--out", str(out), *flags])
+    return train.train(config, given)
+
+
+def checkpoint(out):
+    return load_checkpoint(Path(out) / "last.pt")
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_state(one, two):
+    for part in ("model", "momentum", "queue"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part] | two[part]), part
+    for mine, theirs in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert str(one["sampler"]) == str(two["sampler"]) and one["step"] == two["step"]

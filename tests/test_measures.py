@@ -1,0 +1,317 @@
+"""Figures against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import FAST
+
+import data
+from data import build_tokenizer
+from harness.config import parse_config
+from harness.run import build_run
+from harness.splits import numbers_of
+from measures.pictures import shown_soft_masks
+from measures.scores import (
+    Ranking,
+    full_rankings,
+    match_rank,
+    recalls_of,
+    sampled_candidates,
+    scores_by_class,
+    triplet_recalls,
+)
+from measures.search import check_words, unknown_words
+from measures.truth import mask_truth, negative_truth, truth_in_words, word_truth
+from photos.dataset import DataError
+from photos.fashioniq import PhotoFiles
+from photos.synthetic import Synthetic
+from photos.triplets import Triplets
+from photos.wardrobe import Product
+
+
+def test_word_truth_is_the_truth_token_by_token(wardrobe):
+    tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
+    rows = list(range(12))
+    known = word_truth(wardrobe, rows, tokenizer, 8)
+    encodings = tokenizer.encode_batch([wardrobe.captions[row] for row in rows])
+    assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
+    hidden = 0
+    for b, row in enumerate(rows):
+        spans, regions = wardrobe.truth(row, 8)
+        for i, ((start, end), special) in enumerate(zip(encodings[b].offsets, encodings[b].special_tokens_mask)):
+            keys = [key for first, last, key in spans if first <= start and end <= last and not special]
+            assert known.attribute[b, i] == bool(keys)
+            shown = [key for key in keys if key in regions]
+            assert known.visible[b, i] == bool(shown)
+            if shown:
+                assert torch.equal(known.regions[b, i], torch.from_numpy(regions[shown[0]]))
+            assert known.detail[b, i] == bool(keys and keys[0] not in ("garment", "colour", "pattern"))
+            hidden += bool(keys) and not shown
+    assert hidden > 10 and not (known.visible & ~known.attribute).any()
+
+
+def test_word_truth_is_the_same_in_a_frame(wardrobe):
+    rows = [0, 1, 2, 9]
+    tokenizer = build_tokenizer(wardrobe.captions, 400, 128, frames=True)
+    plain, alone = (
+        word_truth(wardrobe, rows, tokenizer, 8),
+        data.tokenize(tokenizer, [wardrobe.text(r) for r in rows]),
+    )
+    wardrobe.prompts = True
+    try:
+        framed = word_truth(wardrobe, rows, tokenizer, 8)
+        batch = data.tokenize(tokenizer, [wardrobe.text(row) for row in rows])
+    finally:
+        del wardrobe.prompts
+    for b in range(len(rows)):
+        before = alone["words"][b].sum()
+        description = batch["words"][b].nonzero()[:before, 0]
+        assert torch.equal(framed.regions[b, description], plain.regions[b, alone["words"][b]])
+        assert framed.attribute[b].sum() == plain.attribute[b].sum()
+
+
+def test_match_rank_by_hand():
+    """Ties count against the model, the best of several right ones counts, none right is a miss."""
+    sim = torch.tensor([[0.9, 0.5, 0.1], [0.5, 0.5, 0.1], [0.2, 0.9, 0.3], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    right = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    assert match_rank(sim, right)[:4].tolist() == [0, 1, 1, 0] and match_rank(sim, right)[4] > 10**9
+    assert match_rank(torch.full((1, 3), torch.nan), right[:1]).tolist() == [2]  # what is not a number earns nothing
+
+
+def test_recalls_one_to_many_by_hand():
+    """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
+    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), top=2))
+    figures = recalls_of(rankings)
+    assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
+    assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
+    assert figures["full_mean"] == pytest.approx((2 / 3 + 1 + 1 + 0.5 + 1 + 1) / 6)
+    assert rankings[1].pairs.tolist() == [[[0, 0], [2, 0]], [[1, 1], [2, 1]]]
+    assert rankings[1].right.tolist() == [[True, False], [False, True]]
+
+
+def test_full_rankings_agree_with_a_slow_definition():
+    generator = torch.Generator().manual_seed(0)
+    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
+    owner = torch.randint(0, 15, (60,), generator=generator)
+    owner[:15] = torch.arange(15)
+    images, texts = feats(60), feats(15)
+    figures = recalls_of([*full_rankings(images, texts, owner)])
+    sim = images @ texts.T  # (60, 15)
+    for k in (1, 5, 10):
+        texts_found = [owner[i] in sim[i].topk(k).indices for i in range(60)]
+        photos_found = [t in owner[sim[:, t].topk(k).indices] for t in range(15)]
+        assert figures[f"full_i2t_r{k}"] == pytest.approx(np.mean(texts_found))
+        assert figures[f"full_t2i_r{k}"] == pytest.approx(np.mean(photos_found))
+
+
+def test_chance_is_what_a_random_order_gives():
+    sizes = torch.tensor([[20, 1]] * 50 + [[20, 4]] * 50)
+    ranking = Ranking("x", torch.zeros(100), torch.zeros(0), torch.zeros(0), sizes)
+    rng, hits = np.random.default_rng(0), {1: [], 5: [], 10: []}
+    for _ in range(20_000):
+        for right in (1, 4):
+            best = rng.permutation(20)[:right].min()
+            for k in hits:
+                hits[k].append(best < k)
+    for k, found in hits.items():
+        assert ranking.chance()[f"x_r{k}"] == pytest.approx(np.mean(found), abs=0.01)
+    assert Ranking("x", torch.zeros(1), sizes, sizes, torch.tensor([[3, 1]])).chance()["x_r5"] == 1
+
+
+def test_reranking_orders_the_best_and_leaves_the_rest():
+    sim = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1]])
+    right = torch.zeros(3, 4, dtype=torch.bool)
+    right[0, 1] = right[1, 3] = right[2, 0] = True
+    ranking = Ranking.of("full_i2t", sim, right, torch.arange(3)[:, None], torch.arange(4), top=2)
+    assert ranking.rank.tolist() == [1, 3, 0]
+    assert ranking.pairs[1].tolist() == [[1, 0], [1, 1]]
+    assert ranking.reranked(torch.tensor([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]])).tolist() == [0, 3, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
+def test_macro_f1_equals_a_second_implementation(pairs):
+    """By confusion of labels, one against the rest; class 6 as the one that is never answered rightly is no exception."""
+    right, answered = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    figures = scores_by_class(right, answered)
+    assert set(figures) == {label for pair in pairs for label in pair}
+    for label, (precision, recall, f1) in figures.items():
+        tp = sum(a == label == b for a, b in pairs)
+        fp = sum(a != label == b for a, b in pairs)
+        fn = sum(a == label != b for a, b in pairs)
+        p, r = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+        assert precision == pytest.approx(p) and recall == pytest.approx(r)
+        assert f1 == pytest.approx(2 * p * r / (p + r) if p + r else 0)
+
+
+def test_triplet_recalls_by_hand():
+    """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
+    photos = PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
+    triplets = Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
+    assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
+    sim = torch.zeros(2, 60)
+    sim[0, 2] = 1.0  # found at once
+    sim[1, 3], sim[1, 10:21] = 0.5, 0.9  # eleven others before it
+    small = sim[:, :4]
+    ranked = [("dress", "original", sim, np.array([0, 1]), np.arange(60)),
+              ("dress", "union", small, np.array([0, 1]), np.arange(4))]  # fmt: skip
+    figures, chance = triplet_recalls(triplets, ranked)
+    assert figures["dress_original_r1"] == figures["dress_original_r10"] == 0.5 and figures["dress_original_r50"] == 1
+    assert figures["dress_union_r1"] == figures["mean_union_r1"] == 1
+    assert chance["mean_original_r10"] == 10 / 60 and chance["dress_union_r1"] == 0.25
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=2, max_size=30),
+    st.integers(1, 12), st.integers(0, 5),
+)  # fmt: skip
+def test_sampled_candidates_follow_their_definition(products, negatives, seed):
+    """products: (sub-category, photos) each."""
+    owner = np.repeat(np.arange(len(products)), [photos for _, photos in products])
+    kind_of = [str(kind) for kind, _ in products]  # strings: "10" sorts before "2"
+    kinds = numbers_of([kind_of[product] for product in owner])
+    kind_of = kinds[np.unique(owner, return_index=True)[1]]
+    draw = lambda: sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed))
+    lists, again = draw(), draw()
+    assert all(torch.equal(lists[way], again[way]) for way in lists)
+    for way, owner_of in (("i2t", np.arange(len(products))), ("t2i", owner)):
+        queries = lists[way].numpy()
+        assert len(queries) == min(8, len(owner)) and len(set(queries[:, 0])) == len(queries)
+        fewest = min((owner_of != owner[photo]).sum() for photo in queries[:, 0])
+        assert queries.shape[1] == 2 + min(negatives, fewest)
+        for photo, right, *wrong in queries.tolist():
+            assert right == (owner[photo] if way == "i2t" else photo)
+            assert len(set(wrong)) == len(wrong) and owner[photo] not in owner_of[wrong]
+            alike = [kind_of[owner_of[candidate]] == kinds[photo] for candidate in wrong]
+            there = sum(kind_of[o] == kinds[photo] for o in owner_of if o != owner[photo])
+            assert sum(alike) == min(len(wrong), there) and alike == sorted(alike, reverse=True)
+
+
+def test_unknown_words(capsys):
+    tokenizer = data.build_tokenizer(["red dress with red belt", "red dress"] * 3, 60, 64)
+    assert unknown_words(tokenizer, "red dress") == []
+    assert unknown_words(tokenizer, "red dwb, été") == ["dwb", "été"]
+    with pytest.raises(DataError, match="no word of it"):
+        check_words(tokenizer, "", "dwb dwb été")
+    check_words(tokenizer, "", "red dwb " + 70 * "dress ")
+    said = capsys.readouterr().out
+    assert "letter by letter: dwb\n" in said and "cut after 64 tokens" in said
+
+
+def test_soft_masks_of_a_compiled_model_are_drawn(monkeypatch):
+    """With a backend that, unlike "eager", traces the backward pass too, and so cuts the way of a gradient."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    masks = []
+    for flags in ([], ["--compile"]):
+        config, _ = parse_config([*FAST, "--fusion-layers", "2", *flags])
+        dataset = data.build_dataset("synthetic", None, "train", 32, 0, 2)
+        state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+        batch = data.Collate(state.tokenizer)([dataset[0], dataset[1]])
+        masks.append(shown_soft_masks(state, batch, torch.Generator().manual_seed(0))[0][1])
+    torch.testing.assert_close(*masks)
+
+
+def test_retrieval_recall_by_hand():
+    """Three products with 2, 1, 1 photos on a line of similarity; ranks worked out on paper."""
+    text = torch.eye(3)
+    image = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.5], [0.1, 0.7, 0.6], [0.3, 0.4, 0.6]])
+    owner = torch.tensor([0, 0, 1, 2])
+    i2t, t2i = full_rankings(image, text, owner)
+    assert i2t.rank.tolist() == [0, 2, 0, 0]  # the second photo: 0.2 below 0.8 and 0.5
+    # text 0: best photo 0 first. text 1: own 0.7 behind 0.8 of product 0. text 2: own 0.6 ties with photo 2: counted against
+    assert t2i.rank.tolist() == [0, 1, 1]
+
+
+class Oracle:
+    """Stands in for a momentum model: gives every photo and text the feature that the test wants it to have."""
+
+    def __init__(self, dataset, image_feat, text_feat):
+        self.of_photo = {dataset[row]["image"].numpy().tobytes(): feat for row, feat in enumerate(image_feat)}
+        self.texts, self.feats = dataset, text_feat
+
+    def encode_image(self, images):
+        return images
+
+    def project_image(self, images):
+        pixels = (
+            images * images.new_tensor(data.IMAGENET_STD)[:, None, None]
+            + images.new_tensor(data.IMAGENET_MEAN)[:, None, None]
+        )
+        return torch.stack([self.of_photo[image.numpy().tobytes()] for image in (pixels * 255).round().byte()])
+
+    def encode_text(self, ids, keep):
+        return ids
+
+    def project_text(self, ids):
+        whole = [tuple(e.ids) for e in self.tokenizer.encode_batch(self.texts.captions)]
+        return torch.stack(
+            [self.feats[next(i for i, t in enumerate(whole) if t[: len(row)] == tuple(row))] for row in ids.tolist()]
+        )
+
+
+def test_false_negatives_are_counted_by_hand():
+    """Four products seen from the front. 0: a navy shirt with a red logo. 1: the same without it, so its text fits
+    photo 0, but not the other way round. 2: the shirt in teal. 3: a bag. Similarities are chosen so that the hardest
+    negatives are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
+    shirt = Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""),), "Logo shirt")
+    products = [
+        shirt,
+        replace(shirt, details=(), marked_caption="Plain shirt"),
+        replace(shirt, colour="teal", marked_caption="Teal shirt"),
+        Product("tote bag", "pink", None, None, None, (), "Pink bag"),
+    ]
+    dataset = Synthetic("train", 4, 64, progress=False)
+    dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
+    dataset.captions = [product.marked_caption for product in products]
+    dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
+    dataset.photos = [dataset._render(row)[0] for row in range(4)]
+    own, above, below, far = 0.75, 0.9, 0.5, 0.1
+    sim = torch.tensor(
+        [[own, above, below, far], [above, own, far, below], [below, far, own, above], [far, below, above, own]]
+    )
+    config, _ = parse_config(
+        [*FAST, "--image-size", "64", "--patch-size", "16", "--batch-size", "4", "--search-size", "5"]
+    )
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state.momentum = Oracle(dataset, sim, torch.eye(4))
+    state.momentum.tokenizer = state.tokenizer
+    figures = negative_truth(state, dataset)
+    # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no logo), 2 and 3 each other's;
+    # texts the same way round: text 1 gets photo 0 (false)
+    assert figures["false_negative_rate_hard"] == pytest.approx(2 / 8)
+    assert figures["negative_similarity_hard"] == pytest.approx(above)
+    assert figures["false_negative_rate"] == 0 and figures["negative_similarity"] == pytest.approx(below)
+    assert far <= figures["negative_similarity_random"] <= above
+
+
+def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
+    """With the truth itself as attention every mask and every word is right; beside it what random masks get."""
+    dataset = Synthetic("val", 10, 32, progress=False)
+    config, _ = parse_config(
+        [*FAST, "--mim-ratio", "0.05", "--mlm-ratio", "0.1", "--word-score", "max", "--patch-size", "4"]
+    )
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+
+    def attention(momentum, batch, *_):
+        regions = word_truth(dataset, batch["rows"].tolist(), state.tokenizer, 8).regions.float()
+        return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
+
+    monkeypatch.setattr("harness.wiring.momentum_attention", attention)
+    figures = mask_truth(state, dataset)
+    for key in ("patch_cooccurrence", "word_cooccurrence", "detail_cooccurrence", "pointing", "pointing_whole"):
+        assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
+    assert truth_in_words(figures | {f"{key}{end}": 0.0 for key in ("false_negative_rate", "negative_similarity")
+                                           for end in ("", "_random", "_hard")})[0].startswith(
+        "masks, skill over random ones: patches 1.00, words 1.00, of details 1.00")  # fmt: skip
+
+
+def test_equal_features_earn_nothing():
+    same = torch.ones(6, 4)
+    recalls = recalls_of([*full_rankings(same, same, torch.arange(6))])
+    assert all(recalls[f"full_{way}_r{k}"] == 0 for way in ("i2t", "t2i") for k in (1, 5))

@@ -1,0 +1,586 @@
+"""Synthetic photos and their truth; FashionGen, jsonl and FashionIQ files good and bad; prompts; triplets."""
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import PUBLISHED, write_fashioniq
+
+import data
+from data import Collate, build_dataset, build_tokenizer
+from photos.dataset import DataError
+from photos.families import FAMILY, synthetic_triplets
+from photos.fashiongen import FashionGen
+from photos.jsonl import Jsonl
+from photos.prompts import prompted, symbol_of
+from photos.synthetic import Synthetic
+from photos.wardrobe import COLOURS, DETAILS, GARMENTS, NECKS, Product
+
+
+def test_synthetic_is_deterministic_and_seeded(wardrobe):
+    again = Synthetic("train", 5, 64, seed=0, progress=False)  # fewer products: the same first ones
+    other = Synthetic("train", 5, 64, seed=1, progress=False)
+    assert again.captions == wardrobe.captions[: len(again)] and other.captions != again.captions
+    for row in range(len(again)):
+        assert np.array_equal(again.photos[row], wardrobe.photos[row])
+
+
+def test_splits_share_no_product(wardrobe):
+    attributes = lambda p: (p.garment, p.colour, p.pattern, p.sleeve, p.neck, p.details)
+    val = Synthetic("val", 100, 32, seed=0, progress=False)
+    assert not {attributes(p) for p in wardrobe.products} & {attributes(p) for p in val.products}
+
+
+def test_synthetic_is_varied(wardrobe):
+    assert len(set(wardrobe.categories)) >= 10 and len(set(wardrobe.subcategories)) >= 18 and len(COLOURS) >= 12
+    photos_of = np.bincount(wardrobe.product_ids)
+    assert set(photos_of) == {3, 4}
+    assert len(set(wardrobe.captions)) == len(wardrobe.products)
+    assert {view for _, view in wardrobe.rows} == {"front", "back", "close-up", "half"}
+    assert 15 < np.mean([len(c.split()) for c in wardrobe.captions]) < 35
+
+
+def test_any_image_size_and_patch_grid():
+    dataset = Synthetic("val", 2, 96, progress=False)
+    assert dataset[0]["image"].shape == (3, 96, 96) and dataset[0]["image"].dtype == torch.uint8
+    for grid in (4, 8, 16):
+        assert all(region.shape == (grid * grid,) for region in dataset.truth(0, grid)[1].values())
+
+
+def test_truth_spans_name_their_attributes(wardrobe):
+    for row in range(0, len(wardrobe), 7):
+        product, caption = wardrobe.products[wardrobe.rows[row][0]], wardrobe.captions[row]
+        spans, _ = wardrobe.truth(row, 8)
+        named = {}
+        for start, end, key in spans:
+            named[key] = named.get(key, "") + " " + caption[start:end].lower()
+        assert product.garment in named["garment"] and product.colour in named["colour"] and "unseen" in named
+        assert {key for key, _, _ in product.details} <= named.keys()
+        for key, colour, _ in product.details:
+            if key in ("logo", "belt", "hem", "cuffs", "graphic", "badge"):
+                assert colour in named[key] or key == "cuffs"
+
+
+def test_truth_regions_follow_the_view(wardrobe):
+    """A front detail is not on the back; what has no region is never visible; the whole garment always is."""
+    for row, (index, view) in enumerate(wardrobe.rows[:200]):
+        regions = wardrobe.truth(row, 8)[1]
+        assert "unseen" not in regions and regions["garment"].any()
+        for key, _, _ in wardrobe.products[index].details:
+            shown_on = DETAILS[key][1]
+            if view in ("front", "back"):
+                assert (key in regions) == (view in shown_on), (view, key, wardrobe.captions[row])
+            elif "front" not in shown_on:
+                assert key not in regions
+
+
+def test_a_description_fits_a_photo_that_shows_nothing_against_it():
+    """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
+    said = "{logo|Red logo} at front. {graphic|Pink star print} at back"
+    shirt = Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""), ("graphic", "pink", "star")), said)
+    others = {
+        "itself": shirt,
+        "another colour": replace(shirt, colour="teal"),
+        "another garment": replace(shirt, garment="polo"),
+        "another sleeve": replace(shirt, sleeve="short"),
+        "another logo": replace(
+            shirt,
+            details=(("logo", "white", ""), ("graphic", "pink", "star")),
+            marked_caption=said.replace("Red", "White"),
+        ),
+        "no logo": replace(shirt, details=(("graphic", "pink", "star"),)),
+        "another graphic": replace(
+            shirt,
+            details=(("logo", "red", ""), ("graphic", "pink", "heart")),
+            marked_caption=said.replace("star", "heart"),
+        ),
+        "a belt more": replace(shirt, details=(*shirt.details, ("belt", "white", ""))),
+        "striped": replace(shirt, pattern=("striped", "white")),
+    }
+    dataset = Synthetic("train", 1, 64, progress=False)
+    dataset.products, dataset.rows = list(others.values()), [(0, "front"), (0, "back")]
+    fits = {name: [dataset.describes(i, row) for row in (0, 1)] for i, name in enumerate(others)}
+    assert fits == {
+        "itself": [True, True],
+        "another colour": [False, False],
+        "another garment": [False, False],
+        "another sleeve": [False, False],
+        "another logo": [False, True],  # logos are at the front
+        "no logo": [True, True],  # what it says is true; it only says less
+        "another graphic": [True, False],  # graphics are at the back
+        "a belt more": [False, False],
+        "striped": [False, False],
+    }
+    # buttons whose colour the text does not say: it fits buttons of any colour; and where it says it, only those
+    plain, named = "{buttons|Button closure} at front", "{buttons|Buttons} in {buttons|red} at front"
+    coats = [replace(shirt, details=(("buttons", ink, ""),), marked_caption=text)
+             for ink, text in (("pink", plain), ("pink", named), ("red", plain), ("red", named))]  # fmt: skip
+    dataset.products, dataset.rows = coats, [(i, "front") for i in range(4)]
+    assert [dataset.describes(2, row) for row in range(4)] == [True, True, True, True]
+    assert [dataset.describes(3, row) for row in range(4)] == [False, False, True, True]
+
+
+def test_truth_regions_are_where_the_colour_is():
+    """On the photo, the patches of a coloured graphic or belt hold that colour, and the others do not."""
+    found = []
+    dataset = Synthetic("train", 120, 64, seed=5, progress=False)
+    for row, (index, _) in enumerate(dataset.rows):
+        product, (_, regions) = dataset.products[index], dataset.truth(row, 16)
+        for key, colour, _ in product.details:
+            vivid = colour in ("red", "green", "blue", "purple", "yellow", "orange")  # unlike any background
+            if key not in ("graphic", "belt", "badge") or key not in regions or product.pattern or not vivid:
+                continue
+            pixels = np.asarray(dataset.photos[row], float)
+            near = np.abs(pixels - COLOURS[colour]).max(-1) < 45
+            share = near.reshape(16, 4, 16, 4).mean((1, 3)).ravel()
+            others = [d[1] for d in product.details if d[0] != key]
+            if colour in others or np.abs(np.subtract(COLOURS[colour], COLOURS[product.colour])).max() < 90:
+                continue
+            inside, outside = share[regions[key]].mean(), share[~regions[key]].mean()
+            found.append(inside > 0.25 and inside > 5 * outside)
+    assert len(found) > 15 and np.mean(found) > 0.9  # slivers at the edge of a photo are all rim
+
+
+@pytest.fixture
+def fashiongen(tmp_path):
+    data.main(["export-fashiongen", str(tmp_path), "--items", "6"])
+    return tmp_path
+
+
+def open_fashiongen(folder, size=64):
+    return build_dataset("fashiongen", folder, "train", size)
+
+
+def test_exported_fashiongen_has_the_published_layout_and_reads_back(fashiongen):
+    with h5py.File(fashiongen / FashionGen.FILES["train"]) as file:
+        keys = "index index_2 input_brand input_category input_composition input_concat_description input_department input_description input_gender input_image input_msrpUSD input_name input_pose input_productID input_season input_subcategory"
+        assert sorted(file) == keys.split()
+        assert file["input_image"].shape[1:] == (256, 256, 3) and file["input_productID"].dtype == np.int32
+        assert file["input_description"].shape == (len(file["input_image"]), 1)
+    dataset, drawn = open_fashiongen(fashiongen, 256), Synthetic("train", 6, 256, progress=False)
+    assert dataset.captions == drawn.captions and dataset.categories == drawn.categories
+    assert dataset.product_ids.tolist() == drawn.product_ids.tolist()
+    assert torch.equal(dataset[3]["image"], drawn[3]["image"])
+    assert open_fashiongen(fashiongen)[3]["image"].shape == (3, 64, 64)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[3]["image"], drawn[3]["image"])  # as sent to a worker
+
+
+def test_fashiongen_reads_latin_1_and_counts_empty_descriptions(fashiongen):
+    with h5py.File(fashiongen / FashionGen.FILES["train"], "r+") as file:
+        file["input_description"][0] = "Robe d'été".encode("latin-1")
+        file["input_description"][4] = b"  "
+    dataset = open_fashiongen(fashiongen)
+    assert dataset.captions[0] == "Robe d'été"
+    assert dataset.problems == ["row 4: empty input_description"] and "1 left out (row 4" in dataset.report()
+    assert dataset[4]["row"] == 4 and dataset.name_of(4).endswith("row 5")
+
+
+def replace_key(path, key, values):
+    with h5py.File(path, "r+") as file:
+        del file[key]
+        if values is not None:
+            file[key] = values
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:50_000]), "not a whole HDF5 file"),
+        (lambda p: p.write_text("hello"), "not a whole HDF5 file"),
+        (lambda p: replace_key(p, "input_description", None), "no key input_description"),
+        (lambda p: replace_key(p, "input_image", np.zeros((4, 8, 8), np.uint8)), "key input_image: expected"),
+        (lambda p: replace_key(p, "input_image", np.zeros((0, 8, 8, 3), np.uint8)), "zero rows"),
+        (lambda p: replace_key(p, "input_productID", np.zeros((3, 1), np.int32)), "key input_productID: shape"),
+        (lambda p: replace_key(p, "input_category", np.zeros((21, 1))), "key input_category"),
+    ],
+)
+def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
+    damage(fashiongen / FashionGen.FILES["train"])
+    with pytest.raises(DataError, match=message) as caught:
+        open_fashiongen(fashiongen)
+    assert "fashiongen_256_256_train.h5" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fashiongen_without_any_description_is_refused(fashiongen):
+    path = fashiongen / FashionGen.FILES["train"]
+    with h5py.File(path, "r+") as file:
+        file["input_description"][:] = b""
+    with pytest.raises(DataError, match="every row is empty"):
+        open_fashiongen(fashiongen)
+
+
+def test_a_file_whose_photos_are_packed_together_reads_the_same_and_is_named(fashiongen, tmp_path):
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for name in FashionGen.FILES.values():
+        shutil.copy(fashiongen / name, folder / name)
+        with h5py.File(folder / name, "r+") as file:
+            pixels = file["input_image"][:]
+            del file["input_image"]
+            file.create_dataset("input_image", data=pixels, chunks=(4, 256, 256, 3), compression="gzip")
+    plain, packed = (data.build_dataset("fashiongen", str(where), "train", 64) for where in (fashiongen, folder))
+    assert f"h5repack -l input_image:CHUNK=1x256x256x3 {folder}/fashiongen_256_256_train.h5 NEW" in packed.report()
+    assert "an HDF5 chunk is 4 photos" in packed.report() and "h5repack" not in plain.report()
+    assert torch.equal(packed[5]["image"], plain[5]["image"])
+
+
+def test_export_does_not_overwrite(fashiongen):
+    with pytest.raises(SystemExit, match="exists"):
+        data.main(["export-fashiongen", str(fashiongen), "--items", "2"])
+
+
+def test_absent_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder; say with --root"):
+        build_dataset("jsonl", tmp_path / "nowhere", "train", 64)
+
+
+def write_jsonl(folder, lines, name="train.jsonl"):
+    (folder / name).write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+
+
+@pytest.fixture
+def shop(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(40):
+        size = (48, 64) if i % 2 else (100, 30)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(
+            {"image": f"{i}.png", "caption": f"Item number {i // 2}", "product_id": f"p{i // 2}", "category": "A"}
+        )
+    write_jsonl(tmp_path, lines)
+    return tmp_path, lines
+
+
+def open_jsonl(folder, split="train", seed=0):
+    return build_dataset("jsonl", folder, split, 32, seed)
+
+
+def test_jsonl_splits_by_product_or_reads_val(shop):
+    folder, lines = shop
+    train, val = open_jsonl(folder), open_jsonl(folder, "val")
+    assert len(train) + len(val) == 40 and len(val) > 0
+    assert not set(train.captions) & set(val.captions)
+    assert open_jsonl(folder, seed=1).captions != train.captions
+    write_jsonl(folder, lines[:4], "val.jsonl")
+    assert len(open_jsonl(folder)) == 40 and len(open_jsonl(folder, "val")) == 4
+    assert train[0]["image"].shape == (3, 32, 32) and train.categories[0] == "A" and train.subcategories[0] == ""
+
+
+def test_jsonl_pads_to_a_white_square_and_honours_transparency(tmp_path):
+    Image.new("RGBA", (10, 20), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "b.png")
+    write_jsonl(tmp_path, [{"image": f"{x}.png", "caption": x, "product_id": i} for i, x in enumerate("ab")])
+    write_jsonl(tmp_path, [], "val.jsonl")
+    dataset = open_jsonl(tmp_path)
+    assert (dataset[0]["image"] == 255).all()
+    wide = dataset[1]["image"]
+    assert wide[:, 16, 16].tolist() == [255, 0, 0] and wide[:, 1, 16].tolist() == [255, 255, 255]
+
+
+def test_jsonl_leaves_out_missing_photos_and_empty_captions_by_name(shop):
+    folder, lines = shop
+    lines[3]["image"], lines[5]["caption"] = "gone.png", " "
+    write_jsonl(folder, lines)
+    write_jsonl(folder, lines[:1], "val.jsonl")
+    dataset = open_jsonl(folder)
+    assert dataset.problems == ["line 4: no photo gone.png", "line 6: empty caption"]
+    assert "2 left out" in dataset.report() and len(dataset) == 38
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken", "line 2: not JSON"),
+        ("[1]", "line 2: expected an object"),
+        ({"caption": "x", "product_id": 1}, "field image"),
+        ({"image": "0.png", "caption": 3, "product_id": 1}, "field caption"),
+        ({"image": "0.png", "caption": "x"}, "field product_id"),
+        ({"image": "0.png", "caption": "x", "product_id": True}, "field product_id"),
+        ({"image": "x" * 5000, "caption": "x", "product_id": 1}, "field image is not a path"),
+        ('{"image": "0.png", "caption": "\\ud83d", "product_id": 1}', "lone surrogate"),
+        ({"image": "/etc/passwd", "caption": "x", "product_id": 1}, "leaves the folder"),
+        ({"image": "a/../../x.png", "caption": "x", "product_id": 1}, "leaves the folder"),
+    ],
+)
+def test_malformed_jsonl_is_one_clear_line(shop, line, message):
+    folder, lines = shop
+    write_jsonl(folder, [lines[0], line])
+    with pytest.raises(DataError, match=message) as caught:
+        open_jsonl(folder)
+    assert "train.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_jsonl_captions_may_hold_any_separator_and_small_sets_get_a_validation_product(shop):
+    folder, lines = shop
+    lines = [line | {"caption": "one\u2028two\u0085three"} for line in lines[:6]]
+    (folder / "train.jsonl").write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8"
+    )
+    train, val = open_jsonl(folder), open_jsonl(folder, "val")
+    assert len(train) == 4 and len(val) == 2
+    write_jsonl(folder, lines[:2])
+    with pytest.raises(DataError, match="one product cannot be split"):
+        open_jsonl(folder)
+
+
+def test_jsonl_without_a_file_or_a_line_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        open_jsonl(tmp_path)
+    write_jsonl(tmp_path, [])
+    with pytest.raises(DataError, match="it is empty"):
+        open_jsonl(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="UTF-8"):
+        open_jsonl(tmp_path)
+
+
+def test_photos_that_do_not_decode_leave_their_batch_and_are_named(shop):
+    folder, _ = shop
+    write_jsonl(folder, shop[1][:1], "val.jsonl")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    (folder / "4.png").write_text("not an image")
+    dataset = open_jsonl(folder)
+    collate = Collate(build_tokenizer(dataset.captions, 100, 16))
+    batch = collate([dataset[i] for i in range(6)])
+    assert batch["rows"].tolist() == [0, 1, 3, 5] and len(batch["images"]) == len(batch["token_ids"]) == 4
+    assert batch["unreadable"][0].startswith("2.png: ") and batch["unreadable"][1] == "4.png: not an image"
+    assert collate([dataset[4]]) == {"rows": pytest.approx([]), "unreadable": ["4.png: not an image"]}
+
+
+@pytest.mark.parametrize(
+    "category, subcategory, symbol",
+    [
+        ("SHIRTS", "", "tops"), ("SWEATSHIRTS", "", "tops"), ("JEANS", "", "pants"), ("SKIRTS", "", "skirts"),
+        ("SUITS & BLAZERS", "", "dresses"), ("JACKETS & COATS", "", "coats"), ("BOAT SHOES & MOCCASINS", "", "shoes"),
+        ("LACE UPS", "", "shoes"), ("DUFFLE & TOP HANDLE BAGS", "", "bags"), ("BAG ACCESSORIES", "", "accessories"),
+        ("POUCHES & DOCUMENT HOLDERS", "", "bags"), ("POCKET SQUARES & TIE BARS", "", "accessories"),
+        ("FINE JEWELRY", "", "accessories"), ("SWIMWEAR", "", "others"), ("UNDERWEAR & LOUNGEWEAR", "", "others"),
+        ("Bottomwear", "Skirts", "skirts"), ("Topwear", "Jackets", "coats"), ("Footwear", "", "shoes"),
+        ("TANK TOPS & CAMISOLES", "", "tops"), ("Laptops", "", "others"), ("", "", "others"), ("DRESS SHIRTS", "COATS", "tops"),
+    ],
+)  # fmt: skip
+def test_symbol_of_a_category(category, subcategory, symbol):
+    assert symbol_of(category, subcategory) == symbol
+
+
+def test_every_synthetic_category_has_a_symbol():
+    categories = {garment.category for garment in GARMENTS.values()}
+    assert "others" not in {symbol_of(category) for category in categories}
+
+
+def spoken(text):
+    """The prompts of a text: name -> value."""
+    prompts = zip(text[2::2], text[3::2], strict=True)
+    return {frame.removeprefix("[SEP] ").removeprefix("the image ").removesuffix(" is"): v for frame, v in prompts}
+
+
+def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe):
+    plain = {row: wardrobe.text(row) for row in range(40)}
+    wardrobe.prompts, orders = True, set()
+    try:
+        for row in range(40):
+            product, text = wardrobe.products[wardrobe.rows[row][0]], wardrobe.text(row)
+            assert plain[row] == ("", wardrobe.captions[row]) and text == wardrobe.text(row)
+            symbol = symbol_of(wardrobe.categories[row])
+            assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
+            assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
+            known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
+            known |= {"colour": product.colour, "sleeve": product.sleeve, "neck": product.neck}
+            known["pattern"] = " in ".join(product.pattern) if product.pattern else None
+            assert spoken(text) == {name: value for name, value in known.items() if value}
+            orders.add(tuple(spoken(text)))
+        assert len(orders) > 20
+        part = wardrobe.part(np.array([7, 3]))
+        assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
+    finally:
+        del wardrobe.prompts
+    assert prompted("a", "bags", {"category": ""}, np.random.default_rng(0)) == (
+        "[bags] the image description is", "a",
+    )  # fmt: skip
+
+
+def test_prompts_of_files(fashiongen, tmp_path):
+    dataset = open_fashiongen(fashiongen)
+    dataset.prompts = True
+    said = spoken(dataset.text(0))
+    assert said["season"] == "spring summer 2018" and said["composition"] == "100% cotton." and said["gender"] == "Men"
+    assert said["name"].lower() in dataset.captions[0].lower() or len(said["name"].split()) > 1
+    path = fashiongen / FashionGen.FILES["train"]
+    replace_key(path, "input_season", None)
+    dataset = open_fashiongen(fashiongen)
+    dataset.prompts = True
+    assert "season" not in spoken(dataset.text(0)) and "gender" in spoken(dataset.text(0))
+    replace_key(path, "input_gender", np.array([[b"x"]]))
+    with pytest.raises(DataError, match="key input_gender: shape"):
+        open_fashiongen(fashiongen)
+
+    folder = tmp_path / "own"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
+    more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7, "neck": "  "}
+    others = {"name": "Coat 6", "composition": ["wool", " silk ", None], "sleeve": True, "season": float("nan")}
+    others |= {"subcategory": {"no": "label"}}
+    write_jsonl(folder, [line | {"product_id": 1} | more, line | {"product_id": 2} | others])
+    (folder / "val.jsonl").write_text((folder / "train.jsonl").read_text())
+    opened = build_dataset("jsonl", folder, "train", 32)
+    opened.prompts = True
+    assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
+    assert opened.categories == ["Coats", "Coats"] and opened.subcategories == ["", ""]
+    assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6", "composition": "wool, silk"}
+    assert opened.report().splitlines()[1] == (
+        "  photos by symbol: coats 2; by prompt: category 2, name 2, season 1, colour 1, composition 1"
+    )
+    before = opened.fingerprint()
+    opened.known["season"][0] = "Spring"
+    assert opened.fingerprint() != before
+    write_jsonl(folder, [line | {"product_id": 1, "title": "\ud83d"}])
+    with pytest.raises(DataError, match="line 1: .*lone surrogate"):
+        build_dataset("jsonl", folder, "train", 32)
+
+
+@pytest.fixture(scope="module")
+def triplets():
+    return synthetic_triplets("train", 150, 32, seed=0, progress=False)
+
+
+def test_synthetic_triplets_differ_in_one_or_two_attributes_that_the_text_names(triplets):
+    products = triplets.photos.products
+    for row in range(len(triplets)):
+        before, after = (products[photo] for photo in (triplets.references[row], triplets.targets[row]))
+        text, mine, theirs = triplets.captions[row], before.attributes(), after.attributes()
+        changed = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+        if mine["colour"] != theirs["colour"]:
+            changed.discard("pocket")  # is of the cloth's colour
+            assert f"is {theirs['colour']}" in text
+        if mine["sleeve"] != theirs["sleeve"]:
+            assert theirs["sleeve"] in text
+            changed -= {"cuffs"} if theirs["sleeve"] != "long" else set()
+        if mine["neck"] != theirs["neck"]:
+            assert NECKS[theirs["neck"]][0].lower() in text
+        if theirs["pattern"] and mine["pattern"] != theirs["pattern"]:
+            assert theirs["pattern"][1] in text
+        assert 1 <= len(changed) <= 2 and "{" not in text and "COLOUR" not in text
+        assert before.garment == after.garment
+        assert text.count(" and ") + 1 <= 3  # cuffs that go with long sleeves are named too
+
+
+def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):
+    key = lambda p: repr(sorted(p.attributes().items(), key=str))
+    families = {}
+    for photo, product in enumerate(triplets.photos.products):
+        families.setdefault(photo // FAMILY, []).append(key(product))
+    assert all(len(set(family)) == FAMILY for family in families.values())
+    val = synthetic_triplets("val", 60, 32, seed=0, progress=False)
+    assert not {key(p) for p in val.photos.products} & {key(p) for p in triplets.photos.products}
+    pretraining = {key(p) for p in Synthetic("train", 400, 32, progress=False).products}
+    assert not {key(p) for p in val.photos.products} & pretraining
+    assert {name: len(rows) for name, rows in val.galleries["synthetic"].items()} == {"union": 48, "original": 60}
+    assert len(val) == 6 * 12 and set(val.families) == set(range(12))
+    with pytest.raises(DataError, match="no whole family"):
+        synthetic_triplets("val", 4, 32, progress=False)
+
+
+def test_triplets_give_reference_and_target(triplets):
+    photos, item = triplets.photos, triplets[3]
+    assert torch.equal(item["image"], photos[triplets.references[3]]["image"])
+    assert torch.equal(item["target_image"], photos[triplets.targets[3]]["image"])
+    some = triplets.part(np.array([3, 8]))
+    assert torch.equal(some[0]["target_image"], item["target_image"]) and some.captions[0] == triplets.captions[3]
+    pairs = {*some.references.tolist(), *some.targets.tolist()}
+    assert set(some.galleries["synthetic"]["union"].tolist()) == pairs
+    tokenizer = build_tokenizer(triplets.captions, 300, 64)
+    batch = Collate(tokenizer)([triplets[0], triplets[1]])
+    assert batch["images"].shape == batch["target_images"].shape == (2, 3, 32, 32)
+
+
+def test_a_part_is_some_rows_numbered_anew(wardrobe):
+    part = wardrobe.part(np.array([40, 0, 1]))
+    assert len(part) == 3 and part.captions[0] == wardrobe.captions[40] and part.product_ids.tolist() == [0, 1, 1]
+    assert torch.equal(part[0]["image"], wardrobe[40]["image"]) and part[0]["row"] == 0 and part.name_of(0) == "row 40"
+    assert part.categories == [wardrobe.categories[row] for row in (40, 0, 1)]
+
+
+def test_fashioniq_galleries_have_the_published_sizes(tmp_path):
+    write_fashioniq(tmp_path, "val", PUBLISHED)
+    opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
+    for subset, (queries, split_size, union) in PUBLISHED.items():
+        assert opened.subsets.count(subset) == queries
+        assert {name: len(rows) for name, rows in opened.galleries[subset].items()} == {
+            "original": split_size,
+            "union": union,
+        }
+    assert "dress: 2,017 (photos to search: union 2,628, original 3,817)" in opened.report()
+    assert opened.captions[0] == "is colour 0 and has sleeves"
+
+
+def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
+    sizes = dict.fromkeys(PUBLISHED, (6, 20, 12))
+    photo = lambda number: Image.new("RGB", (30, 40), (number * 9, 0, 0))
+    write_fashioniq(tmp_path, "val", sizes, photo)
+    for name in ("dress00000.png", "shirt00015.jpg"):  # the target of one pair; a photo of no pair
+        (tmp_path / "images" / name).unlink()
+    opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
+    assert len(opened) == 17 and len(opened.galleries["shirt"]["original"]) == 19
+    assert opened.problems[:2] == ["no photo dress00000", "no photo shirt00015"]
+    assert "1 pairs of photos" in opened.problems[2] and "left out" in opened.report()
+    assert opened[0]["target_image"].shape == (3, 32, 32)
+    write_fashioniq(tmp_path, "test", sizes, photo)
+    untold = data.build_triplets("fashioniq", tmp_path, "test", 32)
+    assert (untold.targets == -1).all() and "target_image" not in untold[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("captions/cap.shirt.val.json", None, "cap.shirt.val.json: no such file"),
+        ("captions/cap.shirt.val.json", "[{", "cap.shirt.val.json: cannot be read as JSON"),
+        ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
+        ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate, target"),
+        ("captions/cap.dress.val.json", '[{"candidate": "a", "target": "b", "captions": []}]', "captions, a list of texts"),
+        ("image_splits/split.toptee.val.json", "[1]", "expected a list of image ids"),
+    ],
+)  # fmt: skip
+def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
+    write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=complaint) as error:
+        data.build_triplets("fashioniq", tmp_path, "val", 32)
+    assert "\n" not in str(error.value)
+
+
+def test_fashioniq_without_any_photo_or_folder_is_refused(tmp_path):
+    write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no photos of any val pair of dress; expected dress00001.jpg"):
+        data.build_triplets("fashioniq", tmp_path, "val", 32)
+    with pytest.raises(DataError, match="no such folder; say with --root where the fashioniq files are"):
+        data.build_triplets("fashioniq", tmp_path / "nowhere", "val", 32)
+
+
+def test_versions_tell_that_a_photo_has_changed(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    line = {"image": "a.png", "caption": "a", "product_id": 1}
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
+    before = Jsonl(tmp_path, "val", 32).versions()
+    (tmp_path / "a.png").write_bytes(b"xyz")
+    assert Jsonl(tmp_path, "val", 32).versions() != before
+
+
+def wardrobe_photo(colour):
+    photo = torch.full((3, 64, 64), 220, dtype=torch.uint8)
+    photo[:, 12:52, 12:52] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    return photo
