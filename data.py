@@ -49,14 +49,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_dataset(
-    name: DataName,
-    root: str | Path | None,
-    split: Split,
-    image_size: int,
-    seed: int = 0,
-    products: int = 2500,
+    name: DataName, root: str | Path | None, split: Split, image_size: int, seed: int = 0, products: int = 2500,
     progress: bool = True,
-) -> PhotoDataset:
+) -> PhotoDataset:  # fmt: skip
     """Open a split of a data set. Raises DataError with one clear line when it cannot be used.
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
@@ -72,14 +67,9 @@ def build_dataset(
 
 
 def build_triplets(
-    name: TripletName,
-    root: str | Path | None,
-    split: Literal["train", "val", "test"],
-    image_size: int,
-    seed: int = 0,
-    products: int = 2500,
-    progress: bool = True,
-) -> Triplets:
+    name: TripletName, root: str | Path | None, split: Literal["train", "val", "test"], image_size: int,
+    seed: int = 0, products: int = 2500, progress: bool = True,
+) -> Triplets:  # fmt: skip
     """Open a split of a set of triplets; arguments and errors as `build_dataset`. test: of `fashioniq` alone."""
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed, progress)
@@ -112,7 +102,8 @@ def build_tokenizer(
     if missing:
         raise DataError(f"{vocab}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
     if len(set(words)) < len(words):
-        raise DataError(f"{vocab}: the same word stands on two lines, {_repeated(words)!r}")
+        twice = next(word for i, word in enumerate(words) if word in words[:i])
+        raise DataError(f"{vocab}: the same word stands on two lines, {twice!r}")
     tokenizer = _bert_style(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
@@ -120,10 +111,6 @@ def build_tokenizer(
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]")
     return tokenizer
-
-
-def _repeated(words: list[str]) -> str:
-    return next(word for i, word in enumerate(words) if word in words[:i])
 
 
 def word_ids(tokenizer: Tokenizer) -> Tensor:

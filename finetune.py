@@ -10,12 +10,7 @@ All start from --checkpoint (default: the one that `python train.py` leaves); da
 
 What a task leaves in --out: config.json, metrics.jsonl, curves.png, last.pt as train.py; best.pt, the step that did
 best on products held out from the training split; results.json, that step on the split that is reported; and a
-picture: examples.png, or confusion.png with classes.tsv. Keys of metrics.jsonl beyond train.py's:
-
-    accuracy                    of that step's batch: recognition; or targets told from the batch's others (tgir)
-    val_mean                    held out: mean of the six recalls (retrieval), of R@10 and R@50 (tgir); best.pt is by it
-    val_r1, val_r10, val_r50    held out, tgir
-    val_accuracy, val_macro_f1  held out, recognition; best.pt is by accuracy
+picture: examples.png, or confusion.png with classes.tsv.
 """
 
 import json

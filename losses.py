@@ -49,13 +49,9 @@ def forbidden_negatives(product_ids: Tensor, caption_ids: Tensor) -> Tensor:
 
 
 def pick_negatives(
-    sim: Tensor,
-    forbidden: Tensor,
-    positive_sim: Tensor | None = None,
-    mode: NegativeMode = "similar",
-    generator: torch.Generator | None = None,
-    margin: float | Tensor = 0.0,
-) -> Tensor:
+    sim: Tensor, forbidden: Tensor, positive_sim: Tensor | None = None, mode: NegativeMode = "similar",
+    generator: torch.Generator | None = None, margin: float | Tensor = 0.0,
+) -> Tensor:  # fmt: skip
     """One in-batch negative for each row of `sim` (B, K): its column (B,), or −1 where every column is forbidden.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)

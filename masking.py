@@ -52,14 +52,9 @@ def random_patch_mask(
 
 
 def momentum_attention(
-    momentum: MomentumModel,
-    batch: dict,
-    image_embeds_m: Tensor,
-    text_embeds_m: Tensor,
-    source: MaskSource,
-    mask_id: int,
-    generator: torch.Generator | None = None,
-) -> list[Tensor]:
+    momentum: MomentumModel, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor, source: MaskSource,
+    mask_id: int, generator: torch.Generator | None = None,
+) -> list[Tensor]:  # fmt: skip
     """The momentum model's cross-attention that masks are made of: one map (B, h, L, N) a fusion layer, detached.
 
     attention  A, of the clean pair: the plainest reading of SyncMask
@@ -106,16 +101,10 @@ def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:
 
 
 def sync_mask(
-    attention: Tensor,
-    word_mask: Tensor,
-    patch_ratio: float,
-    word_ratio: float,
-    heads: HeadReduction = "mean",
-    word_score: WordScore = "entropy",
-    patch_score: PatchScore = "masked",
-    noise: float = 0.0,
+    attention: Tensor, word_mask: Tensor, patch_ratio: float, word_ratio: float, heads: HeadReduction = "mean",
+    word_score: WordScore = "entropy", patch_score: PatchScore = "masked", noise: float = 0.0,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Synchronized masks: the words and the patches where text and photo have most to do with each other (SyncMask,
     Song et al. 2024; how scores come out of the attention is our choice).
 
@@ -195,15 +184,9 @@ def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor,
 
 
 def replace_words(
-    token_ids: Tensor,
-    words: Tensor,
-    mask: Tensor,
-    mask_id: int,
-    word_ids: Tensor,
-    antonyms: Tensor,
-    synonyms: Tensor,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    token_ids: Tensor, words: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, antonyms: Tensor,
+    synonyms: Tensor, generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`corrupt_words` for replaced-token detection (after FashionSAP, Han et al. 2023): of the masked tokens that it
     replaces, half become their antonym instead of a random word; of the `words` (B, L) left alone, 15 % become their
     synonym, which is no replacement to detect. Choices: synonyms anywhere, not in the value of one prompt alone; a
@@ -221,12 +204,8 @@ def replace_words(
 
 
 def corrupt_words(
-    token_ids: Tensor,
-    mask: Tensor,
-    mask_id: int,
-    word_ids: Tensor,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    token_ids: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
     one of `word_ids` (V',), 10 % stay.
 

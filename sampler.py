@@ -41,17 +41,10 @@ class GroupedBatchSampler:
     """
 
     def __init__(
-        self,
-        dataset_size: int,
-        batch_size: int,
-        search_size: int = 1920,
-        mode: SamplerMode = "random",
-        product_ids: np.ndarray | None = None,
-        caption_ids: np.ndarray | None = None,
-        seed: int = 0,
-        pool_blocks: int = 4,
-        margin: float = 0.0,
-    ):
+        self, dataset_size: int, batch_size: int, search_size: int = 1920, mode: SamplerMode = "random",
+        product_ids: np.ndarray | None = None, caption_ids: np.ndarray | None = None, seed: int = 0,
+        pool_blocks: int = 4, margin: float = 0.0,
+    ):  # fmt: skip
         if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
             raise ValueError(
                 f"nothing to sample: {dataset_size} items, batches of {batch_size}, blocks of {search_size}"
@@ -136,13 +129,9 @@ class GroupedBatchSampler:
 
 
 def chain(
-    sim: np.ndarray,
-    groups: np.ndarray,
-    first: int,
-    batch_size: int,
-    mode: SamplerMode = "hard",
+    sim: np.ndarray, groups: np.ndarray, first: int, batch_size: int, mode: SamplerMode = "hard",
     margin: float = 0.0,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Order the items of a search block greedily, from item `first` on.
 
     sim (M, M): photo i to text j, its diagonal the items' own pairs · groups (G, M): an item is put off while one of

@@ -1,31 +1,47 @@
-"""What a run writes down while it goes on, and how it is asked to stop. Keys of metrics.jsonl:
+"""What a run writes down while it goes on, and how it is asked to stop.
 
-step, epoch                 optimiser steps done; passes over the training photos
-loss, itc, itm, mlm, mim    the objective and its parts, of that step's batch; itc and mim times their weights
-rtd, align                  parts of recipe fashionfine: replaced-token detection; category alignment (C-CmA)
-lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
-itm_accuracy, mlm_accuracy  on that step's batch (matching pairs and negatives; masked words)
-replaced_recall             of that batch's replaced words, the share that was detected (fashionfine)
-unreadable                  photos left out so far because they could not be decoded
-conflicts                   photos that share a batch of this epoch with one of their product or caption
-samples_per_second          photos trained on a second since the last line
-val_i2t_r1 … val_t2i_r10    held-out retrieval recall, photo to text and text to photo, by product
-val_mlm_accuracy            masked words of held-out photos restored (the run's ratio of random words)
-val_unreadable              held-out photos left out because they could not be decoded
-val_itm_accuracy            held-out pairs told from random wrong ones; chance is 0.5
-On synthetic photos, whose truth is known, also these; each with its value for random masks (or a random patch, or
-random batches and negatives) beside it as …_random, and for the hardest batches and negatives as …_hard:
-word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
-detail_cooccurrence         the same for the small attributes alone: neither garment nor colour nor pattern
-attribute_share             of all masked words, the share that name an attribute
-patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
-pointing, pointing_whole    is the most attended patch of a visible word in its region? details; garment and cloth
-visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
-unseen_word_accuracy        the same of words that name what it does not show
-false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
-negative_similarity         mean cosine of the chosen ITM negatives: their hardness
-final, seconds, peak_memory_mib   last line only: training time over all resumes, validation excluded; peak memory
-                            (of the first process)
+metrics.jsonl: one JSON object a line. Every key, by the kind of line:
+
+Training, every --log-every steps, of that step's batch
+    step, epoch                 optimiser steps done; passes over the training photos
+    loss, itc, itm, mlm, mim    the objective and its parts; itc and mim times their weights
+    rtd, align                  parts of recipe fashionfine: replaced-token detection; category alignment (C-CmA)
+    class                       the objective of recognition
+    lr, temp, grad_norm         learning rate; contrastive temperature; gradient norm before clipping
+    itm_accuracy, mlm_accuracy  pairs rightly told to match or not; masked words restored
+    accuracy                    recognition: right labels; tgir: targets told from the batch's others
+    replaced_recall             of the replaced words, the share that was detected (fashionfine)
+    unreadable                  photos left out so far because they could not be decoded
+    conflicts                   photos that share a batch of this epoch with one of their product or caption
+    samples_per_second          photos trained on a second since the last line
+
+Validation, every --val-every steps, on held-out photos
+    val_i2t_r1 … val_t2i_r10    retrieval recall, photo to text and text to photo, by product
+    val_mlm_accuracy            masked words restored (the run's ratio of random words)
+    val_itm_accuracy            pairs told from random wrong ones; chance is 0.5
+    val_unreadable              photos left out because they could not be decoded
+    val_mean                    mean of the six recalls (retrieval), of R@10 and R@50 (tgir); best.pt is by it
+    val_r1, val_r10, val_r50    tgir
+    val_accuracy, val_macro_f1  recognition; best.pt is by accuracy
+
+On synthetic photos also the truth: of masks, each with its value for random masks (or a random patch) beside it as
+…_random; of ITM negatives, with …_random and …_hard for random and the hardest batches and negatives
+    word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
+    detail_cooccurrence         the same for the small attributes alone: neither garment nor colour nor pattern
+    attribute_share             of all masked words, the share that name an attribute
+    patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
+    pointing                    the pointing game: of the words that name a detail which this photo shows, the share
+                                whose most attended patch lies on that detail
+    pointing_whole              the same of words for garment, colour and pattern
+    visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
+    unseen_word_accuracy        the same of words that name what it does not show
+    false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
+    negative_similarity         mean cosine of the chosen ITM negatives: their hardness
+
+The last line, with the last validation
+    final                       true
+    seconds                     training time over all resumes, validation excluded
+    peak_memory_mib             peak memory, of the first process
 """
 
 import json

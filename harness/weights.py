@@ -78,11 +78,9 @@ TEXT_RULES = [
 
 
 def load_pretrained(
-    model: VisionLanguageModel,
-    vision: str | Path | None = None,
-    text: str | Path | None = None,
+    model: VisionLanguageModel, vision: str | Path | None = None, text: str | Path | None = None,
     whole: str | Path | None = None,
-) -> LoadReport:
+) -> LoadReport:  # fmt: skip
     """Fill `model` in place from published weights: `.safetensors`, or `.pth`/`.bin` without running pickled code.
 
     vision: a ViT in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated.

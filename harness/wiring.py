@@ -112,16 +112,12 @@ def wrong_pairs(run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image
 
 def add_matches(pairs: Pairs, text_embeds: Tensor, keep: Tensor, photos: Tensor | None = None) -> Pairs:
     """After the pairs, as matches: the texts (B, L, D), each with its own photo or its row of `photos` (B, N, D)."""
-    places = torch.arange(len(keep), device=keep.device)
+    places, all_photos = torch.arange(len(keep), device=keep.device), pairs.photos
     if photos is not None:
-        places, photos = places + len(pairs.photos), torch.cat([pairs.photos, photos])
-    return Pairs(
-        torch.cat([pairs.text_embeds, text_embeds]),
-        torch.cat([pairs.keep, keep]),
-        pairs.photos if photos is None else photos,
-        torch.cat([pairs.places, places]),
-        torch.cat([pairs.labels, torch.ones_like(places)]),
-    )
+        places, all_photos = places + len(all_photos), torch.cat([all_photos, photos])
+    texts, keeps = torch.cat([pairs.text_embeds, text_embeds]), torch.cat([pairs.keep, keep])
+    labels = torch.cat([pairs.labels, torch.ones_like(places)])
+    return Pairs(texts, keeps, all_photos, torch.cat([pairs.places, places]), labels)
 
 
 def match_pairs(run: Run, fused: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

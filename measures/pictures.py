@@ -118,14 +118,9 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
 
 
 def draw_text(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont,
-    text: Text,
-    tokenizer: Tokenizer,
-    mask: list[bool],
-    corner: tuple[int, int],
-    width: int,
-) -> int:
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: Text, tokenizer: Tokenizer, mask: list[bool],
+    corner: tuple[int, int], width: int,
+) -> int:  # fmt: skip
     """The text from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible. -> its foot"""
     (x, y), end, encoding = corner, (1, 0), encode(tokenizer, [text])[0]
     for piece, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, mask, strict=False):

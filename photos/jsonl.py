@@ -3,20 +3,13 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from PIL import Image
 
 from photos.dataset import DataError, PhotoDataset, Split, open_photo, version_of
 from photos.prompts import ATTRIBUTES
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _value(value) -> str:
@@ -94,7 +87,7 @@ class Jsonl(PhotoDataset):
         if not record["image"].isprintable() or len(record["image"]) > 1000:
             raise DataError(f"{where}: field image is not a path")
         for key in ("caption", "product_id", *(key for key in (*ATTRIBUTES, "title") if key in record)):
-            if not _is_text(str(record[key])):
+            if re.search("[\ud800-\udfff]", str(record[key])):
                 raise DataError(f"{where}: field {key} holds half a character (a lone surrogate)")
         if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
             raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small import FAST, checkpoint, lines, resume, run
-from test_model import close, make_model
-from test_study import SMALL
+from test_model import SMALL, close, make_model
 
 import data
 import train

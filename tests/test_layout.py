@@ -21,7 +21,7 @@ FLOORS = [
 ORDER = [module for floor in FLOORS for module in floor]
 # Lines a file may have; to be lowered where it can be, and raised for nothing.
 CEILINGS = {"model": 520, "masking": 260, "losses": 140, "sampler": 240, "data": 300, "train": 450, "finetune": 450}
-ROOMS, STUDY, TESTS, FUNCTION = 260, 500, 600, 60
+ROOMS, STUDY, TESTS, FUNCTION = 240, 510, 600, 60
 FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
          for folder in (".", "photos", "harness", "measures", "study", "tests")
          for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
