@@ -29,7 +29,8 @@ class Synthetic(PhotoDataset):
             subcategories=[self.products[i].garment.upper() for i, _ in self.rows],
             image_size=image_size,
         )
-        bar = tqdm(range(len(self.rows)), f"drawing {split} photos", unit=" photos", disable=not progress, leave=False)
+        rows, quiet = range(len(self.rows)), None if progress else True  # None: quiet unless in a terminal
+        bar = tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False)
         self.photos = [self._render(row)[0] for row in bar]
 
     def _rng(self, *where: int) -> np.random.Generator:

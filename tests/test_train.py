@@ -98,6 +98,19 @@ def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
     }
 
 
+@pytest.mark.parametrize("recipe", ["syncmask", "softmask"])
+def test_threads_change_nothing_about_resuming(tmp_path, recipe):
+    """Two threads, at a size where both are used: what they sum up in any order would differ in the last digits."""
+    flags = ["--recipe", recipe, "--steps", "4", "--products", "20", "--val-products", "2", "--search-size", "65"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for out, more in (("whole", []), ("halves", ["--stop-at", "2"])):
+        train.train(*parse_config([*flags, *more, "--out", str(tmp_path / out)]))
+    resume(tmp_path / "halves")
+    torch.set_num_threads(before)
+    same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
+
+
 def test_workers_change_nothing(tmp_path, capsys):
     run(tmp_path / "none", "--steps", "3", "--prompts", "--max-length", "30")
     assert "100 % of the training texts are cut at 30 tokens; see --max-length" in capsys.readouterr().out
