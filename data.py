@@ -1,4 +1,4 @@
-"""Datasets, tokenizer, collation and augmentation.
+"""The door to all photos; tokenizer, collation and augmentation.
 
 Every dataset is a list of *photos* (rows). Several photos show one product and share its one description.
 
@@ -60,9 +60,7 @@ def build_dataset(
     """
     if name == "synthetic":
         return Synthetic(split, products if split == "train" else VAL_PRODUCTS, image_size, seed, progress)
-    folder = Path(root or f"data/{name}")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")
+    folder = _folder(name, root)
     return FashionGen(folder, split, image_size) if name == "fashiongen" else Jsonl(folder, split, image_size, seed)
 
 
@@ -73,10 +71,14 @@ def build_triplets(
     """Open a split of a set of triplets; arguments and errors as `build_dataset`. test: of `fashioniq` alone."""
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed, progress)
+    return fashioniq(_folder(name, root), split, image_size)
+
+
+def _folder(name: str, root: str | Path | None) -> Path:
     folder = Path(root or f"data/{name}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")
-    return fashioniq(folder, split, image_size)
+    return folder
 
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -26,15 +26,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from data import build_triplets
 from harness.batches import batches_of, match_scores, one_text_a_product, photo_features, text_features
 from harness.checkpoints import begin, load_checkpoint, load_weights
 from harness.finetune_config import FinetuneConfig, check_flags, parse_config
 from harness.flags import ConfigError
-from harness.run import Job, NonFiniteLoss, Run, autocast, build_run
-from harness.splits import hold_out, lead_of, numbers_of, open_photos
-from harness.wiring import accuracy, add_matches, compose, contrast, match_pairs, teach, wrong_pairs
-from losses import cross_entropy, itc_loss, itc_targets
+from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
+from harness.splits import hold_out, numbers_of, open_photos, open_triplets
+from harness.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
+from losses import accuracy, cross_entropy, itc_loss, itc_targets
 from measures.pictures import draw_answers, draw_confusion
 from measures.scores import (
     Figures,
@@ -89,7 +88,7 @@ class Retrieval(Task):
     }
     queries, negatives, draws = 1000, 100, 5  # of the sampled protocol
 
-    def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
         model, ids, keep = run.model, batch["token_ids"], batch["attention_mask"]
         image_embeds, text_embeds = model.encode_image(batch["images"]), model.encode_text(ids, keep)
@@ -166,18 +165,13 @@ class TextGuided(Task):
 
     def open(self, split: str) -> Triplets:
         """The triplets of a split."""
-        config = self.config
-        triplets = build_triplets(
-            config.data, config.root, split, config.model.image_size, config.data_seed, config.products
-        )
-        triplets.lead = lead_of(config)
-        return triplets
+        return open_triplets(self.config, split)
 
     def divide(self, dataset: Triplets) -> tuple[Triplets, Triplets]:
         """To train on, to choose the best step by: no reference photo (synthetic: no family) is in both."""
         return self.parts(dataset, dataset.families)
 
-    def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC of queries with the targets of the batch, both ways; references and targets are encoded in one call."""
         both = run.model.encode_image(torch.cat([batch["images"], batch["target_images"]]))
         references, targets = both.chunk(2)
@@ -262,7 +256,7 @@ class Recognition(Task):
 
     def open(self, split: str) -> PhotoDataset:
         """The photos of a split that have a label."""
-        dataset = open_photos(self.config, split)
+        dataset = super().open(split)
         labelled = np.array([bool(label) for label in self.labels_of(dataset)])
         if not labelled.any():
             raise DataError(f"no photo of the {split} split has a {self.config.task}")
@@ -285,8 +279,7 @@ class Recognition(Task):
         if single := sorted(label for label, found in products.items() if len(found) == 1):
             few = ", ".join(single[:5]) + (", …" if len(single) > 5 else "")
             print(f"{len(single)} of {len(products)} classes have a single product, trained on and not held out: {few}")
-        train_set, held_out = self.parts(dataset, dataset.product_ids, labels)
-        return train_set, held_out
+        return self.parts(dataset, dataset.product_ids, labels)
 
     def settled(self, train_set: PhotoDataset) -> "Recognition":
         """The task that knows the classes of its training photos."""
@@ -310,7 +303,7 @@ class Recognition(Task):
         text_embeds = run.model.encode_text(batch["token_ids"], keep)
         return run.model.class_logits(run.model.fuse_cls(text_embeds, keep, image_embeds))
 
-    def losses(self, run: Run, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """Cross-entropy."""
         logits, labels = self.logits(run, batch), self.train_classes[batch["rows"].cpu()].to(run.device)
         return {"class": cross_entropy(logits, labels)}, {"accuracy": accuracy(logits, labels)}
@@ -402,7 +395,8 @@ def train_task(
 
 def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> dict:
     """The task's report on the split that is reported, written to results.json and printed. -> results."""
-    config, start, run.unreadable = task.config, time.perf_counter(), set()
+    config, start = task.config, time.perf_counter()
+    run.unreadable = set()  # of the photos reported on, not of those trained on
     run.model.eval()
     report = task.report(run, reported)
     results = {

@@ -120,3 +120,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the rows with a label; 0, not NaN, when there is none."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of the labelled rows (label ≥ 0) whose highest logit is the label's. logits (M, C), labels (M,)."""
+    right = (logits.argmax(dim=-1) == labels) & (labels >= 0)
+    return right.sum() / (labels >= 0).sum().clamp(min=1)

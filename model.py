@@ -209,8 +209,8 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
         for number, layer in enumerate(self.layers, start=1):
-            unread = number == len(self.layers) and number > self.patch_layer  # its patches
-            x = layer(x, first=1 if unread else None)
+            cls_alone = number == len(self.layers) and number > self.patch_layer  # nobody reads its patches
+            x = layer(x, first=1 if cls_alone else None)
             if number == self.patch_layer:
                 patches = x[:, 1:]
         x = torch.cat([x[:, :1], patches], dim=1)
@@ -233,17 +233,17 @@ class TextLayer(nn.Module):
 
     def forward(
         self, x: Tensor, keep: Tensor, image_embeds: Tensor | None = None, context_keep: Tensor | None = None,
-        return_attention: bool = False, photos: Tensor | None = None, first: int | None = None,
+        return_attention: bool = False, rows: Tensor | None = None, first: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x (B, L, D), keep (B, L), image_embeds (B, N, D), context_keep (1, N); keeps are True where a token may be
         attended to -> x (B, L, D), or of the `first` tokens alone; cross-attention (B, h, L, N) or None.
 
-        photos (B,): the row of image_embeds that each text looks at."""
+        rows (B,): the row of image_embeds that each text looks at."""
         asking = x if first is None else x[:, :first]
         x = self.attention_norm(asking + self.dropout(self.attention(asking, x, keep)[0]))
         attention = None
         if image_embeds is not None:
-            seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention, photos)
+            seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention, rows)
             x = self.cross_attention_norm(x + self.dropout(seen))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
 
@@ -275,7 +275,7 @@ class FusionEncoder(nn.Module):
     also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that Grad-CAM can take their
     gradient. Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
 
-    photos (B,): which row of image_embeds (C, N, D) each text is paired with, so that a layer projects no photo twice
+    rows (B,): which row of image_embeds (C, N, D) each text is paired with, so that a layer projects no photo twice
     first: so many tokens are asked for; the last layer is spared the others
     """
 
@@ -286,7 +286,7 @@ class FusionEncoder(nn.Module):
 
     def forward(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False,
-        photos: Tensor | None = None, first: int | None = None,
+        rows: Tensor | None = None, first: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
         x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
         if not self.cls_context:
@@ -294,7 +294,7 @@ class FusionEncoder(nn.Module):
             context_keep[:, 0] = False
         for number, layer in enumerate(self.layers, start=1):
             wanted = first if number == len(self.layers) else None
-            x, attention = layer(x, keep, image_embeds, context_keep, return_attention, photos, wanted)
+            x, attention = layer(x, keep, image_embeds, context_keep, return_attention, rows, wanted)
             attentions.append(attention)
         return (x, attentions) if return_attention else x
 
@@ -426,16 +426,16 @@ class VisionLanguageModel(nn.Module):
         return mix(unit(self.text_proj(text_embeds[:, 1])), unit(self.text_proj(phrase)), PHRASE_SHARE)
 
     def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, photos: Tensor | None = None
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, rows: Tensor | None = None
     ) -> Tensor:
         """Text tokens that have looked at the image. -> fused (B, L, D); arguments as `FusionEncoder`'s."""
-        return self.fusion(text_embeds, attention_mask, image_embeds, photos=photos)
+        return self.fusion(text_embeds, attention_mask, image_embeds, rows=rows)
 
     def fuse_cls(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, photos: Tensor | None = None
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, rows: Tensor | None = None
     ) -> Tensor:
         """The same where [CLS] alone is asked for, at less cost. -> (B, 1, D)."""
-        return self.fusion(text_embeds, attention_mask, image_embeds, photos=photos, first=1)
+        return self.fusion(text_embeds, attention_mask, image_embeds, rows=rows, first=1)
 
     def itm_logits(self, fused: Tensor) -> Tensor:
         """fused (B, L, D) -> (B, 2); class 1 is "match"."""

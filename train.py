@@ -29,11 +29,10 @@ from harness.config import FREE_ON_RESUME, TrainConfig, check_flags, ema_decay, 
 from harness.flags import ConfigError
 from harness.log import Metrics, Progress, StopSignals
 from harness.ranks import Ranks, speak_up
-from harness.run import Job, NonFiniteLoss, Run, Step, build_run, check_finite
+from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run, check_finite
 from harness.weights import WeightsError, load_pretrained
 from harness.wiring import (
     Teacher,
-    accuracy,
     add_matches,
     contrast,
     match_pairs,
@@ -42,32 +41,30 @@ from harness.wiring import (
     teach,
     wrong_pairs,
 )
-from losses import alignment_loss, cross_entropy, mim_loss
+from losses import accuracy, alignment_loss, cross_entropy, mim_loss
 from masking import random_patch_mask, random_word_mask, soft_mask
 from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
 from measures.truth import truth, truth_in_words
 from measures.validation import validate
 from photos.dataset import DataError, PhotoDataset
 from photos.prompts import DESCRIPTION
-
-Losses = dict[str, Tensor]
-Figures = dict[str, Tensor]  # to log
+from sampler import GroupedBatchSampler
 
 
-def albef(run: Run, batch: dict) -> tuple[Losses, Figures]:
+def albef(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets.
 
     Passes a step, in photos or captions: image B; text 2B (clean, masked); fusion 3B to [CLS] (B matching, 2B not) and
     B masked. Momentum: image B, text B; with alpha > 0 text and fusion B (masked) more.
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    teacher = teach(run, batch)
 
     # mask, encode: clean and masked captions share one call
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     masked_ids, mlm_labels = run.corrupt(ids, word_mask)
     image_embeds = model.encode_image(batch["images"])
     text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
-    teacher = teach(run, batch)
 
     # contrast
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
@@ -84,7 +81,7 @@ def albef(run: Run, batch: dict) -> tuple[Losses, Figures]:
     return losses, figures
 
 
-def syncmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
+def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, both masks from the momentum model's cross-attention.
 
     Choices: how the attention becomes masks, the form of MIM (masked photo, clean text, a pass of its own), its weight.
@@ -92,9 +89,9 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
     masks text and fusion 2B more (source hidden), or fusion B (the others).
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    teacher = teach(run, batch)
 
     # mask: what the momentum model finds in both, the photo and the text
-    teacher = teach(run, batch)
     patch_mask, word_mask = choose_masks(run, batch, teacher)
     masked_ids, mlm_labels = run.corrupt(ids, word_mask)
 
@@ -122,7 +119,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
     return losses, figures
 
 
-def softmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
+def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked photo as one more match + MLM, on
     masked text and distorted photos.
 
@@ -131,6 +128,7 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
     attention, and 3B to [CLS] (2B not, B soft-masked); with --no-mask-text B masked more. Momentum as `albef`.
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    teacher = teach(run, batch)
 
     # mask, encode: the masked text serves all objectives; the momentum model sees the clean one
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
@@ -138,7 +136,6 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
     image_embeds = model.encode_image(batch["images"])
     masked_embeds = model.encode_text(masked_ids, keep)
     text_embeds = masked_embeds if config.mask_text else model.encode_text(ids, keep)
-    teacher = teach(run, batch)
 
     # contrast
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
@@ -163,7 +160,7 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Figures]:
     return losses, figures
 
 
-def fashionfine(run: Run, batch: dict) -> tuple[Losses, Figures]:
+def fashionfine(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """Fashion-FINE (Jin et al. 2024): focal ITC on features with local tokens in them (MAA, HNM-F) + ITM + the category
     symbol and phrases aligned with the photo (C-CmA) + MLM + replaced-token detection.
 
@@ -173,13 +170,13 @@ def fashionfine(run: Run, batch: dict) -> tuple[Losses, Figures]:
     Momentum: image B, text B.
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    teacher = teach(run, batch)
 
     # mask, encode: the corrupted text serves all objectives; the momentum model sees the clean one
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     masked_ids, mlm_labels, replaced = run.replace_words(ids, batch["words"], word_mask)
     image_embeds = model.encode_image(batch["images"])
     text_embeds = model.encode_text(masked_ids, keep)
-    teacher = teach(run, batch)
 
     # contrast: integrated features with momentum keys of [CLS] alone
     image_feat = model.image_feature(image_embeds)
@@ -279,6 +276,10 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
 def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict | None:
     """The loop over `dataset`, from the start or from a checkpoint's state, with what it leaves in --out."""
     config, ranks, out = run.config, run.ranks, Path(run.config.out)
+    run.sampler = GroupedBatchSampler(
+        len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
+        dataset.caption_ids, config.seed, margin=config.margin,
+    )  # fmt: skip
     if len(dataset) // len(run.sampler) < ranks.count:
         raise ConfigError(f"--batch-size {config.batch_size}: too few photos for {ranks.count} processes")
     resumed_step = None
@@ -307,7 +308,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
     config, ranks, last = run.config, run.ranks, Path(run.config.out) / "last.pt"
     batches, forward = endless_batches(run, dataset), ranks.parallel(Step(run, job))
     progress = Progress(run, metrics)
-    validate_when_due(run, job, metrics, progress.say)  # what goes on may have stopped right before it
+    validate_when_due(run, job, metrics, progress.say)  # a run may have been stopped between saving and validating
     while run.step < run.total_steps and not job.stalled(metrics.lines):
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
         for group in run.optimizer.param_groups:
@@ -326,7 +327,8 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
             run.optimizer.zero_grad(set_to_none=True)
             run.model.clamp_temp()
             run.momentum.update(run.model, ema_decay(run.step, config.ema_decay))
-        elif len(run.unreadable) > len(dataset) // 2:  # a step without a photo, of one rank at least, is passed over
+        # otherwise no photo of some rank's share could be read: the step is passed over
+        elif len(run.unreadable) > len(dataset) // 2:
             raise DataError(f"most photos cannot be read, the last one: {batch['unreadable'][-1]}")
         run.step += 1
         run.sampler.set_epoch(*divmod(run.step, len(run.sampler)))

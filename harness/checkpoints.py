@@ -1,4 +1,4 @@
-"""last.pt: written whole or not at all, read without running code, gone on from."""
+"""Checkpoints, last.pt and best.pt: written whole or not at all, read without running code, gone on from."""
 
 import os
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
-from harness.flags import ConfigError
+from harness.flags import ConfigError, flag_of
 from harness.run import Run
 from model import ModelConfig
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Write last.pt whole or not at all: to a file beside it, flushed to the disk, then renamed over it. The first rank
-    does, for all have the same.
+    """Write a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed over it. The first
+    rank does, for all have the same.
 
     `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
@@ -76,9 +76,8 @@ def resumed_config(
         mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
         if mine != theirs:
-            flag = name.replace("_", "-")
             advice = "drop the flag, or start anew with another --out"
-            raise ConfigError(f"--{flag} {mine} contradicts the run to resume, which has {theirs}; {advice}")
+            raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}
     merged = replace(saved, **(free | {"resume": True}))
     check(merged, {})

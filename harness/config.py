@@ -15,12 +15,10 @@ from model import PRESETS, ModelConfig
 from sampler import SamplerMode
 
 MaskMode = Literal["random", "sync"]
-# who reads a flag: one recipe alone; in fine-tuning one task alone, which may go on with what pretraining had; all,
-# even where nothing is trained
-of_syncmask, of_softmask = (partial(option, recipe=(name,)) for name in ("syncmask", "softmask"))
-of_retrieval = partial(option, task=("retrieval",))
-of_contrast = partial(of_retrieval, inherited=True)
-always = partial(option, untrained=True)
+of_syncmask, of_softmask = (partial(option, recipe=(name,)) for name in ("syncmask", "softmask"))  # no other recipe's
+of_retrieval = partial(option, task=("retrieval",))  # in fine-tuning that task's alone
+of_contrast = partial(of_retrieval, inherited=True)  # and it goes on with what pretraining had
+always = partial(option, untrained=True)  # read even where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ RECIPE_DEFAULTS = {
     "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
 }  # fmt: skip
-# fields of the model that only one recipe reads
+# fields of the model that only one recipe reads; the model itself knows of no recipe
 MODEL_FLAGS = {
     "mim_layers": ("syncmask",),
     **dict.fromkeys(("local_image", "local_text", "alignment", "detector"), ("fashionfine",)),
@@ -179,23 +177,23 @@ def layer_config(given: dict) -> TrainConfig:
     return config if config.out else replace(config, out=f"runs/{config.data}-{config.recipe}-{preset}")
 
 
-def check_loop(config: LoopConfig) -> None:
-    """Raise ConfigError, in one line, for what no loop can go by: pretraining's or fine-tuning's."""
+def check_loop(config: LoopConfig, given: dict) -> None:
+    """Raise ConfigError, in one line, for what neither pretraining nor fine-tuning can go by."""
     if config.steps and config.epochs:
         raise ConfigError("--steps and --epochs contradict each other; give one")
     if config.sampler != "random" and config.search_size <= config.batch_size:
         raise ConfigError(f"--search-size {config.search_size} groups nothing unless it is above --batch-size")
+    if config.data == "synthetic" and config.root:
+        raise ConfigError("--root is for data from files; synthetic photos are drawn")
+    if config.data != "synthetic" and "products" in given:
+        raise ConfigError(f"--products is for synthetic photos, not for {config.data}")
     check_ranges(config)
     check_device(config.device)
 
 
 def check_flags(config: TrainConfig, given: dict) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
-    check_loop(config)
-    if config.data == "synthetic" and config.root:
-        raise ConfigError("--root is for data from files; synthetic photos are drawn")
-    if config.data != "synthetic" and "products" in given:
-        raise ConfigError(f"--products is for synthetic photos, not for {config.data}")
+    check_loop(config, given)
     if config.vocab and "vocab_size" in given:
         raise ConfigError("--vocab-size contradicts --vocab, which brings its own size")
     if (config.text_weights or config.weights) and not config.vocab:

@@ -140,14 +140,10 @@ def check_start(config: FinetuneConfig) -> None:
 
 def check_flags(config: FinetuneConfig, given: dict) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
-    check_loop(config)
+    check_loop(config, given)
     fitting = TASK_DATA.get(config.task, PHOTOS)
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
-    if config.data == "synthetic" and config.root:
-        raise ConfigError("--root is for data from files; synthetic photos are drawn")
-    if config.data != "synthetic" and "products" in given:
-        raise ConfigError(f"--products is for synthetic photos, not for {config.data}")
     check_readers(config, set(given), "task")
     if config.task == "search" or config.eval_only:
         untrained = {spec.name for spec in fields(config) if spec.metadata.get("untrained")}

@@ -18,6 +18,9 @@ from model import FeatureQueue, MomentumModel, VisionLanguageModel
 from photos.dataset import PhotoDataset
 from sampler import GroupedBatchSampler
 
+Losses = dict[str, Tensor]
+Logged = dict[str, Tensor]  # figures of a step, to be written down
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
@@ -27,23 +30,24 @@ class NonFiniteLoss(RuntimeError):
 class Run:
     """Everything a recipe, or a task of finetune.py, may use besides the batch."""
 
-    config: TrainConfig  # or finetune.py's: what both have is LoopConfig
+    config: TrainConfig  # or FinetuneConfig: what both have is LoopConfig
     tokenizer: Tokenizer
     model: VisionLanguageModel
     momentum: MomentumModel
     queue: FeatureQueue
     optimizer: torch.optim.Optimizer
-    sampler: GroupedBatchSampler
     ranks: Ranks
+    epoch_steps: int  # in one pass over the photos
     data: int  # fingerprint of the training photos
+    sampler: GroupedBatchSampler | None = None  # of a run that trains
     step: int = 0
     seconds: float = 0.0
     unreadable: set[str] = field(default_factory=set)
     generator: torch.Generator | None = None  # of the step under way
 
     def __post_init__(self):
-        self.device, self.epoch_steps = self.ranks.device, len(self.sampler)  # steps in one pass over the photos
-        self.total_steps = self.config.steps or max(1, self.config.epochs * self.epoch_steps)
+        self.device = self.ranks.device
+        self.total_steps = self.config.steps or self.config.epochs * self.epoch_steps
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
         self.word_ids = word_ids(self.tokenizer).to(self.device)
         self.antonyms, self.synonyms = (word_pairs(self.tokenizer, w).to(self.device) for w in (ANTONYMS, SYNONYMS))
@@ -62,8 +66,8 @@ class Run:
     def hard_share(self) -> float:
         """Share of the ITM negatives that are chosen rather than drawn at random. A curriculum (choice): with hard
         ones from the first step on ITM does not leave chance, and with nothing but hard ones it forgets the easy."""
-        warmup = self.config.itm_warmup
-        return self.config.itm_share * min(1.0, max(0.0, (self.step - warmup) / max(1, warmup)) if warmup else 1.0)
+        share, warmup = self.config.itm_share, self.config.itm_warmup
+        return share * min(1.0, max(0.0, self.step / warmup - 1)) if warmup else share
 
     def seed_step(self) -> None:
         """What a step draws depends on nothing before it, so that a resumed run draws the same."""
@@ -95,7 +99,7 @@ class Job:
     """What the loop works on: pretraining by a recipe, or one of finetune.py's tasks."""
 
     name: str
-    losses: Callable[[Run, dict], tuple[dict[str, Tensor], dict[str, float | Tensor]]]  # and figures to log
+    losses: Callable[[Run, dict], tuple[Losses, Logged]]
     validate: Callable[[Run], tuple[dict[str, float], list[str]]]  # figures, and lines for the eye
     panels: dict[str, list[str]]  # of curves.png
     select: str | None = None  # figure whose highest value is kept as best.pt
@@ -120,7 +124,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.run, self.job = run.model, run, job
 
-    def forward(self, batch: dict) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
+    def forward(self, batch: dict) -> tuple[Losses, Logged]:
         """Losses, and figures to log."""
         with autocast(self.run):
             return self.job.losses(self.run, batch)
@@ -142,7 +146,7 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
 
 
 def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
-    """Model with random weights, momentum model, queue, optimiser and sampler of a new run, on its device."""
+    """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
     torch.manual_seed(config.seed)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     ranks = ranks or Ranks(torch.device(config.device))
@@ -152,12 +156,8 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
         for part in (model.vision, model.text, model.fusion, momentum.vision, momentum.text, momentum.fusion):
             part.compile()
     queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)
-    sampler = GroupedBatchSampler(
-        len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
-        dataset.caption_ids, config.seed, margin=config.margin,
-    )  # fmt: skip
-    optimizer = build_optimizer(model, config)
-    return Run(config, tokenizer, model, momentum, queue, optimizer, sampler, ranks, dataset.fingerprint())
+    epoch_steps, optimizer = -(-len(dataset) // config.batch_size), build_optimizer(model, config)
+    return Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
 
 
 def check_finite(run: Run, values: dict[str, Tensor], last: Path) -> None:

@@ -6,14 +6,26 @@ from data import build_dataset, build_triplets
 from harness.finetune_config import FinetuneConfig
 from photos.dataset import DataError, PhotoDataset
 from photos.prompts import DESCRIPTION, DIFFERENCE
+from photos.triplets import Triplets
 
 
 def open_photos(config: FinetuneConfig, split: str) -> PhotoDataset:
     """A data set of photos; what is in which split follows the pretraining run's seed."""
-    where = (config.data, config.root, split, config.model.image_size, config.data_seed, config.products)
-    photos = build_triplets(*where).photos if config.data == "fashioniq" else build_dataset(*where)
+    photos = open_triplets(config, split).photos if config.data == "fashioniq" else build_dataset(*where(config, split))
     photos.lead = lead_of(config)
     return photos
+
+
+def open_triplets(config: FinetuneConfig, split: str) -> Triplets:
+    """A set of triplets, by the same rule."""
+    triplets = build_triplets(*where(config, split))
+    triplets.lead = lead_of(config)
+    return triplets
+
+
+def where(config: FinetuneConfig, split: str) -> tuple:
+    """Arguments of `build_dataset` and `build_triplets`."""
+    return config.data, config.root, split, config.model.image_size, config.data_seed, config.products
 
 
 def lead_of(config: FinetuneConfig) -> str:

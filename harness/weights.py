@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model import ModelConfig, VisionLanguageModel
-
-EXTRA_TOKENS = 9  # category symbols that data.py may append to a vocabulary; published weights have none
+from photos.prompts import SYMBOLS
 
 
 class WeightsError(ValueError):
@@ -41,7 +40,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-# Their names, made ours by applying the first rule that matches. "{}" is a layer number.
+# Their names, made ours by the first rule that matches; \1 is a layer number.
 LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\."
 VISION_RULES = [
     (r"(?:embeddings\.)?cls_token", "cls_token"),
@@ -193,7 +192,7 @@ def _fold_token_types(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _lacks_symbols(name: str, theirs: Tensor, ours: Tensor) -> bool:
     a_word_a_row = name in ("text.word_embeddings.weight", "mlm_bias")
-    return a_word_a_row and theirs.shape == (len(ours) - EXTRA_TOKENS, *ours.shape[1:])
+    return a_word_a_row and theirs.shape == (len(ours) - len(SYMBOLS), *ours.shape[1:])
 
 
 @torch.no_grad()
@@ -203,7 +202,7 @@ def _copy_fitting(theirs: dict[str, Tensor], ours: dict[str, nn.Parameter], repo
         if name not in ours:
             report.skipped[name] = "no counterpart in this model"
         elif _lacks_symbols(name, tensor, ours[name]):
-            ours[name][:-EXTRA_TOKENS].copy_(tensor)
+            ours[name][: -len(SYMBOLS)].copy_(tensor)
             loaded.append(name)
         elif tensor.shape != ours[name].shape:
             report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(ours[name].shape)}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.run import Run
-from losses import forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss
+from losses import accuracy, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss
 from masking import momentum_attention, read_layer, sync_mask
 
 
@@ -47,9 +47,9 @@ def synchronize(
 
 
 class Contrast(NamedTuple):
-    """ITC and the similarities that it compares, all ranks' part of the batch without the queue."""
+    """The ITC loss, weighted, and logits against the batch of all ranks, without the queue."""
 
-    loss: Tensor  # weighted
+    loss: Tensor
     sim_i2t: Tensor  # logits (B, K) of the batch's photos to all ranks' texts
     sim_t2i: Tensor  # logits (B, K) of its texts to all photos
 
@@ -72,7 +72,7 @@ def contrast(run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, teach
             targets_t2i = targets(teacher.text_feat @ image_keys.T / temp)
         loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, config.focal_gamma)
     run.queue.push(*new)
-    if config.sampler != "random":
+    if run.sampler and config.sampler != "random":
         run.sampler.collect(ranks.gather(batch["rows"]), *new[:2])
     in_batch = len(new[0])
     loss = ranks.mean(config.itc_weight * loss, len(image_feat))
@@ -80,12 +80,12 @@ def contrast(run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, teach
 
 
 class Pairs(NamedTuple):
-    """Texts with the photos that they are to be fused with, as `model.fuse(*pairs.inputs)` takes them."""
+    """Texts with the photos that they are to be fused with, as `model.fuse_cls(*pairs.inputs)` takes them."""
 
     text_embeds: Tensor  # (n, L, D)
     keep: Tensor  # (n, L)
-    photos: Tensor  # image tokens (C, N, D), the batch's own first
-    places: Tensor  # (n,) the row of `photos` that each text is paired with
+    image_embeds: Tensor  # (C, N, D), the batch's own first
+    rows: Tensor  # (n,) the row of `image_embeds` that each text is paired with
     labels: Tensor  # (n,) 1 match, 0 no match, −100 where every other pair would match
 
     @property
@@ -103,21 +103,22 @@ def wrong_pairs(run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image
     text, photo = run.negatives(itc.sim_i2t, forbidden), run.negatives(itc.sim_t2i, forbidden)
     labels = torch.where(torch.cat([text, photo]) < 0, -100, 0)
     text, photo = text.clamp(min=0), photo.clamp(min=0)
-    own, photos = torch.arange(len(keep), device=run.device), image_embeds
+    own = torch.arange(len(keep), device=run.device)
     if ranks.count > 1:  # what the others have is sent for, and stands after the batch's own
-        photos, photo = torch.cat([image_embeds, ranks.fetch(image_embeds, photo)]), own + len(own)
+        image_embeds, photo = torch.cat([image_embeds, ranks.fetch(image_embeds, photo)]), own + len(own)
     texts = torch.cat([ranks.fetch(text_embeds, text), text_embeds])
-    return Pairs(texts, torch.cat([ranks.gather(keep)[text], keep]), photos, torch.cat([own, photo]), labels)
+    return Pairs(texts, torch.cat([ranks.gather(keep)[text], keep]), image_embeds, torch.cat([own, photo]), labels)
 
 
-def add_matches(pairs: Pairs, text_embeds: Tensor, keep: Tensor, photos: Tensor | None = None) -> Pairs:
-    """After the pairs, as matches: the texts (B, L, D), each with its own photo or its row of `photos` (B, N, D)."""
-    places, all_photos = torch.arange(len(keep), device=keep.device), pairs.photos
-    if photos is not None:
-        places, all_photos = places + len(all_photos), torch.cat([all_photos, photos])
+def add_matches(pairs: Pairs, text_embeds: Tensor, keep: Tensor, image_embeds: Tensor | None = None) -> Pairs:
+    """After the pairs, as matches: the texts (B, L, D), each with its own photo, or with its row of other image tokens
+    (B, N, D)."""
+    rows, photos = torch.arange(len(keep), device=keep.device), pairs.image_embeds
+    if image_embeds is not None:
+        rows, photos = rows + len(photos), torch.cat([photos, image_embeds])
     texts, keeps = torch.cat([pairs.text_embeds, text_embeds]), torch.cat([pairs.keep, keep])
-    labels = torch.cat([pairs.labels, torch.ones_like(places)])
-    return Pairs(texts, keeps, all_photos, torch.cat([pairs.places, places]), labels)
+    labels = torch.cat([pairs.labels, torch.ones_like(rows)])
+    return Pairs(texts, keeps, photos, torch.cat([pairs.rows, rows]), labels)
 
 
 def match_pairs(run: Run, fused: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,12 +140,6 @@ def restore_words(
             logits_m = run.momentum.mlm_logits(fused_m[chosen])
     loss = mlm_loss(logits, labels, logits_m, run.alpha)
     return run.ranks.mean(loss, chosen), run.ranks.mean(accuracy(logits, labels), chosen)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the labelled rows (label ≥ 0) whose highest logit is the label's."""
-    right = (logits.argmax(dim=-1) == labels) & (labels >= 0)
-    return right.sum() / (labels >= 0).sum().clamp(min=1)
 
 
 def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:

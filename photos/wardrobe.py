@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-#
 # Garment space: x to the right, y down, the whole garment inside [−1, 1]². An outline is the right half of
 # the garment from (0, top) to (0, bottom); the left half mirrors it.
 

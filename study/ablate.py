@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from harness.checkpoints import config_from_dict
 from harness.config import FREE_ON_RESUME, TrainConfig, parse_config
-from harness.flags import ConfigError
+from harness.flags import ConfigError, flag_of
 from measures.truth import skill
 from photos.dataset import DataError
 from study.probe import category_accuracy
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         own = set().union(*(parse_config(condition)[1] for condition in grid.values()))
         if taken := sorted(own & parse_config(flags)[1]):
-            raise ConfigError(f"--{taken[0].replace('_', '-')} is what the conditions differ in; drop it")
+            raise ConfigError(f"{flag_of(taken[0])} is what the conditions differ in; drop it")
         configs = [parse_config(given)[0] for _, _, given in runs]
         if configs[0].data != "synthetic" and not of_recipes:
             raise ConfigError("--data: only synthetic photos come with the truth that the table is about")

@@ -44,8 +44,6 @@ from photos.fashiongen import FashionGen
 from sampler import GroupedBatchSampler, SamplerMode
 from train import RECIPES
 
-# ---------------------------------------------------------------------------------------------- one step
-
 
 def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, list[dict]]:
     """A run past its warm-ups, and batches of synthetic photos for it, on its device; texts padded to `tokens` tokens,
@@ -323,24 +321,21 @@ def step(config: TrainConfig, repeats: int) -> None:
           f"a {side} x {side} matrix product")  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ data and sampler
-
-
 @contextlib.contextmanager
 def packed(config: TrainConfig, chunk: int, gzip: int | None) -> Iterator[TrainConfig]:
     """The config, reading a copy of FashionGen's training file with so many photos in an HDF5 chunk, packed so."""
     if config.data != "fashiongen":
         raise ConfigError("--chunk and --gzip pack the photos of --data fashiongen")
-    name = FashionGen.FILES["train"]
+    path = FashionGen(Path(config.root or "data/fashiongen"), "train", config.model.image_size).path
     with tempfile.TemporaryDirectory() as folder:
-        with (
-            h5py.File(Path(config.root or "data/fashiongen") / name) as source,
-            h5py.File(f"{folder}/{name}", "w") as file,
-        ):
-            for key in source:
-                photos = key == "input_image"
-                shape = (min(chunk, len(source[key])), *source[key].shape[1:]) if photos else None
-                file.create_dataset(key, data=source[key][:], chunks=shape, compression=gzip if photos else None)
+        with h5py.File(path) as source, h5py.File(Path(folder, path.name), "w") as file:
+            photos = source["input_image"]
+            chunks, part = (min(chunk, len(photos)), *photos.shape[1:]), 32 * chunk
+            target = file.create_dataset("input_image", photos.shape, "uint8", chunks=chunks, compression=gzip)
+            for start in tqdm(range(0, len(photos), part), "packing", leave=False, disable=None):
+                target[start : start + part] = photos[start : start + part]
+            for key in source.keys() - {"input_image"}:
+                file[key] = source[key][:]
         yield replace(config, root=folder)
 
 

@@ -25,10 +25,10 @@ from tokenizers import Tokenizer
 
 from data import Collate, DataName, build_dataset, encode, to_device
 from harness.checkpoints import config_from_dict, load_checkpoint
-from harness.config import MaskSource, TrainConfig
+from harness.config import TrainConfig
 from harness.flags import ConfigError, check_device
 from harness.run import Run, build_run
-from masking import reduce_heads
+from masking import MaskSource, reduce_heads
 from measures.pictures import draw_masks, first_photos
 from measures.truth import shown_masks
 from photos.dataset import DataError, PhotoDataset

@@ -26,11 +26,19 @@ from tqdm import tqdm
 
 from data import Collate, normalise, to_device
 from harness.batches import first_products
-from harness.config import MaskSource
 from harness.flags import ConfigError
 from harness.run import Run
 from losses import forbidden_negatives, pick_negatives
-from masking import HeadReduction, PatchScore, WordScore, cooccurrence, mask_top, random_word_mask, word_counts
+from masking import (
+    HeadReduction,
+    MaskSource,
+    PatchScore,
+    WordScore,
+    cooccurrence,
+    mask_top,
+    random_word_mask,
+    word_counts,
+)
 from measures.truth import mask_truth, skill, word_truth
 from photos.dataset import DataError
 from photos.synthetic import Synthetic

@@ -291,6 +291,13 @@ def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
     assert results(tmp_path / "test")["metrics"] == {}
 
 
+def test_what_does_not_train_composes_no_batches(tmp_path, pretrained, monkeypatch):
+    """Photos without texts, and triplets without targets, are all alike to the sampler, and would keep it busy."""
+    monkeypatch.setattr("sampler.separate", lambda *_: pytest.fail("batches are composed"))
+    command("--task", "tgir", "--eval-only", "--checkpoint", pretrained, "--out", tmp_path / "evaluated")
+    command("--task", "search", "--query", "red", "--checkpoint", pretrained, "--out", tmp_path / "found")
+
+
 def test_a_gallery_that_cannot_be_read_is_one_line(tmp_path, pretrained):
     write_fashioniq(tmp_path / "iq", "val", dict.fromkeys(PUBLISHED, (6, 20, 12)))  # empty files
     common = ["--task", "tgir", "--checkpoint", pretrained, "--data", "fashioniq", "--root", tmp_path / "iq"]

@@ -20,11 +20,10 @@ from harness.config import ema_decay, learning_rate, parse_config
 from harness.flags import ConfigError
 from harness.run import Job, autocast, build_optimizer, build_run
 from harness.splits import hold_out
-from harness.weights import EXTRA_TOKENS, WeightsError, load_pretrained
+from harness.weights import WeightsError, load_pretrained
 from harness.wiring import Teacher, accuracy, contrast
 from model import PRESETS, ModelConfig, VisionLanguageModel
 from photos.dataset import DataError
-from photos.prompts import SYMBOLS
 from photos.synthetic import Synthetic
 
 
@@ -232,7 +231,6 @@ def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
     state["cls.predictions.bias"] = torch.zeros(SMALL.vocab_size)
     torch.save(state, tmp_path / "bert.bin")
     assert "shape (60, 48), this model has (69, 32)" in str(load_pretrained(narrow, text=tmp_path / "bert.bin"))
-    assert len(SYMBOLS) == EXTRA_TOKENS
 
 
 def test_text_and_whole_weights_can_be_given(tmp_path, capsys):

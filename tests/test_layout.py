@@ -1,6 +1,7 @@
 """The house: imports point one way, files and functions stay small enough to be read in one sitting."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ FLOORS = [
 ]  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 # Lines a file may have; to be lowered where it can be, and raised for nothing.
-CEILINGS = {"model": 520, "masking": 260, "losses": 140, "sampler": 240, "data": 300, "train": 450, "finetune": 450}
+CEILINGS = {"model": 520, "masking": 230, "losses": 130, "sampler": 230, "data": 280, "train": 400, "finetune": 450}
 ROOMS, STUDY, TESTS, FUNCTION = 240, 510, 600, 60
 FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
          for folder in (".", "photos", "harness", "measures", "study", "tests")
@@ -54,3 +55,10 @@ def test_files_and_functions_are_small(path):
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert not {name: lines for name, lines in long.items() if lines > FUNCTION}
+
+
+def test_the_readme_is_a_page_and_links_lead_somewhere():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("study/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text())]
+    assert len(links) > 20 and not [link for page, link in links if not (page.parent / link).exists()]

@@ -121,9 +121,6 @@ def test_losses_without_a_label_are_zero_not_nan():
     assert itm_loss(torch.randn(3, 2), torch.full((3,), -100)) == 0
 
 
-# ------------------------------------------------------------------------------------------- negatives
-
-
 def test_forbidden_are_same_product_and_same_caption():
     forbidden = forbidden_negatives(torch.tensor([1, 1, 2, 3]), torch.tensor([5, 6, 5, 7]))
     assert forbidden.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]

@@ -90,9 +90,6 @@ def test_photos_that_were_never_collected_come_anyway():
     assert sorted(i for b in sampler for i in b) == list(range(40))
 
 
-# ---------------------------------------------------------------------------------------------- chains
-
-
 def slow_chain(sim, groups, first, batch_size, mode, margin):
     """The definition, item by item: similarities in plain lists, no tricks."""
     order, count = [first], len(sim)
@@ -149,9 +146,6 @@ def neighbours_similarity(mode):
 def test_grouping_makes_batches_harder_and_semihard_less_so():
     random, hard, semihard = (neighbours_similarity(mode) for mode in MODES)
     assert random + 0.2 < semihard < hard
-
-
-# ------------------------------------------------------------------------------------------ separation
 
 
 @settings(max_examples=60)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+import data
 import finetune
 import train
 from data import Collate, build_dataset, build_tokenizer, normalise
@@ -287,6 +288,15 @@ def test_step_benchmark_times_both(capsys):
     assert "1 workers" in out and "transfer and augment, cpu" in out
 
 
+def test_data_benchmark_reads_a_copy_packed_otherwise(tmp_path, capsys):
+    data.main(["export-fashiongen", str(tmp_path), "--items", "8"])
+    sizes = ["--batch-size", "8", "--by-workers", "0", "--batches", "1", "--steps-timed", "1"]
+    files = [flag for flag in SMALL if flag not in ("--products", "12")]
+    flags = ["--data", "fashiongen", "--root", str(tmp_path), "--preset", "tiny", "--chunk", "4", "--gzip", "1"]
+    benchmark.main(["data", *files, *flags, *sizes])
+    assert "an HDF5 chunk is 4 photos" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -296,6 +306,7 @@ def test_step_benchmark_times_both(capsys):
         ("data --by-workers -1", "argument --by-workers: -1 is not a whole number from 0 on"),
         ("passes --recipe albef", "benchmark.py: --recipe: passes counts all of them"),
         ("passes --tokens 9999", "benchmark.py: --tokens 9999: the model reads 64; see --max-length"),
+        ("data --chunk 4", "benchmark.py: --chunk and --gzip pack the photos of --data fashiongen"),
         ("sampler --items 0", "argument --items: 0 is not a whole number from 1 on"),
         ("sampler --block 16 --batch 32", "--block 16 groups nothing unless it is above --batch"),
         ("sampler --batch-size 8", "unknown flag --batch-size"),
