@@ -31,16 +31,7 @@ from harness.log import Metrics, Progress, StopSignals
 from harness.ranks import Ranks, speak_up
 from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run, check_finite
 from harness.weights import WeightsError, load_pretrained
-from harness.wiring import (
-    Teacher,
-    add_matches,
-    contrast,
-    match_pairs,
-    restore_words,
-    synchronize,
-    teach,
-    wrong_pairs,
-)
+from harness.wiring import Teacher, add_matches, contrast, match_pairs, restore_words, synchronize, teach, wrong_pairs
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
 from masking import random_patch_mask, random_word_mask, soft_mask
 from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
