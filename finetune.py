@@ -96,7 +96,7 @@ class Retrieval(Task):
         itc = contrast(run, batch, *feats, teach(run, batch))
         pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds), text_embeds, keep)
         itm, right = match_pairs(run, model.fuse_cls(*pairs.inputs), pairs.labels)
-        return {"itc": itc.loss, "itm": itm}, {"itm_accuracy": right}
+        return {"itc": run.config.itc_weight * itc.loss, "itm": itm}, {"itm_accuracy": right}
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
         """Full protocol on the held-out products."""

@@ -1,7 +1,9 @@
-"""Every mask: which words and which patches are hidden, how attention becomes a mask, what replaces a hidden word.
+"""Every mask: which words and which patches are hidden, how attention becomes a mask, what replaces a hidden word; and
+how masks are measured against the truth.
 
 Functions on tensors; one of them asks the momentum model. Masks are boolean, True = masked. `words` (B, L) marks the
-tokens that may be masked at all: neither [CLS], [SEP] nor [PAD]. Every draw takes a generator on the tensors' device.
+tokens that may be masked at all: neither [CLS], [SEP] nor [PAD]. A word is a WordPiece token here, punctuation too.
+Every draw takes a generator on the tensors' device.
 
 Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
 """
@@ -58,8 +60,8 @@ def momentum_attention(
     """The momentum model's cross-attention that masks are made of: one map (B, h, L, N) a fusion layer, detached.
 
     attention  A, of the clean pair: the plainest reading of SyncMask
-    gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding), of all layers but
-               the last, of which only [CLS] reaches the match logit
+    gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding), from every layer
+               except the last, where only the row of [CLS] reaches the match logit
     hidden     row w of A while word w is hidden: a word that is there needs not look at the photo, a hidden one must.
                Two passes, each with one random half of the words hidden (choice)
 
@@ -73,7 +75,7 @@ def momentum_attention(
             keep, image_embeds_m = keep.repeat(2, 1), image_embeds_m.repeat(2, 1, 1)
             text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
             _, attentions = momentum.fusion(text, keep, image_embeds_m, return_attention=True)
-        return [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]
+        return [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
     if source == "attention":
         with torch.no_grad():
             return momentum.fusion(text_embeds_m, keep, image_embeds_m, return_attention=True)[1]
@@ -86,7 +88,7 @@ def momentum_attention(
 
 
 def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
-    """Of attention maps (B, h, L, N) that of one layer, from 1 on; or for 0 what all layers agree on, (B, 1, L, N):
+    """One layer of the attention maps (B, h, L, N), numbered from 1; or with 0 what all layers agree on, (B, 1, L, N):
     their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
     if layer:
         return attentions[layer - 1]
@@ -116,28 +118,28 @@ def sync_mask(
 
     word_score    max      the most that the word attends to any one patch
                   mass     what it attends to the patches that all words together attend to most
-                  entropy  how concentrated its attention is: the negative entropy over the patches, less what it
-                           attends to none of them (the image CLS; patches that only some layers agree on)
+                  entropy  how concentrated its attention is: the negative entropy over the patches, minus a penalty for
+                           attention that falls on no patch (but on the image CLS, or where layers do not agree)
     patch_score   all      how much the words attend to the patch, on average
                   masked   the same of the words just masked: they and the patches are hidden together
     """
     a = reduce_heads(attention, heads)  # (B, L, P)
     patches = patch_counts(len(a), a.shape[2], patch_ratio, a.device)
     everything = torch.ones_like(a[:, 0], dtype=torch.bool)
+    # s_p = mean over words of A[w, p]
     mean_over = lambda words: (a * words[..., None]).sum(dim=1) / words.sum(dim=1, keepdim=True).clamp(min=1)
     if word_score == "max":
-        score = a.amax(dim=2)
+        word_scores = a.amax(dim=2)  # (B, L)
     elif word_score == "mass":
-        score = (a * mask_top(mean_over(word_mask), everything, patches)[:, None]).sum(dim=2)
+        word_scores = (a * mask_top(mean_over(word_mask), everything, patches)[:, None]).sum(dim=2)
     else:
         # Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],  q = A[w, p] / Σ_p A[w, p]
         q = (a + 1e-12) / (a + 1e-12).sum(dim=2, keepdim=True)
-        score = (q * (a + 1e-12).log()).sum(dim=2)
-    score = _jitter(score, word_mask, noise, generator)
-    words = mask_top(score, word_mask, word_counts(word_mask, word_ratio))
-    # s_p = mean over words of A[w, p]
-    score = _jitter(mean_over(words if patch_score == "masked" else word_mask), everything, noise, generator)
-    return mask_top(score, everything, patches), words
+        word_scores = (q * (a + 1e-12).log()).sum(dim=2)
+    word_scores = _jitter(word_scores, word_mask, noise, generator)
+    masked_words = mask_top(word_scores, word_mask, word_counts(word_mask, word_ratio))
+    patch_scores = mean_over(masked_words if patch_score == "masked" else word_mask)  # (B, P)
+    return mask_top(_jitter(patch_scores, everything, noise, generator), everything, patches), masked_words
 
 
 def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor:
@@ -183,6 +185,21 @@ def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor,
     return (hit & words).sum(), regions.float().mean(dim=2)[words].sum(), words.sum()
 
 
+def corrupt_words(
+    token_ids: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
+    one of `word_ids` (V',), 10 % stay.
+
+    token_ids (B, L), mask (B, L) -> corrupted ids (B, L), labels (B, L) with −100 where not masked.
+    """
+    labels = token_ids.masked_fill(~mask, -100)
+    dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
+    drawn = torch.randint(len(word_ids), token_ids.shape, device=token_ids.device, generator=generator)
+    ids = token_ids.masked_fill(mask & (dice < 0.8), mask_id)
+    return torch.where(mask & (dice >= 0.9), word_ids[drawn], ids), labels
+
+
 def replace_words(
     token_ids: Tensor, words: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, antonyms: Tensor,
     synonyms: Tensor, generator: torch.Generator | None = None,
@@ -201,18 +218,3 @@ def replace_words(
     antonym, synonym = antonyms[token_ids], synonyms[token_ids]
     ids = torch.where(replaced & (dice < 0.5) & (antonym >= 0), antonym, ids)
     return torch.where(words & ~mask & (dice < 0.15) & (synonym >= 0), synonym, ids), labels, replaced
-
-
-def corrupt_words(
-    token_ids: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
-    one of `word_ids` (V',), 10 % stay.
-
-    token_ids (B, L), mask (B, L) -> corrupted ids (B, L), labels (B, L) with −100 where not masked.
-    """
-    labels = token_ids.masked_fill(~mask, -100)
-    dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
-    drawn = torch.randint(len(word_ids), token_ids.shape, device=token_ids.device, generator=generator)
-    ids = token_ids.masked_fill(mask & (dice < 0.8), mask_id)
-    return torch.where(mask & (dice >= 0.9), word_ids[drawn], ids), labels

@@ -146,7 +146,7 @@ def initialise(model: "VisionLanguageModel") -> None:
     at width 128 makes the contrastive loss stand still for hundreds of steps).
 
     Encoders: Xavier-uniform, as the original ViT and MAE. Fusion, MLM head, detector: normal(0.02), as BERT; a
-    post-norm layer that starts near the identity passes the masked words on. Adapter: the same, so that at first all
+    post-norm layer that starts near the identity passes the masked words on. Adapter: normal(0.02), so that at first
     local tokens weigh alike. Words: normal(1/√D), so that the tied MLM decoder starts with logits of unit variance.
     """
     for name, module in model.named_modules():

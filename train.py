@@ -1,5 +1,9 @@
 """Pretraining: one recipe per method, one flat loop.
 
+A recipe is a function here and a row of RECIPE_DEFAULTS in harness/config.py, which sets what is not written out: how
+batches are grouped and negatives chosen, focal ITC, distortion, framed texts. Its docstring counts the passes of a
+step, in photos or captions; "to [CLS]" where the last fusion layer makes [CLS] alone.
+
     python train.py                                            tiny model, synthetic photos, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
@@ -45,8 +49,8 @@ from sampler import GroupedBatchSampler
 def albef(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets.
 
-    Passes a step, in photos or captions: image B; text 2B (clean, masked); fusion 3B to [CLS] (B matching, 2B not) and
-    B masked. Momentum: image B, text B; with alpha > 0 text and fusion B (masked) more.
+    Passes: image B; text 2B (clean, masked); fusion 3B to [CLS] (B matching pairs, 2B wrong) and B of masked texts.
+    Momentum: image B, text B; with alpha > 0 text and fusion B (masked) more.
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     teacher = teach(run, batch)
@@ -66,7 +70,7 @@ def albef(run: Run, batch: dict) -> tuple[Losses, Logged]:
     filled = model.fuse(masked_embeds, keep, image_embeds)
 
     # losses
-    losses, figures = {"itc": itc.loss}, {}
+    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
     losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, pairs.labels)
     losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
     return losses, figures
@@ -76,8 +80,10 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, both masks from the momentum model's cross-attention.
 
     Choices: how the attention becomes masks, the form of MIM (masked photo, clean text, a pass of its own), its weight.
-    Passes a step: those of `albef`, image B for half of the patches (the visible ones), decoder B. Momentum: for the
-    masks text and fusion 2B more (source hidden), or fusion B (the others).
+    From RECIPE_DEFAULTS: grouped batches, semi-hard negatives.
+
+    Passes: those of `albef`; image B of half of the patches (the visible ones), decoder B. Momentum, for the masks:
+    text and fusion 2B more (source hidden), or fusion B (the others).
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     teacher = teach(run, batch)
@@ -103,7 +109,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     pixels = model.reconstruct_patches(visible_embeds, visible, text_embeds, keep)
 
     # losses
-    losses, figures = {"itc": itc.loss}, {}
+    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
     losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, pairs.labels)
     losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
     losses["mim"] = run.ranks.mean(config.mim_weight * mim_loss(pixels, batch["images"], patch_mask), patch_mask)
@@ -114,9 +120,11 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked photo as one more match + MLM, on
     masked text and distorted photos.
 
-    Choice: ITC, ITM and MLM read one encoding of the masked text, so MLM needs no pass of its own.
-    Passes a step, in photos or captions: image B; text B (masked; with --no-mask-text 2B); fusion B matching, with its
-    attention, and 3B to [CLS] (2B not, B soft-masked); with --no-mask-text B masked more. Momentum as `albef`.
+    Choice: ITC, ITM and MLM read one encoding of the masked text, so MLM needs no pass of its own. From
+    RECIPE_DEFAULTS: focal ITC, distortion.
+
+    Passes: image B; text B (masked; with --no-mask-text 2B); fusion B matching pairs, with attention, and 3B to [CLS]
+    (2B wrong, B soft-masked); with --no-mask-text B of masked texts more. Momentum as `albef`.
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     teacher = teach(run, batch)
@@ -131,7 +139,7 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     # contrast
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
-    # fuse: matching pairs; wrong ones; as one more match the photo without what one of the legible words is about
+    # fuse: wrong pairs; matching ones; as one more match the photo without what one of the legible words is about
     pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds)
     if config.soft_mask:
         matching, attentions = model.fusion(text_embeds, keep, image_embeds, return_attention=True)
@@ -144,7 +152,7 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     filled = matching if config.mask_text else model.fuse(masked_embeds, keep, image_embeds)
 
     # losses
-    losses, figures = {"itc": itc.loss}, {}
+    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
     itm_labels = torch.cat([pairs.labels, torch.ones_like(ids[:, 0])])
     losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, itm_labels)
     losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
@@ -155,10 +163,11 @@ def fashionfine(run: Run, batch: dict) -> tuple[Losses, Logged]:
     """Fashion-FINE (Jin et al. 2024): focal ITC on features with local tokens in them (MAA, HNM-F) + ITM + the category
     symbol and phrases aligned with the photo (C-CmA) + MLM + replaced-token detection.
 
-    As in the authors' code all objectives read one text, some of whose words are masked and some replaced, and only
-    online features have local tokens in them. Choices: the momentum model reads the clean text; C-CmA's start.
-    Passes a step, in photos or captions: image B; text B (masked); fusion B matching and 2B to [CLS] (not matching).
-    Momentum: image B, text B.
+    As in the authors' code all objectives read one text, some of whose words are masked and some replaced, only online
+    features have local tokens in them, and MLM has no soft targets. Choices: the momentum model reads the clean text;
+    C-CmA's start. From RECIPE_DEFAULTS: focal ITC, framed texts.
+
+    Passes: image B; text B (masked); fusion B matching pairs and 2B wrong ones to [CLS]. Momentum: image B, text B.
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     teacher = teach(run, batch)
@@ -173,13 +182,13 @@ def fashionfine(run: Run, batch: dict) -> tuple[Losses, Logged]:
     image_feat = model.image_feature(image_embeds)
     itc = contrast(run, batch, image_feat, model.text_feature(text_embeds, keep), teacher)
 
-    # fuse: matching pairs, from which words are restored; wrong ones
-    matching = model.fuse(text_embeds, keep, image_embeds)
+    # fuse: wrong pairs; matching ones, from which words are restored
     pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds)
+    matching = model.fuse(text_embeds, keep, image_embeds)
     fused_cls = torch.cat([model.fuse_cls(*pairs.inputs), matching[:, :1]])
 
     # losses
-    losses, figures = {"itc": itc.loss}, {}
+    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
     itm_labels = torch.cat([pairs.labels, torch.ones_like(ids[:, 0])])
     losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, itm_labels)
     losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, matching, masked_ids, mlm_labels)
@@ -197,10 +206,12 @@ RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "fas
 
 def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
     """The image tokens (B, N, D) with the patches suppressed that one of the `words` (B, L), drawn at random, is about:
-    ṽ_p = (1 − M_p) · v_p, the CLS as it is. A text without any such word leaves its photo as it is."""
-    attention = attentions[(run.config.mask_layer or (len(attentions) + 1) // 2) - 1]
-    score = run.model.itm_logits(matching)[:, 1].sum()
-    (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
+    ṽ_p = (1 − M_p) · v_p, the CLS as it is. A text without any such word leaves its photo as it is.
+
+    By Grad-CAM of the model in training itself, on its `matching` tokens and their attentions, one a layer."""
+    attention = attentions[(run.config.mask_layer or (len(attentions) + 1) // 2) - 1]  # unless said, the middle layer's
+    score = run.model.itm_logits(matching)[:, 1].sum()  # pairs are independent, so one gradient serves all
+    (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)  # the losses need the graph as well
     any_word = words.any(dim=1, keepdim=True)
     word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
     soft = soft_mask(attention, gradient, word) * any_word  # (B, P)
@@ -307,7 +318,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
         run.seed_step()
         batch, values = next(batches), {}
         progress.left_out(batch["unreadable"])
-        if all(ranks.rows):
+        if all(ranks.rows):  # otherwise no photo of some rank's share could be read: the step is passed over
             losses, figures = forward(augmented(run, batch))
             loss = sum(losses.values())
             loss.backward()
@@ -318,7 +329,6 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
             run.optimizer.zero_grad(set_to_none=True)
             run.model.clamp_temp()
             run.momentum.update(run.model, ema_decay(run.step, config.ema_decay))
-        # otherwise no photo of some rank's share could be read: the step is passed over
         elif len(run.unreadable) > len(dataset) // 2:
             raise DataError(f"most photos cannot be read, the last one: {batch['unreadable'][-1]}")
         run.step += 1

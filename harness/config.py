@@ -125,7 +125,7 @@ RECIPE_DEFAULTS = {
     "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
-    "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam"),
+    "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam"),  # the source is for the truth's measures
     "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read
     "fashionfine": dict(prompts=True, local_image=0.05, local_text=0.25, alignment=True, detector=True,
                         focal_gamma=2.0, itc_weight=0.25, max_length=180),

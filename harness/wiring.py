@@ -47,7 +47,7 @@ def synchronize(
 
 
 class Contrast(NamedTuple):
-    """The ITC loss, weighted, and logits against the batch of all ranks, without the queue."""
+    """The ITC loss, and logits against the batch of all ranks, without the queue."""
 
     loss: Tensor
     sim_i2t: Tensor  # logits (B, K) of the batch's photos to all ranks' texts
@@ -75,8 +75,7 @@ def contrast(run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, teach
     if run.sampler and config.sampler != "random":
         run.sampler.collect(ranks.gather(batch["rows"]), *new[:2])
     in_batch = len(new[0])
-    loss = ranks.mean(config.itc_weight * loss, len(image_feat))
-    return Contrast(loss, sim_i2t[:, :in_batch], sim_t2i[:, :in_batch])
+    return Contrast(ranks.mean(loss, len(image_feat)), sim_i2t[:, :in_batch], sim_t2i[:, :in_batch])
 
 
 class Pairs(NamedTuple):
@@ -130,8 +129,8 @@ def match_pairs(run: Run, fused: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 def restore_words(
     run: Run, batch: dict, fused: Tensor, masked_ids: Tensor, mlm_labels: Tensor, teacher: Teacher | None = None
 ) -> tuple[Tensor, Tensor]:
-    """MLM from the fused tokens (B, L, D) of masked texts; with a teacher, whose opinion counts while alpha > 0, that
-    reads the masked text too. -> loss, accuracy."""
+    """MLM from the fused tokens (B, L, D) of masked texts; with a teacher and alpha > 0 the momentum model's prediction
+    on the same masked texts is a soft target. -> loss, accuracy."""
     keep, chosen, logits_m = batch["attention_mask"], mlm_labels != -100, None
     logits, labels = run.model.mlm_logits(fused[chosen]), mlm_labels[chosen]  # (M, V), (M,)
     if teacher and run.alpha > 0:
