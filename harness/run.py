@@ -153,6 +153,7 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
     model = VisionLanguageModel(config.model).to(ranks.device).train()
     momentum = MomentumModel(model, config.ema_decay)
     if config.compile:
+        torch._dynamo.config.recompile_limit = 32  # the fusion is asked in more forms than the default of 8
         for part in (model.vision, model.text, model.fusion, momentum.vision, momentum.text, momentum.fusion):
             part.compile()
     queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)

@@ -441,8 +441,10 @@ def test_compiled_run_equals_eager(tmp_path, monkeypatch):
     """With the backend that compiles nothing: what is tested is our use of it, not the compiler."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
-    run(tmp_path / "eager", "--steps", "2")
-    run(tmp_path / "compiled", "--steps", "2", "--compile")
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    flags = ["--steps", "4", "--val-every", "2", "--alpha", "0.4"]
+    run(tmp_path / "eager", *flags)
+    run(tmp_path / "compiled", *flags, "--compile")
     one, two = checkpoint(tmp_path / "eager")["model"], checkpoint(tmp_path / "compiled")["model"]
     assert one.keys() == two.keys()
     for name in one:
