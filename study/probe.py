@@ -59,7 +59,9 @@ def cls_features(
 ) -> tuple[list[int], list[Tensor]]:
     """Those of the rows that can be decoded, and their image CLS tokens by each of the models, (n, D)."""
     decoded, parts = [], [[] for _ in models]
-    for start in tqdm(range(0, len(rows), 128), "encoding photos", unit=" batches", leave=False, disable=not progress):
+    for start in tqdm(
+        range(0, len(rows), 128), "encoding photos", unit=" batches", leave=False, disable=None if progress else True
+    ):
         items = [dataset[row] for row in rows[start : start + 128]]
         images = [item["image"] for item in items if isinstance(item, dict)]
         decoded += [item["row"] for item in items if isinstance(item, dict)]
