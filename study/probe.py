@@ -59,9 +59,8 @@ def cls_features(
 ) -> tuple[list[int], list[Tensor]]:
     """Those of the rows that can be decoded, and their image CLS tokens by each of the models, (n, D)."""
     decoded, parts = [], [[] for _ in models]
-    for start in tqdm(
-        range(0, len(rows), 128), "encoding photos", unit=" batches", leave=False, disable=None if progress else True
-    ):
+    starts, quiet = range(0, len(rows), 128), None if progress else True  # None: quiet unless in a terminal
+    for start in tqdm(starts, "encoding photos", unit=" batches", leave=False, disable=quiet):
         items = [dataset[row] for row in rows[start : start + 128]]
         images = [item["image"] for item in items if isinstance(item, dict)]
         decoded += [item["row"] for item in items if isinstance(item, dict)]
