@@ -23,7 +23,7 @@ from torch import Tensor, nn
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
-def size(default, help: str, low: float = 1, high: float | None = None):
+def setting(default, help: str, low: float = 1, high: float | None = None):
     """A field of `ModelConfig` with its meaning and the range that it must lie in."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
@@ -32,25 +32,25 @@ def size(default, help: str, low: float = 1, high: float | None = None):
 class ModelConfig:
     """Sizes of the model. Vision, text and fusion share one width, as ViT-B and BERT-base do."""
 
-    image_size: int = size(64, "side of the square photo the ViT sees, pixels")
-    patch_size: int = size(8, "side of a patch, pixels")
-    width: int = size(128, "token width D of all three encoders")
-    heads: int = size(4, "attention heads")
-    vision_layers: int = size(4, "ViT layers")
-    text_layers: int = size(2, "text encoder layers")
-    fusion_layers: int = size(2, "fusion encoder layers")
-    mim_layers: int = size(1, "layers of the light decoder of masked image modelling")
-    patch_layer: int = size(0, "ViT layer whose patch tokens are put out; 0: the last", low=0)
-    registers: int = size(0, "register tokens in the ViT, dropped at its output", low=0)
-    cls_context: bool = size(True, "fusion also looks at the image's CLS token", low=0)
-    local_image: float = size(0.0, "share of the patches in a photo's feature, beside CLS", low=0, high=1)
-    local_text: float = size(0.0, "share of the words in a text's feature, beside [CLS]", low=0, high=1)
-    alignment: bool = size(False, "category symbol and phrases are aligned with the photo", low=0)
-    detector: bool = size(False, "head that tells replaced words", low=0)
-    embed_dim: int = size(256, "width E of the contrastive space")
-    max_length: int = size(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
-    dropout: float = size(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.99)
-    vocab_size: int = size(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6)  # a word at least
+    image_size: int = setting(64, "side of the square photo the ViT sees, pixels")
+    patch_size: int = setting(8, "side of a patch, pixels")
+    width: int = setting(128, "token width D of all three encoders")
+    heads: int = setting(4, "attention heads")
+    vision_layers: int = setting(4, "ViT layers")
+    text_layers: int = setting(2, "text encoder layers")
+    fusion_layers: int = setting(2, "fusion encoder layers")
+    mim_layers: int = setting(1, "layers of the light decoder of masked image modelling")
+    patch_layer: int = setting(0, "ViT layer whose patch tokens are put out; 0: the last", low=0)
+    registers: int = setting(0, "register tokens in the ViT, dropped at its output", low=0)
+    cls_context: bool = setting(True, "fusion also looks at the image's CLS token", low=0)
+    local_image: float = setting(0.0, "share of the patches in a photo's feature, beside CLS", low=0, high=1)
+    local_text: float = setting(0.0, "share of the words in a text's feature, beside [CLS]", low=0, high=1)
+    alignment: bool = setting(False, "category symbol and phrases are aligned with the photo", low=0)
+    detector: bool = setting(False, "head that tells replaced words", low=0)
+    embed_dim: int = setting(256, "width E of the contrastive space")
+    max_length: int = setting(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
+    dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.99)
+    vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6)  # a word at least
     classes: int = 0  # of the recognition head; 0: there is none. No flag: the labels are counted
 
     def __post_init__(self):

@@ -68,7 +68,7 @@ def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopC
 
 
 def resumed_config(
-    config: LoopConfig, given: set[str], state: dict, check: Callable[[LoopConfig, dict], None]
+    config: LoopConfig, given: set[str], state: dict, check: Callable[[LoopConfig, set[str]], None]
 ) -> LoopConfig:
     """The checkpoint's config; a flag that would change the result is refused. `check` is the script's check_flags."""
     saved = config_from_dict(state["config"], type(config))
@@ -80,7 +80,7 @@ def resumed_config(
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}
     merged = replace(saved, **(free | {"resume": True}))
-    check(merged, {})
+    check(merged, set())
     if merged.stop_at and merged.stop_at <= state["step"]:
         raise ConfigError(f"--stop-at {merged.stop_at}: the run is at step {state['step']} already")
     return merged
@@ -100,7 +100,7 @@ def restore(run: Run, state: dict) -> None:
 
 
 def begin(
-    config: LoopConfig, given: set[str], check: Callable[[LoopConfig, dict], None]
+    config: LoopConfig, given: set[str], check: Callable[[LoopConfig, set[str]], None]
 ) -> tuple[LoopConfig, dict | None]:
     """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten."""
     last = Path(config.out) / "last.pt"

@@ -153,7 +153,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     given = vars(parser.parse_args(argv))
     config = layer_config(given)
     if not config.resume:  # otherwise the checkpoint has a say first
-        check_flags(config, given)
+        check_flags(config, set(given))
     return config, set(given)
 
 
@@ -177,7 +177,7 @@ def layer_config(given: dict) -> TrainConfig:
     return config if config.out else replace(config, out=f"runs/{config.data}-{config.recipe}-{preset}")
 
 
-def check_loop(config: LoopConfig, given: dict) -> None:
+def check_loop(config: LoopConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for what neither pretraining nor fine-tuning can go by."""
     if config.steps and config.epochs:
         raise ConfigError("--steps and --epochs contradict each other; give one")
@@ -191,7 +191,7 @@ def check_loop(config: LoopConfig, given: dict) -> None:
     check_device(config.device)
 
 
-def check_flags(config: TrainConfig, given: dict) -> None:
+def check_flags(config: TrainConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_loop(config, given)
     if config.vocab and "vocab_size" in given:
@@ -200,7 +200,7 @@ def check_flags(config: TrainConfig, given: dict) -> None:
         raise ConfigError("--text-weights and --weights need --vocab: word embeddings belong to their vocabulary")
     if config.weights and (config.text_weights or config.vision_weights):
         raise ConfigError("--weights contradicts --vision-weights and --text-weights; it holds both")
-    check_readers(config, set(given), "recipe", MODEL_FLAGS)
+    check_readers(config, given, "recipe", MODEL_FLAGS)
     deepest = config.model.fusion_layers
     if config.mask_layer > deepest:
         raise ConfigError(f"--mask-layer {config.mask_layer}: there are {deepest} fusion layers")

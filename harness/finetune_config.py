@@ -96,7 +96,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
         raise ConfigError(f"{path}: is of a pretraining run, which train.py goes on with")
     if not config.resume:  # otherwise the run to resume has a say first
         check_start(config)
-        check_flags(config, given)
+        check_flags(config, set(given))
     return config, set(given), source
 
 
@@ -138,16 +138,16 @@ def check_start(config: FinetuneConfig) -> None:
         raise ConfigError(f"{where}: has no classes yet; fine-tune it without --eval-only first")
 
 
-def check_flags(config: FinetuneConfig, given: dict) -> None:
+def check_flags(config: FinetuneConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_loop(config, given)
     fitting = TASK_DATA.get(config.task, PHOTOS)
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
-    check_readers(config, set(given), "task")
+    check_readers(config, given, "task")
     if config.task == "search" or config.eval_only:
         untrained = {spec.name for spec in fields(config) if spec.metadata.get("untrained")}
-        for name in sorted(set(given) - untrained):
+        for name in sorted(given - untrained):
             raise ConfigError(f"{flag_of(name)} is for training, which is not done here")
     if config.eval_only and "products" in given:
         raise ConfigError("--products is of the training split, which is not used here")
