@@ -159,6 +159,7 @@ class Product:
         return named | {key: (colour, shape) for key, colour, shape in self.details}
 
     def describe(self, rng: np.random.Generator) -> str:
+        """A random wording, in which {key|words} marks what words are about."""
         tag = lambda key, words: f"{{{key}|{words}}}"
         garment, colour = tag("garment", self.garment), tag("colour", self.colour)
         title = pick(rng, (f"{garment} in {colour}", f"{colour} {garment}"))

@@ -257,7 +257,7 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     image_feat, text_feat = unit(8).requires_grad_(), unit(8).requires_grad_()
     keys = unit(8), unit(8)
     products = batch["product_ids"].tolist()
-    ours = contrast(state, batch, image_feat, text_feat, Teacher(None, None, *keys)).loss
+    ours = state.config.itc_weight * contrast(state, batch, image_feat, text_feat, Teacher(None, None, *keys)).loss
     naive, owners = 0, products + old[2].tolist()
     for queries, own, older in ((image_feat, keys[1], old[1]), (text_feat, keys[0], old[0])):
         for b, query in enumerate(queries):
