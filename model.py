@@ -186,11 +186,8 @@ class VisionLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT: images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first.
-
-    `keep` (B, K) lists the patches to encode (the others are never seen, as in MAE); then N = 1 + K. With
-    `patch_layer` the patches are as that layer leaves them, less global than after the last; CLS is always the last's.
-    """
+    """ViT. With `patch_layer` the patches are as that layer leaves them, less global than after the last; CLS is always
+    the last's."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -203,6 +200,8 @@ class VisionTransformer(nn.Module):
         self.patch_layer = config.patch_layer or config.vision_layers
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first. `keep` (B, K) lists the patches to
+        encode (the others are never seen, as in MAE); then N = 1 + K."""
         x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d") + self.position_embed[:, 1:]  # (B, P, D)
         if keep is not None:
             x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))  # (B, K, D)
@@ -269,15 +268,8 @@ class TextEncoder(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder).
-
-    text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D); with `return_attention`
-    also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that Grad-CAM can take their
-    gradient. Without `cls_context` the text cannot look at the image CLS, whose probability is then 0.
-
-    rows (B,): which row of image_embeds (C, N, D) each text is paired with, so that a layer projects no photo twice
-    first: so many tokens are asked for; the last layer is spared the others
-    """
+    """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder). Without `cls_context` the
+    text cannot look at the image CLS, whose probability is then 0."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -288,6 +280,13 @@ class FusionEncoder(nn.Module):
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False,
         rows: Tensor | None = None, first: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D); with
+        `return_attention` also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that
+        Grad-CAM can take their gradient.
+
+        rows (B,): which row of image_embeds (C, N, D) each text is paired with, so that a layer projects no photo twice
+        first: so many tokens are asked for; the last layer is spared the others
+        """
         x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
         if not self.cls_context:
             context_keep = torch.ones(1, image_embeds.shape[1], dtype=torch.bool, device=image_embeds.device)

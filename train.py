@@ -311,7 +311,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
     batches, forward = endless_batches(run, dataset), ranks.parallel(Step(run, job))
     progress = Progress(run, metrics)
     validate_when_due(run, job, metrics, progress.say)  # a run may have been stopped between saving and validating
-    while run.step < run.total_steps and not job.stalled(metrics.lines):
+    while run.step < run.total_steps and not job.stalled(metrics.lines):  # only fine-tuning, in one process, stalls
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr

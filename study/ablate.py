@@ -179,6 +179,7 @@ def table(results: dict[str, list[dict]], columns: Columns) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -474,6 +474,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = build_parser()
     args, flags = parser.parse_known_args(argv)
     if args.what == "sampler" and flags:

@@ -110,6 +110,7 @@ def read_from(config: TrainConfig, source: MaskSource) -> TrainConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -90,6 +90,7 @@ def prediction_skills(run: Run, dataset: Synthetic, products: int) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "sources.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
