@@ -22,6 +22,7 @@ Photos are decoded to uint8 squares and stay uint8 until they are on the trainin
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -219,8 +220,14 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W), or float in [0, 1] -> float, minus ImageNet's mean and over its deviation."""
     images = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = imagenet(images.device)
     return (images - mean) / std
+
+
+@cache
+def imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, 1) of ImageNet's channels, copied to a device once."""
+    return tuple(torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def augment(

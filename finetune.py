@@ -94,7 +94,8 @@ class Retrieval(Task):
         image_embeds, text_embeds = model.encode_image(batch["images"]), model.encode_text(ids, keep)
         feats = model.image_feature(image_embeds), model.text_feature(text_embeds, keep)
         itc = contrast(run, batch, *feats, teach(run, batch))
-        pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds), text_embeds, keep)
+        photos = model.look(image_embeds)
+        pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
         itm, right = match_pairs(run, model.fuse_cls(*pairs.inputs), pairs.labels)
         return {"itc": run.config.itc_weight * itc.loss, "itm": itm}, {"itm_accuracy": right}
 
@@ -286,7 +287,7 @@ class Recognition(Task):
         classes = tuple(sorted(set(self.labels_of(train_set))))
         model = replace(self.config.model, classes=len(classes))
         task = Recognition(replace(self.config, classes=classes, model=model))
-        task.train_classes = task.class_ids(train_set)
+        task.train_classes = task.class_ids(train_set).to(task.config.device)
         return task
 
     def class_ids(self, dataset: PhotoDataset) -> Tensor:
@@ -305,7 +306,7 @@ class Recognition(Task):
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """Cross-entropy."""
-        logits, labels = self.logits(run, batch), self.train_classes[batch["rows"].cpu()].to(run.device)
+        logits, labels = self.logits(run, batch), self.train_classes[batch["rows"]]
         return {"class": cross_entropy(logits, labels)}, {"accuracy": accuracy(logits, labels)}
 
     @torch.no_grad()

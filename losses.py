@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 NegativeMode = Literal["random", "similar", "hard", "semihard"]
@@ -95,17 +95,17 @@ def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alp
     return (1 - alpha) * loss + alpha * (soft * labelled).sum() / labelled.sum().clamp(min=1)
 
 
-def mim_loss(pixels: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+def mim_loss(pixels: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """Masked image modelling: mean squared error on the masked patches (MAE, He et al. 2022, §3). -> scalar.
 
     L = mean over masked patches p and their pixels of (x̂_p − (x_p − mean x_p) / std x_p)²
-    pixels (B, P, 3p²) predicted, images (B, 3, H, W), patch_mask (B, P) True = masked.
+    pixels (B, M, 3p²) predicted of the patches `hidden` (B, M), images (B, 3, H, W).
     """
     side = round((pixels.shape[2] / 3) ** 0.5)
-    target = rearrange(images.float(), "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
-    target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    error = ((pixels.float() - target) ** 2).mean(dim=-1)  # (B, P)
-    return (error * patch_mask).sum() / patch_mask.sum().clamp(min=1)
+    patches = rearrange(images.float(), "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
+    target = patches.gather(1, repeat(hidden, "b m -> b m x", x=pixels.shape[2]))
+    error = F.mse_loss(pixels.float(), F.layer_norm(target, target.shape[2:], eps=1e-6), reduction="sum")
+    return error / max(1, target.numel())  # 0, not NaN, where nothing is hidden
 
 
 def alignment_loss(text_feat: Tensor, image_feat: Tensor) -> Tensor:

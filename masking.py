@@ -5,7 +5,7 @@ Functions on tensors; one of them asks the momentum model. Masks are boolean, Tr
 tokens that may be masked at all: neither [CLS], [SEP] nor [PAD]. A word is a WordPiece token here, punctuation too.
 Every draw takes a generator on the tensors' device.
 
-Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
+Letters: B batch, L text tokens, P patches, N image tokens (CLS, then the patches), h heads, V vocabulary.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model import MomentumModel
+from model import MomentumModel, Photos
 
 HeadReduction = Literal["mean", "max"]
 WordScore = Literal["max", "mass", "entropy"]
@@ -21,16 +21,16 @@ PatchScore = Literal["all", "masked"]
 MaskSource = Literal["attention", "gradcam", "hidden"]
 
 
-def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` (B,) highest-scoring `candidates` (B, X) of each row of `scores` (B, X) -> mask (B, X)."""
+def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tensor:
+    """The `counts` (B, 1) highest-scoring `candidates` (B, X) of each row of `scores` (B, X) -> mask (B, X)."""
     scores = scores.masked_fill(~candidates, float("-inf"))
     rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
-    return (rank < counts[:, None]) & candidates
+    return (rank < counts) & candidates
 
 
 def word_counts(words: Tensor, ratio: float) -> Tensor:
-    """How many of the `words` (B, L) of each row to mask: max(1, round(ratio·words)), 0 where there are none."""
-    total = words.sum(dim=1)
+    """How many of the `words` (B, L) of each row to mask: max(1, round(ratio·words)), 0 where there are none. (B, 1)"""
+    total = words.sum(dim=1, keepdim=True)
     return (total * ratio).round().long().clamp(min=1).minimum(total)
 
 
@@ -40,24 +40,32 @@ def random_word_mask(words: Tensor, ratio: float, generator: torch.Generator | N
     return mask_top(scores, words, word_counts(words, ratio))
 
 
-def patch_counts(rows: int, patches: int, ratio: float, device: torch.device | None = None) -> Tensor:
-    """How many of the patches of each of `rows` photos to mask: round(ratio·patches), leaving one at least."""
-    return torch.full((rows,), min(round(ratio * patches), patches - 1), device=device)
+def patch_count(patches: int, ratio: float) -> int:
+    """How many of the patches of a photo to mask: round(ratio·patches), leaving one at least."""
+    return min(round(ratio * patches), patches - 1)
 
 
 def random_patch_mask(
     rows: int, patches: int, ratio: float, generator: torch.Generator | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """A uniformly random share of the patches of each photo, exact counts (see `patch_counts`). -> (rows, patches)."""
+    """A uniformly random share of the patches of each photo, exact counts (see `patch_count`). -> (rows, patches)."""
     scores = torch.rand(rows, patches, device=device, generator=generator)
-    return mask_top(scores, torch.ones_like(scores, dtype=torch.bool), patch_counts(rows, patches, ratio, device))
+    return mask_top(scores, torch.ones_like(scores, dtype=torch.bool), patch_count(patches, ratio))
+
+
+def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Numbers of the patches that a mask (B, P) made with this ratio leaves (B, K), and of those that it hides (B, M).
+    Sorted, not searched for: a GPU need not be asked how many there are."""
+    patches = patch_mask.shape[1]
+    return patch_mask.byte().argsort(dim=1, stable=True).tensor_split([patches - patch_count(patches, ratio)], dim=1)
 
 
 def momentum_attention(
-    momentum: MomentumModel, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor, source: MaskSource,
-    mask_id: int, generator: torch.Generator | None = None,
+    momentum: MomentumModel, batch: dict, photos: Photos, text_embeds_m: Tensor, source: MaskSource, mask_id: int,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The momentum model's cross-attention that masks are made of: one map (B, h, L, N) a fusion layer, detached.
+    """The momentum model's cross-attention to the patches, which masks are made of: one map (B, h, L, P) a fusion
+    layer, detached.
 
     attention  A, of the clean pair: the plainest reading of SyncMask
     gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding), from every layer
@@ -65,30 +73,33 @@ def momentum_attention(
     hidden     row w of A while word w is hidden: a word that is there needs not look at the photo, a hidden one must.
                Two passes, each with one random half of the words hidden (choice)
 
-    batch: token_ids, attention_mask, words (B, L) · image_embeds_m (B, N, D), text_embeds_m (B, L, D): the clean pair
+    batch: token_ids, attention_mask, words (B, L) · the clean pair: photos, by `momentum.look`, text_embeds_m (B, L, D)
     """
     ids, keep, words = batch["token_ids"], batch["attention_mask"], batch["words"]
+    patches = momentum.config.grid**2
     if source == "hidden":
         half = random_word_mask(words, 0.5, generator)
         hidden = torch.stack([half, words & ~half])  # (2, B, L)
         with torch.no_grad():
-            keep, image_embeds_m = keep.repeat(2, 1), image_embeds_m.repeat(2, 1, 1)
+            keep, rows = keep.repeat(2, 1), torch.arange(len(ids), device=ids.device).repeat(2)
             text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
-            _, attentions = momentum.fusion(text, keep, image_embeds_m, return_attention=True)
-        return [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
-    if source == "attention":
+            _, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows)
+        maps = [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
+    elif source == "attention":
         with torch.no_grad():
-            return momentum.fusion(text_embeds_m, keep, image_embeds_m, return_attention=True)[1]
-    # compiled code would lose the way from the match logit back to the attention
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        text = text_embeds_m.detach().requires_grad_()
-        fused, attentions = momentum.fusion(text, keep, image_embeds_m, return_attention=True)
-        gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
-    return [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
+            maps = momentum.fusion(text_embeds_m, keep, photos, return_attention=True)[1]
+    else:
+        # compiled code would lose the way from the match logit back to the attention
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            text = text_embeds_m.detach().requires_grad_()
+            fused, attentions = momentum.fusion(text, keep, photos, return_attention=True)
+            gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
+        maps = [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
+    return [a[..., -patches:] for a in maps]
 
 
 def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
-    """One layer of the attention maps (B, h, L, N), numbered from 1; or with 0 what all layers agree on, (B, 1, L, N):
+    """One layer of the attention maps (B, h, L, P), numbered from 1; or with 0 what all layers agree on, (B, 1, L, P):
     their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
     if layer:
         return attentions[layer - 1]
@@ -97,9 +108,9 @@ def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Te
 
 
 def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:
-    """Attention to the patches alone, the column of the image CLS dropped. (B, h, L, N) -> (B, L, P)."""
-    patches = attention[..., 1:].detach().float()
-    return patches.mean(dim=1) if heads == "mean" else patches.amax(dim=1)
+    """How its heads are put together. (B, h, L, P) -> (B, L, P), detached."""
+    attention = attention.detach().float()
+    return attention.mean(dim=1) if heads == "mean" else attention.amax(dim=1)
 
 
 def sync_mask(
@@ -110,7 +121,7 @@ def sync_mask(
     """Synchronized masks: the words and the patches where text and photo have most to do with each other (SyncMask,
     Song et al. 2024; how scores come out of the attention is our choice).
 
-    attention (B, h, L, N): cross-attention of the text tokens to the image tokens, CLS first
+    attention (B, h, L, P): cross-attention of the text tokens to the patches
     word_mask (B, L): the words that may be masked · patch_ratio, word_ratio: shares to mask
     noise: standard deviation of what is added to the scores of a row, in standard deviations of the row: ties and
     near-ties fall differently from epoch to epoch
@@ -124,7 +135,7 @@ def sync_mask(
                   masked   the same of the words just masked: they and the patches are hidden together
     """
     a = reduce_heads(attention, heads)  # (B, L, P)
-    patches = patch_counts(len(a), a.shape[2], patch_ratio, a.device)
+    patches = patch_count(a.shape[2], patch_ratio)
     everything = torch.ones_like(a[:, 0], dtype=torch.bool)
     # s_p = mean over words of A[w, p]
     mean_over = lambda words: (a * words[..., None]).sum(dim=1) / words.sum(dim=1, keepdim=True).clamp(min=1)
@@ -147,10 +158,10 @@ def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor
     (text-driven soft masks, Park & Han 2023; the mean over heads and the normalisation are our choice).
 
     G = mean_h A · max(0, ∂s/∂A), in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
-    attention, gradient (B, h, L, N), image CLS first; word_index (B,) -> (B, P) in [0, 1], detached.
+    attention, gradient (B, h, L, P); word_index (B,) -> (B, P) in [0, 1], detached.
     """
     maps = (attention * gradient.clamp(min=0)).detach().float()
-    heat = maps[torch.arange(len(maps), device=maps.device), :, word_index, 1:].mean(dim=1)  # (B, P)
+    heat = maps[torch.arange(len(maps), device=maps.device), :, word_index].mean(dim=1)  # (B, P)
     low, high = heat.amin(dim=1, keepdim=True), heat.amax(dim=1, keepdim=True)
     return (heat - low) / (high - low + 1e-7)
 

@@ -83,42 +83,57 @@ PRESETS = {
 }  # fmt: skip
 
 
+def fused_is_slow(q: Tensor) -> bool:
+    """On a CPU in bf16 the backward pass of the fused kernel takes 2 to 10 times as long as that of plain products, at
+    all lengths from 40 to 577 (study/benchmark.md)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` to itself, or to `context` (Vaswani et al. 2017, §3.2). Probabilities are formed
-    explicitly only when asked for; the output is the same either way."""
+    explicitly only when asked for, or where that is faster; the output is the same either way."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
+    def look(self, context: Tensor) -> Tensor:
+        """What others see of a context (B, N, D): its keys and values, side by side. -> (B, N, 2D)."""
+        return together(context, self.key, self.value)
+
     def forward(
-        self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False,
+        self, x: Tensor, seen: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x (B, L, D), context (B, N, D) or None, keep (B, N) bool, True where a key may be attended to
-        -> output (B, L, D), probabilities (B, h, L, N) or None.
+        """x (B, L, D), seen (B, N, 2D) as `look` makes it or None for self-attention, keep (B, N) bool, True where a
+        key may be attended to -> output (B, L, D), probabilities (B, h, L, N) or None.
 
-        rows (B,): which row of a context (C, N, D) each x looks at; keys and values are then projected once a row.
+        rows (B,): which row of seen (C, N, 2D) each x looks at.
         """
-        q = rearrange(self.query(x), "b l (h d) -> b h l d", h=self.heads)
-        k, v = (project(x if context is None else context) for project in (self.key, self.value))
-        if rows is not None:
-            k, v = k.index_select(0, rows), v.index_select(0, rows)
-        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (k, v))
+        if seen is None:
+            q, k, v = together(x, self.query, self.key, self.value).chunk(3, dim=-1)
+        else:
+            q, (k, v) = self.query(x), (seen if rows is None else seen.index_select(0, rows)).chunk(2, dim=-1)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, N)
         dropout = self.dropout if self.training else 0.0
         attention = None
-        if return_attention:
+        if return_attention or fused_is_slow(q):
             # A = softmax(q kᵀ / √d): kept in the graph, so that Grad-CAM can take its gradient
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
+                scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
             attention = scores.softmax(dim=-1)  # (B, h, L, N)
             out = F.dropout(attention, dropout) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.output(rearrange(out, "b h l d -> b l (h d)")), attention
+
+
+def together(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """What several linear layers make of the same x, side by side and in one product. (…, D) -> (…, their widths)."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
 
 
 def mlp(width: int) -> nn.Sequential:
@@ -178,10 +193,12 @@ class VisionLayer(nn.Module):
     ) -> Tensor:
         """x (B, N, D), text_embeds (B, L, D), keep (B, L) -> (B, N, D), or of the `first` tokens alone."""
         normed = self.norm1(x)
-        asking, x = (normed, x) if first is None else (normed[:, :first], x[:, :first])
-        x = x + self.attention(asking, normed)[0]
+        if first is None:
+            x = x + self.attention(normed)[0]
+        else:
+            x = x[:, :first] + self.attention(normed[:, :first], self.attention.look(normed))[0]
         if text_embeds is not None:
-            x = x + self.cross_attention(self.cross_norm(x), text_embeds, keep)[0]
+            x = x + self.cross_attention(self.cross_norm(x), self.cross_attention.look(text_embeds), keep)[0]
         return x + self.mlp(self.norm2(x))
 
 
@@ -202,9 +219,13 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first. `keep` (B, K) lists the patches to
         encode (the others are never seen, as in MAE); then N = 1 + K."""
-        x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d") + self.position_embed[:, 1:]  # (B, P, D)
+        side, place = self.patch_embed.kernel_size[0], self.position_embed[:, 1:]
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)  # (B, P, 3p²)
         if keep is not None:
-            x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))  # (B, K, D)
+            patches = patches.gather(1, repeat(keep, "b k -> b k x", x=patches.shape[2]))  # (B, K, 3p²)
+            place = F.embedding(keep, place[0])
+        # the convolution as the matrix product that it is, whose backward pass is faster
+        x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias) + place
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
         for number, layer in enumerate(self.layers, start=1):
@@ -231,18 +252,17 @@ class TextLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, keep: Tensor, image_embeds: Tensor | None = None, context_keep: Tensor | None = None,
-        return_attention: bool = False, rows: Tensor | None = None, first: int | None = None,
+        self, x: Tensor, keep: Tensor, photos: Tensor | None = None, return_attention: bool = False,
+        rows: Tensor | None = None, first: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x (B, L, D), keep (B, L), image_embeds (B, N, D), context_keep (1, N); keeps are True where a token may be
-        attended to -> x (B, L, D), or of the `first` tokens alone; cross-attention (B, h, L, N) or None.
-
-        rows (B,): the row of image_embeds that each text looks at."""
-        asking = x if first is None else x[:, :first]
-        x = self.attention_norm(asking + self.dropout(self.attention(asking, x, keep)[0]))
+        """x (B, L, D), keep (B, L) True where a token may be attended to, photos (C, N, 2D) -> x (B, L, D), or of the
+        `first` tokens alone; cross-attention (B, h, L, N) or None. rows (B,): the photo that each text looks at."""
+        seen = None if first is None else self.attention.look(x)
+        x = x[:, :first]
+        x = self.attention_norm(x + self.dropout(self.attention(x, seen, keep)[0]))
         attention = None
-        if image_embeds is not None:
-            seen, attention = self.cross_attention(x, image_embeds, context_keep, return_attention, rows)
+        if photos is not None:
+            seen, attention = self.cross_attention(x, photos, None, return_attention, rows)
             x = self.cross_attention_norm(x + self.dropout(seen))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
 
@@ -267,33 +287,39 @@ class TextEncoder(nn.Module):
         return x
 
 
+Photos = list[Tensor]  # what texts look at: keys and values (B, N, 2D) of the photos in every fusion layer
+
+
 class FusionEncoder(nn.Module):
     """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder). Without `cls_context` the
-    text cannot look at the image CLS, whose probability is then 0."""
+    text looks at the patches alone, not at the image CLS."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.cls_context = config.cls_context
         self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
 
+    def look(self, image_embeds: Tensor) -> Photos:
+        """image_embeds (B, N, D) -> their keys and values, made once for all texts that look at them."""
+        context = image_embeds if self.cls_context else image_embeds[:, 1:]
+        return [layer.cross_attention.look(context) for layer in self.layers]
+
     def forward(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, return_attention: bool = False,
+        self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, return_attention: bool = False,
         rows: Tensor | None = None, first: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """text_embeds (B, L, D), attention_mask (B, L), image_embeds (B, N, D) -> fused (B, L, D); with
-        `return_attention` also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that
-        Grad-CAM can take their gradient.
+        """text_embeds (B, L, D), attention_mask (B, L), photos: image_embeds (B, N, D), or what `look` made of them
+        -> fused (B, L, D); with `return_attention` also the list, one per layer, of probabilities (B, h, L, N), or
+        (B, h, L, P) without `cls_context`, kept in the graph, so that Grad-CAM can take their gradient.
 
-        rows (B,): which row of image_embeds (C, N, D) each text is paired with, so that a layer projects no photo twice
-        first: so many tokens are asked for; the last layer is spared the others
+        rows (B,): which of C photos each text is paired with · first: so many tokens are asked for; the last layer is
+        spared the others
         """
-        x, keep, attentions, context_keep = text_embeds, attention_mask.bool(), [], None
-        if not self.cls_context:
-            context_keep = torch.ones(1, image_embeds.shape[1], dtype=torch.bool, device=image_embeds.device)
-            context_keep[:, 0] = False
-        for number, layer in enumerate(self.layers, start=1):
-            wanted = first if number == len(self.layers) else None
-            x, attention = layer(x, keep, image_embeds, context_keep, return_attention, rows, wanted)
+        x, keep, attentions = text_embeds, attention_mask.bool(), []
+        photos = self.look(photos) if isinstance(photos, Tensor) else photos
+        for layer, seen in zip(self.layers, photos, strict=True):
+            wanted = first if layer is self.layers[-1] else None
+            x, attention = layer(x, keep, seen, return_attention, rows, wanted)
             attentions.append(attention)
         return (x, attentions) if return_attention else x
 
@@ -302,8 +328,8 @@ class PatchDecoder(nn.Module):
     """The light decoder of masked image modelling (choice, after MAE, He et al. 2022, §3).
 
     Mask tokens take the places of the patches that the encoder has not seen; all image tokens look at each other and,
-    so that the task is cross-modal, at the text: visible_embeds (B, 1 + K, D) of the patches `keep` (B, K),
-    text_embeds (B, L, D), attention_mask (B, L) -> normalised pixels of every patch (B, P, 3p²).
+    so that the task is cross-modal, at the text. Their order is free, since positions are added: hidden ones come
+    first, and of the last layer nothing else is asked for.
     """
 
     def __init__(self, config: ModelConfig):
@@ -314,14 +340,17 @@ class PatchDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
 
-    def forward(self, visible_embeds: Tensor, keep: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        at = repeat(keep, "b k -> b k d", d=visible_embeds.shape[-1])
-        patches = self.mask_token.to(visible_embeds.dtype).expand(len(keep), self.position_embed.shape[1], -1)
-        patches = patches.scatter(1, at, visible_embeds[:, 1:]) + self.position_embed  # (B, P, D)
-        x = torch.cat([visible_embeds[:, :1], patches], dim=1)
+    def forward(
+        self, visible_embeds: Tensor, visible: Tensor, hidden: Tensor, text_embeds: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """visible_embeds (B, 1 + K, D) of the patches `visible` (B, K), the numbers of the `hidden` ones (B, M),
+        text_embeds (B, L, D), attention_mask (B, L) -> normalised pixels of the hidden ones (B, M, 3p²)."""
+        place = lambda patches: F.embedding(patches, self.position_embed[0])
+        seen = visible_embeds[:, 1:] + place(visible)
+        x = torch.cat([self.mask_token + place(hidden), visible_embeds[:, :1], seen], dim=1)  # (B, M + 1 + K, D)
         for layer in self.layers:
-            x = layer(x, text_embeds, attention_mask.bool())
-        return self.pixels(self.norm(x[:, 1:]))
+            x = layer(x, text_embeds, attention_mask.bool(), hidden.shape[1] if layer is self.layers[-1] else None)
+        return self.pixels(self.norm(x))
 
 
 PHRASE_SHARE = 0.05  # of the phrases in a category feature, beside the symbol (Fashion-FINE)
@@ -424,21 +453,27 @@ class VisionLanguageModel(nn.Module):
         phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
         return mix(unit(self.text_proj(text_embeds[:, 1])), unit(self.text_proj(phrase)), PHRASE_SHARE)
 
+    def look(self, image_embeds: Tensor) -> Photos:
+        """image_embeds (B, N, D) as texts see them; see `FusionEncoder.look`."""
+        return self.fusion.look(image_embeds)
+
     def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, rows: Tensor | None = None
+        self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, rows: Tensor | None = None
     ) -> Tensor:
         """Text tokens that have looked at the image. -> fused (B, L, D); arguments as `FusionEncoder`'s."""
-        return self.fusion(text_embeds, attention_mask, image_embeds, rows=rows)
+        return self.fusion(text_embeds, attention_mask, photos, rows=rows)
 
     def fuse_cls(
-        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, rows: Tensor | None = None
+        self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, rows: Tensor | None = None
     ) -> Tensor:
         """The same where [CLS] alone is asked for, at less cost. -> (B, 1, D)."""
-        return self.fusion(text_embeds, attention_mask, image_embeds, rows=rows, first=1)
+        return self.fusion(text_embeds, attention_mask, photos, rows=rows, first=1)
 
     def itm_logits(self, fused: Tensor) -> Tensor:
-        """fused (B, L, D) -> (B, 2); class 1 is "match"."""
-        return self.itm_head(fused[:, 0])
+        """fused (B, L, D) -> (B, 2); class 1 is "match". In float32 at least: by bf16 many pairs would rank alike."""
+        cls = fused[:, 0].to(torch.promote_types(fused.dtype, torch.float32))
+        with torch.autocast(cls.device.type, enabled=False):
+            return self.itm_head(cls)
 
     def class_logits(self, tokens: Tensor) -> Tensor:
         """Fused tokens (B, L, D), or image_embeds (B, N, D) -> (B, classes), from [CLS]."""
@@ -453,10 +488,10 @@ class VisionLanguageModel(nn.Module):
         return self.detector(tokens)
 
     def reconstruct_patches(
-        self, visible_embeds: Tensor, keep: Tensor, text_embeds: Tensor, attention_mask: Tensor
+        self, visible_embeds: Tensor, visible: Tensor, hidden: Tensor, text_embeds: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        """encode_image(images, keep) and the text -> normalised pixels (B, P, 3p²); see `PatchDecoder`."""
-        return self.decoder(visible_embeds, keep, text_embeds, attention_mask)
+        """encode_image(images, visible) and the text -> pixels of the `hidden` ones (B, M, 3p²); by `PatchDecoder`."""
+        return self.decoder(visible_embeds, visible, hidden, text_embeds, attention_mask)
 
     @torch.no_grad()
     def clamp_temp(self) -> None:
@@ -500,11 +535,18 @@ class FeatureQueue(nn.Module):
         self.register_buffer("image_feat", torch.zeros(length, embed_dim))
         self.register_buffer("text_feat", torch.zeros(length, embed_dim))
         self.register_buffer("product_ids", torch.full((length,), -1))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
+        self.pushed = 0  # counted here: asking the device would wait for it
+
+    def get_extra_state(self) -> Tensor:
+        """How many were pushed, for checkpoints."""
+        return torch.tensor(self.pushed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.pushed = int(state)
 
     def filled(self) -> tuple[Tensor, Tensor, Tensor]:
         """image_feat (K', E), text_feat (K', E), product_ids (K',) of the entries pushed so far."""
-        count = min(int(self.pushed), len(self.product_ids))
+        count = min(self.pushed, len(self.product_ids))
         return self.image_feat[:count], self.text_feat[:count], self.product_ids[:count]
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Which photos share a batch: grouped batch sampling, after GRIT-VLP (Byun et al. 2022, §3.2).
 
 While an epoch runs, the features of its photos are collected. Whenever a pool of them is full, it is shuffled and cut
-into search blocks; inside a block a greedy chain
+into search blocks, in a thread beside training and shared out among processes; inside a block a greedy chain
 
     photo → the most similar unused text → the photo of that text → its most similar unused …
 
@@ -17,6 +17,7 @@ Letters: N items, B batch, E feature width, M search block.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,17 @@ import torch
 from torch import Tensor
 
 SamplerMode = Literal["random", "hard", "semihard"]
+
+
+class Alone:
+    """The one process of a run that has no others: see `harness.ranks.Ranks`, which may take its place."""
+
+    rank, count = 0, 1
+
+    @staticmethod
+    def merge(parts: list) -> list:
+        """A list whose entries were made by one process or another, whole."""
+        return parts
 
 
 class GroupedBatchSampler:
@@ -35,6 +47,7 @@ class GroupedBatchSampler:
     search_size: M, items in a search block · pool_blocks: blocks collected before they are shuffled together
     product_ids, caption_ids: (N,), default all different
     margin: a semihard negative is at least this much less similar than the anchor's own pair
+    ranks: the processes that share the chaining; `set_epoch` and `state_dict` are then for all to call
 
     The position inside an epoch is given, not counted: loader workers fetch ahead of training, so only the training
     loop knows how many batches were used. It calls `collect` after each batch and `set_epoch` to move on.
@@ -43,14 +56,15 @@ class GroupedBatchSampler:
     def __init__(
         self, dataset_size: int, batch_size: int, search_size: int = 1920, mode: SamplerMode = "random",
         product_ids: np.ndarray | None = None, caption_ids: np.ndarray | None = None, seed: int = 0,
-        pool_blocks: int = 4, margin: float = 0.0,
+        pool_blocks: int = 4, margin: float = 0.0, ranks=Alone,
     ):  # fmt: skip
         if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
             raise ValueError(
                 f"nothing to sample: {dataset_size} items, batches of {batch_size}, blocks of {search_size}"
             )
         self.dataset_size, self.batch_size, self.search_size = dataset_size, batch_size, search_size
-        self.mode, self.seed, self.pool_blocks, self.margin = mode, seed, pool_blocks, margin
+        self.mode, self.seed, self.pool_blocks, self.margin, self.ranks = mode, seed, pool_blocks, margin, ranks
+        self._thread = ThreadPoolExecutor(1, "chaining")
         groups = (np.arange(dataset_size) if ids is None else np.asarray(ids) for ids in (product_ids, caption_ids))
         self.groups = np.stack(list(groups))  # (2, N)
         self.epoch, self.first_batch = 0, 0
@@ -68,16 +82,18 @@ class GroupedBatchSampler:
         """Iterate over `epoch` next, from batch `first_batch` on. A new epoch is composed of what was collected."""
         if epoch != self.epoch:
             self._chain_pool()
+            chained = self._chained()
             self.epoch = epoch
-            self._begin_epoch(np.concatenate([np.arange(0), *self._chains]))
+            self._begin_epoch(np.concatenate([np.arange(0), *chained]))
         self.first_batch = first_batch
 
     @torch.no_grad()
     def collect(self, indices: Tensor, image_feat: Tensor, text_feat: Tensor) -> None:
-        """Remember the batch just trained on: indices (B,), unit-length features (B, E) and (B, E)."""
+        """Remember the batch just trained on: indices (B,), unit-length features (B, E) and (B, E). They stay on their
+        device until they are chained, for fetching them now would wait for it."""
         if self.mode == "random":
             return
-        self._pool.append([indices.cpu(), image_feat.half().cpu(), text_feat.half().cpu()])
+        self._pool.append([indices, image_feat.half(), text_feat.half()])
         if sum(len(part[0]) for part in self._pool) >= self.search_size * self.pool_blocks:
             self._chain_pool()
 
@@ -91,22 +107,38 @@ class GroupedBatchSampler:
         batches = np.split(order, np.flatnonzero(np.diff(batch_of)) + 1)
         self._batches = [batches[i] for i in rng.permutation(len(batches))]
         self._pool: list[list[Tensor]] = []
-        self._chains: list[np.ndarray] = []
+        self._chains: list[np.ndarray] = []  # what was chained of the epoch under way
+        self._chaining: list[Future] = []  # and what is being chained, a pool each
+        self._blocks = 0  # how many search blocks that is
 
     def _chain_pool(self) -> None:
-        if not self._pool:
-            return
-        indices, image_feat, text_feat = (torch.cat(parts).numpy() for parts in zip(*self._pool, strict=True))
-        rng = np.random.default_rng((2, self.seed, self.epoch, len(self._chains)))
+        if self._pool:
+            self._chaining.append(self._thread.submit(self._chain_blocks, self._pool, self._blocks))
+            self._blocks += -(-sum(len(part[0]) for part in self._pool) // self.search_size)
+            self._pool = []
+
+    def _chain_blocks(self, pool: list[list[Tensor]], number: int) -> list[np.ndarray | None]:
+        """The items of a pool's search blocks in order, from block `number` on; None for the blocks of other ranks."""
+        parts = zip(*pool, strict=True)
+        indices, image_feat, text_feat = (torch.cat([x.cpu() for x in part]).numpy() for part in parts)
+        rng, chains = np.random.default_rng((2, self.seed, self.epoch, number)), []
         shuffled = rng.permutation(len(indices))
         for start in range(0, len(shuffled), self.search_size):
             block = shuffled[start : start + self.search_size]
-            items = indices[block]
+            first, items = int(rng.integers(len(block))), indices[block]
+            if (number + len(chains)) % self.ranks.count != self.ranks.rank:
+                chains.append(None)
+                continue
             sim = image_feat[block].astype(np.float32) @ text_feat[block].astype(np.float32).T  # (M, M)
-            first = int(rng.integers(len(block)))
             order = chain(sim, self.groups[:, items], first, self.batch_size, self.mode, self.margin)
-            self._chains.append(items[order])
-        self._pool = []
+            chains.append(items[order])
+        return chains
+
+    def _chained(self) -> list[np.ndarray]:
+        """All that was handed over to be chained, by all ranks, once it is done."""
+        new = [block for pool in self._chaining for block in pool.result()]
+        self._chains, self._chaining = self._chains + self.ranks.merge(new), []
+        return self._chains
 
     def state_dict(self) -> dict:
         """All that a resumed run needs, in tensors and plain numbers."""
@@ -117,8 +149,8 @@ class GroupedBatchSampler:
             "conflicts": self.conflicts,
             "order": torch.from_numpy(np.concatenate(self._batches)),
             "sizes": [len(batch) for batch in self._batches],
-            "pool": self._pool,
-            "chains": [torch.from_numpy(part) for part in self._chains],
+            "pool": [[part.cpu() for part in batch] for batch in self._pool],
+            "chains": [torch.from_numpy(part) for part in self._chained()],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -126,6 +158,7 @@ class GroupedBatchSampler:
         self.conflicts, self._pool = state["conflicts"], state["pool"]
         self._batches = [part.numpy() for part in state["order"].split(state["sizes"])]
         self._chains = [part.numpy() for part in state["chains"]]
+        self._chaining, self._blocks = [], len(self._chains)
 
 
 def chain(

@@ -32,12 +32,23 @@ from harness.checkpoints import begin, restore, save_checkpoint
 from harness.config import FREE_ON_RESUME, TrainConfig, check_flags, ema_decay, learning_rate, parse_config
 from harness.flags import ConfigError
 from harness.log import Metrics, Progress, StopSignals
+from harness.precision import fitting_precision
 from harness.ranks import Ranks, speak_up
-from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run, check_finite
+from harness.run import FiniteWatch, Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run
 from harness.weights import WeightsError, load_pretrained
-from harness.wiring import Teacher, add_matches, contrast, match_pairs, restore_words, synchronize, teach, wrong_pairs
+from harness.wiring import (
+    Teacher,
+    add_matches,
+    contrast,
+    match_pairs,
+    pick,
+    restore_words,
+    synchronize,
+    teach,
+    wrong_pairs,
+)  # fmt: skip
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
-from masking import random_patch_mask, random_word_mask, soft_mask
+from masking import random_patch_mask, random_word_mask, soft_mask, split_patches
 from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
 from measures.truth import truth, truth_in_words
 from measures.validation import validate
@@ -65,9 +76,10 @@ def albef(run: Run, batch: dict) -> tuple[Losses, Logged]:
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
     # fuse: matching pairs and wrong ones, of which ITM reads [CLS] alone; masked texts with their photos
-    pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds), text_embeds, keep)
+    photos = model.look(image_embeds)
+    pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
     fused_cls = model.fuse_cls(*pairs.inputs)
-    filled = model.fuse(masked_embeds, keep, image_embeds)
+    filled = model.fuse(masked_embeds, keep, photos)
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
@@ -93,7 +105,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     masked_ids, mlm_labels = run.corrupt(ids, word_mask)
 
     # encode: clean and masked captions share one call; of the masked photos only the visible patches
-    visible = (~patch_mask).nonzero()[:, 1].view(len(ids), -1)  # (B, K)
+    visible, hidden = split_patches(patch_mask, config.mim_ratio)  # (B, K), (B, M)
     image_embeds = model.encode_image(batch["images"])
     visible_embeds = model.encode_image(batch["images"], visible)
     text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
@@ -102,17 +114,18 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
     # fuse: matching pairs and wrong ones, of which ITM reads [CLS] alone; masked texts with their photos
-    pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds), text_embeds, keep)
+    photos = model.look(image_embeds)
+    pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
     fused_cls = model.fuse_cls(*pairs.inputs)
-    filled = model.fuse(masked_embeds, keep, image_embeds)
+    filled = model.fuse(masked_embeds, keep, photos)
     # reconstruct: masked photos with their texts
-    pixels = model.reconstruct_patches(visible_embeds, visible, text_embeds, keep)
+    pixels = model.reconstruct_patches(visible_embeds, visible, hidden, text_embeds, keep)
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
     losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, pairs.labels)
     losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
-    losses["mim"] = run.ranks.mean(config.mim_weight * mim_loss(pixels, batch["images"], patch_mask), patch_mask)
+    losses["mim"] = run.ranks.mean(config.mim_weight * mim_loss(pixels, batch["images"], hidden), hidden.numel())
     return losses, figures
 
 
@@ -140,20 +153,21 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
     # fuse: wrong pairs; matching ones; as one more match the photo without what one of the legible words is about
-    pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds)
+    photos = model.look(image_embeds)
+    pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos)
+    fused_cls = [model.fuse_cls(*pairs.inputs)]
     if config.soft_mask:
-        matching, attentions = model.fusion(text_embeds, keep, image_embeds, return_attention=True)
+        matching, attentions = model.fusion(text_embeds, keep, photos, return_attention=True)
         legible = batch["words"] & ~word_mask if config.mask_text else batch["words"]
-        soft_embeds = soften(run, legible, matching, attentions, image_embeds)
-        pairs = add_matches(pairs, text_embeds, keep, soft_embeds)
+        fused_cls += [model.fuse_cls(text_embeds, keep, soften(run, legible, matching, attentions, image_embeds))]
     else:
-        matching = model.fuse(text_embeds, keep, image_embeds)
-    fused_cls = torch.cat([model.fuse_cls(*pairs.inputs), matching[:, :1]])
-    filled = matching if config.mask_text else model.fuse(masked_embeds, keep, image_embeds)
+        matching = model.fuse(text_embeds, keep, photos)
+    fused_cls = torch.cat([*fused_cls, matching[:, :1]])
+    filled = matching if config.mask_text else model.fuse(masked_embeds, keep, photos)
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
-    itm_labels = torch.cat([pairs.labels, torch.ones_like(ids[:, 0])])
+    itm_labels = torch.cat([pairs.labels, pairs.labels.new_ones(len(fused_cls) - len(pairs.labels))])
     losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, itm_labels)
     losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
     return losses, figures
@@ -183,8 +197,9 @@ def fashionfine(run: Run, batch: dict) -> tuple[Losses, Logged]:
     itc = contrast(run, batch, image_feat, model.text_feature(text_embeds, keep), teacher)
 
     # fuse: wrong pairs; matching ones, from which words are restored
-    pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds)
-    matching = model.fuse(text_embeds, keep, image_embeds)
+    photos = model.look(image_embeds)
+    pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos)
+    matching = model.fuse(text_embeds, keep, photos)
     fused_cls = torch.cat([model.fuse_cls(*pairs.inputs), matching[:, :1]])
 
     # losses
@@ -214,7 +229,8 @@ def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], 
     (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)  # the losses need the graph as well
     any_word = words.any(dim=1, keepdim=True)
     word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
-    soft = soft_mask(attention, gradient, word) * any_word  # (B, P)
+    patches = image_embeds.shape[1] - 1
+    soft = soft_mask(attention[..., -patches:], gradient[..., -patches:], word) * any_word  # (B, P)
     return torch.cat([image_embeds[:, :1], image_embeds[:, 1:] * (1 - soft[..., None]).to(image_embeds.dtype)], dim=1)
 
 
@@ -239,7 +255,8 @@ def detect_replaced(
 ) -> tuple[Tensor, Tensor]:
     """Replaced-token detection on the fused tokens (B, L, D) of all words that can be read. -> loss, recall."""
     legible = batch["words"] & (masked_ids != run.mask_id)
-    logits, labels = run.model.replaced_logits(fused[legible]), replaced[legible].long()
+    fused, replaced = pick(legible, fused, replaced)
+    logits, labels = run.model.replaced_logits(fused), replaced.long()
     found = labels.masked_fill(labels == 0, -100)
     loss = run.ranks.mean(cross_entropy(logits, labels), legible)
     return loss, run.ranks.mean(accuracy(logits, found), found >= 0)
@@ -265,7 +282,7 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
         run.momentum.update(run.model, decay=0)
 
     def held_out(run: Run) -> tuple[dict[str, float], list[str]]:
-        figures, known = validate(run, val_set), truth(run, train_set, val_set)
+        figures, known = validate(run, val_set), truth(run, train_set, val_set) if ranks.leads else {}
         return figures | known, truth_in_words(known)
 
     job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
@@ -280,7 +297,7 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     config, ranks, out = run.config, run.ranks, Path(run.config.out)
     run.sampler = GroupedBatchSampler(
         len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
-        dataset.caption_ids, config.seed, margin=config.margin,
+        dataset.caption_ids, config.seed, margin=config.margin, ranks=ranks,
     )  # fmt: skip
     if len(dataset) // len(run.sampler) < ranks.count:
         raise ConfigError(f"--batch-size {config.batch_size}: too few photos for {ranks.count} processes")
@@ -297,6 +314,8 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     size = f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters"
     where = f"{run.device}" + (f", {ranks.count} processes" if ranks.count > 1 else "")
     print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
+    taken, why = fitting_precision(run.device)
+    print(f"precision {config.precision}" + (f", {why}" if config.precision == taken else f"; auto takes {taken} here"))
     try:
         with StopSignals(second_stops=ranks.count == 1) as stop:
             return loop(run, job, dataset, metrics, stop)
@@ -309,7 +328,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
     """schedule → forward → backward → clip → step → EMA → log → save → validate, until the last step."""
     config, ranks, last = run.config, run.ranks, Path(run.config.out) / "last.pt"
     batches, forward = endless_batches(run, dataset), ranks.parallel(Step(run, job))
-    progress = Progress(run, metrics)
+    progress, watch = Progress(run, metrics), FiniteWatch(run, last)
     validate_when_due(run, job, metrics, progress.say)  # a run may have been stopped between saving and validating
     while run.step < run.total_steps and not job.stalled(metrics.lines):  # only fine-tuning, in one process, stalls
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
@@ -324,7 +343,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             values = losses | figures | {"loss": loss, "grad_norm": grad_norm}
-            check_finite(run, values, last)
+            watch.note(values)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.model.clamp_temp()
@@ -336,14 +355,19 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: Stop
 
         done = run.step == run.total_steps
         stopping = ranks.on_any(not done and (bool(stop.caught) or run.step == config.stop_at))
+        log, save = (done or stopping or not run.step % n for n in (config.log_every, config.save_every))
+        save = save or not run.step % config.val_every
+        watch.check(now=log or save)
         progress.count(sum(ranks.rows) if values else 0, time.perf_counter() - start)
-        if values and (done or stopping or run.step % config.log_every == 0):
+        if values and log:
             progress.write(values, lr)
-        if done or stopping or run.step % config.save_every == 0 or run.step % config.val_every == 0:
+        if save:
             save_checkpoint(run, last)
         if stopping:
+            run.writer.wait()
             return progress.stop("--stop-at" if run.step == config.stop_at else stop.caught or "signal")
         validate_when_due(run, job, metrics, progress.say)
+    run.writer.wait()
     return progress.finish()
 
 
@@ -351,12 +375,15 @@ def validate_when_due(run: Run, job: Job, metrics: Metrics, say: Callable[[str],
     """After every so many steps and after the last: write held-out figures, and keep the weights that are best."""
     if not run.step or (run.step < run.total_steps and run.step % run.config.val_every):
         return
-    if run.ranks.leads and not metrics.validation(run.step):
-        figures, remarks = job.validate(run)
-        run.model.train()
+    if run.ranks.first_says(metrics.validation(run.step)):
+        return
+    figures, remarks = job.validate(run)
+    run.model.train()
+    if run.ranks.leads:
         line = {"step": run.step, **figures}
         if job.best_step([*metrics.lines, line]) == run.step:  # first, so that the line never lacks its weights
             save_checkpoint(run, Path(run.config.out) / "best.pt")
+            run.writer.wait()
         metrics.write(**line)
         say(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_")))
         for remark in remarks:

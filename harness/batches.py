@@ -32,7 +32,7 @@ class Share:
         return map(self.ranks.part, self.sampler)
 
 
-def _own_session(_worker: int) -> None:
+def own_session(_worker: int) -> None:
     """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
     os.setsid()
 
@@ -46,7 +46,7 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
-        worker_init_fn=_own_session,
+        worker_init_fn=own_session,
         generator=torch.Generator(),  # its own, or making an iterator would draw from the one dropout uses
     )
     epoch, first_batch = divmod(run.step, len(run.sampler))

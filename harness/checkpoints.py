@@ -1,6 +1,5 @@
-"""Checkpoints, last.pt and best.pt: written whole or not at all, read without running code, gone on from."""
+"""Checkpoints, last.pt and best.pt: what is in them, read without running code, gone on from."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from model import ModelConfig
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Write a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed over it. The first
-    rank does, for all have the same.
+    """Have a checkpoint written by the first rank's `run.writer`, for all have the same; every rank calls this.
 
     `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
+    sampler = run.sampler.state_dict()
     if not run.ranks.leads:
         return
     state = {
@@ -26,7 +25,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "momentum": run.momentum.model.state_dict(),
         "queue": run.queue.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "sampler": run.sampler.state_dict(),
+        "sampler": sampler,
         "rng": {"seed": run.config.seed, "step": run.step},
         "data": run.data,
         "step": run.step,
@@ -35,12 +34,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "config": asdict(run.config),
         "tokenizer": run.tokenizer.to_str(),
     }
-    scratch = path.with_name(f".{path.name}.part")
-    with open(scratch, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    run.writer.write(state, path)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -75,7 +69,7 @@ def resumed_config(
     for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is what training it came to
         mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
-        if mine != theirs:
+        if mine not in (theirs, "auto"):  # what was taken by itself at the start is kept
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}

@@ -9,6 +9,7 @@ import torch
 
 from data import DataName
 from harness.flags import ConfigError, OneLineParser, add_flags, check_device, check_ranges, check_readers, option
+from harness.precision import Precision
 from losses import NegativeMode
 from masking import HeadReduction, MaskSource, PatchScore, WordScore
 from model import PRESETS, ModelConfig
@@ -58,7 +59,7 @@ class LoopConfig:
 
     products: int = always(2500, "synthetic training products", low=2, inherited=True)
     device: str = always("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
-    precision: Literal["fp32", "bf16"] = always("fp32", "bf16: autocast")
+    precision: Precision = always("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
     compile: bool = option(False, "torch.compile the encoders")
     workers: int = always(0, "data loading processes, for each process that trains", low=0)
     log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)

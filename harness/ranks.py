@@ -4,7 +4,9 @@ import os
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,6 +32,15 @@ class Exchange(torch.autograd.Function):
         return Exchange.apply(grad, ctx.taken, ctx.given), None, None
 
 
+class Route(NamedTuple):
+    """How rows travel between the ranks, as one of them sees it."""
+
+    mine: Tensor  # which of its rows it sends, to the first rank's question first
+    given: list[int]  # how many to each rank
+    taken: list[int]  # how many from each
+    order: Tensor  # (B,) where among those that come each of the wanted ones is
+
+
 def speak_up() -> None:
     """Give a silent process its voice back, for an error."""
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
@@ -48,7 +59,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     rows: list[int] = field(default_factory=lambda: [0])  # photos of the batch under way, rank by rank
-    patient: dist.ProcessGroup | None = None  # for waiting longer than a collective may take
+    hosts: dist.ProcessGroup | None = None  # over Gloo, patient: what it exchanges need not wait for a GPU
 
     @classmethod
     def join(cls, device: str) -> "Ranks":
@@ -69,8 +80,8 @@ class Ranks:
             if dist.get_rank():
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
                 sys.excepthook = lambda *error: (speak_up(), sys.__excepthook__(*error))
-        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
-        return cls(where, dist.get_rank(), count, [0] * count, patient)
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        return cls(where, dist.get_rank(), count, [0] * count, hosts)
 
     @property
     def leads(self) -> bool:
@@ -94,13 +105,13 @@ class Ranks:
             self.rows = [len(batch["rows"])]
             return batch
         longest = batch["token_ids"].shape[1] if len(batch["rows"]) else 0
-        mine = torch.tensor([len(batch["rows"]), longest, len(batch["unreadable"])], device=self.device)
+        mine = torch.tensor([len(batch["rows"]), longest, len(batch["unreadable"])])
         all_of_them = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(all_of_them, mine)
+        dist.all_gather(all_of_them, mine, self.hosts)
         self.rows, lengths, unreadable = torch.stack(all_of_them).T.tolist()
         if any(unreadable):
             reasons: list = [None] * self.count
-            dist.all_gather_object(reasons, batch["unreadable"])
+            dist.all_gather_object(reasons, batch["unreadable"], self.hosts)
             batch["unreadable"] = sum(reasons, [])
         texts = {key: F.pad(batch[key], [0, max(lengths) - longest]) for key in TOKEN_KEYS if key in batch}
         return batch | texts
@@ -114,27 +125,43 @@ class Ranks:
         dist.all_gather(parts, F.pad(x, [0, 0] * (x.ndim - 1) + [0, most - len(x)]))
         return torch.cat([part[:rows] for part, rows in zip(parts, self.rows, strict=True)])
 
-    def fetch(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """Rows `wanted` (B,) of the whole batch of x (B, …), each from the rank that has it; gradients go back there.
-        Less travels than in gathering: what a rank receives does not grow with their number."""
+    def routes(self, *wanted: Tensor) -> list[Tensor | Route]:
+        """How rows of the whole batch come here from the ranks that have them, for each of some `wanted` (B,). Asking
+        who sends how many is the one moment of a step in which the host waits for its GPU."""
         if self.count == 1:
-            return x.index_select(0, wanted)  # not x[wanted], whose gradient threads sum up in any order
-        wanted, order = wanted.sort()  # so that what one rank gives lies together
-        asked = self.gather(wanted)
-        rows = torch.tensor(self.rows, device=x.device)
-        asking = torch.arange(self.count, device=x.device).repeat_interleave(rows)
-        giving = torch.bucketize(asked, rows.cumsum(0), right=True)
-        traffic = torch.bincount(asking * self.count + giving, minlength=self.count**2).view(self.count, -1).tolist()
-        given, taken = [line[self.rank] for line in traffic], traffic[self.rank]
-        mine = x.index_select(0, asked[giving == self.rank] - self.first)
-        return Exchange.apply(mine, given, taken).index_select(0, order.argsort())
+            return list(wanted)
+        orders = [rows.argsort() for rows in wanted]  # so that what one rank gives lies together
+        asked = [self.gather(rows[order]) for rows, order in zip(wanted, orders, strict=True)]
+        ends = self.put(np.cumsum(self.rows))
+        asking = self.put(np.repeat(np.arange(self.count), self.rows))
+        giving = [torch.bucketize(rows, ends, right=True) for rows in asked]
+        ways = [asking * self.count + ranks for ranks in giving]
+        traffic = [way.new_zeros(self.count**2).index_add(0, way, torch.ones_like(way)) for way in ways]
+        routes, size = [], (len(wanted), self.count, self.count)
+        for number, lines in enumerate(torch.stack(traffic).view(size).tolist()):
+            given, taken = [line[self.rank] for line in lines], lines[self.rank]
+            mine = (giving[number] != self.rank).byte().argsort(stable=True)[: sum(given)]
+            routes.append(Route(asked[number][mine] - self.first, given, taken, orders[number].argsort()))
+        return routes
+
+    def fetch(self, x: Tensor, route: Tensor | Route) -> Tensor:
+        """The rows of x (B, …) that a route of `routes` is about; gradients go back the way they came. Less travels
+        than in gathering: what a rank receives does not grow with their number."""
+        if self.count == 1:
+            return x.index_select(0, route)  # not x[route], whose gradient threads sum up in any order
+        return Exchange.apply(x.index_select(0, route.mine), route.given, route.taken).index_select(0, route.order)
+
+    def put(self, numbers: np.ndarray) -> Tensor:
+        """Numbers on the device, without waiting for it."""
+        host = torch.from_numpy(numbers)
+        return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
 
     def mean(self, value: Tensor, terms: Tensor | int) -> Tensor:
         """A mean over so many `terms` (or the True ones) of this rank, weighted so that the plain mean of all ranks'
         values, which is what DistributedDataParallel makes of gradients, is the mean over all terms of all ranks."""
         if self.count == 1:
             return value
-        mine = torch.as_tensor(terms, device=self.device).sum().float()
+        mine = terms.sum().float() if isinstance(terms, Tensor) else torch.full((), float(terms), device=self.device)
         total = mine.clone()
         dist.all_reduce(total)
         return value * (self.count * mine / total.clamp(min=1))
@@ -150,21 +177,29 @@ class Ranks:
         """Whether it is so on any rank."""
         if self.count == 1:
             return flag
-        flags = torch.tensor([flag], device=self.device, dtype=torch.int)
-        dist.all_reduce(flags)
+        flags = torch.tensor([flag], dtype=torch.int)
+        dist.all_reduce(flags, group=self.hosts)
         return bool(flags.item())
 
     def wait(self) -> None:
         """Until all are here, however long it takes."""
         if self.count > 1:
-            dist.barrier(self.patient)
+            dist.barrier(self.hosts)
 
     def first_says(self, what):
         """What the first rank has there."""
         said = [what]
         if self.count > 1:
-            dist.broadcast_object_list(said)
+            dist.broadcast_object_list(said, group=self.hosts)
         return said[0]
+
+    def merge(self, parts: list) -> list:
+        """A list of which each rank made some entries, and has None for the others, whole."""
+        if self.count == 1:
+            return parts
+        lists: list = [None] * self.count
+        dist.all_gather_object(lists, parts, self.hosts)
+        return [next(part for part in versions if part is not None) for versions in zip(*lists, strict=True)]
 
     def check_same(self, what: str, number: int) -> None:
         """Raise ConfigError where ranks do not have the same number."""

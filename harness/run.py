@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from data import ANTONYMS, SYNONYMS, word_ids, word_pairs
 from harness.config import LoopConfig, TrainConfig
+from harness.precision import fitting_precision
 from harness.ranks import Ranks
+from harness.writer import Writer
 from losses import pick_negatives
 from masking import corrupt_words, replace_words
 from model import FeatureQueue, MomentumModel, VisionLanguageModel
@@ -42,6 +44,7 @@ class Run:
     sampler: GroupedBatchSampler | None = None  # of a run that trains
     step: int = 0
     seconds: float = 0.0
+    writer: Writer = field(default_factory=Writer)
     unreadable: set[str] = field(default_factory=set)
     generator: torch.Generator | None = None  # of the step under way
 
@@ -148,8 +151,10 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
 def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
     """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
     torch.manual_seed(config.seed)
-    config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     ranks = ranks or Ranks(torch.device(config.device))
+    if config.precision == "auto":
+        config = replace(config, precision=ranks.first_says(fitting_precision(ranks.device)[0]))
+    config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     model = VisionLanguageModel(config.model).to(ranks.device).train()
     momentum = MomentumModel(model, config.ema_decay)
     if config.compile:
@@ -161,10 +166,36 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
     return Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
 
 
-def check_finite(run: Run, values: dict[str, Tensor], last: Path) -> None:
-    """Raise NonFiniteLoss before a loss or gradient that is NaN or infinite reaches the weights."""
-    if run.ranks.on_any(not (values["loss"].isfinite() and values["grad_norm"].isfinite())):
-        parts = ", ".join(f"{key} {value:.3g}" for key, value in run.ranks.average(values).items())
-        kept = f"{last} is the last good state" if last.exists() else "there is no checkpoint yet"
-        said = f"step {run.step + 1}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
-        raise NonFiniteLoss(said)
+class FiniteWatch:
+    """Lets no update through whose gradient is NaN or infinite, and says so a step later: asking a GPU at once would
+    make the host wait until it has done all that it was given."""
+
+    def __init__(self, run: Run, last: Path):
+        self.run, self.last, self.noted = run, last, []
+
+    def note(self, values: dict[str, Tensor]) -> None:
+        """Between the backward pass and the update: its values, loss and grad_norm among them."""
+        sound = values["grad_norm"].isfinite()
+        self.run.optimizer.found_inf = (~sound).float()  # on the device the fused AdamW leaves the weights as they are
+        answer = (sound & values["loss"].isfinite()).to("cpu", non_blocking=True)
+        there = torch.cuda.Event() if self.run.device.type == "cuda" else None
+        if there:
+            there.record()
+        values = {key: value.detach() for key, value in values.items()}
+        self.noted.append((self.run.step + 1, values, answer, there))
+
+    def check(self, now: bool) -> None:
+        """Raise NonFiniteLoss for a step before the last; `now`, as before a checkpoint, for the last, too."""
+        known, self.noted = self.noted[: None if now else -1], [] if now else self.noted[-1:]
+        for _, _, _, there in known:
+            if there:
+                there.synchronize()
+        broken = [(step, values) for step, values, answer, _ in known if not answer]
+        if self.run.ranks.on_any(bool(broken)):
+            self.run.writer.wait()
+            step, values = broken[0] if broken else known[0][:2]
+            parts = ", ".join(f"{key} {value:.3g}" for key, value in self.run.ranks.average(values).items())
+            kept = f"{self.last} is the last good state" if self.last.exists() else "there is no checkpoint yet"
+            raise NonFiniteLoss(
+                f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
+            )

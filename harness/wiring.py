@@ -3,6 +3,8 @@
 Letters: B batch, N image tokens, L text tokens, D width, E shared embedding, K contrastive keys, n pairs.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,15 +14,24 @@ from torch import Tensor
 from harness.run import Run
 from losses import accuracy, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss
 from masking import momentum_attention, read_layer, sync_mask
+from model import MomentumModel, Photos
 
 
-class Teacher(NamedTuple):
+@dataclass
+class Teacher:
     """The clean pair as the momentum model sees it."""
 
+    model: MomentumModel
     image_embeds: Tensor  # (B, N, D)
     text_embeds: Tensor  # (B, L, D)
     image_feat: Tensor  # (B, E)
     text_feat: Tensor  # (B, E)
+
+    @cached_property
+    def photos(self) -> Photos:
+        """What its texts look at, made when it is first asked for."""
+        with torch.no_grad():
+            return self.model.look(self.image_embeds)
 
 
 @torch.no_grad()
@@ -29,15 +40,15 @@ def teach(run: Run, batch: dict) -> Teacher:
     image_embeds = run.momentum.encode_image(batch["images"])
     text_embeds = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
     feats = run.momentum.project_image(image_embeds), run.momentum.project_text(text_embeds)
-    return Teacher(image_embeds, text_embeds, *feats)
+    return Teacher(run.momentum, image_embeds, text_embeds, *feats)
 
 
 def synchronize(
     run: Run, batch: dict, teacher: Teacher, noise: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Synchronized masks as the config says. -> the attention (B, h, L, N) that they are made of, patch mask (B, P),
+    """Synchronized masks as the config says. -> the attention (B, h, L, P) that they are made of, patch mask (B, P),
     word mask (B, L)."""
-    config, clean = run.config, (teacher.image_embeds, teacher.text_embeds)
+    config, clean = run.config, (teacher.photos, teacher.text_embeds)
     attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)
     attention = read_layer(attentions, config.mask_layer, config.mask_heads)
     return attention, *sync_mask(
@@ -83,19 +94,21 @@ class Pairs(NamedTuple):
 
     text_embeds: Tensor  # (n, L, D)
     keep: Tensor  # (n, L)
-    image_embeds: Tensor  # (C, N, D), the batch's own first
-    rows: Tensor  # (n,) the row of `image_embeds` that each text is paired with
+    photos: Photos  # C photos, the batch's own first
+    rows: Tensor  # (n,) which of the photos each text is paired with
     labels: Tensor  # (n,) 1 match, 0 no match, −100 where every other pair would match
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, Tensor, Photos, Tensor]:
         """All but the labels."""
         return self[:4]
 
 
-def wrong_pairs(run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image_embeds: Tensor) -> Pairs:
+def wrong_pairs(
+    run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image_embeds: Tensor, photos: Photos
+) -> Pairs:
     """ITM's negatives (2B), chosen by similarity among all ranks' photos and texts: each photo with a wrong text, each
-    text with a wrong photo."""
+    text with a wrong photo. photos: what `model.look` made of image_embeds (B, N, D)."""
     ranks, keep = run.ranks, batch["attention_mask"]
     forbidden = forbidden_negatives(ranks.gather(batch["product_ids"]), ranks.gather(batch["caption_ids"]))
     forbidden = forbidden[ranks.first :][: len(keep)]  # (B, K)
@@ -103,21 +116,21 @@ def wrong_pairs(run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image
     labels = torch.where(torch.cat([text, photo]) < 0, -100, 0)
     text, photo = text.clamp(min=0), photo.clamp(min=0)
     own = torch.arange(len(keep), device=run.device)
+    text_route, photo_route = ranks.routes(text, photo)
     if ranks.count > 1:  # what the others have is sent for, and stands after the batch's own
-        image_embeds, photo = torch.cat([image_embeds, ranks.fetch(image_embeds, photo)]), own + len(own)
-    texts = torch.cat([ranks.fetch(text_embeds, text), text_embeds])
-    return Pairs(texts, torch.cat([ranks.gather(keep)[text], keep]), image_embeds, torch.cat([own, photo]), labels)
+        others = run.model.look(ranks.fetch(image_embeds, photo_route))
+        photos = [torch.cat(layer) for layer in zip(photos, others, strict=True)]
+        photo = own + len(own)
+    texts = torch.cat([ranks.fetch(text_embeds, text_route), text_embeds])
+    return Pairs(texts, torch.cat([ranks.gather(keep)[text], keep]), photos, torch.cat([own, photo]), labels)
 
 
-def add_matches(pairs: Pairs, text_embeds: Tensor, keep: Tensor, image_embeds: Tensor | None = None) -> Pairs:
-    """After the pairs, as matches: the texts (B, L, D), each with its own photo, or with its row of other image tokens
-    (B, N, D)."""
-    rows, photos = torch.arange(len(keep), device=keep.device), pairs.image_embeds
-    if image_embeds is not None:
-        rows, photos = rows + len(photos), torch.cat([photos, image_embeds])
+def add_matches(pairs: Pairs, text_embeds: Tensor, keep: Tensor) -> Pairs:
+    """After the pairs, as matches: the texts (B, L, D), each with its own photo."""
+    rows = torch.arange(len(keep), device=keep.device)
     texts, keeps = torch.cat([pairs.text_embeds, text_embeds]), torch.cat([pairs.keep, keep])
     labels = torch.cat([pairs.labels, torch.ones_like(rows)])
-    return Pairs(texts, keeps, photos, torch.cat([pairs.rows, rows]), labels)
+    return Pairs(texts, keeps, pairs.photos, torch.cat([pairs.rows, rows]), labels)
 
 
 def match_pairs(run: Run, fused: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,13 +145,21 @@ def restore_words(
     """MLM from the fused tokens (B, L, D) of masked texts; with a teacher and alpha > 0 the momentum model's prediction
     on the same masked texts is a soft target. -> loss, accuracy."""
     keep, chosen, logits_m = batch["attention_mask"], mlm_labels != -100, None
-    logits, labels = run.model.mlm_logits(fused[chosen]), mlm_labels[chosen]  # (M, V), (M,)
+    fused, labels = pick(chosen, fused, mlm_labels)  # (M, D), (M,)
+    logits = run.model.mlm_logits(fused)  # (M, V)
     if teacher and run.alpha > 0:
         with torch.no_grad():
-            fused_m = run.momentum.fuse(run.momentum.encode_text(masked_ids, keep), keep, teacher.image_embeds)
-            logits_m = run.momentum.mlm_logits(fused_m[chosen])
+            fused_m = run.momentum.fuse(run.momentum.encode_text(masked_ids, keep), keep, teacher.photos)
+            logits_m = run.momentum.mlm_logits(*pick(chosen, fused_m))
     loss = mlm_loss(logits, labels, logits_m, run.alpha)
     return run.ranks.mean(loss, chosen), run.ranks.mean(accuracy(logits, labels), chosen)
+
+
+def pick(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """What the mask (B, L) marks of some tensors (B, L, …), as x[mask] would; but a GPU is asked only once how many
+    there are, and not again in the backward pass. -> (M, …) each."""
+    marked = mask.flatten().nonzero().squeeze(1)
+    return [x.flatten(0, 1).index_select(0, marked) for x in tensors]
 
 
 def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:

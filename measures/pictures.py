@@ -110,8 +110,8 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
         return []
     with autocast(run):
         teacher = teach(run, batch | {"images": normalise(batch["images"])})
-    clean = teacher.image_embeds, teacher.text_embeds
-    heat = momentum_attention(run.momentum, batch, *clean, "gradcam", run.mask_id)[(layers + 1) // 2 - 1]
+        clean = teacher.photos, teacher.text_embeds
+        heat = momentum_attention(run.momentum, batch, *clean, "gradcam", run.mask_id)[(layers + 1) // 2 - 1]
     word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
     mask = soft_mask(heat, torch.ones_like(heat), word.squeeze(1))
     return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]

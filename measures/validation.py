@@ -1,11 +1,12 @@
 """Held-out retrieval, matching and restored words while pretraining goes on."""
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Collate, normalise, to_device
-from harness.batches import first_products, one_text_a_product, text_features
+from harness.batches import first_products, one_text_a_product, own_session, text_features
 from harness.run import Run, autocast
 from losses import forbidden_negatives, pick_negatives
 from masking import random_word_mask
@@ -15,38 +16,55 @@ from photos.dataset import DataError, PhotoDataset
 
 @torch.no_grad()
 def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
-    """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped."""
-    config, model, generator = run.config, run.model.eval(), torch.Generator().manual_seed(run.config.seed)
+    """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped. Every rank
+    takes its share of the batches, and the first one, to whom the figures are given, ranks photos and texts."""
+    config, ranks = run.config, run.ranks
+    run.model.eval()
+    shown = first_products(dataset, config.val_products)
+    batches = [rows.tolist() for rows in torch.arange(len(shown)).split(config.batch_size)]
+    mine, found = range(len(batches))[ranks.rank :: ranks.count], [None] * len(batches)
     loader = DataLoader(
-        first_products(dataset, config.val_products), config.batch_size, collate_fn=Collate(run.tokenizer)
-    )
-    image_feat, rows, itm, mlm, unreadable = [], [], [], [], 0
-    for batch in tqdm(loader, "validating", unit=" batches", leave=False, disable=None):
-        unreadable += len(batch["unreadable"])
+        shown, batch_sampler=[batches[number] for number in mine], collate_fn=Collate(run.tokenizer),
+        num_workers=config.workers, worker_init_fn=own_session,
+    )  # fmt: skip
+    bar = tqdm(loader, "validating", unit=" batches", leave=False, disable=None)
+    for number, batch in zip(mine, bar, strict=True):
+        found[number] = len(batch["unreadable"]), []
         if not len(batch["rows"]):
             continue
-        rows.append(batch["rows"])
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         batch["masked"] = random_word_mask(batch["words"], config.mlm_ratio, generator)
         forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
         batch["wrong"] = pick_negatives(torch.zeros(forbidden.shape), forbidden, None, "random", generator)
         batch = to_device(batch, run.device)
-        ids, keep, masked, wrong = (batch[key] for key in ("token_ids", "attention_mask", "masked", "wrong"))
         with autocast(run):
-            image_embeds = model.encode_image(normalise(batch["images"]))
-            both = torch.cat([ids, ids.masked_fill(masked, run.mask_id)]), torch.cat([keep, keep])
-            text_embeds, masked_embeds = model.encode_text(*both).chunk(2)
-            own = torch.arange(len(ids), device=run.device)
-            order = torch.cat([own, wrong.clamp(min=0)])  # each photo with its own text, then with a wrong one
-            fused_cls = model.fuse_cls(text_embeds[order], keep[order], image_embeds, own.repeat(2))
-            matching, not_matching = model.itm_logits(fused_cls).argmax(-1).chunk(2)
-            filled = model.fuse(masked_embeds, keep, image_embeds)
-            mlm.append(model.mlm_logits(filled[masked]).argmax(-1) == ids[masked])
-            image_feat.append(model.image_feature(image_embeds))
-        itm.append(torch.cat([matching == 1, (not_matching == 0)[wrong >= 0]]))
-    if not rows:
+            found[number][1].extend(part.cpu() for part in (batch["rows"], *held_out_batch(run, batch)))
+    merged = ranks.merge(found)
+    if not ranks.leads:
+        return {}
+    if not any(parts for _, parts in merged):
         raise DataError("no photo of the validation split could be read")
-    texts, owner = one_text_a_product(dataset, torch.cat(rows).numpy())
-    recalls = recalls_of([*full_rankings(torch.cat(image_feat).cpu(), text_features(run, texts).cpu(), owner)])
+    rows, image_feat, mlm, itm = map(torch.cat, zip(*(parts for _, parts in merged if parts), strict=True))
+    texts, owner = one_text_a_product(dataset, rows.numpy())
+    recalls = recalls_of([*full_rankings(image_feat, text_features(run, texts).cpu(), owner)])
     figures = {key.removeprefix("full_"): value for key, value in recalls.items() if key != "full_mean"}
-    figures["mlm_accuracy"], figures["itm_accuracy"] = (torch.cat(x).float().mean().item() for x in (mlm, itm))
-    return {f"val_{key}": value for key, value in (figures | {"unreadable": unreadable}).items()}
+    figures |= {"mlm_accuracy": mlm.float().mean().item(), "itm_accuracy": itm.float().mean().item()}
+    figures["unreadable"] = sum(unreadable for unreadable, _ in merged)
+    return {f"val_{key}": value for key, value in figures.items()}
+
+
+def held_out_batch(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch with `masked` words and, for each photo, a `wrong` text: image_feat (B, E), which masked words are
+    restored, which pairs, matching and wrong ones, are told rightly."""
+    model, own = run.model, torch.arange(len(batch["rows"]), device=run.device)
+    ids, keep, masked, wrong = (batch[key] for key in ("token_ids", "attention_mask", "masked", "wrong"))
+    image_embeds = model.encode_image(normalise(batch["images"]))
+    both = torch.cat([ids, ids.masked_fill(masked, run.mask_id)]), torch.cat([keep, keep])
+    text_embeds, masked_embeds = model.encode_text(*both).chunk(2)
+    photos = model.look(image_embeds)
+    order = torch.cat([own, wrong.clamp(min=0)])  # each photo with its own text, then with a wrong one
+    fused_cls = model.fuse_cls(text_embeds[order], keep[order], photos, own.repeat(2))
+    matching, not_matching = model.itm_logits(fused_cls).argmax(-1).chunk(2)
+    filled = model.fuse(masked_embeds, keep, photos)
+    restored = model.mlm_logits(filled[masked]).argmax(-1) == ids[masked]
+    return model.image_feature(image_embeds), restored, torch.cat([matching == 1, (not_matching == 0)[wrong >= 0]])

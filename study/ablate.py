@@ -132,6 +132,8 @@ def check_done(out: Path, config: TrainConfig) -> None:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{out}/config.json cannot be read ({error}); remove the folder") from None
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
+        if config.precision == "auto":  # what was taken then is kept
+            free["precision"] = "auto"
         if replace(saved, **free, model=replace(saved.model, vocab_size=config.model.vocab_size)) != config:
             raise ConfigError(f"{out} holds a run with other flags; give the same ones, or another --out")
 

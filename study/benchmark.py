@@ -309,7 +309,8 @@ def step(config: TrainConfig, repeats: int) -> None:
     size, side = config.batch_size, 8192 if run.device.type == "cuda" else 2048
     top = ceiling(run, side)
     medians = {name: float(np.median(times[2:])) for name, times in seconds.items()}
-    how = f"{config.precision}{', compiled' if config.compile else ''}, {run.device}, {torch.get_num_threads()} threads"
+    how = [run.config.precision, *(["compiled"] if config.compile else []), f"{run.device}"]
+    how = ", ".join([*how, f"{torch.get_num_threads()} threads"])
     print(f"{config.recipe}, {config.preset}, batch {size}, {how}; medians of {repeats} steps")
     for name, median in medians.items():
         print(f"  {name:20} {median:8.3f} s a step, {size / median:8.1f} photos a second, "

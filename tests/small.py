@@ -32,7 +32,8 @@ def write_fashioniq(folder, split, sizes, photo=None):
 
 FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
         "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
-        "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1"]  # fmt: skip
+        "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1",
+        "--precision", "fp32"]  # fmt: skip
 # soft masks read the gradient in a layer before the last
 FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine": [], "albef": []}
 

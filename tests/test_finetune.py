@@ -60,7 +60,7 @@ def lines(out):
 
 def test_match_scores_equal_pair_by_pair(pretrained):
     config, _, source = finetune_config.parse_config(
-        ["--task", "retrieval", "--checkpoint", str(pretrained), "--eval-only"]
+        ["--task", "retrieval", "--checkpoint", str(pretrained), "--eval-only", "--precision", "fp32"]
     )
     photos = open_photos(config, "val")
     run = build_run(config, photos, Tokenizer.from_str(source["tokenizer"]))

@@ -281,7 +281,7 @@ def test_similarities_stay_in_full_precision_under_bf16():
         image_embeds = state.model.encode_image(data.normalise(batch["images"]))
         text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
         feats = state.model.project_image(image_embeds), state.model.project_text(text_embeds)
-        itc = contrast(state, batch, *feats, Teacher(image_embeds, text_embeds, *feats))
+        itc = contrast(state, batch, *feats, Teacher(state.momentum, image_embeds, text_embeds, *feats))
     assert itc.sim_i2t.dtype == torch.float32
     exact = feats[0].double() @ feats[1].double().T / state.model.temp.item()
     assert (itc.sim_i2t.double() - exact).abs().max() < 0.05

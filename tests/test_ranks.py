@@ -33,7 +33,7 @@ FLAGS = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers
          "--fusion-layers", "2", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "9",
          "--val-products", "4", "--warmup", "2", "--itm-warmup", "0", "--itm-share", "1", "--alpha", "0.4", "--queue",
          "24", "--sampler", "semihard", "--itm-negatives", "semihard", "--steps", "14", "--log-every", "1",
-         "--lr", "1e-3", "--val-every", "100"]  # fmt: skip
+         "--lr", "1e-3", "--val-every", "100", "--precision", "fp32"]  # fmt: skip
 OWN = {"syncmask": ["--mask-hint", "0"], "softmask": [], "fashionfine": [], "albef": []}
 
 

@@ -27,7 +27,7 @@ from study import ablate, benchmark, figures, probe, sources
 ROOT = Path(__file__).parent.parent
 SMALL = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
          "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8", "--val-products", "6",
-         "--steps", "2"]  # fmt: skip
+         "--steps", "2", "--precision", "fp32"]  # fmt: skip
 FILES = [flag for flag in SMALL if flag not in ("--products", "12")] + ["--data", "jsonl", "--preset", "tiny"]
 
 
@@ -230,7 +230,7 @@ PASSES = {
     "softmask": {"vision": 1, "text": 1, "fusion": 4, "vision_m": 1, "text_m": 1},
     "fashionfine": {"vision": 1, "text": 1, "fusion": 3, "vision_m": 1, "text_m": 1},
 }
-MULTIPLY_ADDS = {"albef": 30.7, "syncmask": 41.0, "softmask": 29.7, "fashionfine": 23.5}  # millions a photo and step
+MULTIPLY_ADDS = {"albef": 30.6, "syncmask": 40.0, "softmask": 29.5, "fashionfine": 23.4}  # millions a photo and step
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)

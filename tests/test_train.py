@@ -19,7 +19,7 @@ from harness import log
 from harness.checkpoints import config_from_dict
 from harness.config import parse_config
 from harness.run import NonFiniteLoss, build_run
-from harness.wiring import Teacher, contrast
+from harness.wiring import Teacher, contrast, teach
 from masking import word_counts
 from photos.synthetic import Synthetic
 
@@ -251,12 +251,14 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     generator = torch.Generator().manual_seed(1)
     unit = lambda n: torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1)
     old = unit(6), unit(6), torch.tensor([0, 1, 1, 90, 91, 92])
-    state.queue.pushed.zero_()
+    state.queue.pushed = 0
     state.queue.push(*old)
     image_feat, text_feat = unit(8).requires_grad_(), unit(8).requires_grad_()
     keys = unit(8), unit(8)
     products = batch["product_ids"].tolist()
-    ours = state.config.itc_weight * contrast(state, batch, image_feat, text_feat, Teacher(None, None, *keys)).loss
+    ours = (
+        state.config.itc_weight * contrast(state, batch, image_feat, text_feat, Teacher(None, None, None, *keys)).loss
+    )
     naive, owners = 0, products + old[2].tolist()
     for queries, own, older in ((image_feat, keys[1], old[1]), (text_feat, keys[0], old[0])):
         for b, query in enumerate(queries):
@@ -467,15 +469,17 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     state.step = 5
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
-    first = batch["words"].sum(1) - word_counts(batch["words"], 0.3)
-    last_words = (batch["words"].cumsum(1) > first[:, None]) & batch["words"]
-    attention = torch.zeros(6, 1, batch["words"].shape[1], 17)
-    attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
+    first = batch["words"].sum(1, keepdim=True) - word_counts(batch["words"], 0.3)
+    last_words = (batch["words"].cumsum(1) > first) & batch["words"]
+    attention = torch.zeros(6, 1, batch["words"].shape[1], 16)
+    attention[:, 0, :, 8:] = last_words[..., None].float()  # the last eight of sixteen patches
     monkeypatch.setattr("harness.wiring.momentum_attention", lambda *_: [attention])
+
+    teacher = teach(state, batch | {"images": data.normalise(batch["images"])})
 
     def chosen(seed):
         state.generator = torch.Generator().manual_seed(seed)
-        return train.choose_masks(state, batch, Teacher(None, None, None, None))
+        return train.choose_masks(state, batch, teacher)
 
     patch_mask, word_mask = chosen(0)
     assert (patch_mask.sum(1) == 8).all() and not (word_mask & ~batch["words"]).any()
