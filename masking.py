@@ -89,8 +89,7 @@ def momentum_attention(
         with torch.no_grad():
             maps = momentum.fusion(text_embeds_m, keep, photos, return_attention=True)[1]
     else:
-        # compiled code would lose the way from the match logit back to the attention
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.enable_grad():
             text = text_embeds_m.detach().requires_grad_()
             fused, attentions = momentum.fusion(text, keep, photos, return_attention=True)
             gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])

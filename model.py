@@ -12,6 +12,7 @@ al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes, norm
 published weights load.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, field, fields
 
@@ -317,10 +318,13 @@ class FusionEncoder(nn.Module):
         """
         x, keep, attentions = text_embeds, attention_mask.bool(), []
         photos = self.look(photos) if isinstance(photos, Tensor) else photos
-        for layer, seen in zip(self.layers, photos, strict=True):
-            wanted = first if layer is self.layers[-1] else None
-            x, attention = layer(x, keep, seen, return_attention, rows, wanted)
-            attentions.append(attention)
+        # compiled code would lose the way from what is made of the attention back to it
+        eagerly = torch.compiler.set_stance("force_eager") if return_attention else contextlib.nullcontext()
+        with eagerly:
+            for layer, seen in zip(self.layers, photos, strict=True):
+                wanted = first if layer is self.layers[-1] else None
+                x, attention = layer(x, keep, seen, return_attention, rows, wanted)
+                attentions.append(attention)
         return (x, attentions) if return_attention else x
 
 

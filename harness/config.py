@@ -60,7 +60,7 @@ class LoopConfig:
     products: int = always(2500, "synthetic training products", low=2, inherited=True)
     device: str = always("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
     precision: Precision = always("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
-    compile: bool = option(False, "torch.compile the encoders")
+    compile: bool = option(False, "torch.compile the layers")
     workers: int = always(0, "data loading processes, for each process that trains", low=0)
     log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
     val_every: int = option(200, "steps between validations", low=1)
@@ -210,8 +210,6 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
             raise ConfigError("--mask-source gradcam needs two --fusion-layers, since it cannot read the last")
         if config.mask_layer == deepest:
             raise ConfigError(f"--mask-layer {deepest}: --mask-source gradcam cannot read the last layer")
-        if config.compile:
-            raise ConfigError("--compile contradicts --mask-source gradcam, which needs the gradient inside the fusion")
     if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
         raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
     if config.prompts and config.model.max_length < 16:

@@ -158,9 +158,11 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
     model = VisionLanguageModel(config.model).to(ranks.device).train()
     momentum = MomentumModel(model, config.ema_decay)
     if config.compile:
-        torch._dynamo.config.recompile_limit = 32  # the fusion is asked in more forms than the default of 8
-        for part in (model.vision, model.text, model.fusion, momentum.vision, momentum.text, momentum.fusion):
-            part.compile()
+        # a layer is asked in more forms than the default of 8: with and without photos, gradients, all tokens
+        torch._dynamo.config.recompile_limit = 32
+        for part in (part for m in (model, momentum) for part in (m.vision, m.text, m.fusion, m.decoder)):
+            for layer in part.layers:
+                layer.compile(dynamic=True)
     queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)
     epoch_steps, optimizer = -(-len(dataset) // config.batch_size), build_optimizer(model, config)
     return Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())

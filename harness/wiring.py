@@ -144,13 +144,12 @@ def restore_words(
 ) -> tuple[Tensor, Tensor]:
     """MLM from the fused tokens (B, L, D) of masked texts; with a teacher and alpha > 0 the momentum model's prediction
     on the same masked texts is a soft target. -> loss, accuracy."""
-    keep, chosen, logits_m = batch["attention_mask"], mlm_labels != -100, None
-    fused, labels = pick(chosen, fused, mlm_labels)  # (M, D), (M,)
-    logits = run.model.mlm_logits(fused)  # (M, V)
+    keep, chosen, fused_m = batch["attention_mask"], mlm_labels != -100, []
     if teacher and run.alpha > 0:
         with torch.no_grad():
-            fused_m = run.momentum.fuse(run.momentum.encode_text(masked_ids, keep), keep, teacher.photos)
-            logits_m = run.momentum.mlm_logits(*pick(chosen, fused_m))
+            fused_m = [run.momentum.fuse(run.momentum.encode_text(masked_ids, keep), keep, teacher.photos)]
+    fused, labels, *fused_m = pick(chosen, fused, mlm_labels, *fused_m)  # (M, D), (M,), (M, D)
+    logits, logits_m = run.model.mlm_logits(fused), run.momentum.mlm_logits(*fused_m) if fused_m else None  # (M, V)
     loss = mlm_loss(logits, labels, logits_m, run.alpha)
     return run.ranks.mean(loss, chosen), run.ranks.mean(accuracy(logits, labels), chosen)
 

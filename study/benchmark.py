@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -70,7 +71,8 @@ def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, 
 
 def count_step(run: Run, batch: dict) -> dict[str, float]:
     """What a step of the run's recipe does per photo: how many photos or texts pass each part of the model, and of the
-    momentum model (…_m); multiply-adds (in millions) forward and in the whole step; MiB kept for the backward pass."""
+    momentum model (…_m); multiply-adds (in millions) forward and in the whole step; MiB kept for the backward pass.
+    And how often a step would make the host wait for a GPU."""
     counts: dict[str, float] = {}
     count = len(batch["token_ids"])
 
@@ -92,6 +94,9 @@ def count_step(run: Run, batch: dict) -> dict[str, float]:
     counts["step"] = flops.get_total_flops() / 2e6 / count
     for hook in hooks:
         hook.remove()
+    with Waits() as waits:
+        our_step(run, {})(batch)
+    counts["waits"] = len(waits.found)
 
     kept = {p.untyped_storage().data_ptr(): 0 for p in run.model.parameters()}  # these are there anyway
 
@@ -107,6 +112,28 @@ def count_step(run: Run, batch: dict) -> dict[str, float]:
     return counts
 
 
+class Waits(TorchDispatchMode):
+    """Finds the operations inside that would make the host wait for a GPU: whose result has a size that only the data
+    tell, whose numbers are asked for, or that copy numbers from Python's lists."""
+
+    aten = torch.ops.aten
+    asking = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount, aten.lift_fresh,
+              aten._unique2, aten.unique_dim, aten.unique_consecutive}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.overloadpacket in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
+            place is not None and place.dtype == torch.bool for place in args[1]
+        )
+        by_count = func is self.aten.repeat_interleave.Tensor and not (kwargs or {}).get("output_size")
+        if by_mask or by_count or func.overloadpacket in self.asking:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Counts the matrix products inside, those of attention too, whose fused kernels are not counted everywhere, and
@@ -120,8 +147,9 @@ def passes(flags: list[str], tokens: int) -> None:
     """Print `count_step` of every recipe with these flags of train.py; a photo counts as one even where only its
     visible patches are encoded."""
     parts = ["vision", "text", "fusion", "decoder", "vision_m", "text_m", "fusion_m"]
-    print("a photo: passes, multiply-adds in millions, MiB kept for the backward pass")
-    print("| recipe | tokens | " + " | ".join(parts) + " | forward | step | MiB |\n" + "|---" * (len(parts) + 5) + "|")
+    print("a photo: passes, multiply-adds in millions, MiB kept for the backward pass; a step: waits for a GPU")
+    names = ["recipe", "tokens", *parts, "forward", "step", "MiB", "waits"]
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for recipe in RECIPES:
         config, _ = parse_config([*flags, "--recipe", recipe])
         if tokens > config.model.max_length:
@@ -129,7 +157,8 @@ def passes(flags: list[str], tokens: int) -> None:
         run, (batch,) = open_step(config, 1, tokens)
         counts = count_step(run, batch)
         cells = [str(batch["token_ids"].shape[1])] + [f"{counts.get(part, 0):g}" for part in parts]
-        cells += [f"{counts[key]:,.0f}" for key in ("forward", "step")] + [f"{counts['kept']:,.1f}"]
+        cells += [f"{counts[key]:,.0f}" for key in ("forward", "step")]
+        cells += [f"{counts['kept']:,.1f}", str(counts["waits"])]
         print(f"| {recipe} | " + " | ".join(cells) + " |")
 
 
@@ -186,7 +215,7 @@ def reference_step(run: Run, attention: str) -> Callable[[dict], Tensor]:
     momentum = copy.deepcopy(model).requires_grad_(False)
     if config.compile:
         for part in (model.vision, model.text, *model.fusion, momentum.vision, momentum.text, *momentum.fusion):
-            part.compile()
+            part.compile(dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
     def negatives(sim: Tensor, same: Tensor) -> list[int]:

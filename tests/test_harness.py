@@ -325,7 +325,6 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
         (["--mask-layer", "3"], "--mask-layer 3: there are 2 fusion layers"),
         (["--mask-source", "gradcam", "--mask-layer", "2"], "gradcam cannot read the last layer"),
         (["--mask-source", "gradcam", "--fusion-layers", "1"], "gradcam needs two --fusion-layers"),
-        (["--mask-source", "gradcam", "--compile"], "--compile contradicts --mask-source gradcam"),
         (["--recipe", "albef", "--mim-layers", "2"], "--mim-layers is for --recipe syncmask"),
         (["--no-soft-mask"], "--soft-mask is for --recipe softmask, not for syncmask"),
         (["--recipe", "softmask", "--mask-source", "hidden", "--mask-layer", "2"], "before the last of two or more"),

@@ -206,7 +206,9 @@ def test_unknown_words(capsys):
 def test_soft_masks_of_a_compiled_model_are_drawn(monkeypatch):
     """With a backend that, unlike "eager", traces the backward pass too, and so cuts the way of a gradient."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, dynamic: compile_module(self, dynamic=dynamic, backend="aot_eager")
+    )
     masks = []
     for flags in ([], ["--compile"]):
         config, _ = parse_config([*FAST, "--fusion-layers", "2", *flags])

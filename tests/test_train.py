@@ -1,5 +1,6 @@
 """Recipes, the loop, resuming, stopping, refusing: end to end on small runs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from small import FAST, FAST_FOR, checkpoint, lines, resume, run, same_state
+from torch._dynamo.testing import CompileCounter
 
 import data
 import train
@@ -438,18 +441,39 @@ def test_every_other_flag_runs(tmp_path):
     assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2 and config.clip == 0.5
 
 
-def test_compiled_run_equals_eager(tmp_path, monkeypatch):
-    """With the backend that compiles nothing: what is tested is our use of it, not the compiler."""
+@contextlib.contextmanager
+def compiled_by(backend, **other):
+    """Instead of a compiler: our use of it is tested, not the compiler."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    flags = ["--steps", "2", "--alpha", "0.4"]
+    ours = lambda self, **how: compile_module(self, **how | other, backend=backend)
+    strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    torch._dynamo.reset()
+    with mock.patch.object(torch.nn.Module, "compile", ours), strict:
+        yield
+
+
+def test_compiled_run_equals_eager_and_compiles_in_its_first_steps_alone(tmp_path):
+    flags = ["--epochs", "2", "--val-every", "2", "--stop-at", "3"]
     run(tmp_path / "eager", *flags)
-    run(tmp_path / "compiled", *flags, "--compile")
-    one, two = checkpoint(tmp_path / "eager")["model"], checkpoint(tmp_path / "compiled")["model"]
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name])
+    with compiled_by(counter := CompileCounter()):
+        run(tmp_path / "compiled", *flags, "--compile")
+        one, two = checkpoint(tmp_path / "eager")["model"], checkpoint(tmp_path / "compiled")["model"]
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name])
+        graphs = counter.frame_count
+        # to the end of the second epoch: other lengths, another size of batch, more validations, and nothing new
+        assert resume(tmp_path / "compiled")["step"] > 9 and counter.frame_count == graphs == 12  # 7 of them to train
+
+
+def test_soft_masks_are_trained_with_where_layers_are_compiled():
+    """With a backend that traces the backward pass too, and so cuts the way of a gradient in compiled code."""
+    eager = first_losses("--recipe", "softmask")[0]
+    with compiled_by("aot_eager", dynamic=False):  # which is sooner done
+        compiled = first_losses("--recipe", "softmask", "--compile")[0]
+    assert {k: v.item() for k, v in compiled.items()} == pytest.approx(
+        {k: v.item() for k, v in eager.items()}, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(

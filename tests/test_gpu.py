@@ -1,0 +1,93 @@
+"""What a GPU would object to, found without one. Tensors without data on a device of their own ("meta") stand in for it:
+whatever mixes devices, or asks such a tensor for its numbers, raises. Casts are made as autocast makes them on CUDA."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import FAST, FAST_FOR
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+import data
+import train
+from harness.batches import augmented
+from harness.config import ema_decay, parse_config
+from harness.ranks import Ranks
+from harness.run import FiniteWatch, Job, Step, build_optimizer, build_run
+from photos.synthetic import Synthetic
+
+# as PyTorch documents it, what occurs here of it ("Autocast Op Reference")
+IN_BF16 = {F.linear, F.conv1d, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul,
+           torch.Tensor.__matmul__}  # fmt: skip
+IN_FP32 = {F.layer_norm, F.cross_entropy, F.mse_loss, F.log_softmax, F.softmax, torch.softmax, torch.Tensor.softmax,
+           torch.Tensor.log_softmax, F.normalize, torch.Tensor.norm, torch.Tensor.exp, torch.Tensor.log, torch.Tensor.sum,
+           torch.Tensor.pow, torch.Tensor.__pow__, torch.Tensor.cumsum}  # fmt: skip
+
+
+class CudaAutocast(TorchFunctionMode):
+    """In place of torch.autocast."""
+
+    active = []
+
+    def __init__(self, device_type, dtype=torch.float32, enabled=True):
+        super().__init__()
+        self.enabled = enabled
+
+    def __enter__(self):
+        self.active.append(self.enabled)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.active.pop()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        to = torch.bfloat16 if func in IN_BF16 else torch.float32 if func in IN_FP32 else None
+        if to and self.active[-1]:
+            cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            args, kwargs = tuple(map(cast, args)), {key: cast(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def eight(mask, *tensors):
+    """In place of `pick`, the one question that a step asks: as if eight tokens were marked."""
+    return [x.flatten(0, 1)[:8] for x in tensors]
+
+
+def on_stand_in(run):
+    """A run made on the CPU, moved; past every warm-up."""
+    run.device, run.step, run.generator = torch.device("meta"), 10**6, torch.Generator()
+    run.ranks = Ranks(run.device, rows=[8])
+    for module in (run.model, run.momentum, run.queue):
+        module.to(run.device)
+    for table in ("word_ids", "antonyms", "synonyms"):
+        setattr(run, table, getattr(run, table).to(run.device))
+    run.optimizer = build_optimizer(run.model, run.config)
+    return run
+
+
+@pytest.mark.parametrize("alpha", ["0", "0.4"])
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_step_mixes_neither_devices_nor_types_and_asks_for_nothing(recipe, alpha):
+    more = ["--fusion-layers", "2", "--precision", "bf16", "--queue", "6", "--alpha", alpha]
+    config, _ = parse_config([*FAST, *FAST_FOR[recipe], "--recipe", recipe, *more])
+    dataset = Synthetic("train", 8, 32, progress=False)
+    dataset.prompts = config.prompts
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
+    batch = data.Collate(tokenizer)([dataset[row] for row in range(8)])
+    run = on_stand_in(build_run(config, dataset, tokenizer))
+    gpu = FakeTensorMode(allow_non_fake_inputs=True)
+    gpu.allow_meta = True
+    places = [mock.patch(f"{where}.pick", eight) for where in ("train", "harness.wiring")]
+    with gpu, mock.patch("torch.autocast", CudaAutocast), places[0], places[1]:
+        batch = data.to_device(batch, run.device)
+        losses, figures = Step(run, Job("", train.RECIPES[recipe], None, {}))(augmented(run, batch))
+        loss = sum(losses.values())
+        assert loss.device.type == "meta" and loss.dtype == torch.float32
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+        FiniteWatch(run, None).note({"loss": loss, "grad_norm": norm})
+        run.model.clamp_temp()
+        run.momentum.update(run.model, ema_decay(run.step, config.ema_decay))
