@@ -2,15 +2,18 @@
 
 python study/benchmark.py passes                      encoder passes and multiply-adds of a step, by recipe, counted
 python study/benchmark.py step [--preset base …]      a step of albef beside one put together from library parts
+python study/benchmark.py step --against DIR …        the same beside the step of another checkout of this project
+python study/benchmark.py profile --recipe R          the ten dearest operations of a step, and a trace to look at
+python study/benchmark.py attention                   the fused kernel beside plain products, fp32 and bf16
 python study/benchmark.py data [--data jsonl …]       photos a second through decoding and augmentation, by workers
 python study/benchmark.py sampler                     composing one epoch of grouped batches for 260,000 photos
 
-The first three take train.py's flags too: --preset, --recipe, --batch-size, --device, --precision, --compile, …
+All but the last and attention take train.py's flags too: --preset, --recipe, --batch-size, --device, --precision, …
 """
 
 import argparse
 import contextlib
-import copy
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,122 +28,22 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
+from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TOKEN_KEYS, Collate, augment, build_dataset, build_tokenizer, normalise, to_device
+from data import Collate, augment, build_dataset, build_tokenizer, to_device
 from harness.config import TrainConfig, parse_config
 from harness.flags import ConfigError
 from harness.log import peak_memory_mib
-from harness.run import Run, autocast, build_run
-from losses import itc_loss, itc_targets, itm_loss, mlm_loss
+from harness.run import Run
 from masking import random_word_mask
-from model import ModelConfig
 from photos.dataset import DataError
 from photos.fashiongen import FashionGen
 from sampler import GroupedBatchSampler, SamplerMode
+from study.steps import count_step, counted, now, open_step, our_step, reference_step
 from train import RECIPES
-
-
-def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, list[dict]]:
-    """A run past its warm-ups, and batches of synthetic photos for it, on its device; texts padded to `tokens` tokens,
-    unless the longest of a batch is longer."""
-    products = 2 + batches * config.batch_size // 3
-    dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products, False)
-    dataset.prompts = config.prompts
-    spoken = [" ".join(dataset.text(row)[1::2]) for row in range(len(dataset))]
-    tokenizer = build_tokenizer(spoken, config.model.vocab_size, config.model.max_length, config.vocab, config.prompts)
-    unused = config.model.vocab_size - tokenizer.get_vocab_size()  # synthetic texts have but a few hundred words
-    tokenizer.add_tokens([f"[unused{i}]" for i in range(unused)])
-    run = build_run(config, dataset, tokenizer)
-    run.step = 10**9  # past every warm-up
-    run.generator = torch.Generator(run.device).manual_seed(config.seed)
-    rows = np.random.default_rng(config.seed).permutation(len(dataset))[: batches * config.batch_size]
-    found = []
-    for chosen in rows.reshape(batches, -1):
-        batch = to_device(Collate(tokenizer)([dataset[int(row)] for row in chosen]), run.device)
-        missing = max(0, tokens - batch["token_ids"].shape[1])
-        padded = {key: F.pad(batch[key], [0, missing]) for key in TOKEN_KEYS}
-        found.append(batch | padded | {"images": normalise(batch["images"])})
-    return run, found
-
-
-def count_step(run: Run, batch: dict) -> dict[str, float]:
-    """What a step of the run's recipe does per photo: how many photos or texts pass each part of the model, and of the
-    momentum model (…_m); multiply-adds (in millions) forward and in the whole step; MiB kept for the backward pass.
-    And how often a step would make the host wait for a GPU."""
-    counts: dict[str, float] = {}
-    count = len(batch["token_ids"])
-
-    def counter(key: str) -> Callable:
-        def hook(_module: nn.Module, args: tuple) -> None:
-            counts[key] = counts.get(key, 0) + len(args[0]) / count
-
-        return hook
-
-    hooks = [
-        getattr(model, part).register_forward_pre_hook(counter(part + suffix))
-        for model, suffix in ((run.model, ""), (run.momentum, "_m"))
-        for part in ("vision", "text", "fusion", "decoder")
-    ]
-    with counted() as flops:
-        losses, _ = RECIPES[run.config.recipe](run, batch)
-        counts["forward"] = flops.get_total_flops() / 2e6 / count
-        sum(losses.values()).backward()
-    counts["step"] = flops.get_total_flops() / 2e6 / count
-    for hook in hooks:
-        hook.remove()
-    with Waits() as waits:
-        our_step(run, {})(batch)
-    counts["waits"] = len(waits.found)
-
-    kept = {p.untyped_storage().data_ptr(): 0 for p in run.model.parameters()}  # these are there anyway
-
-    def note(saved: Tensor) -> Tensor:
-        kept.setdefault(saved.untyped_storage().data_ptr(), saved.untyped_storage().nbytes())
-        return saved
-
-    noted = torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved)
-    with torch.compiler.set_stance("force_eager"), noted, autocast(run):
-        RECIPES[run.config.recipe](run, batch)
-    counts["kept"] = sum(kept.values()) / 2**20 / count
-    run.optimizer.zero_grad()
-    return counts
-
-
-class Waits(TorchDispatchMode):
-    """Finds the operations inside that would make the host wait for a GPU: whose result has a size that only the data
-    tell, whose numbers are asked for, or that copy numbers from Python's lists."""
-
-    aten = torch.ops.aten
-    asking = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount, aten.lift_fresh,
-              aten._unique2, aten.unique_dim, aten.unique_consecutive}  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        by_mask = func.overloadpacket in (self.aten.index, self.aten.index_put, self.aten.index_put_) and any(
-            place is not None and place.dtype == torch.bool for place in args[1]
-        )
-        by_count = func is self.aten.repeat_interleave.Tensor and not (kwargs or {}).get("output_size")
-        if by_mask or by_count or func.overloadpacket in self.asking:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """Counts the matrix products inside, those of attention too, whose fused kernels are not counted everywhere, and
-    those of compiled modules, which otherwise would be hidden."""
-    uncompiled = torch.compiler.set_stance("force_eager")
-    with uncompiled, FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        yield flops
 
 
 def passes(flags: list[str], tokens: int) -> None:
@@ -162,141 +65,6 @@ def passes(flags: list[str], tokens: int) -> None:
         print(f"| {recipe} | " + " | ".join(cells) + " |")
 
 
-class Reference(nn.Module):
-    """ALBEF's model from Hugging Face's parts, with the sizes of ours; attention is theirs, "eager" or "sdpa"."""
-
-    def __init__(self, config: ModelConfig, attention: str):
-        from transformers import BertConfig, BertModel, ViTConfig, ViTModel
-        from transformers.models.bert.modeling_bert import BertLayer, BertOnlyMLMHead
-
-        super().__init__()
-        sizes = dict(hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=4 * config.width)
-        vit = ViTConfig(
-            **sizes, num_hidden_layers=config.vision_layers, image_size=config.image_size, patch_size=config.patch_size
-        )
-        drop = dict(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
-        bert = BertConfig(**sizes, **drop, num_hidden_layers=config.text_layers, vocab_size=config.vocab_size)
-        vit._attn_implementation = bert._attn_implementation = attention
-        cross = copy.deepcopy(bert)
-        cross.is_decoder = cross.add_cross_attention = True
-        self.vision, self.text = ViTModel(vit, add_pooling_layer=False), BertModel(bert, add_pooling_layer=False)
-        self.fusion = nn.ModuleList(BertLayer(cross, layer_idx=i) for i in range(config.fusion_layers))
-        for layer in self.fusion:
-            layer.attention.self.is_causal = False
-        self.vision_proj = nn.Linear(config.width, config.embed_dim)
-        self.text_proj = nn.Linear(config.width, config.embed_dim)
-        self.itm_head, self.mlm_head = nn.Linear(config.width, 2), BertOnlyMLMHead(bert)
-        self.mlm_head.predictions.decoder.weight = self.text.embeddings.word_embeddings.weight
-        self.temp = nn.Parameter(torch.tensor(0.07))
-
-    def encode(self, images: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """image_embeds (B, N, D), text_embeds (B, L, D), their features (B, E)."""
-        image_embeds = self.vision(images).last_hidden_state
-        text_embeds = self.text(ids, attention_mask=keep).last_hidden_state
-        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
-        return image_embeds, text_embeds, image_feat, F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1)
-
-    def fuse(self, text_embeds: Tensor, keep: Tensor, image_embeds: Tensor) -> Tensor:
-        """(B, L, D), (B, L), (B, N, D) -> (B, L, D)."""
-        mask = (1.0 - keep[:, None, None, :].to(text_embeds.dtype)) * torch.finfo(text_embeds.dtype).min
-        for layer in self.fusion:
-            out = layer(text_embeds, attention_mask=mask, encoder_hidden_states=image_embeds)
-            text_embeds = out[0] if isinstance(out, tuple) else out
-        return text_embeds
-
-
-def reference_step(run: Run, attention: str) -> Callable[[dict], Tensor]:
-    """A step of ALBEF as public implementations write it: a pass for the matching pairs, one for the others, one for
-    masked words; negatives drawn row by row; the vocabulary predicted for every token; plain AdamW; momentum copied one
-    parameter after the other. The objectives are ours; its masks are drawn beforehand."""
-    config = run.config
-    torch.manual_seed(config.seed)
-    model = Reference(run.model.config, attention).to(run.device).train()
-    momentum = copy.deepcopy(model).requires_grad_(False)
-    if config.compile:
-        for part in (model.vision, model.text, *model.fusion, momentum.vision, momentum.text, *momentum.fusion):
-            part.compile(dynamic=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-
-    def negatives(sim: Tensor, same: Tensor) -> list[int]:
-        weights = sim.detach().masked_fill(same, -1e4).softmax(dim=1)
-        return [torch.multinomial(row, 1).item() for row in weights]
-
-    def step(batch: dict) -> Tensor:
-        images, ids, keep = batch["images"], batch["token_ids"], batch["attention_mask"]
-        products = batch["product_ids"]
-        masked_ids, labels = run.corrupt(ids, batch["mask"])
-        with autocast(run):
-            image_embeds, text_embeds, image_feat, text_feat = model.encode(images, ids, keep)
-            with torch.no_grad():
-                image_embeds_m, _, image_feat_m, text_feat_m = momentum.encode(images, ids, keep)
-                targets_i2t, targets_t2i = (
-                    itc_targets(products, products, a @ b.T / model.temp, run.alpha)
-                    for a, b in ((image_feat_m, text_feat_m), (text_feat_m, image_feat_m))
-                )
-            sim_i2t, sim_t2i = image_feat @ text_feat_m.T / model.temp, text_feat @ image_feat_m.T / model.temp
-            itc = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
-            same = products[:, None] == products[None]
-            wrong_text, wrong_image = negatives(sim_i2t, same), negatives(sim_t2i, same)
-            matching = model.fuse(text_embeds, keep, image_embeds)
-            others = model.fuse(
-                torch.cat([torch.stack([text_embeds[j] for j in wrong_text]), text_embeds]),
-                torch.cat([torch.stack([keep[j] for j in wrong_text]), keep]),
-                torch.cat([image_embeds, torch.stack([image_embeds[j] for j in wrong_image])]),
-            )
-            logits = model.itm_head(torch.cat([matching[:, 0], others[:, 0]]))
-            itm = itm_loss(logits, torch.cat([products.new_ones(len(ids)), products.new_zeros(2 * len(ids))]))
-            masked_embeds = model.text(masked_ids, attention_mask=keep).last_hidden_state
-            words = model.mlm_head(model.fuse(masked_embeds, keep, image_embeds))  # (B, L, V)
-            words_m = None
-            if run.alpha > 0:
-                with torch.no_grad():
-                    masked_m = momentum.text(masked_ids, attention_mask=keep).last_hidden_state
-                    words_m = momentum.mlm_head(momentum.fuse(masked_m, keep, image_embeds_m)).flatten(0, 1)
-            mlm = mlm_loss(words.flatten(0, 1), labels.flatten(), words_m, run.alpha)
-        loss = itc + itm + mlm
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        for ours, theirs in zip(momentum.parameters(), model.parameters(), strict=True):
-            ours.data = ours.data * config.ema_decay + theirs.data * (1 - config.ema_decay)
-        return loss
-
-    return step
-
-
-def our_step(run: Run, phases: dict[str, list[float]]) -> Callable[[dict], Tensor]:
-    """The step of train.py's loop; seconds of its phases are noted in `phases`."""
-
-    def step(batch: dict) -> Tensor:
-        times = [now(run.device)]
-        with autocast(run):
-            losses, _ = RECIPES[run.config.recipe](run, batch)
-        loss = sum(losses.values())
-        times.append(now(run.device))
-        loss.backward()
-        times.append(now(run.device))
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.model.clamp_temp()
-        run.momentum.update(run.model)
-        times.append(now(run.device))
-        for phase, start, end in zip(("forward", "backward", "update"), times, times[1:], strict=False):
-            phases.setdefault(phase, []).append(end - start)
-        return loss
-
-    return step
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def ceiling(run: Run, size: int, products: int = 4, repeats: int = 5) -> float:
     """Multiply-adds a second of large matrix products, in the run's precision on its device: the most to hope for."""
     dtype = torch.bfloat16 if run.config.precision == "bf16" else torch.float32
@@ -310,10 +78,50 @@ def ceiling(run: Run, size: int, products: int = 4, repeats: int = 5) -> float:
     return products * size**3 / best
 
 
-def step(config: TrainConfig, repeats: int) -> None:
-    """Time our step, and for albef the reference's, turn about; print medians, their ratio and where time goes. Without
-    the queue, which the reference does not have."""
-    config = replace(config, queue=0)
+ELSEWHERE = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "study")]
+import benchmark
+from harness.config import parse_config
+run, batches = benchmark.open_step(parse_config(sys.argv[1:])[0], 2)
+take = benchmark.our_step(run, {})
+for number, _ in enumerate(sys.stdin):
+    take(batches[number % 2])
+    print("done", file=answers, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def step_of(folder: Path, config: TrainConfig, flags: list[str]) -> Iterator[Callable[[dict], None]]:
+    """The step of another checkout of this project, in a process of its own, on the same photos and texts: a function
+    that has it take one."""
+    if not (folder / "study" / "benchmark.py").exists():
+        raise ConfigError(f"--against {folder}: no checkout of this project")
+    command = [sys.executable, "-c", ELSEWHERE, *flags, "--queue", str(config.queue)]
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as other:
+
+        def take(_batch: dict) -> None:
+            try:
+                print(file=other.stdin, flush=True)
+                answer = other.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if not answer:
+                raise ConfigError(f"--against {folder}: {other.stderr.read().strip().splitlines()[-1]}")
+
+        try:
+            yield take
+        finally:
+            other.kill()
+
+
+def step(config: TrainConfig, repeats: int, others: dict[str, Callable[[dict], None]]) -> None:
+    """Time our step, for albef the reference's, and any `others`, turn about; print medians, their ratio and where time
+    goes. Without the queue, which the reference does not have."""
     run, batches = open_step(config, 2)
     for batch in tqdm(batches, "warming up", leave=False, disable=None):
         batch["mask"] = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
@@ -329,6 +137,7 @@ def step(config: TrainConfig, repeats: int) -> None:
         with counted() as flops:
             steps[name](batches[0])
         work[name] = flops.get_total_flops() / 2e6 / config.batch_size
+    steps |= others
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(repeats + 2), "steps", disable=None):  # the first two warm up
         for name, take in steps.items():
@@ -342,13 +151,79 @@ def step(config: TrainConfig, repeats: int) -> None:
     how = ", ".join([*how, f"{torch.get_num_threads()} threads"])
     print(f"{config.recipe}, {config.preset}, batch {size}, {how}; medians of {repeats} steps")
     for name, median in medians.items():
+        made = f"; {work[name]:,.0f} M multiply-adds a photo" if name in work else ""
         print(f"  {name:20} {median:8.3f} s a step, {size / median:8.1f} photos a second, "
-              f"{median / medians['ours']:.2f} x ours; {work[name]:,.0f} M multiply-adds a photo")  # fmt: skip
+              f"{median / medians['ours']:.2f} x ours{made}")  # fmt: skip
     parts = ", ".join(f"{phase} {np.median(times[2:]):.3f} s" for phase, times in phases.items())
     rate = counts["step"] * 1e6 * size / medians["ours"]
     print(f"  ours: {parts}; at most {peak:,.0f} MiB")
     print(f"  ours: {rate / 1e9:,.1f} G multiply-adds a second, {100 * rate / top:.0f} % of the {top / 1e9:,.1f} G of "
           f"a {side} x {side} matrix product")  # fmt: skip
+
+
+def profile(config: TrainConfig, steps: int, out: Path) -> None:
+    """Print the ten operations that a step spends most in, and write a trace of some steps."""
+    run, batches = open_step(config, 2)
+    take = our_step(run, {})
+    for batch in batches:  # warms up
+        take(batch)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as trace:
+        for number in tqdm(range(steps), "profiling", unit=" steps", leave=False, disable=None):
+            take(batches[number % 2])
+    host = run.device.type == "cpu"
+    spent = lambda line: line.self_cpu_time_total if host else line.self_device_time_total
+    lines = sorted(trace.key_averages(), key=spent, reverse=True)
+    total = sum(map(spent, lines))
+    print(f"{config.recipe}, {config.preset}, batch {config.batch_size}, {run.config.precision}, {run.device}: "
+          f"{total / steps / 1e6:.3f} s of operations a step")  # fmt: skip
+    for line in lines[:10]:
+        print(f"  {100 * spent(line) / total:5.1f} %  {spent(line) / steps / 1e3:8.1f} ms in "
+              f"{line.count / steps:6.0f} calls  {line.key[:80]}")  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(out))
+    print(f"see {out}: open it at ui.perfetto.dev or chrome://tracing")
+
+
+ATTENTIONS = {  # texts or photos, heads, queries, keys, width of a head
+    "tiny, ViT": (64, 4, 69, 69, 32),
+    "tiny, text to photo": (192, 4, 41, 64, 32),
+    "base, ViT": (4, 12, 257, 257, 64),
+    "base, text to photo": (12, 12, 80, 257, 64),
+    "384 pixels": (2, 12, 577, 577, 64),
+}
+
+
+def attentions(repeats: int) -> None:
+    """Print milliseconds of the fused kernel and of plain products (see `model.Attention`), forward and in all."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+    def milliseconds(do: Callable) -> float:
+        do()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            do()
+            times.append(time.perf_counter() - start)
+        return 1e3 * float(np.median(times))
+
+    forms = [(dtype, form) for dtype in (torch.float32, torch.bfloat16) for form in ("fused", "plain")]
+    print(f"{torch.get_num_threads()} threads; forward / forward and backward, milliseconds")
+    print("| shape | " + " | ".join(f"{form} {str(dtype)[6:]}" for dtype, form in forms) + " |\n" + "|---" * 5 + "|")
+    for name, (rows, heads, queries, keys, width) in tqdm(ATTENTIONS.items(), leave=False, disable=None):
+        cells = []
+        for dtype, form in forms:
+            # heads lie side by side, as linear layers leave them
+            q, k, v = (torch.randn(rows, n, heads, width, dtype=dtype).transpose(1, 2).requires_grad_()
+                       for n in (queries, keys, keys))  # fmt: skip
+            attend = F.scaled_dot_product_attention if form == "fused" else plain
+            with torch.no_grad():
+                forward = milliseconds(lambda attend=attend, q=q, k=k, v=v: attend(q, k, v))
+            whole = milliseconds(lambda attend=attend, q=q, k=k, v=v: attend(q, k, v).sum().backward())
+            cells.append(f"{forward:.1f} / {whole:.1f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 @contextlib.contextmanager
@@ -476,7 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_subparsers(dest="what", required=True, metavar="{passes,step,data,sampler}")
+    what = parser.add_subparsers(dest="what", required=True, metavar="{passes,step,profile,attention,data,sampler}")
 
     def add(name: str, description: str) -> argparse.ArgumentParser:
         defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -487,6 +362,12 @@ def build_parser() -> argparse.ArgumentParser:
     counts.add_argument("--tokens", type=number(1), default=1, help="pad shorter texts to so many tokens")
     steps = add("step", "a step, for albef beside one from library parts" + more)
     steps.add_argument("--repeats", type=number(1), default=10, help="steps to time")
+    steps.add_argument("--against", type=Path, help="another checkout of this project, whose step is timed too")
+    dearest = add("profile", "the dearest operations of a step, and a trace" + more)
+    dearest.add_argument("--steps-traced", type=number(1), default=4, help="steps in the trace")
+    dearest.add_argument("--trace", type=Path, default=Path("runs/trace.json"), help="where to write it")
+    kernels = add("attention", "the fused kernel of attention beside plain products, on this CPU")
+    kernels.add_argument("--repeats", type=number(1), default=9, help="times that each is done")
     photos = add("data", "photos a second through reading, augmentation and a step" + more)
     photos.add_argument("--by-workers", type=number(0), nargs="+", default=[0, 1, 2], help="numbers of workers to try")
     photos.add_argument("--chunk", type=number(1), help="photos in an HDF5 chunk, of a copy of FashionGen's file")
@@ -507,25 +388,34 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = build_parser()
     args, flags = parser.parse_known_args(argv)
-    if args.what == "sampler" and flags:
+    if args.what in ("sampler", "attention") and flags:
         parser.error(f"unknown flag {flags[0]}")
     if args.what == "sampler" and args.block <= args.batch:
         parser.error(f"--block {args.block} groups nothing unless it is above --batch")
     try:
         if args.what == "sampler":
             return samplers(args)
+        if args.what == "attention":
+            return attentions(args.repeats)
         if args.what == "passes":
             if "--recipe" in flags:
                 raise ConfigError("--recipe: passes counts all of them")
             return passes(flags, args.tokens)
-        config, _ = parse_config([*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags])
+        flags = [*(["--recipe", "albef"] if "--recipe" not in flags else []), *flags]
+        config, _ = parse_config(flags)
         if config.resume:
             raise ConfigError("--resume: nothing is trained here")
-        if args.what == "step":
-            step(config, args.repeats)
-        else:
-            packing = args.chunk or args.gzip is not None
-            with packed(config, args.chunk or 1, args.gzip) if packing else contextlib.nullcontext(config) as config:
+        with contextlib.ExitStack() as stack:
+            if args.what == "step":
+                config, others = replace(config, queue=0), {}
+                if args.against:
+                    others[str(args.against)] = stack.enter_context(step_of(args.against, config, flags))
+                step(config, args.repeats, others)
+            elif args.what == "profile":
+                profile(config, args.steps_traced, args.trace)
+            else:
+                if args.chunk or args.gzip is not None:
+                    config = stack.enter_context(packed(config, args.chunk or 1, args.gzip))
                 data(config, args.by_workers, args.batches, args.steps_timed)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"benchmark.py: {error}")

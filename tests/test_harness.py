@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ import train
 from harness import config as run_config
 from harness.config import ema_decay, learning_rate, parse_config
 from harness.flags import ConfigError
+from harness.precision import fitting_precision
 from harness.run import Job, autocast, build_optimizer, build_run
 from harness.splits import hold_out
 from harness.weights import WeightsError, load_pretrained
 from harness.wiring import Teacher, accuracy, contrast
+from harness.writer import Writer
 from model import PRESETS, ModelConfig, VisionLanguageModel
 from photos.dataset import DataError
 from photos.synthetic import Synthetic
@@ -270,6 +273,52 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     torch.save(state | {"config": state["config"] | {"colour": 1}}, tmp_path / "last.pt")
     with pytest.raises(ConfigError, match="another version of this code"):
         resume(tmp_path)
+
+
+def test_precision_fits_the_machine():
+    has = lambda **flags: mock.patch("torch.cpu.get_capabilities", lambda: flags)
+    one_dnn = lambda there: mock.patch("torch.backends.mkldnn.is_available", lambda: there)
+    cpu = torch.device("cpu")
+    with has(avx512_bf16=True, amx_bf16=False), one_dnn(True):
+        taken, why = fitting_precision(cpu)
+        assert taken == "bf16" and "AVX-512" in why
+    with has(avx512_bf16=True, amx_bf16=True), one_dnn(True):
+        assert "AMX" in fitting_precision(cpu)[1]
+    with has(avx512_bf16=True), one_dnn(False):
+        assert fitting_precision(cpu)[0] == "fp32"
+    with has(avx512_f=True, neon=True), one_dnn(True):  # could compute in bf16, and would not be faster
+        assert fitting_precision(cpu)[0] == "fp32"
+    for there in (True, False):
+        with mock.patch("torch.cuda.is_bf16_supported", lambda including_emulation, there=there: there):
+            assert fitting_precision(torch.device("cuda"))[0] == ("bf16" if there else "fp32")
+
+
+def test_the_precision_taken_is_recorded_and_kept(tmp_path, capsys, monkeypatch):
+    for where in ("harness.run", "train"):
+        monkeypatch.setattr(f"{where}.fitting_precision", lambda _: ("bf16", "for this test"))
+    run(tmp_path, "--precision", "auto", "--steps", "2", "--stop-at", "1")
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
+    assert "precision bf16, for this test" in capsys.readouterr().out
+    for where in ("harness.run", "train"):
+        monkeypatch.setattr(f"{where}.fitting_precision", lambda _: ("fp32", "for another machine"))
+    with pytest.raises(ConfigError, match="--precision fp32 contradicts"):
+        resume(tmp_path, "--precision", "fp32")
+    resume(tmp_path, "--precision", "auto")
+    assert checkpoint(tmp_path)["config"]["precision"] == "bf16"
+    assert "precision bf16; auto takes fp32 here" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_of_the_moment_and_what_fails_in_writing_is_told(tmp_path, monkeypatch):
+    writer, state = Writer(), {"part": [torch.ones(3)], "step": 1}
+    writer.write(state, tmp_path / "last.pt")
+    state["part"][0].zero_()  # training goes on
+    writer.wait()
+    assert torch.load(tmp_path / "last.pt")["part"][0].sum() == 3
+    monkeypatch.setattr("harness.writer.torch.save", mock.Mock(side_effect=OSError("no space left")))
+    writer.write(state, tmp_path / "last.pt")
+    with pytest.raises(OSError, match="no space"):
+        writer.write(state, tmp_path / "last.pt")
+    assert torch.load(tmp_path / "last.pt")["step"] == 1  # the old one is whole
 
 
 def test_similarities_stay_in_full_precision_under_bf16():

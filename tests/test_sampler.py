@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler import GroupedBatchSampler, chain, separate
+from sampler import Alone, GroupedBatchSampler, chain, separate
 
 MODES = ["random", "hard", "semihard"]
 
@@ -77,6 +77,46 @@ def test_resumes_anywhere(mode, stop, tmp_path):
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert run_epoch(second, epoch, image_feat, text_feat, batch) == expected[epoch][batch:]
     assert run_epoch(second, epoch + 1, image_feat, text_feat) == (expected + [None])[epoch + 1] or epoch == 3
+
+
+class Recorder(Alone):
+    """One process, which notes what it has chained."""
+
+    def __init__(self):
+        self.noted = []
+
+    def merge(self, parts):
+        self.noted.append(parts)
+        return parts
+
+
+class Share:
+    """One of three processes, which gets the blocks of the others from a recording."""
+
+    count = 3
+
+    def __init__(self, rank, recording):
+        self.rank, self.recording, self.chained = rank, iter(recording), 0
+
+    def merge(self, parts):
+        whole = next(self.recording)
+        for part, there in zip(parts, whole, strict=True):
+            assert part is None or np.array_equal(part, there)
+        self.chained += sum(part is not None for part in parts)
+        return whole
+
+
+def test_processes_share_the_chaining_and_compose_the_same_batches():
+    image_feat, text_feat = features(90)
+    make = lambda ranks: GroupedBatchSampler(90, 8, 16, "semihard", seed=2, pool_blocks=2, ranks=ranks)
+
+    def epochs(sampler):
+        return [run_epoch(sampler, epoch, image_feat, text_feat) for epoch in range(3)]
+
+    expected, shares = epochs(make(alone := Recorder())), [Share(rank, alone.noted) for rank in range(3)]
+    assert all(epochs(make(share)) == expected for share in shares)
+    counts = [share.chained for share in shares]
+    assert sum(counts) == sum(map(len, alone.noted)) and max(counts) - min(counts) <= 2
 
 
 def test_photos_that_were_never_collected_come_anyway():

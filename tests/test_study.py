@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from measures.pictures import INK, PAPER, draw_text
 from photos.dataset import PhotoDataset
 from photos.synthetic import Synthetic
 from study import ablate, benchmark, figures, probe, sources
+from study.steps import Waits
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
@@ -257,6 +259,44 @@ def test_both_steps_are_compiled(capsys, monkeypatch):
     benchmark.main(["step", "--repeats", "1", *SMALL, "--compile"])
     assert {"VisionLayer", "TextLayer", "ViTModel", "BertLayer"} <= set(compiled)
     assert "fp32, compiled, cpu" in capsys.readouterr().out
+
+
+def test_what_would_make_the_host_wait_is_found():
+    x, mask = torch.rand(4, 3), torch.tensor([True, False, True, False])
+    quiet = lambda: (x.sum(), x.index_select(0, torch.arange(2)), x[:2].clone(), x.argsort(1), torch.where(x > 0, x, 0))
+    asking = [lambda: x.sum().item(), lambda: x[mask], lambda: mask.nonzero(), lambda: torch.tensor([1, 2]),
+              lambda: x.index_put((mask,), x[:2]), lambda: x.masked_select(x > 1), lambda: bool(x.any()),
+              lambda: mask.long().bincount(), lambda: x.unique(),
+              lambda: x[:, 0].repeat_interleave(mask.long())]  # fmt: skip
+    found = []
+    for work in (quiet, *asking):
+        with Waits() as waits:
+            work()
+        found.append(bool(waits.found))
+    assert found == [False] + [True] * len(asking)
+
+
+def test_profile_prints_the_dearest_and_leaves_a_trace(tmp_path, capsys):
+    trace = tmp_path / "there" / "trace.json"
+    benchmark.main(["profile", "--recipe", "syncmask", *SMALL, "--steps-traced", "1", "--trace", str(trace)])
+    said = capsys.readouterr().out.splitlines()
+    shares = [float(line.split("%")[0]) for line in said[1:11]]
+    assert shares == sorted(shares, reverse=True) and 30 < sum(shares) <= 100 and str(trace) in said[11]
+    assert any("aten::addmm" in str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_kernels_of_attention_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "ATTENTIONS", {"small": (2, 2, 5, 7, 8)})
+    benchmark.main(["attention", "--repeats", "1"])
+    assert len(capsys.readouterr().out.splitlines()[-1].split("/")) == 5
+
+
+def test_a_step_is_timed_beside_that_of_another_checkout(capsys, tmp_path):
+    flags = ["step", "--repeats", "1", *SMALL, "--recipe", "syncmask"]
+    benchmark.main([*flags, "--against", str(ROOT)])
+    assert re.search(rf"{ROOT} .* s a step, .* x ours\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="no checkout of this project"):
+        benchmark.main([*flags, "--against", str(tmp_path)])
 
 
 def test_passes_benchmark_prints_every_recipe(capsys):
