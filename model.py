@@ -125,8 +125,11 @@ class Attention(nn.Module):
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             if mask is not None:
                 scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
-            attention = scores.softmax(dim=-1)  # (B, h, L, N)
-            out = F.dropout(attention, dropout) @ v
+            # in full precision for who reads them, or masks would fall by rounding
+            dtype = torch.promote_types(scores.dtype, torch.float32) if return_attention else None
+            probabilities = scores.softmax(dim=-1, dtype=dtype)  # (B, h, L, N)
+            attention = probabilities if return_attention else None
+            out = F.dropout(probabilities, dropout).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.output(rearrange(out, "b h l d -> b l (h d)")), attention
