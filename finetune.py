@@ -410,6 +410,7 @@ def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> di
         "best_step": best_step,
         "left_out": len(reported.problems) + len(run.unreadable),
         "seed": config.seed,
+        "precision": run.config.precision,
         "seconds": run.seconds + time.perf_counter() - start,
     }
     (Path(config.out) / "results.json").write_text(json.dumps(results, indent=1) + "\n")

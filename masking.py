@@ -5,7 +5,7 @@ Functions on tensors; one of them asks the momentum model. Masks are boolean, Tr
 tokens that may be masked at all: neither [CLS], [SEP] nor [PAD]. A word is a WordPiece token here, punctuation too.
 Every draw takes a generator on the tensors' device.
 
-Letters: B batch, L text tokens, P patches, N image tokens (CLS, then the patches), h heads, V vocabulary.
+Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
 """
 
 from typing import Literal
@@ -64,8 +64,7 @@ def momentum_attention(
     momentum: MomentumModel, batch: dict, photos: Photos, text_embeds_m: Tensor, source: MaskSource, mask_id: int,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The momentum model's cross-attention to the patches, which masks are made of: one map (B, h, L, P) a fusion
-    layer, detached.
+    """The momentum model's cross-attention that masks are made of: one map (B, h, L, N) a fusion layer, detached.
 
     attention  A, of the clean pair: the plainest reading of SyncMask
     gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding), from every layer
@@ -76,7 +75,6 @@ def momentum_attention(
     batch: token_ids, attention_mask, words (B, L) · the clean pair: photos, by `momentum.look`, text_embeds_m (B, L, D)
     """
     ids, keep, words = batch["token_ids"], batch["attention_mask"], batch["words"]
-    patches = momentum.config.grid**2
     if source == "hidden":
         half = random_word_mask(words, 0.5, generator)
         hidden = torch.stack([half, words & ~half])  # (2, B, L)
@@ -84,21 +82,19 @@ def momentum_attention(
             keep, rows = keep.repeat(2, 1), torch.arange(len(ids), device=ids.device).repeat(2)
             text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
             _, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows)
-        maps = [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
-    elif source == "attention":
+        return [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
+    if source == "attention":
         with torch.no_grad():
-            maps = momentum.fusion(text_embeds_m, keep, photos, return_attention=True)[1]
-    else:
-        with torch.enable_grad():
-            text = text_embeds_m.detach().requires_grad_()
-            fused, attentions = momentum.fusion(text, keep, photos, return_attention=True)
-            gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
-        maps = [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
-    return [a[..., -patches:] for a in maps]
+            return momentum.fusion(text_embeds_m, keep, photos, return_attention=True)[1]
+    with torch.enable_grad():
+        text = text_embeds_m.detach().requires_grad_()
+        fused, attentions = momentum.fusion(text, keep, photos, return_attention=True)
+        gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
+    return [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
 
 
 def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
-    """One layer of the attention maps (B, h, L, P), numbered from 1; or with 0 what all layers agree on, (B, 1, L, P):
+    """One layer of the attention maps (B, h, L, N), numbered from 1; or with 0 what all layers agree on, (B, 1, L, N):
     their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
     if layer:
         return attentions[layer - 1]
@@ -107,9 +103,9 @@ def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Te
 
 
 def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:
-    """How its heads are put together. (B, h, L, P) -> (B, L, P), detached."""
-    attention = attention.detach().float()
-    return attention.mean(dim=1) if heads == "mean" else attention.amax(dim=1)
+    """Attention to the patches alone, the column of the image CLS dropped. (B, h, L, N) -> (B, L, P)."""
+    patches = attention[..., 1:].detach().float()
+    return patches.mean(dim=1) if heads == "mean" else patches.amax(dim=1)
 
 
 def sync_mask(
@@ -120,7 +116,7 @@ def sync_mask(
     """Synchronized masks: the words and the patches where text and photo have most to do with each other (SyncMask,
     Song et al. 2024; how scores come out of the attention is our choice).
 
-    attention (B, h, L, P): cross-attention of the text tokens to the patches
+    attention (B, h, L, N): cross-attention of the text tokens to the image tokens, CLS first
     word_mask (B, L): the words that may be masked · patch_ratio, word_ratio: shares to mask
     noise: standard deviation of what is added to the scores of a row, in standard deviations of the row: ties and
     near-ties fall differently from epoch to epoch
@@ -157,10 +153,10 @@ def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor
     (text-driven soft masks, Park & Han 2023; the mean over heads and the normalisation are our choice).
 
     G = mean_h A · max(0, ∂s/∂A), in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
-    attention, gradient (B, h, L, P); word_index (B,) -> (B, P) in [0, 1], detached.
+    attention, gradient (B, h, L, N), image CLS first; word_index (B,) -> (B, P) in [0, 1], detached.
     """
     maps = (attention * gradient.clamp(min=0)).detach().float()
-    heat = maps[torch.arange(len(maps), device=maps.device), :, word_index].mean(dim=1)  # (B, P)
+    heat = maps[torch.arange(len(maps), device=maps.device), :, word_index, 1:].mean(dim=1)  # (B, P)
     low, high = heat.amin(dim=1, keepdim=True), heat.amax(dim=1, keepdim=True)
     return (heat - low) / (high - low + 1e-7)
 

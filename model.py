@@ -97,11 +97,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
+        self.skipped = 0  # tokens of a context that are not looked at, at its beginning
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
     def look(self, context: Tensor) -> Tensor:
         """What others see of a context (B, N, D): its keys and values, side by side. -> (B, N, 2D)."""
-        return together(context, self.key, self.value)
+        return together(context[:, self.skipped :], self.key, self.value)
 
     def forward(
         self, x: Tensor, seen: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False,
@@ -128,7 +129,9 @@ class Attention(nn.Module):
             # in full precision for who reads them, or masks would fall by rounding
             dtype = torch.promote_types(scores.dtype, torch.float32) if return_attention else None
             probabilities = scores.softmax(dim=-1, dtype=dtype)  # (B, h, L, N)
-            attention = probabilities if return_attention else None
+            if return_attention:
+                attention = F.pad(probabilities, [self.skipped, 0])
+                probabilities = attention[..., self.skipped :]
             out = F.dropout(probabilities, dropout).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -266,8 +269,8 @@ class TextLayer(nn.Module):
         x = self.attention_norm(x + self.dropout(self.attention(x, seen, keep)[0]))
         attention = None
         if photos is not None:
-            seen, attention = self.cross_attention(x, photos, None, return_attention, rows)
-            x = self.cross_attention_norm(x + self.dropout(seen))
+            found, attention = self.cross_attention(x, photos, None, return_attention, rows)
+            x = self.cross_attention_norm(x + self.dropout(found))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
 
 
@@ -296,25 +299,25 @@ Photos = list[Tensor]  # what texts look at: keys and values (B, N, 2D) of the p
 
 class FusionEncoder(nn.Module):
     """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder). Without `cls_context` the
-    text looks at the patches alone, not at the image CLS."""
+    text does not look at the image CLS, whose probability is then 0."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.cls_context = config.cls_context
         self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
+        for layer in self.layers:
+            layer.cross_attention.skipped = 0 if config.cls_context else 1
 
     def look(self, image_embeds: Tensor) -> Photos:
         """image_embeds (B, N, D) -> their keys and values, made once for all texts that look at them."""
-        context = image_embeds if self.cls_context else image_embeds[:, 1:]
-        return [layer.cross_attention.look(context) for layer in self.layers]
+        return [layer.cross_attention.look(image_embeds) for layer in self.layers]
 
     def forward(
         self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, return_attention: bool = False,
         rows: Tensor | None = None, first: int | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
         """text_embeds (B, L, D), attention_mask (B, L), photos: image_embeds (B, N, D), or what `look` made of them
-        -> fused (B, L, D); with `return_attention` also the list, one per layer, of probabilities (B, h, L, N), or
-        (B, h, L, P) without `cls_context`, kept in the graph, so that Grad-CAM can take their gradient.
+        -> fused (B, L, D); with `return_attention` also the list, one per layer, of probabilities (B, h, L, N), kept in
+        the graph, so that Grad-CAM can take their gradient.
 
         rows (B,): which of C photos each text is paired with · first: so many tokens are asked for; the last layer is
         spared the others

@@ -56,15 +56,15 @@ class GroupedBatchSampler:
     def __init__(
         self, dataset_size: int, batch_size: int, search_size: int = 1920, mode: SamplerMode = "random",
         product_ids: np.ndarray | None = None, caption_ids: np.ndarray | None = None, seed: int = 0,
-        pool_blocks: int = 4, margin: float = 0.0, ranks=Alone,
+        pool_blocks: int = 4, margin: float = 0.0, ranks: Alone | None = None,
     ):  # fmt: skip
         if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
             raise ValueError(
                 f"nothing to sample: {dataset_size} items, batches of {batch_size}, blocks of {search_size}"
             )
         self.dataset_size, self.batch_size, self.search_size = dataset_size, batch_size, search_size
-        self.mode, self.seed, self.pool_blocks, self.margin, self.ranks = mode, seed, pool_blocks, margin, ranks
-        self._thread = ThreadPoolExecutor(1, "chaining")
+        self.mode, self.seed, self.pool_blocks, self.margin = mode, seed, pool_blocks, margin
+        self.ranks, self._thread = ranks or Alone(), ThreadPoolExecutor(1, "chaining")
         groups = (np.arange(dataset_size) if ids is None else np.asarray(ids) for ids in (product_ids, caption_ids))
         self.groups = np.stack(list(groups))  # (2, N)
         self.epoch, self.first_batch = 0, 0
@@ -82,7 +82,7 @@ class GroupedBatchSampler:
         """Iterate over `epoch` next, from batch `first_batch` on. A new epoch is composed of what was collected."""
         if epoch != self.epoch:
             self._chain_pool()
-            chained = self._chained()
+            chained = self._gather_chains()
             self.epoch = epoch
             self._begin_epoch(np.concatenate([np.arange(0), *chained]))
         self.first_batch = first_batch
@@ -113,14 +113,15 @@ class GroupedBatchSampler:
 
     def _chain_pool(self) -> None:
         if self._pool:
-            self._chaining.append(self._thread.submit(self._chain_blocks, self._pool, self._blocks))
-            self._blocks += -(-sum(len(part[0]) for part in self._pool) // self.search_size)
-            self._pool = []
+            where = self._pool[-1][0].device  # what was collected before a resumption is on the CPU
+            parts = (torch.cat([x.to(where) for x in part]) for part in zip(*self._pool, strict=True))
+            pool, self._pool = list(parts), []
+            self._chaining.append(self._thread.submit(self._chain_blocks, pool, self._blocks))
+            self._blocks += -(-len(pool[0]) // self.search_size)
 
-    def _chain_blocks(self, pool: list[list[Tensor]], number: int) -> list[np.ndarray | None]:
+    def _chain_blocks(self, pool: list[Tensor], number: int) -> list[np.ndarray | None]:
         """The items of a pool's search blocks in order, from block `number` on; None for the blocks of other ranks."""
-        parts = zip(*pool, strict=True)
-        indices, image_feat, text_feat = (torch.cat([x.cpu() for x in part]).numpy() for part in parts)
+        indices, image_feat, text_feat = (part.cpu().numpy() for part in pool)
         rng, chains = np.random.default_rng((2, self.seed, self.epoch, number)), []
         shuffled = rng.permutation(len(indices))
         for start in range(0, len(shuffled), self.search_size):
@@ -134,23 +135,28 @@ class GroupedBatchSampler:
             chains.append(items[order])
         return chains
 
-    def _chained(self) -> list[np.ndarray]:
+    def _gather_chains(self) -> list[np.ndarray]:
         """All that was handed over to be chained, by all ranks, once it is done."""
         new = [block for pool in self._chaining for block in pool.result()]
         self._chains, self._chaining = self._chains + self.ranks.merge(new), []
         return self._chains
 
+    @property
+    def order(self) -> np.ndarray:
+        """All items (N,) in the order of this epoch."""
+        return np.concatenate(self._batches)
+
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in tensors and plain numbers."""
+        """All that a resumed run needs, in tensors and plain numbers; waits for what is being chained."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
             "first_batch": self.first_batch,
             "conflicts": self.conflicts,
-            "order": torch.from_numpy(np.concatenate(self._batches)),
+            "order": torch.from_numpy(self.order),
             "sizes": [len(batch) for batch in self._batches],
             "pool": [[part.cpu() for part in batch] for batch in self._pool],
-            "chains": [torch.from_numpy(part) for part in self._chained()],
+            "chains": [torch.from_numpy(part) for part in self._gather_chains()],
         }
 
     def load_state_dict(self, state: dict) -> None:

@@ -229,8 +229,7 @@ def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], 
     (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)  # the losses need the graph as well
     any_word = words.any(dim=1, keepdim=True)
     word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
-    patches = image_embeds.shape[1] - 1
-    soft = soft_mask(attention[..., -patches:], gradient[..., -patches:], word) * any_word  # (B, P)
+    soft = soft_mask(attention, gradient, word) * any_word  # (B, P)
     return torch.cat([image_embeds[:, :1], image_embeds[:, 1:] * (1 - soft[..., None]).to(image_embeds.dtype)], dim=1)
 
 
@@ -379,11 +378,11 @@ def validate_when_due(run: Run, job: Job, metrics: Metrics, say: Callable[[str],
         return
     figures, remarks = job.validate(run)
     run.model.train()
+    line = {"step": run.step, **figures}
+    if run.ranks.first_says(job.best_step([*metrics.lines, line]) == run.step):
+        save_checkpoint(run, Path(run.config.out) / "best.pt")
+        run.writer.wait()  # so that the line never lacks its weights
     if run.ranks.leads:
-        line = {"step": run.step, **figures}
-        if job.best_step([*metrics.lines, line]) == run.step:  # first, so that the line never lacks its weights
-            save_checkpoint(run, Path(run.config.out) / "best.pt")
-            run.writer.wait()
         metrics.write(**line)
         say(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_")))
         for remark in remarks:

@@ -52,7 +52,7 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
     epoch, first_batch = divmod(run.step, len(run.sampler))
     while True:
         run.sampler.set_epoch(epoch, first_batch)
-        run.ranks.check_same("batches", zlib.crc32(run.sampler.state_dict()["order"].numpy()))
+        run.ranks.check_same("batches", zlib.crc32(run.sampler.order))
         for batch in loader:
             yield run.ranks.agree(to_device(batch, run.device))
         epoch, first_batch = epoch + 1, 0

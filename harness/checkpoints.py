@@ -69,7 +69,7 @@ def resumed_config(
     for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is what training it came to
         mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
-        if mine not in (theirs, "auto"):  # what was taken by itself at the start is kept
+        if mine != theirs and (name, mine) != ("precision", "auto"):  # what it took at the start is kept
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}
@@ -84,9 +84,12 @@ def restore(run: Run, state: dict) -> None:
     """Put a run where its checkpoint left off, and let go of the state, which is as large as the run itself."""
     if state["data"] != run.data:
         raise ConfigError(f"{run.config.out}/last.pt was trained on other rows than the training split holds now")
-    run.model.load_state_dict(state["model"])
-    run.momentum.model.load_state_dict(state["momentum"])
-    run.queue.load_state_dict(state["queue"])
+    try:
+        run.model.load_state_dict(state["model"])
+        run.momentum.model.load_state_dict(state["momentum"])
+        run.queue.load_state_dict(state["queue"])
+    except RuntimeError:
+        raise ConfigError(f"{run.config.out}/last.pt was saved by another version of this code") from None
     run.optimizer.load_state_dict(state["optimizer"])
     run.sampler.load_state_dict(state["sampler"])
     run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])

@@ -59,7 +59,8 @@ class Ranks:
     rank: int = 0
     count: int = 1
     rows: list[int] = field(default_factory=lambda: [0])  # photos of the batch under way, rank by rank
-    hosts: dist.ProcessGroup | None = None  # over Gloo, patient: what it exchanges need not wait for a GPU
+    hosts: dist.ProcessGroup | None = None  # over Gloo: what it exchanges need not wait for a GPU
+    patient: dist.ProcessGroup | None = None  # for waiting longer than a collective may take
 
     @classmethod
     def join(cls, device: str) -> "Ranks":
@@ -80,12 +81,12 @@ class Ranks:
             if dist.get_rank():
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
                 sys.excepthook = lambda *error: (speak_up(), sys.__excepthook__(*error))
-        hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
-        return cls(where, dist.get_rank(), count, [0] * count, hosts)
+        hosts, patient = (dist.new_group(backend="gloo", timeout=timedelta(hours=hours)) for hours in (0.5, 6))
+        return cls(where, dist.get_rank(), count, [0] * count, hosts, patient)
 
     @property
     def leads(self) -> bool:
-        """Whether it is this one that validates, writes and speaks."""
+        """Whether it is this one that writes and speaks."""
         return self.rank == 0
 
     @property
@@ -127,7 +128,7 @@ class Ranks:
 
     def routes(self, *wanted: Tensor) -> list[Tensor | Route]:
         """How rows of the whole batch come here from the ranks that have them, for each of some `wanted` (B,). Asking
-        who sends how many is the one moment of a step in which the host waits for its GPU."""
+        who sends how many makes the host wait for its GPU, once a step."""
         if self.count == 1:
             return list(wanted)
         orders = [rows.argsort() for rows in wanted]  # so that what one rank gives lies together
@@ -184,7 +185,7 @@ class Ranks:
     def wait(self) -> None:
         """Until all are here, however long it takes."""
         if self.count > 1:
-            dist.barrier(self.hosts)
+            dist.barrier(self.patient)
 
     def first_says(self, what):
         """What the first rank has there."""
@@ -198,7 +199,7 @@ class Ranks:
         if self.count == 1:
             return parts
         lists: list = [None] * self.count
-        dist.all_gather_object(lists, parts, self.hosts)
+        dist.all_gather_object(lists, parts, self.patient)
         return [next(part for part in versions if part is not None) for versions in zip(*lists, strict=True)]
 
     def check_same(self, what: str, number: int) -> None:

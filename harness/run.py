@@ -115,9 +115,9 @@ class Job:
 
     def stalled(self, lines: list[dict]) -> bool:
         """Early stopping: has nothing become better for `patience` validations?"""
-        best = self.best_step(lines) if self.patience else None
-        later = [line for line in lines if self.select in line and best is not None and line["step"] > best]
-        return 0 < self.patience <= len(later)
+        if not self.patience or (best := self.best_step(lines)) is None:
+            return False
+        return len([line for line in lines if self.select in line and line["step"] > best]) >= self.patience
 
 
 class Step(nn.Module):
@@ -160,7 +160,7 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
     if config.compile:
         # a layer is asked in more forms than the default of 8: with and without photos, gradients, all tokens
         torch._dynamo.config.recompile_limit = 32
-        for part in (part for m in (model, momentum) for part in (m.vision, m.text, m.fusion, m.decoder)):
+        for part in (*(p for m in (model, momentum) for p in (m.vision, m.text, m.fusion)), model.decoder):
             for layer in part.layers:
                 layer.compile(dynamic=True)
     queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)
@@ -187,17 +187,15 @@ class FiniteWatch:
         self.noted.append((self.run.step + 1, values, answer, there))
 
     def check(self, now: bool) -> None:
-        """Raise NonFiniteLoss for a step before the last; `now`, as before a checkpoint, for the last, too."""
+        """Raise NonFiniteLoss for a step before the last; `now`, as before a checkpoint, for the last, too. All ranks
+        have the same gradient, so all raise at once."""
         known, self.noted = self.noted[: None if now else -1], [] if now else self.noted[-1:]
-        for _, _, _, there in known:
+        for step, values, answer, there in known:
             if there:
                 there.synchronize()
-        broken = [(step, values) for step, values, answer, _ in known if not answer]
-        if self.run.ranks.on_any(bool(broken)):
-            self.run.writer.wait()
-            step, values = broken[0] if broken else known[0][:2]
-            parts = ", ".join(f"{key} {value:.3g}" for key, value in self.run.ranks.average(values).items())
-            kept = f"{self.last} is the last good state" if self.last.exists() else "there is no checkpoint yet"
-            raise NonFiniteLoss(
-                f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
-            )
+            if not answer:
+                self.run.writer.wait()
+                parts = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
+                kept = f"{self.last} is the last good state" if self.last.exists() else "there is no checkpoint yet"
+                said = f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
+                raise NonFiniteLoss(said)

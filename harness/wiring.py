@@ -46,7 +46,7 @@ def teach(run: Run, batch: dict) -> Teacher:
 def synchronize(
     run: Run, batch: dict, teacher: Teacher, noise: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Synchronized masks as the config says. -> the attention (B, h, L, P) that they are made of, patch mask (B, P),
+    """Synchronized masks as the config says. -> the attention (B, h, L, N) that they are made of, patch mask (B, P),
     word mask (B, L)."""
     config, clean = run.config, (teacher.photos, teacher.text_embeds)
     attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)

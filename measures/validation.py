@@ -21,7 +21,7 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
     config, ranks = run.config, run.ranks
     run.model.eval()
     shown = first_products(dataset, config.val_products)
-    batches = [rows.tolist() for rows in torch.arange(len(shown)).split(config.batch_size)]
+    batches = [rows.tolist() for rows in torch.arange(len(shown)).split(min(config.batch_size, 64))]  # some for each
     mine, found = range(len(batches))[ranks.rank :: ranks.count], [None] * len(batches)
     loader = DataLoader(
         shown, batch_sampler=[batches[number] for number in mine], collate_fn=Collate(run.tokenizer),

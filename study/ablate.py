@@ -35,6 +35,7 @@ from tqdm import tqdm
 from harness.checkpoints import config_from_dict
 from harness.config import FREE_ON_RESUME, TrainConfig, parse_config
 from harness.flags import ConfigError, flag_of
+from harness.precision import fitting_precision
 from measures.truth import skill
 from photos.dataset import DataError
 from study.probe import category_accuracy
@@ -132,8 +133,8 @@ def check_done(out: Path, config: TrainConfig) -> None:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{out}/config.json cannot be read ({error}); remove the folder") from None
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
-        if config.precision == "auto":  # what was taken then is kept
-            free["precision"] = "auto"
+        if config.precision == "auto":
+            config = replace(config, precision=fitting_precision(torch.device(config.device))[0])
         if replace(saved, **free, model=replace(saved.model, vocab_size=config.model.vocab_size)) != config:
             raise ConfigError(f"{out} holds a run with other flags; give the same ones, or another --out")
 

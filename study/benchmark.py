@@ -100,9 +100,12 @@ def step_of(folder: Path, config: TrainConfig, flags: list[str]) -> Iterator[Cal
     if not (folder / "study" / "benchmark.py").exists():
         raise ConfigError(f"--against {folder}: no checkout of this project")
     command = [sys.executable, "-c", ELSEWHERE, *flags, "--queue", str(config.queue)]
-    with subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as other:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as other,
+    ):
 
         def take(_batch: dict) -> None:
             try:
@@ -111,7 +114,8 @@ def step_of(folder: Path, config: TrainConfig, flags: list[str]) -> Iterator[Cal
             except BrokenPipeError:
                 answer = ""
             if not answer:
-                raise ConfigError(f"--against {folder}: {other.stderr.read().strip().splitlines()[-1]}")
+                said.seek(0)
+                raise ConfigError(f"--against {folder}: {[*said.read().splitlines(), 'it ended'][-2:][0]}")
 
         try:
             yield take

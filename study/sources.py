@@ -59,10 +59,11 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
     contexts = {"own": image_embeds, "another": image_embeds[other], "the average": average,
                 "no": torch.zeros_like(image_embeds)}  # fmt: skip
     for name, context in contexts.items():
+        photos = momentum.look(context)
         found[name] = torch.zeros(words.shape, device=words.device)
         for hidden in (half, words & ~half):
             text_embeds = momentum.encode_text(batch["token_ids"].masked_fill(hidden, run.mask_id), keep)
-            logits = momentum.mlm_logits(momentum.fuse(text_embeds, keep, context)[hidden])
+            logits = momentum.mlm_logits(momentum.fuse(text_embeds, keep, photos)[hidden])
             chosen = batch["token_ids"][hidden][:, None]
             found[name][hidden] = logits.log_softmax(dim=-1).gather(1, chosen).squeeze(1)
     gains = {f"gain over {name} photo": found["own"] - found[name] for name in ("another", "the average", "no")}

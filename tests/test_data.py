@@ -55,7 +55,10 @@ def test_a_wrong_vocab_is_refused(tmp_path):
 def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
     tokenizer = build_tokenizer(wardrobe.captions, 300, 64)
     batch = Collate(tokenizer)([wardrobe[i] for i in range(4)])
-    assert batch["attention_mask"].sum(1).max() == batch["token_ids"].shape[1] < 64
+    longest, length = batch["attention_mask"].sum(1).max(), batch["token_ids"].shape[1]
+    assert longest <= length < longest + 8 and length % 8 == 0 and length < 64
+    odd = build_tokenizer(wardrobe.captions, 300, 12)  # lengths go in steps that end at the longest
+    assert {data.tokenize(odd, [("", text)])["token_ids"].shape[1] for text in ("a", 40 * "red ")} <= {4, 8, 12}
 
 
 def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe):

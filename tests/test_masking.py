@@ -85,7 +85,7 @@ def test_sync_masks_have_exact_counts_and_mask_only_words(
     heads, word_score, patch_score, patch_ratio, word_ratio, noise, seed, flat
 ):
     """Also where all scores tie, where a row of attention is zero, and where there is no word at all."""
-    attention = torch.randn(3, 2, 8, 10, generator=seeded(seed)).softmax(-1)[..., 1:]
+    attention = torch.randn(3, 2, 8, 10, generator=seeded(seed)).softmax(-1)
     if flat:
         attention = torch.zeros_like(attention)
     patches, words = sync_mask(
@@ -97,15 +97,15 @@ def test_sync_masks_have_exact_counts_and_mask_only_words(
 
 
 def test_sync_mask_by_hand():
-    """One pair, two heads, [CLS] + three words + [SEP] + [PAD], four patches; what a row lacks goes to the image CLS."""
+    """One pair, two heads, [CLS] + three words + [SEP] + [PAD], image CLS + four patches."""
     words = torch.tensor([[False, True, True, True, False, False]])
-    attention = torch.zeros(1, 2, 6, 4)
-    # the rows of special tokens must not count
-    attention[0, :, 0] = attention[0, :, 4] = attention[0, :, 5] = torch.tensor([1.0, 0, 0, 0])
-    attention[0, :, 1] = torch.tensor([0.02, 0.02, 0.02, 0.14])  # little on patches, but concentrated
-    attention[0, :, 2] = torch.tensor([0.25, 0.25, 0.25, 0.25])  # spread evenly
-    attention[0, 0, 3] = torch.tensor([0.00, 0.52, 0.38, 0.00])
-    attention[0, 1, 3] = torch.tensor([0.00, 0.00, 0.40, 0.50])
+    attention = torch.zeros(1, 2, 6, 5)
+    # CLS column first; it and the rows of special tokens must not count
+    attention[0, :, 0] = attention[0, :, 4] = attention[0, :, 5] = torch.tensor([0.0, 1.0, 0, 0, 0])
+    attention[0, :, 1] = torch.tensor([0.80, 0.02, 0.02, 0.02, 0.14])  # little on patches, but concentrated
+    attention[0, :, 2] = torch.tensor([0.00, 0.25, 0.25, 0.25, 0.25])  # spread evenly
+    attention[0, 0, 3] = torch.tensor([0.10, 0.00, 0.52, 0.38, 0.00])
+    attention[0, 1, 3] = torch.tensor([0.10, 0.00, 0.00, 0.40, 0.50])
     masks = lambda score, whose="all", heads="mean": [
         m[0].int().tolist() for m in sync_mask(attention, words, 0.5, 0.34, heads, score, whose)
     ]
@@ -115,11 +115,11 @@ def test_sync_mask_by_hand():
     assert masks("max") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
     assert masks("mass") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
     assert masks("entropy") == [[0, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
-    attention[0, :, 2] = torch.tensor([0.00, 0.00, 0.99, 0.01])  # now all on one patch
+    attention[0, :, 2] = torch.tensor([0.00, 0.00, 0.00, 0.99, 0.01])  # now all on one patch
     assert masks("entropy") == [[0, 0, 1, 1], [0, 0, 1, 0, 0, 0]]
-    attention[0, :, 2] = torch.tensor([0.00, 0.00, 0.01, 0.00])  # nearly nothing, though on one patch
+    attention[0, :, 2] = torch.tensor([0.99, 0.00, 0.00, 0.01, 0.00])  # nearly nothing, though on one patch
     assert masks("entropy")[1] == [0, 0, 0, 1, 0, 0]
-    attention[0, :, 2] = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    attention[0, :, 2] = torch.tensor([0.00, 0.25, 0.25, 0.25, 0.25])
     # the patches of the one masked word: 0, 0.26, 0.39, 0.25
     assert masks("max", "masked") == [[0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
     # the strongest head: word three 0, 0.52, 0.4, 0.5 -> patches 0.27, 0.79, 0.67, 0.89
@@ -128,7 +128,7 @@ def test_sync_mask_by_hand():
 
 def test_noise_varies_near_ties_and_leaves_clear_cases_alone():
     words = torch.ones(1, 2).bool()
-    attention = torch.tensor([0.3, 0.3, 0.39, 0.01]).expand(1, 1, 2, 4)
+    attention = torch.tensor([0.0, 0.3, 0.3, 0.39, 0.01]).expand(1, 1, 2, 5)
     drawn = torch.stack(
         [sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(s))[0][0] for s in range(200)]
     )
@@ -140,7 +140,7 @@ def test_noise_varies_near_ties_and_leaves_clear_cases_alone():
 
 def test_exact_ties_fall_anywhere():
     """A caption without a word, or attention that is zero: the patches are random, not always the first."""
-    for attention, words in ((torch.rand(1, 1, 8, 9), WORDS[2:]), (torch.zeros(1, 1, 8, 9), WORDS[:1])):
+    for attention, words in ((torch.rand(1, 1, 8, 10), WORDS[2:]), (torch.zeros(1, 1, 8, 10), WORDS[:1])):
         drawn = torch.stack([sync_mask(attention, words, 0.4, 0.5, generator=seeded(s))[0][0] for s in range(300)])
         assert ((drawn.float().mean(0) - 4 / 9).abs() < 0.12).all()
 
@@ -197,15 +197,15 @@ def test_replaced_words_are_known_and_synonyms_are_not_among_them():
 
 def test_soft_mask_equals_a_loop():
     generator = torch.Generator().manual_seed(0)
-    attention = torch.rand(3, 2, 5, 6, generator=generator, requires_grad=True)
-    gradient = torch.randn(3, 2, 5, 6, generator=generator)
+    attention = torch.rand(3, 2, 5, 7, generator=generator, requires_grad=True)
+    gradient = torch.randn(3, 2, 5, 7, generator=generator)
     word = torch.tensor([1, 4, 2])
     mask = soft_mask(attention, gradient, word)
     assert not mask.requires_grad and mask.shape == (3, 6)
     for b in range(3):
         heat = [
             sum(attention[b, h, word[b], p].item() * max(0.0, gradient[b, h, word[b], p].item()) for h in range(2)) / 2
-            for p in range(6)
+            for p in range(1, 7)
         ]
         expected = [(value - min(heat)) / (max(heat) - min(heat) + 1e-7) for value in heat]
         assert mask[b].tolist() == pytest.approx(expected, abs=1e-5)
@@ -226,7 +226,7 @@ def test_momentum_attention_of_every_source(source):
     attention = read()
     layers = momentum_attention(*asked, text_embeds, source, state.mask_id)
     assert len(layers) == (1 if source == "gradcam" else 2)  # the last has no gradient to read
-    assert attention.shape == (count, 2, length, 16) and not attention.requires_grad
+    assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
     if source == "gradcam":
         assert attention.min() >= 0 and attention.amax(1)[batch["words"]].max() > 0
         weight = state.momentum.itm_head.weight.clone()
@@ -234,7 +234,7 @@ def test_momentum_attention_of_every_source(source):
         assert (read() == 0).all()
         state.momentum.itm_head.weight.copy_(weight)
     else:
-        torch.testing.assert_close(attention.sum(-1)[:, :, 1:2], torch.ones(count, 2, 1))
+        torch.testing.assert_close(attention[..., 1:].sum(-1)[:, :, 1:2], torch.ones(count, 2, 1))
     if source == "attention":
         fused = state.momentum.fusion(text_embeds, batch["attention_mask"], image_embeds, return_attention=True)
         torch.testing.assert_close(attention, fused[1][0])

@@ -302,7 +302,7 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
 
     def attention(momentum, batch, *_):
         regions = word_truth(dataset, batch["rows"].tolist(), state.tokenizer, 8).regions.float()
-        return [regions[:, None]]
+        return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
 
     monkeypatch.setattr("harness.wiring.momentum_attention", attention)
     figures = mask_truth(state, dataset)

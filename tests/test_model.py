@@ -218,7 +218,7 @@ def test_without_cls_context_the_text_looks_at_patches_only():
     with torch.no_grad():
         fused, attentions = model.fusion(text_embeds, keep, image_embeds, return_attention=True)
         for attention in attentions:
-            assert attention.shape == (2, 4, 7, 16)
+            assert attention.shape == (2, 4, 7, 17) and (attention[..., 0] == 0).all()
             torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 7))
         image_embeds[:, 0] += 1
         torch.testing.assert_close(fused, model.fuse(text_embeds, keep, image_embeds))

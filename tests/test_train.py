@@ -354,6 +354,23 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
 
 
+def test_what_is_not_finite_is_said_a_step_later_and_reaches_no_weights(tmp_path, monkeypatch):
+    recipe, weights, steps = train.RECIPES["syncmask"], [], []
+
+    def poisoned(state, batch):
+        weights.append([p.detach().clone() for p in state.model.parameters()])
+        steps.append([part["step"].item() for part in state.optimizer.state.values()])
+        losses, figures = recipe(state, batch)
+        return losses | {"itm": losses["itm"] * (float("inf") if state.step == 3 else 1)}, figures
+
+    monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
+    with pytest.raises(NonFiniteLoss, match=r"step 4: .*; there is no checkpoint yet"):
+        run(tmp_path, "--steps", "9", "--save-every", "100", "--log-every", "100", "--dropout", "0")
+    assert len(weights) == 5  # the fifth step was begun, with the weights and the optimiser of the fourth
+    assert all(map(torch.equal, weights[4], weights[3])) and set(steps[4]) == set(steps[3]) == {3}
+    assert not all(map(torch.equal, weights[3], weights[2]))
+
+
 def test_an_unforeseen_error_ends_the_run_with_its_workers(tmp_path):
     code = "import train; train.RECIPES['syncmask'] = lambda run, batch: 1 / 0; train.main()"
     command = [sys.executable, "-c", code, *FAST, "--out", str(tmp_path), "--workers", "2"]
@@ -495,8 +512,8 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
     first = batch["words"].sum(1, keepdim=True) - word_counts(batch["words"], 0.3)
     last_words = (batch["words"].cumsum(1) > first) & batch["words"]
-    attention = torch.zeros(6, 1, batch["words"].shape[1], 16)
-    attention[:, 0, :, 8:] = last_words[..., None].float()  # the last eight of sixteen patches
+    attention = torch.zeros(6, 1, batch["words"].shape[1], 17)
+    attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
     monkeypatch.setattr("harness.wiring.momentum_attention", lambda *_: [attention])
 
     teacher = teach(state, batch | {"images": data.normalise(batch["images"])})
