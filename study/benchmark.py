@@ -19,6 +19,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -298,10 +299,11 @@ def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> N
 
 
 def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, seed: int = 0) -> dict[str, float]:
-    """Feed one epoch of random features to the sampler, four photos a product, and let it compose the next.
+    """Feed one epoch of random features to the sampler, four photos a product, and let it compose the next; its thread
+    is waited for after each batch.
 
-    -> seconds of composing the first, random epoch, and of the grouped one, the most MiB that the process has held so
-    far, and how many photos kept a conflict.
+    -> seconds of composing the first, random epoch, of chaining the grouped one and of cutting it into batches, the
+    most MiB that the process has held so far, and how many photos kept a conflict.
     """
     products = np.arange(items) // 4
     start = time.perf_counter()
@@ -316,11 +318,15 @@ def sampler(items: int, width: int, block: int, batch: int, mode: SamplerMode, s
         features = F.normalize(image_feat, dim=1), F.normalize(text_feat, dim=1)
         start = time.perf_counter()
         grouped.collect(torch.tensor(indices), *features)
+        wait(grouped._chaining)
         seconds += time.perf_counter() - start
     start = time.perf_counter()
+    grouped._chain_pool()  # the last one, which is not full
+    wait(grouped._chaining)
+    seconds, start = seconds + time.perf_counter() - start, time.perf_counter()
     grouped.set_epoch(1)
-    seconds += time.perf_counter() - start
-    cost = {"first": first, "seconds": seconds, "conflicts": grouped.conflicts}
+    cut = time.perf_counter() - start
+    cost = {"first": first, "seconds": seconds, "cut": cut, "conflicts": grouped.conflicts}
     return cost | {"mib": peak_memory_mib(torch.device("cpu"))}
 
 
@@ -332,8 +338,9 @@ def samplers(args: argparse.Namespace) -> None:
         for items in args.items:
             cost = sampler(items, args.width, args.block, args.batch, mode)
             seconds.append(cost["seconds"])
-            print(f"{items:>9,} photos, {mode:8}: {cost['seconds']:6.1f} s, the random epoch {cost['first']:5.1f} s, "
-                  f"process at most {cost['mib']:,.0f} MiB, {cost['conflicts']} conflicts")  # fmt: skip
+            print(f"{items:>9,} photos, {mode:8}: chained in {cost['seconds']:6.1f} s, cut in {cost['cut']:5.1f} s, "
+                  f"the random epoch {cost['first']:5.1f} s, process at most {cost['mib']:,.0f} MiB, "
+                  f"{cost['conflicts']} conflicts")  # fmt: skip
         if len(set(args.items)) > 1:
             slope = np.polyfit(np.log(args.items), np.log(seconds), 1)[0]
             print(f"{'':9} growth of {mode}: photos to the power of {slope:.2f}")
