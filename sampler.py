@@ -114,8 +114,9 @@ class GroupedBatchSampler:
     def _chain_pool(self) -> None:
         if self._pool:
             where = self._pool[-1][0].device  # what was collected before a resumption is on the CPU
-            parts = (torch.cat([x.to(where) for x in part]) for part in zip(*self._pool, strict=True))
-            pool, self._pool = list(parts), []
+            with torch.autocast(where.type, enabled=False):  # which has no half precision on a CPU
+                pool = [torch.cat([x.to(where) for x in part]) for part in zip(*self._pool, strict=True)]
+            self._pool = []
             self._chaining.append(self._thread.submit(self._chain_blocks, pool, self._blocks))
             self._blocks += -(-len(pool[0]) // self.search_size)
 

@@ -79,6 +79,14 @@ def test_resumes_anywhere(mode, stop, tmp_path):
     assert run_epoch(second, epoch + 1, image_feat, text_feat) == (expected + [None])[epoch + 1] or epoch == 3
 
 
+def test_features_are_collected_under_autocast_too():
+    image_feat, text_feat = features(60)
+    plain, cast = (GroupedBatchSampler(60, 8, 16, "hard", pool_blocks=2) for _ in range(2))
+    expected = [run_epoch(plain, epoch, image_feat, text_feat) for epoch in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [run_epoch(cast, epoch, image_feat, text_feat) for epoch in range(2)] == expected
+
+
 class Recorder(Alone):
     """One process, which notes what it has chained."""
 
