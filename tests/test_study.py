@@ -233,7 +233,7 @@ PASSES = {
     "softmask": {"vision": 1, "text": 1, "fusion": 4, "vision_m": 1, "text_m": 1},
     "fashionfine": {"vision": 1, "text": 1, "fusion": 3, "vision_m": 1, "text_m": 1},
 }
-MULTIPLY_ADDS = {"albef": 30.6, "syncmask": 40.0, "softmask": 29.5, "fashionfine": 23.4}  # millions a photo and step
+MULTIPLY_ADDS = {"albef": 30.6, "syncmask": 40.0, "softmask": 29.5, "fashionfine": 24.2}  # millions a photo and step
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
