@@ -72,7 +72,8 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> list[str]:
     """Words that the vocabulary can only spell letter by letter, or not at all."""
     unknown = []
     for word in re.findall(r"\w+", text):
-        pieces = tokenizer.encode(word, add_special_tokens=False).tokens
+        encoding = tokenizer.encode(word, add_special_tokens=False)
+        pieces = encoding.tokens[: sum(encoding.attention_mask)]  # without padding
         spelt = len(pieces) > 1 and all(len(piece.removeprefix("##")) == 1 for piece in pieces)
         if spelt or "[UNK]" in pieces:
             unknown.append(word)
