@@ -46,7 +46,7 @@ from harness.wiring import (
     synchronize,
     teach,
     wrong_pairs,
-)  # fmt: skip
+)
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
 from masking import random_patch_mask, random_word_mask, soft_mask, split_patches
 from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
