@@ -35,7 +35,8 @@ from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 
-from photos.dataset import DataError, PhotoDataset, Split, Unreadable
+from masking import which_words
+from photos.dataset import DataError, PhotoDataset, Split, Truth, Unreadable
 from photos.families import synthetic_triplets
 from photos.fashiongen import FashionGen, export_fashiongen
 from photos.fashioniq import fashioniq
@@ -43,6 +44,7 @@ from photos.jsonl import Jsonl
 from photos.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
 from photos.synthetic import Synthetic
 from photos.triplets import Triplets
+from photos.wardrobe import WHOLE
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
 TripletName = Literal["synthetic", "fashioniq"]
@@ -51,7 +53,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_dataset(
-    name: DataName, root: str | Path | None, split: Split, image_size: int, seed: int = 0, products: int = 2500,
+    name: DataName, root: str | Path | None, split: Split, image_size: int, seed: int = 0, products: int = 4000,
     progress: bool = True,
 ) -> PhotoDataset:  # fmt: skip
     """Open a split of a data set. Raises DataError with one clear line when it cannot be used.
@@ -68,7 +70,7 @@ def build_dataset(
 
 def build_triplets(
     name: TripletName, root: str | Path | None, split: Literal["train", "val", "test"], image_size: int,
-    seed: int = 0, products: int = 2500, progress: bool = True,
+    seed: int = 0, products: int = 4000, progress: bool = True,
 ) -> Triplets:  # fmt: skip
     """Open a split of a set of triplets; arguments and errors as `build_dataset`. test: of `fashioniq` alone."""
     if name == "synthetic":
@@ -177,26 +179,47 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
     return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
 
 
-TOKEN_KEYS = ("token_ids", "attention_mask", "words")  # what `tokenize` gives, each (B, L), padded with 0
+# of a batch (B, L) each, padded with 0; `tokenize` gives the first three
+TOKEN_KEYS = ("token_ids", "attention_mask", "described", "words", "word_planes", "details")
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:
-    """-> token_ids, attention_mask (1 = keep) and words (True = may be masked), each (B, L)."""
-    encodings = encode(tokenizer, texts)
-    return {
-        "token_ids": torch.tensor([e.ids for e in encodings]),
-        "attention_mask": torch.tensor([e.attention_mask for e in encodings]),
-        "words": torch.tensor([[piece is not None and piece % 2 == 1 for piece in e.word_ids] for e in encodings]),
-    }
+    """-> token_ids, attention_mask (1 = keep) and described (True = of a description, not of a frame), each (B, L)."""
+    return _tensors(encode(tokenizer, texts))
+
+
+def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
+    described = [[piece is not None and piece % 2 == 1 for piece in e.word_ids] for e in encodings]
+    columns = [e.ids for e in encodings], [e.attention_mask for e in encodings], described
+    return dict(zip(TOKEN_KEYS, map(torch.tensor, columns), strict=False))
+
+
+def telling_pieces(tokenizer: Tokenizer, captions: list[str], frequent: float) -> tuple[Tensor, Tensor]:
+    """For `masking.which_words`: pieces that continue a word; those that are no punctuation and stand in no more than
+    the share `frequent` of the different captions. -> (V,), (V,) bool."""
+    pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    wordings, counts = list(dict.fromkeys(captions)), torch.zeros(len(pieces))
+    for start in range(0, len(wordings), 1000):
+        for encoding in tokenizer.encode_batch(wordings[start : start + 1000], add_special_tokens=False):
+            counts[list(set(encoding.ids))] += 1
+    spelt = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
+    return torch.tensor([piece.startswith("##") for piece in pieces]), spelt & (counts <= frequent * len(wordings))
 
 
 @dataclass
 class Collate:
     """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), of triplets also `target_images`, the tokenised
     texts padded to the longest, `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos
-    left out. Where none is left there are just these last two."""
+    left out. Where none is left there are just these last two.
+
+    `words` (B, L) may be masked, see `masking.which_words`; telling: what `telling_pieces` gives, or every token may
+    Items with the truth bring `planes` (B, K, S, S), where attributes are on the photo; `word_planes` (B, L), which of
+    them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo does not
+    show it; and `details` (B, L), whether it names a small one.
+    """
 
     tokenizer: Tokenizer
+    telling: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, items: list[dict | Unreadable]) -> dict:
         good = [item for item in items if isinstance(item, dict)]
@@ -204,15 +227,48 @@ class Collate:
         if not good:
             return {"rows": torch.zeros(0, dtype=torch.long), "unreadable": unreadable}
         targets = [item["target_image"] for item in good if "target_image" in item]
+        encodings = encode(self.tokenizer, [item["text"] for item in good])
+        texts = _tensors(encodings)
+        every = torch.zeros(self.tokenizer.get_vocab_size(), dtype=torch.bool)
+        texts["words"] = which_words(texts["token_ids"], texts["described"], *(self.telling or (every, ~every)))
+        if "truth" in good[0]:
+            texts |= _truth(encodings, [item["truth"] for item in good])
         return {
             "images": torch.stack([item["image"] for item in good]),
             **({"target_images": torch.stack(targets)} if targets else {}),
-            **tokenize(self.tokenizer, [item["text"] for item in good]),
+            **texts,
             "product_ids": torch.tensor([int(item["product_id"]) for item in good]),
             "caption_ids": torch.tensor([int(item["caption_id"]) for item in good]),
             "rows": torch.tensor([item["row"] for item in good]),
             "unreadable": unreadable,
         }
+
+
+def _truth(encodings: list[Encoding], truths: list[Truth]) -> dict[str, Tensor]:
+    size, tokens = truths[0].size, len(encodings[0].ids)
+    planes = torch.zeros(len(truths), 2 + max(len(truth.regions) for truth in truths), size, size, dtype=torch.uint8)
+    word_planes, details = (torch.zeros(len(truths), tokens, dtype=torch.long) for _ in range(2))
+    for b, (truth, encoding) in enumerate(zip(truths, encodings, strict=True)):
+        numbers = {key: number for number, key in enumerate(truth.regions, start=2)}
+        for key, number in numbers.items():
+            planes[b, number] = torch.from_numpy(truth.region(key))
+        for token, (piece, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
+            for first, last, key in truth.spans:
+                if piece == 1 and first <= start < end <= last:
+                    word_planes[b, token], details[b, token] = numbers.get(key, 1), key not in WHOLE
+    return {"planes": planes, "word_planes": word_planes, "details": details.bool()}
+
+
+def word_regions(batch: dict, grid: int) -> Tensor:
+    """Where a photo shows what its words name, by patches. -> (B, L, P) bool, nowhere for what it does not show.
+
+    A region counts as seen from 0.3 % of the photo on; a patch is on it that it covers by a quarter, or by half as much
+    as the patch that it covers most."""
+    planes, word_planes = batch["planes"].float(), batch["word_planes"]
+    cover = F.avg_pool2d(planes, planes.shape[-1] // grid).flatten(2)  # (B, K, P)
+    seen = planes.mean(dim=(2, 3)) >= 0.003
+    on = (cover >= (cover.amax(dim=2, keepdim=True) / 2).clamp(max=0.25)) & seen[..., None]
+    return on.gather(1, word_planes[..., None].expand(-1, -1, on.shape[2]))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -233,15 +289,12 @@ def imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def augment(
-    images: Tensor, min_scale: float = 0.5, generator: torch.Generator | None = None, distort: float = 0.0
-) -> Tensor:
-    """Random resized crop (area share min_scale … 1, aspect 3/4 … 4/3) and flip of a whole batch, each photo its own.
-
-    images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
-    distort: strength of random rotation (30° at 1), shear, blur and noise; captions name colours, which stay.
-    """
-    count, device = len(images), images.device
+def random_crops(
+    count: int, min_scale: float = 0.5, generator: torch.Generator | None = None, distort: float = 0.0,
+    device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """Random resized crops (area share min_scale … 1, aspect 3/4 … 4/3) and flips, with distort > 0 also rotated (up to
+    30° at 1) and sheared. -> affine maps (count, 2, 3) from the crop to the photo, both [−1, 1]²."""
     draw = lambda low, high: torch.rand(count, device=device, generator=generator) * (high - low) + low
     area, aspect = draw(min_scale, 1.0), torch.exp(draw(np.log(3 / 4), np.log(4 / 3)))
     aspect = aspect.clamp(area, 1 / area)  # or a side would be longer than the photo
@@ -254,12 +307,27 @@ def augment(
         angle, shear = draw(-1, 1) * distort * np.pi / 6, draw(-1, 1) * distort / 4
         turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
         theta = torch.cat([turn @ theta[:, :, :2], theta[:, :, 2:]], 2)
-    points = F.affine_grid(theta, list(images.shape), align_corners=False)
-    pixels = F.grid_sample(images.float() / 255, points, mode="bilinear", padding_mode="border", align_corners=False)
+    return theta
+
+
+def cut(images: Tensor, crops: Tensor, padding: str = "border") -> Tensor:
+    """The crops (B, 2, 3) of images (B, C, S, S) -> float (B, C, S, S)."""
+    points = F.affine_grid(crops, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), points, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def augment(
+    images: Tensor, crops: Tensor, generator: torch.Generator | None = None, distort: float = 0.0
+) -> Tensor:  # fmt: skip
+    """`random_crops` of a whole batch. images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
+
+    distort: strength of random blur and noise; captions name colours, which stay.
+    """
+    pixels = cut(images, crops) / 255
     if distort > 0:
-        share = lambda: draw(0, distort)[:, None, None, None]
+        share = lambda: torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) * distort
         pixels = torch.lerp(pixels, F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1), share())  # blur
-        noise = torch.randn(pixels.shape, device=device, generator=generator)
+        noise = torch.randn(pixels.shape, device=images.device, generator=generator)
         pixels = (pixels + 0.1 * share() * noise).clamp(0, 1)
     return normalise(pixels)
 

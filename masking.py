@@ -1,22 +1,24 @@
 """Every mask: which words and which patches are hidden, how attention becomes a mask, what replaces a hidden word; and
 how masks are measured against the truth.
 
-Functions on tensors; one of them asks the momentum model. Masks are boolean, True = masked. `words` (B, L) marks the
-tokens that may be masked at all: neither [CLS], [SEP] nor [PAD]. A word is a WordPiece token here, punctuation too.
+Functions on tensors; one of them asks the momentum model. Masks are boolean, True = masked. `words` (B, L) says which
+tokens may be masked, never [CLS], [SEP] or [PAD], and which of them are one word, masked together: see `which_words`.
 Every draw takes a generator on the tensors' device.
 
 Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model import MomentumModel, Photos
 
 HeadReduction = Literal["mean", "max"]
-WordScore = Literal["max", "mass", "entropy"]
+WordScore = Literal["gain", "max", "mass", "entropy"]
 PatchScore = Literal["all", "masked"]
 MaskSource = Literal["attention", "gradcam", "hidden"]
 
@@ -28,16 +30,41 @@ def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tensor
     return (rank < counts) & candidates
 
 
+def which_words(token_ids: Tensor, described: Tensor, continues: Tensor, telling: Tensor) -> Tensor:
+    """The words that may be masked: of each token the place of its word's first piece, counted from 1; else 0. (B, L)
+
+    choice: whole words, since a piece gives its siblings away, and only those with a piece that tells something:
+    neither punctuation nor what stands in most descriptions, whatever the language.
+    token_ids, described (B, L) part of a description · continues, telling (V,): what the vocabulary's pieces do
+    """
+    place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
+    start = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # (B, L)
+    tells = torch.zeros_like(start).scatter_reduce(1, start - 1, (telling[token_ids] & described).long(), "amax")
+    return start * (described & tells.gather(1, start - 1).bool())
+
+
+def first_pieces(words: Tensor) -> Tensor:
+    """One token of each word. (B, L) -> (B, L) bool."""
+    return words == torch.arange(1, words.shape[1] + 1, device=words.device)
+
+
 def word_counts(words: Tensor, ratio: float) -> Tensor:
     """How many of the `words` (B, L) of each row to mask: max(1, round(ratio·words)), 0 where there are none. (B, 1)"""
-    total = words.sum(dim=1, keepdim=True)
+    total = first_pieces(words).sum(dim=1, keepdim=True)
     return (total * ratio).round().long().clamp(min=1).minimum(total)
+
+
+def mask_words(scores: Tensor, words: Tensor, ratio: float) -> Tensor:
+    """The words of each row whose first pieces score highest, with all of their pieces; exact counts. -> (B, L)"""
+    if words.dtype == torch.bool:  # every token a word of its own
+        words = words * torch.arange(1, words.shape[1] + 1, device=words.device)
+    first = mask_top(scores, first_pieces(words), word_counts(words, ratio))
+    return first.gather(1, (words - 1).clamp(min=0)) & (words > 0)
 
 
 def random_word_mask(words: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """A uniformly random share of the words of each row; exact counts (see `word_counts`). (B, L) -> (B, L)."""
-    scores = torch.rand(words.shape, device=words.device, generator=generator)
-    return mask_top(scores, words, word_counts(words, ratio))
+    return mask_words(torch.rand(words.shape, device=words.device, generator=generator), words, ratio)
 
 
 def patch_count(patches: int, ratio: float) -> int:
@@ -74,15 +101,9 @@ def momentum_attention(
 
     batch: token_ids, attention_mask, words (B, L) · the clean pair: photos, by `momentum.look`, text_embeds_m (B, L, D)
     """
-    ids, keep, words = batch["token_ids"], batch["attention_mask"], batch["words"]
     if source == "hidden":
-        half = random_word_mask(words, 0.5, generator)
-        hidden = torch.stack([half, words & ~half])  # (2, B, L)
-        with torch.no_grad():
-            keep, rows = keep.repeat(2, 1), torch.arange(len(ids), device=ids.device).repeat(2)
-            text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
-            _, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows)
-        return [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
+        return hidden_words(momentum, batch, photos, mask_id, generator)[0]
+    keep = batch["attention_mask"]
     if source == "attention":
         with torch.no_grad():
             return momentum.fusion(text_embeds_m, keep, photos, return_attention=True)[1]
@@ -91,6 +112,60 @@ def momentum_attention(
         fused, attentions = momentum.fusion(text, keep, photos, return_attention=True)
         gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
     return [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
+
+
+@torch.no_grad()
+def hidden_words(
+    momentum: MomentumModel, batch: dict, photos: Photos, mask_id: int, generator: torch.Generator | None = None,
+    gains: bool = False,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+    """Every word hidden in one of two passes, each with a random half of the others. -> the attention of its row, a map
+    (B, h, L, N) a layer; with `gains` (B, L) what the photo adds to its log-probability, over another one of the batch.
+
+    gain_w = log p(w | photo, rest of the text) − log p(w | another photo, rest of the text)
+    """
+    ids, words = batch["token_ids"], batch["words"]
+    half = random_word_mask(words, 0.5, generator)
+    hidden = torch.stack([half, (words > 0) & ~half])  # (2, B, L)
+    keep, rows = batch["attention_mask"].repeat(2, 1), torch.arange(len(ids), device=ids.device)
+    text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
+    fused, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows.repeat(2))
+    attentions = [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
+    if not gains:
+        return attentions, None
+    others = momentum.fusion(text, keep, photos, rows=rows.roll(len(rows) // 2).repeat(2))  # far off in grouped batches
+    log_p = []
+    for tokens in (fused, others):  # of all tokens: asking a GPU how many are words would make it wait
+        logits = momentum.mlm_logits(torch.where(half[..., None], *tokens.chunk(2)))  # (B, L, V)
+        log_p.append(-F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape))
+    return attentions, (log_p[0] - log_p[1]) * (words > 0)
+
+
+class PhotoWorth(nn.Module):
+    """For each token of the vocabulary what photos add to it when it is hidden, on average: a running mean of gains.
+
+    What no photo shows, such as the care of a fabric, stands near zero, and so does what the text alone gives away."""
+
+    def __init__(self, vocab_size: int, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("total", torch.zeros(vocab_size))
+        self.register_buffer("count", torch.zeros(vocab_size))
+
+    @torch.no_grad()
+    def update(
+        self, token_ids: Tensor, words: Tensor, gains: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
+        """token_ids, words, gains (B, L) of a step; over_ranks adds up what all processes have."""
+        new = torch.stack([gains, torch.ones_like(gains)]) * (words > 0)  # (2, B, L)
+        new = over_ranks(new.new_zeros(2, len(self.total)).index_add_(1, token_ids.flatten(), new.flatten(1)))
+        self.total.mul_(self.decay).add_(new[0])
+        self.count.mul_(self.decay).add_(new[1])
+
+    def forward(self, token_ids: Tensor, gains: Tensor) -> Tensor:
+        """Scores of words: log worth + gain, how much photos tell in general, and how much this one does. -> (B, L)"""
+        worth = (self.total / self.count.clamp(min=1e-6)).clamp(min=1e-3)
+        return worth.log()[token_ids] + gains
 
 
 def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
@@ -110,31 +185,34 @@ def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:
 
 def sync_mask(
     attention: Tensor, word_mask: Tensor, patch_ratio: float, word_ratio: float, heads: HeadReduction = "mean",
-    word_score: WordScore = "entropy", patch_score: PatchScore = "masked", noise: float = 0.0,
+    word_score: WordScore | Tensor = "entropy", patch_score: PatchScore = "masked", pool: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Synchronized masks: the words and the patches where text and photo have most to do with each other (SyncMask,
     Song et al. 2024; how scores come out of the attention is our choice).
 
     attention (B, h, L, N): cross-attention of the text tokens to the image tokens, CLS first
-    word_mask (B, L): the words that may be masked · patch_ratio, word_ratio: shares to mask
-    noise: standard deviation of what is added to the scores of a row, in standard deviations of the row: ties and
-    near-ties fall differently from epoch to epoch
+    word_mask (B, L): the words that may be masked, as `words` · patch_ratio, word_ratio: shares to mask
+    pool: share of the words, those with the highest scores, of which the masked ones are drawn; above word_ratio others
+    are masked from epoch to epoch, and some are left to restore them from
     -> patch mask (B, P), word mask (B, L); exact counts, as the random masks'. CLS, [CLS], [SEP], [PAD] never.
 
-    word_score    max      the most that the word attends to any one patch
+    word_score    (B, L)   scores of one's own, such as those of `PhotoWorth`
+                  max      the most that the word attends to any one patch
                   mass     what it attends to the patches that all words together attend to most
                   entropy  how concentrated its attention is: the negative entropy over the patches, minus a penalty for
                            attention that falls on no patch (but on the image CLS, or where layers do not agree)
     patch_score   all      how much the words attend to the patch, on average
                   masked   the same of the words just masked: they and the patches are hidden together
     """
-    a = reduce_heads(attention, heads)  # (B, L, P)
+    a, words, word_mask = reduce_heads(attention, heads), word_mask, word_mask > 0  # (B, L, P), (B, L), (B, L)
     patches = patch_count(a.shape[2], patch_ratio)
     everything = torch.ones_like(a[:, 0], dtype=torch.bool)
     # s_p = mean over words of A[w, p]
     mean_over = lambda words: (a * words[..., None]).sum(dim=1) / words.sum(dim=1, keepdim=True).clamp(min=1)
-    if word_score == "max":
+    if isinstance(word_score, Tensor):
+        word_scores = word_score
+    elif word_score == "max":
         word_scores = a.amax(dim=2)  # (B, L)
     elif word_score == "mass":
         word_scores = (a * mask_top(mean_over(word_mask), everything, patches)[:, None]).sum(dim=2)
@@ -142,10 +220,28 @@ def sync_mask(
         # Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],  q = A[w, p] / Σ_p A[w, p]
         q = (a + 1e-12) / (a + 1e-12).sum(dim=2, keepdim=True)
         word_scores = (q * (a + 1e-12).log()).sum(dim=2)
-    word_scores = _jitter(word_scores, word_mask, noise, generator)
-    masked_words = mask_top(word_scores, word_mask, word_counts(word_mask, word_ratio))
+    best = mask_words(_untied(word_scores, generator), words, max(pool, word_ratio))
+    draws = torch.rand(best.shape, device=best.device, generator=generator)
+    masked_words = mask_words(best + draws, words, word_ratio)
     patch_scores = mean_over(masked_words if patch_score == "masked" else word_mask)  # (B, P)
-    return mask_top(_jitter(patch_scores, everything, noise, generator), everything, patches), masked_words
+    return mask_top(_untied(patch_scores, generator), everything, patches), masked_words
+
+
+def true_mask(
+    regions: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """The masks that synchronized ones are meant to be, where it is known what a photo shows: a share of the words that
+    it shows, and the patches that show them; where these are too few, other patches on what the text names, then any.
+
+    regions (B, L, P): where the photo shows what a token names; nowhere if it does not · words (B, L) as elsewhere
+    -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words.
+    """
+    masked_words = random_word_mask(words * regions.any(dim=2), word_ratio, generator)
+    on = lambda words: (regions & words[..., None]).any(dim=1).float()  # (B, P)
+    draws = torch.rand(regions.shape[::2], device=regions.device, generator=generator)
+    scores = 2 * on(masked_words) + on(words > 0) + draws
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    return mask_top(scores, everything, patch_count(regions.shape[2], patch_ratio)), masked_words
 
 
 def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor:
@@ -161,14 +257,10 @@ def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor
     return (heat - low) / (high - low + 1e-7)
 
 
-def _jitter(scores: Tensor, candidates: Tensor, noise: float, generator: torch.Generator | None) -> Tensor:
-    count = candidates.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = (scores * candidates).sum(dim=1, keepdim=True) / count
-    deviation = (((scores - mean) ** 2 * candidates).sum(dim=1, keepdim=True) / count).sqrt()
-    # even without noise exact ties must not always fall to the first: a floor far below any real difference
+def _untied(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Exact ties must not always fall to the first: with noise far below any real difference. (B, X) -> (B, X)."""
     floor = (1e-7 * scores.abs().amax(dim=1, keepdim=True)).clamp(min=1e-30)
-    draws = torch.randn(scores.shape, device=scores.device, generator=generator)
-    return scores + draws * (noise * deviation + floor)
+    return scores + floor * torch.randn(scores.shape, device=scores.device, generator=generator)
 
 
 def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,4 +315,4 @@ def replace_words(
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
     antonym, synonym = antonyms[token_ids], synonyms[token_ids]
     ids = torch.where(replaced & (dice < 0.5) & (antonym >= 0), antonym, ids)
-    return torch.where(words & ~mask & (dice < 0.15) & (synonym >= 0), synonym, ids), labels, replaced
+    return torch.where((words > 0) & ~mask & (dice < 0.15) & (synonym >= 0), synonym, ids), labels, replaced

@@ -64,6 +64,8 @@ class ModelConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4")
         if self.patch_layer > self.vision_layers:
             raise ValueError(f"patch_layer {self.patch_layer}: there are {self.vision_layers} ViT layers")
 
@@ -182,6 +184,17 @@ def initialise(model: "VisionLanguageModel") -> None:
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
 
 
+def waves(grid: int, width: int) -> Tensor:
+    """Sines and cosines of the row and of the column of each patch (MAE, He et al. 2022). -> (P, D)
+
+    choice: what patches' position embeddings start as, before they are learnt. Shapes are then known sooner.
+    """
+    frequencies = 10_000 ** (-torch.arange(width // 4) / (width // 4))
+    row, column = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)  # (P,)
+    angles = [place[:, None] * frequencies for place in (row, column)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+
+
 class VisionLayer(nn.Module):
     """Pre-norm transformer block of ViT; with `cross=True` it also looks at the text, for the MIM decoder."""
 
@@ -217,7 +230,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        self.position_embed = nn.Parameter(torch.randn(1, 1 + config.grid**2, config.width) * NARROW_STD)
+        places = torch.cat([torch.randn(1, config.width) * NARROW_STD, waves(config.grid, config.width)])
+        self.position_embed = nn.Parameter(places[None])  # (1, 1 + P, D)
         self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * NARROW_STD)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
@@ -345,7 +359,7 @@ class PatchDecoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        self.position_embed = nn.Parameter(torch.randn(1, config.grid**2, config.width) * NARROW_STD)
+        self.position_embed = nn.Parameter(waves(config.grid, config.width)[None])  # (1, P, D)
         self.layers = nn.ModuleList(VisionLayer(config, cross=True) for _ in range(config.mim_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import build_dataset
+from data import build_dataset, telling_pieces, word_regions
 from harness.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
 from harness.checkpoints import begin, restore, save_checkpoint
 from harness.config import FREE_ON_RESUME, TrainConfig, check_flags, ema_decay, learning_rate, parse_config
@@ -48,7 +48,7 @@ from harness.wiring import (
     wrong_pairs,
 )
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
-from masking import random_patch_mask, random_word_mask, soft_mask, split_patches
+from masking import random_patch_mask, random_word_mask, soft_mask, split_patches, true_mask
 from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
 from measures.truth import truth, truth_in_words
 from measures.validation import validate
@@ -95,7 +95,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     From RECIPE_DEFAULTS: grouped batches, semi-hard negatives.
 
     Passes: those of `albef`; image B of half of the patches (the visible ones), decoder B. Momentum, for the masks:
-    text and fusion 2B more (source hidden), or fusion B (the others).
+    text 2B and fusion 4B more (source hidden; without gains fusion 2B), or fusion B (the others).
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     teacher = teach(run, batch)
@@ -158,7 +158,7 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     fused_cls = [model.fuse_cls(*pairs.inputs)]
     if config.soft_mask:
         matching, attentions = model.fusion(text_embeds, keep, photos, return_attention=True)
-        legible = batch["words"] & ~word_mask if config.mask_text else batch["words"]
+        legible = (batch["words"] > 0) & ~word_mask if config.mask_text else batch["words"] > 0
         fused_cls += [model.fuse_cls(text_embeds, keep, soften(run, legible, matching, attentions, image_embeds))]
     else:
         matching = model.fuse(text_embeds, keep, photos)
@@ -234,26 +234,27 @@ def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], 
 
 
 def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """Patch mask (B, P) and word mask (B, L) of a training batch, each random or synchronized as the config says."""
+    """Patch mask (B, P) and word mask (B, L) of a training batch: each random, synchronized or true, as configured."""
     config, words, where = run.config, batch["words"], dict(generator=run.generator, device=run.device)
     patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, **where)
     word_mask = random_word_mask(words, config.mlm_ratio, run.generator)
-    if run.step < config.mask_warmup or "sync" not in (config.patch_mask, config.word_mask):
-        return patch_mask, word_mask
-    _, sync_patches, sync_words = synchronize(run, batch, teacher, config.mask_noise, run.generator)
-    keep_random = torch.rand(len(words), 1, **where) < config.mask_hint
-    if config.patch_mask == "sync":
-        patch_mask = torch.where(keep_random, patch_mask, sync_patches)
-    if config.word_mask == "sync":
-        word_mask = torch.where(keep_random, word_mask, sync_words)
-    return patch_mask, word_mask
+    chosen, modes = {"random": (patch_mask, word_mask)}, {config.patch_mask, config.word_mask}
+    if "true" in modes:
+        shares = config.mim_ratio, config.true_ratio
+        chosen["true"] = true_mask(word_regions(batch, config.model.grid), words, *shares, run.generator)
+    if "sync" in modes and run.step >= config.mask_warmup:
+        masks = synchronize(run, batch, teacher, run.generator)[1:]
+        keep_random = torch.rand(len(words), 1, **where) < config.mask_hint
+        chosen["sync"] = tuple(map(torch.where, (keep_random, keep_random), chosen["random"], masks))
+    pick_mask = lambda mode: chosen.get(mode, chosen["random"])
+    return pick_mask(config.patch_mask)[0], pick_mask(config.word_mask)[1]
 
 
 def detect_replaced(
     run: Run, batch: dict, fused: Tensor, masked_ids: Tensor, replaced: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Replaced-token detection on the fused tokens (B, L, D) of all words that can be read. -> loss, recall."""
-    legible = batch["words"] & (masked_ids != run.mask_id)
+    legible = batch["described"] & (masked_ids != run.mask_id)
     fused, replaced = pick(legible, fused, replaced)
     logits, labels = run.model.replaced_logits(fused), replaced.long()
     found = labels.masked_fill(labels == 0, -100)
@@ -275,6 +276,8 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     tokenizer = Tokenizer.from_str(state["tokenizer"]) if state else learn_vocabulary(config, train_set)
     report_cut_texts(train_set, tokenizer)
     run = build_run(config, train_set, tokenizer, ranks)
+    run.telling = telling_pieces(tokenizer, train_set.captions, config.frequent)
+    train_set.truths = "true" in (config.patch_mask, config.word_mask)
     ranks.check_same("training photos or vocabularies", zlib.crc32(tokenizer.to_str().encode(), run.data))
     if not state and (config.vision_weights or config.text_weights or config.weights):
         print(load_pretrained(run.model, config.vision_weights, config.text_weights, config.weights))
@@ -378,7 +381,7 @@ def validate_when_due(run: Run, job: Job, metrics: Metrics, say: Callable[[str],
         return
     figures, remarks = job.validate(run)
     run.model.train()
-    line = {"step": run.step, **figures}
+    line = metrics.line(step=run.step, **figures)  # as those before it were written, or a tie would not be one
     if run.ranks.first_says(job.best_step([*metrics.lines, line]) == run.step):
         save_checkpoint(run, Path(run.config.out) / "best.pt")
         run.writer.wait()  # so that the line never lacks its weights

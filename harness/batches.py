@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, augment, build_tokenizer, encode, normalise, to_device, tokenize
+from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
 from harness.config import TrainConfig
 from harness.ranks import Ranks
 from harness.run import Run, autocast
@@ -42,7 +42,7 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
     loader = DataLoader(
         dataset,
         batch_sampler=Share(run.sampler, run.ranks),
-        collate_fn=Collate(run.tokenizer),
+        collate_fn=run.collate,
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
@@ -59,10 +59,15 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
 
 
 def augmented(run: Run, batch: dict) -> dict:
-    """The batch with its photos cropped, flipped and normalised, each at random."""
-    keys = [key for key in ("images", "target_images") if key in batch]
-    config = run.config
-    return batch | {key: augment(batch[key], config.crop_scale, run.generator, config.distort) for key in keys}
+    """The batch with its photos cropped, flipped and normalised, each at random, and the truth with them."""
+    config, drawn = run.config, {}
+    for key in ("images", "target_images"):
+        if key in batch:
+            crops = random_crops(len(batch[key]), config.crop_scale, run.generator, config.distort, run.device)
+            drawn[key] = augment(batch[key], crops, run.generator, config.distort)
+            if "planes" in batch:
+                drawn["planes"] = cut(batch["planes"], crops, "zeros")
+    return batch | drawn
 
 
 def learn_vocabulary(config: TrainConfig, dataset: PhotoDataset) -> Tokenizer:
@@ -108,9 +113,7 @@ def text_features(run: Run, texts: list[Text]) -> Tensor:
 
 def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
     """All of a data set in order, on the device, photos normalised and neither cropped nor flipped."""
-    loader = DataLoader(
-        dataset, run.config.batch_size, collate_fn=Collate(run.tokenizer), num_workers=run.config.workers
-    )
+    loader = DataLoader(dataset, run.config.batch_size, collate_fn=run.collate, num_workers=run.config.workers)
     for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
         for reason in set(batch["unreadable"]) - run.unreadable:
             tqdm.write(f"left out: {reason}")

@@ -33,6 +33,8 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "unreadable": sorted(run.unreadable),
         "config": asdict(run.config),
         "tokenizer": run.tokenizer.to_str(),
+        "telling": run.telling,
+        "worth": run.worth.state_dict(),
     }
     run.writer.write(state, path)
 
@@ -88,6 +90,7 @@ def restore(run: Run, state: dict) -> None:
         run.model.load_state_dict(state["model"])
         run.momentum.model.load_state_dict(state["momentum"])
         run.queue.load_state_dict(state["queue"])
+        run.worth.load_state_dict(state["worth"])
     except RuntimeError:
         raise ConfigError(f"{run.config.out}/last.pt was saved by another version of this code") from None
     run.optimizer.load_state_dict(state["optimizer"])

@@ -15,7 +15,7 @@ from masking import HeadReduction, MaskSource, PatchScore, WordScore
 from model import PRESETS, ModelConfig
 from sampler import SamplerMode
 
-MaskMode = Literal["random", "sync"]
+MaskMode = Literal["random", "sync", "true"]
 of_syncmask, of_softmask = (partial(option, recipe=(name,)) for name in ("syncmask", "softmask"))  # no other recipe's
 of_retrieval = partial(option, task=("retrieval",))  # in fine-tuning that task's alone
 of_contrast = partial(of_retrieval, inherited=True)  # and it goes on with what pretraining had
@@ -57,7 +57,7 @@ class LoopConfig:
     focal_gamma: float = of_contrast(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
     itc_weight: float = of_contrast(1.0, "weight of ITC in the loss", low=0)
 
-    products: int = always(2500, "synthetic training products", low=2, inherited=True)
+    products: int = always(4000, "synthetic training products", low=2, inherited=True)
     device: str = always("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
     precision: Precision = always("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
     compile: bool = option(False, "torch.compile the layers")
@@ -81,10 +81,16 @@ class TrainConfig(LoopConfig):
     )
     prompts: bool = option(False, "put the category symbol and attribute prompts around the descriptions to train on")
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
+    frequent: float = option(
+        0.75, "words in a larger share of the descriptions are not masked, nor is punctuation", low=0, high=1
+    )
     mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
     mim_weight: float = of_syncmask(1.0, "weight of MIM in the loss", low=0)
-    patch_mask: MaskMode = of_syncmask("sync", "how MIM chooses patches: at random, synchronized")
-    word_mask: MaskMode = of_syncmask("sync", "how MLM chooses words: at random, synchronized")
+    patch_mask: MaskMode = of_syncmask("sync", "how MIM chooses patches: at random, synchronized, by the truth")
+    word_mask: MaskMode = of_syncmask("sync", "how MLM chooses words: at random, synchronized, by the truth")
+    true_ratio: float = of_syncmask(
+        0.5, "share of the words that a photo shows which --word-mask true hides", low=0, high=1
+    )
     mask_source: MaskSource = option(
         "hidden",
         "synchronized masks come from the momentum cross-attention (attention), from it times the gradient of the match"
@@ -94,11 +100,13 @@ class TrainConfig(LoopConfig):
         0, "fusion layer that is read, from 1 on; 0: what all agree on, for soft masks the middle one", low=0
     )
     mask_heads: HeadReduction = option("mean", "how its heads are put together")
-    word_score: WordScore = option("entropy", "what makes a word worth masking, see masking.sync_mask")
+    word_score: WordScore = option("gain", "what makes a word worth masking, see masking.sync_mask")
+    word_pool: float = of_syncmask(
+        0.45, "share of the words, those with the highest scores, of which the masked ones are drawn", low=0, high=1
+    )
     patch_score: PatchScore = option(
         "masked", "whose attention makes a patch worth masking: all words', the masked ones'"
     )
-    mask_noise: float = of_syncmask(0.1, "noise on the scores, in deviations of a row", low=0)
     mask_hint: float = of_syncmask(0.0, "share of the pairs that keep random masks", low=0, high=1)
     mask_warmup: int = of_syncmask(0, "steps with random masks, until attention means something", low=0)
     soft_mask: bool = of_softmask(True, "one more match for ITM: the photo with what one word is about suppressed")
@@ -127,7 +135,8 @@ RECIPE_DEFAULTS = {
     "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
-    "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam"),  # the source is for the truth's measures
+    "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam",  # for the truth's measures
+                     word_score="entropy"),
     "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read
     "fashionfine": dict(prompts=True, local_image=0.05, local_text=0.25, alignment=True, detector=True,
                         focal_gamma=2.0, itc_weight=0.25, max_length=180),
@@ -169,6 +178,8 @@ def layer_config(given: dict) -> TrainConfig:
         schedule.pop("steps", None), schedule.pop("epochs", None)
     if "vision_layers" in given:
         schedule.pop("patch_layer", None)  # was meant for the preset's number of layers
+    if given.get("mask_source", "hidden") != "hidden":  # then there is no gain to score words by
+        schedule["word_score"] = "entropy"
     layers, sizes = schedule | given, {spec.name for spec in fields(ModelConfig)}
     try:
         model = replace(PRESETS[preset], **{k: v for k, v in layers.items() if k in sizes})
@@ -206,6 +217,8 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
     deepest = config.model.fusion_layers
     if config.mask_layer > deepest:
         raise ConfigError(f"--mask-layer {config.mask_layer}: there are {deepest} fusion layers")
+    if config.word_score == "gain" and config.mask_source != "hidden":
+        raise ConfigError("--word-score gain is that of hidden words; give another with another --mask-source")
     if config.mask_source == "gradcam":  # only [CLS] of the last layer reaches the match logit
         if deepest == 1:
             raise ConfigError("--mask-source gradcam needs two --fusion-layers, since it cannot read the last")
@@ -213,6 +226,8 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
             raise ConfigError(f"--mask-layer {deepest}: --mask-source gradcam cannot read the last layer")
     if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
         raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
+    if "true" in (config.patch_mask, config.word_mask) and config.data != "synthetic":
+        raise ConfigError(f"--patch-mask and --word-mask true: what photos show is not known of {config.data}")
     if config.prompts and config.model.max_length < 16:
         raise ConfigError(f"--max-length {config.model.max_length}: --prompts need 16 at least, or no word is left")
     if config.model.alignment and not config.prompts:

@@ -17,7 +17,8 @@ Training, every --log-every steps, of that step's batch
 
 Validation, every --val-every steps, on held-out photos
     val_i2t_r1 … val_t2i_r10    retrieval recall, photo to text and text to photo, by product
-    val_mlm_accuracy            masked words restored (the run's ratio of random words)
+    val_mlm_accuracy            masked words restored (the run's ratio of random words, of those that may be masked)
+    val_photo_gain              that, minus the same with another product's photo: what the photo adds; needs no truth
     val_itm_accuracy            pairs told from random wrong ones; chance is 0.5
     val_unreadable              photos left out because they could not be decoded
     val_mean                    mean of the six recalls (retrieval), of R@10 and R@50 (tgir); best.pt is by it
@@ -27,14 +28,21 @@ Validation, every --val-every steps, on held-out photos
 On synthetic photos also the truth: of masks, each with its value for random masks (or a random patch) beside it as
 …_random; of ITM negatives, with …_random and …_hard for random and the hardest batches and negatives
     word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
-    detail_cooccurrence         the same for the small attributes alone: neither garment nor colour nor pattern
+    detail_cooccurrence         the same for details alone: all but garment, colour, pattern and sleeve
     attribute_share             of all masked words, the share that name an attribute
     patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
     pointing                    the pointing game: of the words that name a detail which this photo shows, the share
                                 whose most attended patch lies on that detail
-    pointing_whole              the same of words for garment, colour and pattern
-    visible_word_accuracy       of random masked words that name what the photo shows, the share restored (no …_random)
-    unseen_word_accuracy        the same of words that name what it does not show
+    pointing_whole              the same of words for garment, colour, pattern and sleeve
+    visible_word_accuracy       of words that name what the photo shows, each hidden once with a third of the others,
+                                the share restored (no …_random); visible_detail_…, visible_whole_…: of parts of them
+    unseen_word_accuracy        the same of words that name what it does not show: guessing, and no more
+    photo_gain                  visible_word_accuracy minus the same with the photo of another product: what the photo
+                                adds; photo_gain_detail, photo_gain_whole: to details, to the rest
+    choice_<kind>               of photos with their own text and one in which one value of this kind, which the photo
+                                shows, is wrong: the share whose own text has the higher similarity; chance is 0.5
+    choice_<kind>_matching      the same by the matching head
+    detail_choice, …_matching   means over the kinds that are details
     false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
     negative_similarity         mean cosine of the chosen ITM negatives: their hardness
 
@@ -75,8 +83,12 @@ class Metrics:
         found = [line for line in self.lines if line["step"] == step and any(key.startswith("val_") for key in line)]
         return {key: value for line in found for key, value in line.items() if key != "step"}
 
+    def line(self, **figures) -> dict:
+        """Figures as they are written, to six digits."""
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
+
     def write(self, **figures) -> None:
-        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
+        line = self.line(**figures)
         self.lines.append(line)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")

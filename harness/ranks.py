@@ -167,6 +167,12 @@ class Ranks:
         dist.all_reduce(total)
         return value * (self.count * mine / total.clamp(min=1))
 
+    def sum(self, x: Tensor) -> Tensor:
+        """x (…) of all ranks added up, in place."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
     def average(self, values: dict[str, Tensor]) -> dict[str, float]:
         """The plain mean of each over all ranks."""
         stacked = torch.stack([value.detach().float() for value in values.values()])

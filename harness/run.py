@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from data import ANTONYMS, SYNONYMS, word_ids, word_pairs
+from data import ANTONYMS, SYNONYMS, Collate, word_ids, word_pairs
 from harness.config import LoopConfig, TrainConfig
 from harness.precision import fitting_precision
 from harness.ranks import Ranks
 from harness.writer import Writer
 from losses import pick_negatives
-from masking import corrupt_words, replace_words
+from masking import PhotoWorth, corrupt_words, replace_words
 from model import FeatureQueue, MomentumModel, VisionLanguageModel
 from photos.dataset import PhotoDataset
 from sampler import GroupedBatchSampler
@@ -41,6 +41,8 @@ class Run:
     ranks: Ranks
     epoch_steps: int  # in one pass over the photos
     data: int  # fingerprint of the training photos
+    worth: PhotoWorth | None = None  # of a run that masks words
+    telling: tuple[Tensor, Tensor] | None = None  # of a run that masks words, see data.telling_pieces
     sampler: GroupedBatchSampler | None = None  # of a run that trains
     step: int = 0
     seconds: float = 0.0
@@ -54,6 +56,11 @@ class Run:
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
         self.word_ids = word_ids(self.tokenizer).to(self.device)
         self.antonyms, self.synonyms = (word_pairs(self.tokenizer, w).to(self.device) for w in (ANTONYMS, SYNONYMS))
+
+    @property
+    def collate(self) -> Collate:
+        """Makes batches for this run."""
+        return Collate(self.tokenizer, self.telling)
 
     @property
     def ramp(self) -> float:
@@ -165,7 +172,9 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
                 layer.compile(dynamic=True)
     queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)
     epoch_steps, optimizer = -(-len(dataset) // config.batch_size), build_optimizer(model, config)
-    return Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
+    run = Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
+    run.worth = PhotoWorth(config.model.vocab_size).to(ranks.device)
+    return run
 
 
 class FiniteWatch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.run import Run
 from losses import accuracy, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss
-from masking import momentum_attention, read_layer, sync_mask
+from masking import hidden_words, momentum_attention, read_layer, sync_mask
 from model import MomentumModel, Photos
 
 
@@ -44,16 +44,23 @@ def teach(run: Run, batch: dict) -> Teacher:
 
 
 def synchronize(
-    run: Run, batch: dict, teacher: Teacher, noise: float, generator: torch.Generator | None
+    run: Run, batch: dict, teacher: Teacher, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Synchronized masks as the config says. -> the attention (B, h, L, N) that they are made of, patch mask (B, P),
     word mask (B, L)."""
-    config, clean = run.config, (teacher.photos, teacher.text_embeds)
-    attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)
+    config, score = run.config, run.config.word_score
+    if score == "gain":
+        attentions, gains = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator, gains=True)
+        if run.model.training:
+            run.worth.update(batch["token_ids"], batch["words"], gains, run.ranks.sum)
+        score = run.worth(batch["token_ids"], gains)
+    else:
+        clean = teacher.photos, teacher.text_embeds
+        attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)
     attention = read_layer(attentions, config.mask_layer, config.mask_heads)
     return attention, *sync_mask(
-        attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, config.word_score,
-        config.patch_score, noise, generator,
+        attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, score,
+        config.patch_score, config.word_pool, generator,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import Collate, encode, normalise, to_device
+from data import encode, normalise, to_device
 from harness.run import Run, autocast
 from harness.wiring import teach
 from masking import momentum_attention, random_patch_mask, random_word_mask, soft_mask
@@ -20,7 +20,8 @@ TRUTHS = ("patch_cooccurrence", "word_cooccurrence", "pointing")
 PANELS = {
     "loss": ["itc", "itm", "mlm", "mim", "rtd", "align"],
     "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
-    "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "visible_word_accuracy"],
+    "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "detail_choice", "detail_choice_matching"],
+    "what the photo adds, held out": ["val_photo_gain", "photo_gain_whole", "photo_gain_detail"],
     "held-out truth of the masks": [key + end for key in TRUTHS for end in ("", "_random")],
 }
 
@@ -68,7 +69,7 @@ def letters(size: int) -> ImageFont.FreeTypeFont:
 def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, side: int = 150) -> None:
     """masks.png: for each photo the patches and words that random and that synchronized masks would hide, and what a
     soft mask of one random word, marked in its text, would suppress."""
-    batch = Collate(run.tokenizer)([dataset[row] for row in rows])
+    batch = run.collate([dataset[row] for row in rows])
     if not len(batch["rows"]):  # none can be decoded
         return
     images, texts = batch["images"], [dataset.text(row) for row in batch["rows"].tolist()]
@@ -112,6 +113,7 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
         teacher = teach(run, batch | {"images": normalise(batch["images"])})
         clean = teacher.photos, teacher.text_embeds
         heat = momentum_attention(run.momentum, batch, *clean, "gradcam", run.mask_id)[(layers + 1) // 2 - 1]
+    words = words > 0
     word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
     mask = soft_mask(heat, torch.ones_like(heat), word.squeeze(1))
     return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]

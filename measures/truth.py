@@ -4,29 +4,31 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, encode, normalise, to_device
+from data import normalise, to_device, word_regions
 from harness.batches import first_products
 from harness.config import TrainConfig
 from harness.run import Run, autocast
 from harness.wiring import synchronize, teach
 from losses import NegativeMode, forbidden_negatives, pick_negatives
 from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, reduce_heads
+from measures.choice import choices
 from photos.dataset import PhotoDataset
 from photos.synthetic import Synthetic
 from sampler import SamplerMode, chain
 
+CHOICE_PRODUCTS = 60  # held-out products whose photos choose between texts
+
 
 @dataclass
 class WordTruth:
-    """`Synthetic.truth` of a batch, token by token. Letters: B, L, P patches."""
+    """What is known of a batch, token by token. Letters: B, L, P patches."""
 
     attribute: Tensor  # (B, L): names an attribute, visible in this photo or not
-    detail: Tensor  # (B, L): a small one, not the garment itself nor its colour or pattern
+    detail: Tensor  # (B, L): a small one, which one does not see from afar
     regions: Tensor  # (B, L, P): where this photo shows it; nowhere where it does not
 
     @property
@@ -35,34 +37,23 @@ class WordTruth:
         return self.regions.any(dim=2)
 
 
-def word_truth(dataset: Synthetic, rows: list[int], tokenizer: Tokenizer, grid: int) -> WordTruth:
-    """The truth about every token of the descriptions of `rows`, tokenised together; frames and prompts have none."""
-    encodings = encode(tokenizer, [dataset.text(row) for row in rows])
-    attribute = torch.zeros(len(rows), len(encodings[0].ids), dtype=torch.bool)
-    detail, regions = attribute.clone(), torch.zeros(*attribute.shape, grid**2, dtype=torch.bool)
-    for b, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
-        spans, seen = dataset.truth(row, grid)
-        for token, (piece, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
-            for first, last, key in spans:
-                if piece == 1 and first <= start < end <= last:
-                    attribute[b, token], detail[b, token] = True, key not in ("garment", "colour", "pattern")
-                    if key in seen:
-                        regions[b, token] = torch.from_numpy(seen[key])
-    return WordTruth(attribute, detail, regions)
+def word_truth(batch: dict, grid: int) -> WordTruth:
+    """The truth about every token of a batch of a data set with `truths`; frames and prompts have none."""
+    return WordTruth(batch["word_planes"] > 0, batch["details"], word_regions(batch, grid))
 
 
 def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str, float]:
     """What masks and negatives are worth, where the data set knows it: `mask_truth` and `negative_truth`."""
     if not (isinstance(train_set, Synthetic) and isinstance(val_set, Synthetic)):
         return {}
-    return mask_truth(run, val_set) | negative_truth(run, train_set)
+    return mask_truth(run, val_set) | choices(run, val_set, CHOICE_PRODUCTS) | negative_truth(run, train_set)
 
 
 @torch.no_grad()
 def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Synchronized masks of held-out photos against what the photos show; beside each figure that of random masks.
 
-    They are made as the config says, whether the run trains with them or not, without noise, warm-up and hint.
+    They are made as the config says, whether the run trains with them or not, without warm-up and hint.
     """
     config, generator = run.config, torch.Generator(run.device).manual_seed(run.config.seed)
     grid, sums = config.model.grid, {}
@@ -71,36 +62,56 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
         before = sums.get(key, (0, 0))
         sums[key] = before[0] + hits.item(), before[1] + total.item()
 
-    shown = first_products(dataset, config.val_products)
-    loader = DataLoader(shown, config.batch_size, collate_fn=Collate(run.tokenizer))
+    dataset.truths = True
+    loader = DataLoader(first_products(dataset, config.val_products), config.batch_size, collate_fn=run.collate)
     for batch in tqdm(loader, "masks against the truth", unit=" batches", leave=False, disable=None):
-        known = word_truth(dataset, batch["rows"].tolist(), run.tokenizer, grid)
-        attribute, detail, visible = (t.to(run.device) for t in (known.attribute, known.detail, known.visible))
-        regions = known.regions.to(run.device)
-        named = regions.any(dim=1)  # (B, P)
         batch = to_device(batch, run.device)
+        known = word_truth(batch, grid)
+        visible, named = known.visible, known.regions.any(dim=1)  # (B, L), (B, P)
         attention, patch_mask, word_mask = shown_masks(run, batch, generator)
         random_patches = random_patch_mask(len(named), grid**2, config.mim_ratio, generator, run.device)
         random_words = random_word_mask(batch["words"], config.mlm_ratio, generator)
         for suffix, patches, words in (("", patch_mask, word_mask), ("_random", random_patches, random_words)):
             add("patch_cooccurrence" + suffix, *cooccurrence(patches, torch.ones_like(named), named))
-            add("word_cooccurrence" + suffix, *cooccurrence(words, attribute, visible))
-            add("detail_cooccurrence" + suffix, *cooccurrence(words, attribute & detail, visible))
-            add("attribute_share" + suffix, *cooccurrence(words, batch["words"], attribute))
-        hidden = batch["token_ids"].masked_fill(random_words, run.mask_id)
-        with autocast(run):
-            text_embeds = run.model.encode_text(hidden, batch["attention_mask"])
-            image_embeds = run.model.encode_image(normalise(batch["images"]))
-            fused = run.model.fuse(text_embeds, batch["attention_mask"], image_embeds)
-        for key, words in (("visible", random_words & visible), ("unseen", random_words & attribute & ~visible)):
-            right = run.model.mlm_logits(fused[words]).argmax(-1) == batch["token_ids"][words]
-            add(f"{key}_word_accuracy", right.sum(), words.sum())
+            add("word_cooccurrence" + suffix, *cooccurrence(words, known.attribute, visible))
+            add("detail_cooccurrence" + suffix, *cooccurrence(words, known.attribute & known.detail, visible))
+            add("attribute_share" + suffix, *cooccurrence(words, batch["described"], known.attribute))
+        hidden, right, right_elsewhere = restored(run, batch, generator)
+        seen = {"visible_word": visible, "unseen_word": known.attribute & ~visible,
+                "visible_detail": visible & known.detail, "visible_whole": visible & ~known.detail}  # fmt: skip
+        for key, words in seen.items():
+            add(f"{key}_accuracy", *cooccurrence(hidden, words, right))
+            add(f"{key}_accuracy_elsewhere", *cooccurrence(hidden, words, right_elsewhere))
         heat = reduce_heads(attention, config.mask_heads)
-        for key, words in (("pointing", visible & detail), ("pointing_whole", visible & ~detail)):
-            hits, expected, total = pointing(heat, regions, words)
+        for key, words in (("pointing", visible & known.detail), ("pointing_whole", visible & ~known.detail)):
+            hits, expected, total = pointing(heat, known.regions, words)
             add(key, hits, total)
             add(key + "_random", expected, total)
-    return {key: hits / max(1, total) for key, (hits, total) in sums.items()}
+    figures = {key: hits / max(1, total) for key, (hits, total) in sums.items()}
+    elsewhere = {key: figures.pop(f"visible_{key}_accuracy_elsewhere") for key in ("word", "detail", "whole")}
+    figures.pop("unseen_word_accuracy_elsewhere")
+    return figures | {f"photo_gain{'_' + key if key != 'word' else ''}": figures[f"visible_{key}_accuracy"] - share
+                      for key, share in elsewhere.items()}  # fmt: skip
+
+
+def restored(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Every word hidden once, with a third of the others. -> which tokens (B, L) were hidden, which of them are
+    restored from their own photo, and which from that of another product."""
+    model, ids, keep, words = run.model, batch["token_ids"], batch["attention_mask"], batch["words"]
+    third = torch.randint(3, words.shape, generator=generator, device=run.device)
+    third = third.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
+    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    other = pick_negatives(torch.zeros(forbidden.shape, device=run.device), forbidden, None, "random", generator)
+    right = torch.zeros(2, *words.shape, dtype=torch.bool, device=run.device)
+    with autocast(run):
+        photos = model.look(model.encode_image(normalise(batch["images"])))
+        for part in range(3):
+            hidden = (words > 0) & (third == part)
+            text_embeds = model.encode_text(ids.masked_fill(hidden, run.mask_id), keep)
+            for whose, rows in enumerate((None, other.clamp(min=0))):
+                logits = model.mlm_logits(model.fuse(text_embeds, keep, photos, rows)[hidden])
+                right[whose][hidden] = logits.argmax(-1) == ids[hidden]
+    return words > 0, *right
 
 
 def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
@@ -128,7 +139,7 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
 @torch.no_grad()
 def momentum_features(run: Run, dataset: PhotoDataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """image_feat, text_feat (n, E) of some rows by the momentum model, on the CPU; no photo is cropped or flipped."""
-    loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=Collate(run.tokenizer))
+    loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=run.collate)
     feats = []
     for batch in tqdm(loader, "negatives against the truth", unit=" batches", leave=False, disable=None):
         batch = to_device(batch, run.device)
@@ -162,9 +173,10 @@ def batch_negatives(
 
 def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """Attention (B, h, L, N) and synchronized masks (B, P), (B, L) of photos that are neither cropped nor flipped."""
+    run.model.eval()  # or what photos add to words would be learnt from this, and by the first rank alone
     with autocast(run):
         teacher = teach(run, batch | {"images": normalise(batch["images"])})
-        return synchronize(run, batch, teacher, 0.0, generator)
+        return synchronize(run, batch, teacher, generator)
 
 
 def skill(figures: dict[str, float], key: str) -> float:
@@ -179,7 +191,11 @@ def truth_in_words(figures: dict[str, float]) -> list[str]:
     times = lambda key: figures[key] / max(1e-9, figures[key + "_random"])
     three = lambda key: " / ".join(f"{figures[key + suffix]:.3f}" for suffix in ("", "_random", "_hard"))
     patches, words, details = (skill(figures, f"{what}_cooccurrence") for what in ("patch", "word", "detail"))
+    percent = lambda key: f"{100 * figures[key]:.1f}"
     return [
+        f"the photo adds {percent('photo_gain_detail')} % to restored words for details, "
+        f"{percent('photo_gain_whole')} % to those for garment, colour, pattern, sleeve; details rightly chosen "
+        f"{percent('detail_choice')} %, by the matching head {percent('detail_choice_matching')} % (chance 50)",
         f"masks, skill over random ones: patches {patches:.2f}, words {words:.2f}, of details {details:.2f}; "
         f"pointing to details {times('pointing'):.1f} x chance, to the rest {times('pointing_whole'):.1f} x",
         f"negatives, chosen / random / hard: false {three('false_negative_rate')}, "

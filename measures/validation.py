@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, normalise, to_device
+from data import normalise, to_device
 from harness.batches import first_products, one_text_a_product, own_session, text_features
 from harness.run import Run, autocast
 from losses import forbidden_negatives, pick_negatives
@@ -24,7 +24,7 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
     batches = [rows.tolist() for rows in torch.arange(len(shown)).split(min(config.batch_size, 64))]  # some for each
     mine, found = range(len(batches))[ranks.rank :: ranks.count], [None] * len(batches)
     loader = DataLoader(
-        shown, batch_sampler=[batches[number] for number in mine], collate_fn=Collate(run.tokenizer),
+        shown, batch_sampler=[batches[number] for number in mine], collate_fn=run.collate,
         num_workers=config.workers, worker_init_fn=own_session,
     )  # fmt: skip
     bar = tqdm(loader, "validating", unit=" batches", leave=False, disable=None)
@@ -44,27 +44,32 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
         return {}
     if not any(parts for _, parts in merged):
         raise DataError("no photo of the validation split could be read")
-    rows, image_feat, mlm, itm = map(torch.cat, zip(*(parts for _, parts in merged if parts), strict=True))
+    parts = zip(*(parts for _, parts in merged if parts), strict=True)
+    rows, image_feat, mlm, elsewhere, itm = map(torch.cat, parts)
     texts, owner = one_text_a_product(dataset, rows.numpy())
     recalls = recalls_of([*full_rankings(image_feat, text_features(run, texts).cpu(), owner)])
     figures = {key.removeprefix("full_"): value for key, value in recalls.items() if key != "full_mean"}
-    figures |= {"mlm_accuracy": mlm.float().mean().item(), "itm_accuracy": itm.float().mean().item()}
+    share = lambda hits: hits.float().mean().item()
+    figures |= {"mlm_accuracy": share(mlm), "photo_gain": share(mlm) - share(elsewhere), "itm_accuracy": share(itm)}
     figures["unreadable"] = sum(unreadable for unreadable, _ in merged)
     return {f"val_{key}": value for key, value in figures.items()}
 
 
-def held_out_batch(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch with `masked` words and, for each photo, a `wrong` text: image_feat (B, E), which masked words are
-    restored, which pairs, matching and wrong ones, are told rightly."""
+def held_out_batch(run: Run, batch: dict) -> tuple[Tensor, ...]:
+    """Of a batch with `masked` words and, for each photo, a `wrong` one of another product: image_feat (B, E); which
+    masked words are restored from their photo, and which from the wrong one; which pairs of photo and text, matching
+    and wrong ones, are told rightly."""
     model, own = run.model, torch.arange(len(batch["rows"]), device=run.device)
     ids, keep, masked, wrong = (batch[key] for key in ("token_ids", "attention_mask", "masked", "wrong"))
+    elsewhere = wrong.clamp(min=0)
     image_embeds = model.encode_image(normalise(batch["images"]))
     both = torch.cat([ids, ids.masked_fill(masked, run.mask_id)]), torch.cat([keep, keep])
     text_embeds, masked_embeds = model.encode_text(*both).chunk(2)
     photos = model.look(image_embeds)
-    order = torch.cat([own, wrong.clamp(min=0)])  # each photo with its own text, then with a wrong one
+    order = torch.cat([own, elsewhere])  # each photo with its own text, then with a wrong one
     fused_cls = model.fuse_cls(text_embeds[order], keep[order], photos, own.repeat(2))
     matching, not_matching = model.itm_logits(fused_cls).argmax(-1).chunk(2)
-    filled = model.fuse(masked_embeds, keep, photos)
-    restored = model.mlm_logits(filled[masked]).argmax(-1) == ids[masked]
-    return model.image_feature(image_embeds), restored, torch.cat([matching == 1, (not_matching == 0)[wrong >= 0]])
+    filled = model.fuse(masked_embeds, keep, photos), model.fuse(masked_embeds, keep, photos, elsewhere)
+    restored = [model.mlm_logits(fused[masked]).argmax(-1) == ids[masked] for fused in filled]
+    told = torch.cat([matching == 1, (not_matching == 0)[wrong >= 0]])
+    return model.image_feature(image_embeds), *restored, told

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from photos.wardrobe import COLOURS, DETAILS, GARMENTS, SLEEVES, Garment, Product
+from photos.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Product
 
 SUPERSAMPLING = 3
 ZOOMS = {"close-up": (2.0, 2.6), "half": (1.4, 1.8)}  # other views show the whole garment
@@ -60,7 +60,7 @@ class Canvas:
         draw, (kind, ink), size = ImageDraw.Draw(image), pattern, self.size
         step = 0.2 * self.unit
         for i in range(int(size / step) + 2):
-            for j in range(int(size / step) + 2) if kind in ("dotted", "zigzag", "diamond") else (0,):
+            for j in range(int(size / step) + 2) if kind in ("dotted", "zigzag", "argyle") else (0,):
                 a, b = i * step, j * step
                 if kind in ("striped", "checked"):
                     draw.rectangle((0, a, size, a + step * 0.4), fill=ink)
@@ -74,10 +74,15 @@ class Canvas:
                 if kind == "zigzag":
                     corners = [(a, b), (a + step / 2, b + step / 2), (a + step, b)]
                     draw.line(corners, fill=ink, width=int(step * 0.22))
-                if kind == "diamond":
+                if kind == "argyle":
                     r = step * 0.42
                     draw.polygon([(a, b - r), (a + r, b), (a, b + r), (a - r, b)], fill=ink)
         return image
+
+
+def shade(colour: tuple, by: float) -> tuple:
+    """A colour, by some share of the way to white, or if negative to black."""
+    return tuple(int(c + (255 - c) * by if by > 0 else c * (1 + by)) for c in colour)
 
 
 def _shift(mask: Image.Image, by: int) -> Image.Image:
@@ -96,30 +101,15 @@ def _box(x: float, y: float, half_width: float, half_height: float) -> list:
     return [(x + sx * half_width, y + sy * half_height) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
-def _shape(name: str, x: float, y: float, r: float) -> list[list]:
-    """The polygons of one of GRAPHICS."""
-    if name == "star":
-        points = zip(_disc(x, y, r, corners=5, start=-np.pi / 2), _disc(x, y, r * 0.42, corners=5, start=-0.3 * np.pi))
-        return [[p for pair in points for p in pair]]
-    if name == "heart":
-        lobes = [_disc(x + s * r * 0.45, y - r * 0.3, r * 0.5) for s in (1, -1)]
-        return [*lobes, [(x - 0.9 * r, y - 0.08 * r), (x + 0.9 * r, y - 0.08 * r), (x, y + r)]]
-    if name == "triangle":
-        return [_disc(x, y + 0.15 * r, r, corners=3, start=-np.pi / 2)]
-    if name == "cross":
-        return [_box(x, y, r, r * 0.32), _box(x, y, r * 0.32, r)]
-    return [_disc(x, y, r * 0.9)]
-
-
 def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple, inside: tuple) -> None:
     dark = tuple(int(c * 0.62) if sum(tone) > 200 else int(c * 0.5 + 70) for c in tone)
-    if neck == "hood":  # seen from both sides
+    if neck == "hooded":  # seen from both sides
         canvas.paint("neck", canvas.mask([_disc(0, -0.66, 0.27, 0.2)], False), dark)
         if front:
             canvas.paint("neck", canvas.mask([_disc(0, -0.64, 0.17, 0.13)], False), inside)
-    elif neck == "turtle":
+    elif neck == "high":
         canvas.paint("neck", canvas.mask([_box(0, -0.64, 0.17, 0.09)], False), dark)
-    elif front and neck == "spread":
+    elif front and neck == "collared":
         canvas.paint("neck", canvas.mask([[(0.02, -0.52), (0.15, -0.66), (0.27, -0.46), (0.1, -0.34)]]), dark)
     elif front:
         corners = 12 if neck == "crew" else 3  # a half ellipse, or a triangle
@@ -130,37 +120,40 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple, inside: tup
             canvas.paint("neck", canvas.mask([opening], False), fill)
 
 
-def _detail(garment: Garment, key: str, shape: str) -> list:
-    """The polygons of one of DETAILS."""
-    x, y = garment.chest
-    match key:
-        case "pocket":
-            return [_box(x + 0.18, y, 0.1, 0.11)]
-        case "logo":
-            return [_box(x - 0.17, y - 0.04, 0.085, 0.055)]
-        case "label":
-            return [_box(x + 0.1, y - 0.02, 0.11, 0.06)]
+def _place(garment: Garment, place: str) -> tuple[float, float]:
+    """The middle of a detail."""
+    if place == "back":
+        return 0.0, (garment.outline[0][1] + garment.hem) / 2 + 0.08
+    return garment.places[place]
+
+
+def _detail(detail: Detail, x: float, y: float) -> list:
+    """The polygons of a detail; of a pocket the edge, all around."""
+    r, _ = LOOKS[detail.look]
+    match detail.noun:
         case "badge":
-            return _shape(shape, x, y + 0.2, 0.14)
-        case "graphic":
-            return _shape(shape, x, y + 0.1, 0.25)
-        case "belt":
-            return [_box(0, garment.waist, 1, 0.05)]
-        case "hem":
-            return [_box(0, garment.hem - 0.03, 1, 0.065)]
-        case "cuffs":
-            return [_box(0, 0.32, 1, 0.075)]
-        case "knees":
-            return [_box(0.2, 0.2, 0.09, 0.13)]
+            return [_disc(x, y, r)]
+        case "star":
+            tips = zip(
+                _disc(x, y, 1.25 * r, corners=5, start=-np.pi / 2), _disc(x, y, r / 2, corners=5, start=-0.3 * np.pi)
+            )
+            return [[p for pair in tips for p in pair]]
+        case "cross":
+            return [_box(x, y, r, r * 0.3), _box(x, y, r * 0.3, r)]
         case "stripe":
-            side = list(garment.outline[1:4])
-            return [side + [(px - 0.08, py) for px, py in side[::-1]]]
-    top, bottom = garment.outline[0][1] + (0.24 if garment.necks else 0.1), garment.hem - 0.1
-    if garment.waist < -0.5:  # the fly, or the front of a skirt
-        top, bottom = garment.waist + 0.08, min(bottom, garment.waist + 0.6)
-    if key == "buttons":
-        return [_disc(0, h, 0.035) for h in np.linspace(top, bottom, 5)]
-    return [_box(0, (top + bottom) / 2, 0.025, (bottom - top) / 2), _box(0, top, 0.05, 0.04)]  # zip
+            return [_box(0, y, 1, r * 0.4)]
+    rim = 0.3 * r  # pocket
+    sides = [_box(x + s * (r - rim / 2), y, rim / 2, r) for s in (1, -1)]
+    return [*sides, _box(x, y + r - rim / 2, r, rim / 2), _box(x, y - r + rim, r, rim)]
+
+
+def _closure(canvas: Canvas, closure: str, garment: Garment, fill: tuple, body: Image.Image) -> None:
+    top, bottom = -0.42, garment.hem
+    if closure == "buttoned":
+        polygons = [_disc(0, h, 0.045) for h in np.linspace(top + 0.06, bottom - 0.12, 5)]
+    else:
+        polygons = [_box(0, (top + bottom) / 2, 0.03, (bottom - top) / 2), _box(0.05, top + 0.06, 0.03, 0.06)]
+    canvas.paint("closure", canvas.mask(polygons, mirrored=False, clip=body), fill)
 
 
 def render(product: Product, view: str, size: int, rng: np.random.Generator) -> tuple[Image.Image, dict]:
@@ -170,16 +163,14 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
     """
     garment = GARMENTS[product.garment]
     front = view != "back"
-    spots = [garment.chest, (0.12, garment.chest[1] + 0.1), (0.0, garment.waist), (0.2, garment.hem - 0.1)]
+    spots = list(garment.places.values())
     if view == "half":
-        spots = [(0.0, -0.4), (0.0, garment.hem - 0.3)]
+        spots = [(0.0, garment.outline[0][1] + 0.25), (0.0, garment.hem - 0.3)]
     middle = (garment.outline[0][1] + garment.hem) / 2
     focus = spots[int(rng.integers(len(spots)))] if view in ZOOMS else (0.0, middle)
     canvas = Canvas(size * SUPERSAMPLING, view, rng, focus, fit=0.84 / max(0.55, garment.hem - middle))
-    ink = lambda name: tuple(int(np.clip(c + rng.uniform(-9, 9), 0, 255)) for c in COLOURS[name])
-    tone = ink(product.colour)
-    pattern = product.pattern and (product.pattern[0], ink(product.pattern[1]))
-    cloth = canvas.cloth(tone, pattern)
+    tone = tuple(int(np.clip(c + rng.uniform(-9, 9), 0, 255)) for c in COLOURS[product.colour])
+    cloth = canvas.cloth(tone, product.pattern and (product.pattern, shade(tone, 0.3)))
     inside = tuple(int(c * 0.45 + 20) for c in tone)
 
     if garment.extras:
@@ -191,17 +182,15 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
     canvas.paint("garment", body, cloth)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone, inside)
-    clips = {"cuffs": sleeves, **dict.fromkeys(("belt", "hem", "stripe", "knees"), body)}
-    for key, colour, shape in product.details:
-        if ("front" if front else "back") in DETAILS[key][1]:
-            polygons, fill, pocket = _detail(garment, key, shape), ink(colour), key == "pocket"
-            if pocket:  # of the cloth under it, but darker
-                fill = tuple(int(c * 0.7) for c in canvas.colour_at(garment.chest[0] + 0.18, garment.chest[1]))
-            mask = canvas.mask(polygons, mirrored=key in ("stripe", "knees"), clip=clips.get(key))
-            canvas.paint(key, mask, fill, edge=0.4 if pocket else 0.72)
+    if product.closure and front:
+        _closure(canvas, product.closure, garment, shade(tone, -0.55), body)
+    for place, detail in product.details.items():
+        if place != "inside" and front == (place != "back"):
+            polygons = _detail(detail, *_place(garment, place))
+            canvas.paint(place, canvas.mask(polygons, False, body), shade(tone, LOOKS[detail.look][1]))
     canvas.regions["garment"] = ImageChops.lighter(canvas.regions["garment"], sleeves)
     canvas.regions["colour"] = canvas.regions["garment"]
-    if pattern:
+    if product.pattern:
         canvas.regions["pattern"] = ImageChops.lighter(body, sleeves)
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
         canvas.regions["sleeve"] = canvas.mask([_box(0.38, -0.42, 0.08, 0.15)])

@@ -27,15 +27,33 @@ class Unreadable:
     reason: str
 
 
+@dataclass
+class Truth:
+    """What a photo really shows, where that is known.
+
+    spans: (start, end, key) of every stretch of the description that names an attribute
+    regions: of the attributes that the photo shows, where, as packed bits of (size, size) pixels
+    """
+
+    spans: list[tuple[int, int, str]]
+    regions: dict[str, np.ndarray]
+    size: int
+
+    def region(self, key: str) -> np.ndarray:
+        """(size, size) bool."""
+        return np.unpackbits(self.regions[key]).reshape(self.size, self.size).astype(bool)
+
+
 class PhotoDataset(Dataset):
     """What training, sampling and evaluation need to know of photos. Subclasses decode one in `photo(row)`.
 
     captions: description of each row · product_ids, caption_ids: int64 arrays, equal where product or wording is
     categories, subcategories: one string a row, "" where unknown · problems: rows left out at opening, as text
     lead: words set before each description · prompts: put the category symbol and attribute prompts around it
+    truths: give with each photo what it really shows, where that is known
     """
 
-    lead, prompts = "", False
+    lead, prompts, truths = "", False, False
 
     def __init__(
         self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
@@ -64,7 +82,12 @@ class PhotoDataset(Dataset):
             "text": self.text(row),
             "product_id": self.product_ids[row],
             "caption_id": self.caption_ids[row],
+            **({"truth": self.truth(row)} if self.truths else {}),
         }
+
+    def truth(self, row: int) -> Truth:
+        """What the photo of a row really shows."""
+        raise TypeError(f"{type(self).__name__} does not know what its photos show")
 
     def text(self, row: int) -> Text:
         """What an encoder reads of a row."""

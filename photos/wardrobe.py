@@ -1,7 +1,14 @@
-"""The synthetic wardrobe: which garments there are, what a product can look like, and how it is described."""
+"""The synthetic wardrobe: which garments there are, what a product can look like, and how it is described.
+
+As in a shop, a style comes in several colours, so that no colour tells products apart; most of what is on a garment
+is of its own colour, only lighter or darker; and a description says more than one photo shows. Every word that says
+something varies on its own: no other word of the description gives it away.
+"""
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -9,58 +16,41 @@ import numpy as np
 # the garment from (0, top) to (0, bottom); the left half mirrors it.
 
 COLOURS = {
-    "black": (35, 35, 38), "white": (246, 246, 242), "grey": (140, 142, 145), "navy": (28, 40, 92),
-    "blue": (52, 120, 215), "red": (204, 36, 40), "green": (38, 132, 66), "yellow": (244, 206, 52),
-    "orange": (240, 128, 36), "purple": (122, 58, 160), "pink": (244, 150, 184), "brown": (112, 70, 42),
-    "beige": (216, 194, 158), "teal": (22, 146, 150),
+    "red": (196, 52, 52), "green": (62, 140, 80), "blue": (62, 112, 200), "purple": (134, 78, 170),
+    "grey": (126, 128, 132),
 }  # fmt: skip
-PATTERNS = {
-    "striped": ("Striped pattern", "Horizontal stripes"), "pinstriped": ("Pinstriped pattern", "Pinstripes"),
-    "checked": ("Check pattern", "Checks"), "dotted": ("Polka dot pattern", "Dots"),
-    "zigzag": ("Zigzag pattern", "Zigzags"), "diamond": ("Argyle pattern", "Diamonds"),
-}  # fmt: skip
+PATTERNS = ("striped", "pinstriped", "checked", "dotted", "zigzag", "argyle")
 SLEEVES = {
     "sleeveless": [],
     "short": [(0.33, -0.56), (0.62, -0.27), (0.48, -0.12), (0.33, -0.26)],
     "long": [(0.33, -0.56), (0.66, 0.30), (0.50, 0.36), (0.33, -0.16)],
 }
-NECKS = {
-    "crew": ("Crew neck", "Round neckline"), "v": ("V-neck", "V-neckline"),
-    "spread": ("Spread collar", "Pointed collar"), "turtle": ("Turtleneck", "Rollneck collar"),
-    "hood": ("Hood", "Drawstring hood"),
-}  # fmt: skip
-GRAPHICS = ("star", "heart", "circle", "triangle", "cross")
-# Details a description may name: wordings, and the views that show them.
-# `{…}` marks the words that the truth is about; COLOUR and SHAPE stand for the product's own.
-DETAILS = {
-    "pocket": (("{Patch pocket} at chest", "{Pocket} at breast"), ("front",)),
-    "logo": (("{Logo patch} in {COLOUR} at front", "{COLOUR logo} at front"), ("front",)),
-    "graphic": (("{SHAPE graphic} in {COLOUR} at back", "{COLOUR SHAPE print} at back"), ("back",)),
-    "badge": (("{SHAPE badge} in {COLOUR} at front", "{COLOUR SHAPE appliqué} at front"), ("front",)),
-    "belt": (("{Belt} in {COLOUR} at waist", "{COLOUR belt} at waist"), ("front", "back")),
-    "buttons": (("{Button closure} at front", "{Buttons} in {COLOUR} at front"), ("front",)),
-    "zip": (("{Zip closure} at front", "{Zip} in {COLOUR} at front"), ("front",)),
-    "hem": (("{Contrast hem} in {COLOUR}", "{COLOUR trim} at hem"), ("front", "back")),
-    "cuffs": (("{Ribbed cuffs} in {COLOUR}", "{COLOUR cuffs}"), ("front", "back")),
-    "stripe": (("{Side stripe} in {COLOUR}", "{COLOUR band} at sides"), ("front", "back")),
-    "knees": (("{Knee patches} in {COLOUR}", "{COLOUR panels} at knees"), ("front",)),
-    "label": (("{Leather label} at back", "{Label} in {COLOUR} at back"), ("back",)),
-}  # fmt: skip
-UNSEEN = ("Tonal stitching", "Fully lined", "Cotton poplin", "Organic cotton", "Soft handle", "Dry clean")
+NECKS = ("crew", "v", "collared", "high", "hooded")
+CLOSURES = ("zipped", "buttoned")
+NOUNS = ("badge", "pocket", "star", "cross", "stripe")
+# of a detail: half of its height; its way from the garment's colour to white, or if negative to black
+LOOKS = {"small": (0.11, -0.35), "large": (0.22, -0.35), "light": (0.16, 0.75), "dark": (0.16, -0.7)}
+WHOLE = ("garment", "colour", "pattern", "sleeve")  # attributes that one sees from afar; the others are details
+UNSEEN = {  # what no photo shows
+    "fabric": ("cotton", "wool", "linen", "silk", "nylon"),
+    "fit": ("slim", "regular", "relaxed", "oversized"),
+    "wash": ("machine", "hand", "cold", "gentle"),
+    "lining": ("full", "half", "mesh", "quilted"),
+    "season": ("spring", "summer", "autumn", "winter"),
+}
 
 
 @dataclass(frozen=True)
 class Garment:
-    """A sub-category: its outline and which attributes it can have. Heights (y) of waist and hem, chest centre."""
+    """A sub-category: its outline and which attributes it can have. Heights (y) of waist and hem."""
 
     category: str
     outline: tuple
-    details: str  # keys of DETAILS
+    places: dict[str, tuple[float, float]]  # where at the front a detail can be
+    hem: float
     sleeves: tuple = ()
     necks: tuple = ()
-    waist: float = 0.0
-    hem: float = 0.5
-    chest: tuple = (0.0, -0.18)
+    closures: tuple = ()
     extras: tuple = ()  # more polygons of the same cloth: straps, handles, brims
 
 
@@ -80,8 +70,6 @@ def _skirt(hip: float, hem: float, bottom: float) -> tuple:
     return ((0, -0.6), (0.25, -0.6), (hip, -0.25), (hem, bottom), (0, bottom))
 
 
-_LOW = {"waist": -0.54, "chest": (0.0, -0.15)}
-_HIGH = {"waist": -0.74, "chest": (0.0, -0.5)}
 _TOTE = ((0, -0.2), (0.5, -0.2), (0.42, 0.62), (0, 0.62))
 _HANDLE = ((0.2, -0.2), (0.15, -0.72), (0, -0.72), (0, -0.65), (0.1, -0.65), (0.14, -0.2))
 _PACK = ((0, -0.62), (0.26, -0.6), (0.4, -0.4), (0.44, 0.6), (0, 0.62))
@@ -90,103 +78,181 @@ _CROWN = ((0, -0.5), (0.22, -0.46), (0.42, -0.25), (0.48, 0.1), (0, 0.16))
 _BRIM = ((0, 0.08), (0.46, 0.06), (0.62, 0.28), (0.3, 0.36), (0, 0.38))
 _BEANIE = ((0, -0.6), (0.2, -0.56), (0.42, -0.3), (0.46, 0.3), (0, 0.3))
 _POMPOM = ((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56))
-_TOP = "pocket logo graphic badge hem cuffs"
-_SHIRT = _TOP + " buttons"
-_COAT = "pocket logo graphic belt buttons zip hem cuffs"
-_LEG = "belt stripe label hem logo"
-_ANY, _LONG, _ROUND = tuple(SLEEVES), ("long",), ("crew", "v")
+
+
+def _upper(hem: float) -> dict:
+    return {"chest": (0.17, -0.24), "waist": (-0.14, (hem - 0.37) / 2), "hem": (0.15, hem - 0.14)}
+
+
+def _lower(top: float, hem: float, x: float) -> dict:
+    return {"hip": (x, top), "knee": (-x, (top + hem - 0.14) / 2), "hem": (x, hem - 0.14)}
+
+
+_ANY, _ROUND, _LONG = tuple(SLEEVES), ("crew", "v"), ("long",)
+_OPEN = {"sleeves": _LONG, "closures": CLOSURES}
 GARMENTS = {
-    "t-shirt": Garment("TOPS", _torso(0.36, 0.37, 0.5), _TOP, ("short",), _ROUND),
-    "tank top": Garment("TOPS", _torso(0.33, 0.35, 0.5), _TOP, ("sleeveless",), _ROUND),
-    "shirt": Garment("SHIRTS", _torso(0.34, 0.38, 0.58), _SHIRT, _ANY[1:], ("spread",), hem=0.58),
-    "polo": Garment("SHIRTS", _torso(0.36, 0.37, 0.5), _SHIRT, _ANY[1:], ("spread",)),
-    "sweater": Garment("KNITWEAR", _torso(0.38, 0.34, 0.48), _TOP, _LONG, ("crew", "v", "turtle"), hem=0.48),
-    "cardigan": Garment("KNITWEAR", _torso(0.38, 0.36, 0.55), _SHIRT, _LONG, ("v",), hem=0.55),
-    "hoodie": Garment("SWEATSHIRTS", _torso(0.4, 0.35, 0.52), _TOP + " zip", _LONG, ("hood",), hem=0.52),
-    "bomber": Garment("JACKETS", _torso(0.42, 0.33, 0.4), "pocket logo graphic zip cuffs", _LONG, ("crew",), hem=0.4),
-    "coat": Garment("COATS", _torso(0.36, 0.46, 0.86), _COAT, _LONG, ("spread", "turtle"), hem=0.86),
-    "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _COAT, _LONG, ("hood",), hem=0.72),
-    "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _COAT, _ANY, _ROUND, hem=0.52),
-    "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _COAT, _ANY, _ROUND, hem=0.9),
-    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), "belt buttons zip hem label logo", **_LOW, hem=0.12),
-    "midi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), "belt buttons zip hem label badge", **_LOW, hem=0.72),
-    "trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _LEG + " knees", **_HIGH, hem=0.88),
-    "flared pants": Garment("PANTS", _legs(0.31, 0.46, 0.9), _LEG + " knees", **_HIGH, hem=0.9),
-    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), _LEG, **_HIGH, hem=0.08),
-    "tote bag": Garment("BAGS", _TOTE, "logo badge graphic hem zip", hem=0.62, chest=(0, 0.2), extras=(_HANDLE,)),
-    "backpack": Garment("BAGS", _PACK, "logo badge graphic pocket zip", hem=0.6, chest=(0, 0.1), extras=(_STRAP,)),
-    "cap": Garment("HATS", _CROWN, "logo badge label hem", hem=0.1, chest=(0, -0.2), extras=(_BRIM,)),
-    "beanie": Garment("HATS", _BEANIE, "logo badge label hem", hem=0.3, chest=(0, -0.1), extras=(_POMPOM,)),
+    "tee": Garment("TOPS", _torso(0.36, 0.37, 0.5), _upper(0.5), 0.5, ("short",), _ROUND),
+    "tank": Garment("TOPS", _torso(0.33, 0.35, 0.5), _upper(0.5), 0.5, ("sleeveless",), _ROUND),
+    "shirt": Garment("SHIRTS", _torso(0.34, 0.38, 0.58), _upper(0.58), 0.58, _ANY[1:], ("collared",), CLOSURES),
+    "polo": Garment("SHIRTS", _torso(0.36, 0.37, 0.5), _upper(0.5), 0.5, _ANY[1:], ("collared",)),
+    "sweater": Garment("KNITWEAR", _torso(0.38, 0.34, 0.48), _upper(0.48), 0.48, _LONG, ("crew", "v", "high")),
+    "cardigan": Garment("KNITWEAR", _torso(0.38, 0.36, 0.55), _upper(0.55), 0.55, necks=_ROUND, **_OPEN),
+    "hoodie": Garment("SWEATSHIRTS", _torso(0.4, 0.35, 0.52), _upper(0.52), 0.52, _LONG, ("hooded",)),
+    "bomber": Garment("JACKETS", _torso(0.42, 0.33, 0.4), _upper(0.4), 0.4, necks=("crew", "high"), **_OPEN),
+    "coat": Garment("COATS", _torso(0.36, 0.46, 0.86), _upper(0.86), 0.86, necks=("collared", "high"), **_OPEN),
+    "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _upper(0.72), 0.72, necks=("hooded", "high"), **_OPEN),
+    "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _upper(0.52), 0.52, _ANY, _ROUND),
+    "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _upper(0.9), 0.9, _ANY, _ROUND),
+    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), {"hip": (0.12, -0.4), "hem": (-0.14, -0.04)}, 0.12),
+    "maxi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), _lower(-0.36, 0.72, 0.13), 0.72),
+    "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _lower(-0.5, 0.88, 0.17), 0.88),
+    "flared trousers": Garment("PANTS", _legs(0.31, 0.46, 0.9), _lower(-0.5, 0.9, 0.2), 0.9),
+    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), {"hip": (0.16, -0.54), "hem": (-0.2, -0.1)}, 0.08),
+    "tote": Garment("BAGS", _TOTE, {"top": (0.2, 0.0), "base": (-0.16, 0.42)}, 0.62, extras=(_HANDLE,)),
+    "backpack": Garment("BAGS", _PACK, {"top": (0.1, -0.34), "base": (-0.12, 0.36)}, 0.6, extras=(_STRAP,)),
+    "cap": Garment("HATS", _CROWN, {"front": (0.0, -0.18)}, 0.3, extras=(_BRIM,)),
+    "beanie": Garment("HATS", _BEANIE, {"front": (0.1, -0.22), "hem": (-0.1, 0.16)}, 0.3, extras=(_POMPOM,)),
 }
 
 
 @dataclass(frozen=True)
+class Detail:
+    """Something on a garment: a look and a noun, LOOKS and NOUNS, neither of which tells the other."""
+
+    look: str
+    noun: str
+
+    @staticmethod
+    def draw(rng: np.random.Generator) -> "Detail":
+        return Detail(pick(rng, tuple(LOOKS)), pick(rng, NOUNS))
+
+
+@dataclass(frozen=True)
 class Product:
-    """One synthetic product: what it is, and its description with `{key|words}` marking what words are about."""
+    """One synthetic product: what it is. Its description follows from that and from `wording`, a seed."""
 
     garment: str
     colour: str
-    pattern: tuple[str, str] | None  # kind, colour
+    pattern: str | None
     sleeve: str | None
     neck: str | None
-    details: tuple  # (key, colour, graphic shape)
-    marked_caption: str = ""
+    closure: str | None
+    details: dict[str, Detail]  # by place: some of those of the garment, "back", "inside"
+    unseen: dict[str, str] = field(default_factory=dict)  # some of UNSEEN
+    wording: int = 0
 
     @staticmethod
     def draw(rng: np.random.Generator) -> "Product":
-        """A random product and its wording."""
-        name, colour = pick(rng, tuple(GARMENTS)), pick(rng, tuple(COLOURS))
+        """A random product."""
+        name = pick(rng, tuple(GARMENTS))
         garment = GARMENTS[name]
-        others = tuple(c for c in COLOURS if c != colour)
-        pattern = (pick(rng, tuple(PATTERNS)), pick(rng, others)) if rng.random() < 0.5 else None
-        sleeve = pick(rng, garment.sleeves) if garment.sleeves else None
-        neck = pick(rng, garment.necks) if garment.necks else None
-        options = [key for key in garment.details.split() if key != "cuffs" or sleeve == "long"]
-        chosen = set(rng.permutation(options)[: int(rng.integers(2, 4))].tolist())
-        if "buttons" in chosen:
-            chosen.discard("zip")
-        free = tuple(c for c in others if not pattern or c != pattern[1])
-        shape = lambda key: pick(rng, GRAPHICS) if key in ("graphic", "badge") else ""
-        ink = lambda key: colour if key == "pocket" else pick(rng, free)
-        details = tuple((key, ink(key), shape(key)) for key in sorted(chosen))
-        product = Product(name, colour, pattern, sleeve, neck, details)
-        return replace(product, marked_caption=product.describe(rng))
+        optional = lambda options: pick(rng, options) if options else None
+        front = rng.permutation(list(garment.places))[: int(rng.integers(1, 3))].tolist()
+        return Product(
+            name,
+            pick(rng, tuple(COLOURS)),
+            pick(rng, PATTERNS) if rng.random() < 0.3 else None,
+            optional(garment.sleeves),
+            optional(garment.necks),
+            optional(garment.closures),
+            {place: Detail.draw(rng) for place in (*sorted(front), "back")},
+        ).with_own_words(rng)
+
+    def with_own_words(self, rng: np.random.Generator) -> "Product":
+        """The same to the eye, with another inside, care, season, … and wording."""
+        unseen = {what: pick(rng, UNSEEN[what]) for what in sorted(rng.permutation(list(UNSEEN))[:4].tolist())}
+        details = self.details | {"inside": Detail.draw(rng)}
+        return replace(self, details=details, unseen=unseen, wording=int(rng.integers(2**31)))
+
+    @property
+    def style(self) -> str:
+        """All that photos can show of it but the colour."""
+        seen = {place: detail for place, detail in self.details.items() if place != "inside"}
+        return repr((self.garment, self.pattern, self.sleeve, self.neck, self.closure, seen))
 
     def attributes(self) -> dict[str, object]:
         """What is true of it: a value for every key it has."""
-        named = {"garment": self.garment, "colour": self.colour}
-        named |= {"pattern": self.pattern, "sleeve": self.sleeve, "neck": self.neck}
-        return named | {key: (colour, shape) for key, colour, shape in self.details}
+        named = {name: getattr(self, name) for name in ("garment", "colour", "pattern", "sleeve", "neck", "closure")}
+        return {name: value for name, value in (named | self.details | self.unseen).items() if value}
 
-    def describe(self, rng: np.random.Generator) -> str:
-        """A random wording, in which {key|words} marks what words are about."""
-        tag = lambda key, words: f"{{{key}|{words}}}"
+    def variants(self) -> Iterator[tuple[str, str, "Product"]]:
+        """Every product that differs in one thing that a photo can show and is worded alike: the kind of thing, the
+        attribute that shows it, the product."""
+        garment = GARMENTS[self.garment]
+        options = {"garment": _cut_alike(self), "colour": tuple(COLOURS), "pattern": PATTERNS if self.pattern else (),
+                   "sleeve": garment.sleeves, "neck": garment.necks, "closure": garment.closures}  # fmt: skip
+        for kind, values in options.items():
+            for value in values:
+                if value != getattr(self, kind):
+                    yield kind, kind, replace(self, **{kind: value})
+        for place, detail in self.details.items():
+            if place == "inside":
+                continue
+            for kind, values in (("look", LOOKS), ("noun", NOUNS)):
+                for value in values:
+                    if value != getattr(detail, kind):
+                        changed = replace(detail, **{kind: value})
+                        yield kind, place, replace(self, details=self.details | {place: changed})
+            for other in garment.places if place != "back" else ():
+                if other not in self.details:
+                    moved = {other if key == place else key: value for key, value in self.details.items()}
+                    yield "place", place, replace(self, details=moved)
+
+    @cached_property
+    def marked(self) -> str:
+        """The description, in which {key|words} marks the words that are about an attribute."""
+        rng, tag = np.random.default_rng(self.wording), lambda key, words: f"{{{key}|{words}}}"
         garment, colour = tag("garment", self.garment), tag("colour", self.colour)
         title = pick(rng, (f"{garment} in {colour}", f"{colour} {garment}"))
         if self.sleeve:
-            sleeve = tag("sleeve", self.sleeve if self.sleeve == "sleeveless" else f"{self.sleeve} sleeve")
-            title = pick(rng, (f"{sleeve} {title}", f"{title}. {sleeve}"))
-        sentences = []
-        if self.pattern:
-            (long, short), ink = PATTERNS[self.pattern[0]], self.pattern[1]
-            sentences.append(
-                pick(rng, (f"{{{long}}} in {{{ink}}} throughout", f"{{{ink} {short.lower()}}} throughout"))
-            )
-            sentences[-1] = sentences[-1].replace("{", "{pattern|")
-        parts = [tag("neck", pick(rng, NECKS[self.neck]))] if self.neck else []
-        for key, ink, shape in self.details:
-            words = pick(rng, DETAILS[key][0]).replace("COLOUR", ink).replace("SHAPE", shape)
-            parts.append(words.replace("{", f"{{{key}|"))
-        parts.append(tag("unseen", pick(rng, UNSEEN)))
-        return ". ".join([title, *sentences, *rng.permutation(parts).tolist()]) + "."
+            title = f"{tag('sleeve', self.sleeve)}{' sleeve' * (self.sleeve != 'sleeveless')} {title}"
+        parts = [f"{tag('pattern', self.pattern)} pattern"] if self.pattern else []
+        parts += [f"{tag('neck', self.neck)} neckline"] if self.neck else []
+        parts += [f"{tag('closure', self.closure)} front"] if self.closure else []
+        for place, detail in self.details.items():
+            where = {"inside": "inside", "back": "at back"}.get(place) or f"at {tag(place, place)}"
+            parts.append(f"{tag(place, detail.look)} {tag(place, detail.noun)} {where}")
+        parts += [f"{tag('unseen', value)} {what}" for what, value in self.unseen.items()]
+        return ". ".join([title, *rng.permutation(parts).tolist()]) + "."
 
     def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str]]]:
         """The description, and (start, end, key) of every stretch of it that names an attribute."""
         caption, spans = "", []
-        for marked, key, words, plain in re.findall(r"(\{(\w+)\|([^}]*)\})|([^{]+)", self.marked_caption):
+        for marked, key, words, plain in re.findall(r"(\{(\w+)\|([^}]*)\})|([^{]+)", self.marked):
             if marked:
                 if not caption or caption.endswith(". "):
                     words = words[0].upper() + words[1:]
                 spans.append((len(caption), len(caption) + len(words), key))
             caption += words if marked else plain
         return caption, spans
+
+
+def _cut_alike(product: Product) -> list[str]:
+    """The garments that could have the sleeves, neck, closure and details of a product."""
+    fits = lambda value, options: value in options if value else not options
+    front = product.details.keys() - {"back", "inside"}
+    return [
+        name for name, garment in GARMENTS.items()
+        if fits(product.sleeve, garment.sleeves) and fits(product.neck, garment.necks)
+        and fits(product.closure, garment.closures) and front <= garment.places.keys()
+    ]  # fmt: skip
+
+
+STYLE_COLOURS = 3  # in how many colours a style comes
+
+
+def draw_family(rng: np.random.Generator, owns: Callable[[Product], bool]) -> list[Product]:
+    """Two styles that `owns` admits and that differ in one thing which a photo can show, in STYLE_COLOURS colours each:
+    hard neighbours. What no photo shows, and the wording, is each product's own."""
+    while True:
+        style, sisters = Product.draw(rng), {}
+        if not owns(style):
+            continue
+        for kind, _, variant in style.variants():
+            if kind != "colour" and owns(variant):
+                sisters.setdefault(kind, []).append(variant)
+        if sisters:
+            break
+    sister = pick(rng, tuple(sisters[pick(rng, tuple(sisters))]))
+    colours = rng.permutation(list(COLOURS))[:STYLE_COLOURS].tolist()
+    return [replace(one.with_own_words(rng), colour=colour) for colour in colours for one in (style, sister)]

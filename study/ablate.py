@@ -1,12 +1,13 @@
 """Ablations: every condition with several seeds, as mean ± standard deviation.
 
 python study/ablate.py                             {random, sync} masks × {random, hard, semihard} batches
+python study/ablate.py --grid ceiling              random, synchronized and true masks: what share of the way is gone?
 python study/ablate.py --grid attention            what makes the raw momentum cross-attention look at the right place
 python study/ablate.py --grid recipes              the four recipes side by side, as many steps each
 python study/ablate.py --grid parts                softmask and fashionfine, each without one of its parts
 
-All on the synthetic photos; the last two also on files (--data jsonl --root DIR), without the columns that need the
-truth. Their category % is study/probe.py's, of the last checkpoint; seconds a step are for as many threads as the line
+All on the synthetic photos; recipes and parts also on files (--data jsonl --root DIR), without the columns that need
+the truth. Category % is study/probe.py's, of the last checkpoint; seconds a step are for as many threads as the line
 above the table says.
 
 It may be stopped at any time; the same command goes on where it stopped, and ends with the table, which it also writes
@@ -50,6 +51,15 @@ vit = lambda registers, context, patch_layer: [
 GRIDS = {
     "method": {f"{m} masks, {b} batches": masks(m) + batches(b)
                for m in ("random", "sync") for b in ("random", "hard", "semihard")},
+    # the base, and the same recipe with masks from worst to best
+    "ceiling": {
+        "albef": ["--recipe", "albef"],
+        "random": masks("random"),
+        "synchronized": masks("sync"),
+        "true words": ["--word-mask", "true", "--patch-mask", "random"],
+        "true patches": ["--word-mask", "random", "--patch-mask", "true"],
+        "true": masks("true"),
+    },
     # random masks and batches throughout; only what is read off the clean pair's attention is of interest
     "attention": {
         "no MIM": [*plain, *vit(0, "", 0), "--mim-weight", "0"],
@@ -109,6 +119,19 @@ COLUMNS: Columns = [
     *TRUTH,
     ("false negatives %", percent("false_negative_rate"), 2),
     ("their similarity", lambda f: f["negative_similarity"], 2),
+]
+CEILING_COLUMNS: Columns = [
+    ("photo adds %", percent("photo_gain"), 1),
+    ("to details %", percent("photo_gain_detail"), 1),
+    ("to the rest %", percent("photo_gain_whole"), 1),
+    ("visible words %", percent("visible_word_accuracy"), 1),
+    ("unseen words %", percent("unseen_word_accuracy"), 1),
+    ("details chosen %", percent("detail_choice"), 1),
+    ("by the matching head %", percent("detail_choice_matching"), 1),
+    ("R@1 i2t %", percent("val_i2t_r1"), 1),
+    ("R@1 t2i %", percent("val_t2i_r1"), 1),
+    ("ITM %", percent("val_itm_accuracy"), 1),
+    ("category %", percent("category"), 1),
 ]
 RECIPE_COLUMNS: Columns = [
     *HELD_OUT,
@@ -181,12 +204,65 @@ def table(results: dict[str, list[dict]], columns: Columns) -> str:
     return "\n".join(rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+def shares_of_the_way(results: dict[str, list[dict]], columns: Columns) -> str:
+    """Markdown: (condition − random) / (true − random), of the means, in %; a dash where true masks are not above
+    random ones by more than both spread, so that there is no way to go."""
+    between, rows = [name for name in results if name not in ("random", "true", "albef")], {}
+    for title, figure, _ in columns:
+        with contextlib.suppress(KeyError):
+            found = {name: np.array([figure(final) for final in finals]) for name, finals in results.items()}
+            floor, ceiling = found["random"], found["true"]
+            way = ceiling.mean() - floor.mean()
+            spread = floor.std(ddof=1) + ceiling.std(ddof=1) if len(floor) > 1 else np.inf
+            share = lambda name, found=found, way=way: (found[name] - found["random"].mean()).mean() / way
+            rows[title] = [f"{share(name):.0%}" if way > spread else "—" for name in between]
+    lines = [f"| share of the way from random to true masks | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(between, *rows.values(), strict=True)])
+
+
+CURVES = {
+    "photo_gain_whole": "what the photo adds: garment, colour, pattern, sleeve",
+    "photo_gain_detail": "what the photo adds: details",
+    "unseen_word_accuracy": "restored though not on the photo",
+    "detail_choice": "right text by similarity, details",
+    "detail_choice_matching": "right text by the matching head, details",
+    "val_i2t_r1": "R@1, photo to text",
+}
+
+
+def draw_ceiling(folders: dict[str, list[Path]], path: Path) -> None:
+    """ceiling.png: each of CURVES over the steps, a line a condition: mean and reach of its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=True):
+        for name, runs in folders.items():
+            found: dict[int, list[float]] = {}
+            for line in (json.loads(line) for run in runs for line in (run / "metrics.jsonl").read_text().splitlines()):
+                if key in line and not line.get("final"):
+                    found.setdefault(line["step"], []).append(line[key])
+            steps, values = sorted(found), [found[step] for step in sorted(found)]
+            (drawn,) = axis.plot(steps, list(map(np.mean, values)), marker=".", label=name)
+            axis.fill_between(
+                steps, *(list(map(end, values)) for end in (min, max)), color=drawn.get_color(), alpha=0.15
+            )
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def read_command_line(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """What is ours, and what is train.py's."""
     parser = argparse.ArgumentParser(
         "ablate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--grid", choices=GRIDS, default="method")
+    parser.add_argument("--only", nargs="+", metavar="CONDITION", help="some of its conditions (default all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, with as many threads each as make up the cores"
@@ -194,14 +270,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the runs (default runs/ablate-GRID)")
     parser.add_argument("--file", type=Path, help="where the table goes (default table.md in that folder)")
     args, flags = parser.parse_known_args(argv)
+    if unknown := sorted(set(args.only or ()) - GRIDS[args.grid].keys()):
+        parser.error(f"--only {unknown[0]!r}: --grid {args.grid} has {', '.join(GRIDS[args.grid])}")
     if min(args.seeds, args.jobs) < 1:
         parser.error("--seeds and --jobs: at least 1")
+    return args, flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args, flags = read_command_line(argv)
     out, threads = args.out or Path(f"runs/ablate-{args.grid}"), max(1, os.cpu_count() // args.jobs)
-    grid = GRIDS[args.grid]
-    of_recipes = args.grid in ("recipes", "parts")
-    work, columns = (run_and_probe, RECIPE_COLUMNS) if of_recipes else (run_once, COLUMNS)
-    runs = [(name, out / f"{number}-{seed}", [*condition, *flags, "--seed", str(seed), "--val-every", "1000000"])
-            for seed in range(args.seeds) for number, (name, condition) in enumerate(grid.items())]  # fmt: skip
+    of_recipes, ceiling = args.grid in ("recipes", "parts"), args.grid == "ceiling"
+    work = run_and_probe if of_recipes or ceiling else run_once
+    columns = RECIPE_COLUMNS if of_recipes else CEILING_COLUMNS if ceiling else COLUMNS
+    grid = {name: condition for name, condition in GRIDS[args.grid].items() if name in (args.only or GRIDS[args.grid])}
+    numbers, at_end = list(GRIDS[args.grid]), [] if ceiling else ["--val-every", "1000000"]
+    runs = [(name, out / f"{numbers.index(name)}-{seed}", [*condition, *flags, "--seed", str(seed), *at_end])
+            for seed in range(args.seeds) for name, condition in grid.items()]  # fmt: skip
     try:
         own = set().union(*(parse_config(condition)[1] for condition in grid.values()))
         if taken := sorted(own & parse_config(flags)[1]):
@@ -233,11 +319,16 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"ablate.py: {error}" if str(error) else "ablate.py: stopped; the same command goes on")
     signal.signal(signal.SIGTERM, before)
     hours = sum(final["seconds"] for finals in results.values() for final in finals) / 3600
-    own = [f"--grid {args.grid}", f"--seeds {args.seeds}", f"--jobs {args.jobs}"]
+    only = " ".join(f'"{name}"' if " " in name else name for name in args.only or ())
+    own = [f"--grid {args.grid}", *([f"--only {only}"] if only else []), f"--seeds {args.seeds}", f"--jobs {args.jobs}"]
     command = " ".join(["python study/ablate.py", *own, *flags])
     machine = f"{configs[0].device}, {os.cpu_count()} cores ({platform.machine()}), threads a run: {threads}"
     took = f"{hours:.1f} hours of training on {machine}; {args.seeds} seeds"
     text = f"`{command}`\n\n{took}\n\n{table(results, columns)}\n"
+    if ceiling:
+        if {"random", "true"} <= grid.keys() and len(grid) > 2:
+            text += f"\n{shares_of_the_way(results, columns)}\n"
+        draw_ceiling({name: [folder for of, folder, _ in runs if of == name] for name in grid}, out / "ceiling.png")
     file = args.file or out / "table.md"
     file.write_text(text)
     print(f"\n{text}\n{file}")

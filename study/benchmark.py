@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, augment, build_dataset, build_tokenizer, to_device
+from data import Collate, augment, build_dataset, build_tokenizer, random_crops, to_device
 from harness.config import TrainConfig, parse_config
 from harness.flags import ConfigError
 from harness.log import peak_memory_mib
@@ -284,7 +284,8 @@ def data(config: TrainConfig, workers: list[int], batches: int, steps: int) -> N
     for _ in range(batches + 1):
         start = now(device)
         images = to_device(batch, device)["images"]
-        augment(images, config.crop_scale, generator, config.distort)
+        crops = random_crops(len(images), config.crop_scale, generator, config.distort, device)
+        augment(images, crops, generator, config.distort)
         seconds.append(now(device) - start)
     rate = len(batch["rows"]) / float(np.median(seconds[1:]))
     print(f"  transfer and augment, {device}: {rate:9,.0f} photos a second")

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from tokenizers import Tokenizer
 
-from data import Collate, DataName, build_dataset, encode, to_device
+from data import DataName, build_dataset, encode, to_device
 from harness.checkpoints import config_from_dict, load_checkpoint
 from harness.config import TrainConfig
 from harness.flags import ConfigError, check_device
@@ -56,7 +56,7 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4
 
 def draw_attention(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, columns: int = 13) -> None:
     """Each photo, then for every word of its text where the word looks; masked words stand on grey."""
-    batch = Collate(run.tokenizer)([dataset[row] for row in rows])
+    batch = run.collate([dataset[row] for row in rows])
     if not len(batch["rows"]):
         raise DataError("none of these photos can be decoded")
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
@@ -96,7 +96,8 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     run = build_run(config, dataset, Tokenizer.from_str(state["tokenizer"]))
     run.momentum.model.load_state_dict(state["momentum"])
     run.model.load_state_dict(state["model"])
-    run.step = state["step"]
+    run.worth.load_state_dict(state["worth"])
+    run.telling, run.step = tuple(state["telling"]), state["step"]
     return run, dataset
 
 
@@ -106,7 +107,8 @@ def read_from(config: TrainConfig, source: MaskSource) -> TrainConfig:
     if source == "gradcam" and deepest == 1:
         raise ConfigError("--source gradcam needs a model with two fusion layers, since it cannot read the last")
     unread = source == "gradcam" and config.mask_layer == deepest
-    return replace(config, mask_source=source, mask_layer=0 if unread else config.mask_layer)
+    score = config.word_score if source == "hidden" else "entropy"
+    return replace(config, mask_source=source, word_score=score, mask_layer=0 if unread else config.mask_layer)
 
 
 def main(argv: list[str] | None = None) -> None:

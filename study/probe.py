@@ -28,7 +28,7 @@ from photos.synthetic import Synthetic
 PRODUCTS = 1500
 ATTRIBUTES = {
     "colour": lambda product: product.colour,
-    "pattern": lambda product: product.pattern[0] if product.pattern else "plain",
+    "pattern": lambda product: product.pattern or "plain",
     "sleeve": lambda product: product.sleeve or "none",
     "neck": lambda product: product.neck or "none",
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Collate, normalise, to_device
+from data import normalise, to_device
 from harness.batches import first_products
 from harness.flags import ConfigError
 from harness.run import Run
@@ -35,9 +35,8 @@ from masking import (
     PatchScore,
     WordScore,
     cooccurrence,
-    mask_top,
+    mask_words,
     random_word_mask,
-    word_counts,
 )
 from measures.truth import mask_truth, skill, word_truth
 from photos.dataset import DataError
@@ -51,7 +50,7 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
     others: from its own photo, and over those from the photo of another product, the average photo, and no photo."""
     momentum, words, keep = run.momentum, batch["words"], batch["attention_mask"]
     image_embeds = momentum.encode_image(normalise(batch["images"]))
-    half = random_word_mask(words, 0.5, generator)
+    half, rest = random_word_mask(words, 0.5, generator), words > 0
     found = {}
     forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
     other = pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, None, "random", generator)
@@ -61,7 +60,7 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
     for name, context in contexts.items():
         photos = momentum.look(context)
         found[name] = torch.zeros(words.shape, device=words.device)
-        for hidden in (half, words & ~half):
+        for hidden in (half, rest & ~half):
             text_embeds = momentum.encode_text(batch["token_ids"].masked_fill(hidden, run.mask_id), keep)
             logits = momentum.mlm_logits(momentum.fuse(text_embeds, keep, photos)[hidden])
             chosen = batch["token_ids"][hidden][:, None]
@@ -73,18 +72,18 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
 def prediction_skills(run: Run, dataset: Synthetic, products: int) -> dict[str, dict[str, float]]:
     """For each of `predictions`, the co-occurrence of the words that it would mask, and of random words."""
     generator, sums = torch.Generator(run.device).manual_seed(run.config.seed), {}
-    loader = DataLoader(first_products(dataset, products), run.config.batch_size, collate_fn=Collate(run.tokenizer))
+    dataset.truths = True
+    loader = DataLoader(first_products(dataset, products), run.config.batch_size, collate_fn=run.collate)
     for batch in tqdm(loader, "predictions", leave=False):
-        known = word_truth(dataset, batch["rows"].tolist(), run.tokenizer, run.config.model.grid)
-        attribute, detail, visible = (t.to(run.device) for t in (known.attribute, known.detail, known.visible))
         batch = to_device(batch, run.device)
-        counts = word_counts(batch["words"], run.config.mlm_ratio)
+        known = word_truth(batch, run.config.model.grid)
+        attribute, detail, visible = known.attribute, known.detail, known.visible
         random = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
         for name, score in predictions(run, batch, generator).items():
-            for suffix, mask in (("", mask_top(score, batch["words"], counts)), ("_random", random)):
+            for suffix, mask in (("", mask_words(score, batch["words"], run.config.mlm_ratio)), ("_random", random)):
                 for key, words, hits in (("word_cooccurrence", attribute, visible),
                                          ("detail_cooccurrence", attribute & detail, visible),
-                                         ("attribute_share", batch["words"], attribute)):  # fmt: skip
+                                         ("attribute_share", batch["described"], attribute)):  # fmt: skip
                     total = sums.setdefault(name, {}).setdefault(key + suffix, np.zeros(2))
                     total += [part.item() for part in cooccurrence(mask, words, hits)]
     return {name: {key: hits / max(1, of) for key, (hits, of) in found.items()} for name, found in sums.items()}
@@ -116,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     for source, layer, heads, word_score, patch_score in tqdm(list(readings), "readings", leave=False):
         if source == "gradcam" and layer in (config.model.fusion_layers, 0):
             continue  # empty in the last layer, where only [CLS] reaches the match logit
+        if word_score == "gain" and source != "hidden":
+            continue  # a word that stands there gains nothing
         run.config = replace(config, mask_source=source, mask_layer=layer, mask_heads=heads, word_score=word_score,
                              patch_score=patch_score)  # fmt: skip
         found = mask_truth(run, dataset)

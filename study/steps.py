@@ -39,7 +39,7 @@ def open_step(config: TrainConfig, batches: int, tokens: int = 0) -> tuple[Run, 
     for chosen in rows.reshape(batches, -1):
         batch = to_device(Collate(tokenizer)([dataset[int(row)] for row in chosen]), run.device)
         missing = max(0, tokens - batch["token_ids"].shape[1])
-        padded = {key: F.pad(batch[key], [0, missing]) for key in TOKEN_KEYS}
+        padded = {key: F.pad(batch[key], [0, missing]) for key in TOKEN_KEYS if key in batch}
         found.append(batch | padded | {"images": normalise(batch["images"])})
     return run, found
 

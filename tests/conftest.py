@@ -1,10 +1,11 @@
 """One profile for the property tests: no time limit on an example, and the same examples every time. Fewer held-out
-synthetic products than a run has, which it would draw anew in every test."""
+synthetic products than a run has, which it would draw and measure anew in every test."""
 
 import pytest
 from hypothesis import settings
 
 import data
+from measures import truth
 from photos.synthetic import Synthetic
 
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -14,6 +15,7 @@ settings.load_profile("project")
 @pytest.fixture(autouse=True)
 def few_held_out_products(monkeypatch):
     monkeypatch.setattr(data, "VAL_PRODUCTS", 60)
+    monkeypatch.setattr(truth, "CHOICE_PRODUCTS", 6)
 
 
 @pytest.fixture(scope="module")

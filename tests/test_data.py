@@ -1,12 +1,18 @@
-"""Synthetic photos and their truth, FashionGen and jsonl files good and bad, tokenizer, augmentation."""
+"""Tokenizer, which words tell something, collation and the truth that comes with it, augmentation."""
+
+import types
+from dataclasses import replace
 
 import pytest
 import torch
+from small import FAST
 from test_photos import wardrobe_photo
 from transformers import BertTokenizerFast
 
 import data
-from data import Collate, augment, build_tokenizer, normalise
+from data import Collate, augment, build_tokenizer, normalise, random_crops, word_regions
+from harness.batches import augmented
+from harness.config import parse_config
 from photos.dataset import DataError
 from photos.prompts import SYMBOLS
 
@@ -32,8 +38,8 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
         encoded = data.tokenize(tokenizer, [("", text) for text in texts])
         assert encoded["token_ids"].tolist() == expected["input_ids"]
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]
-    assert not encoded["words"][3].any() and encoded["words"][0].sum() > 3
-    assert not (encoded["words"] & ~encoded["attention_mask"].bool()).any()
+    assert not encoded["described"][3].any() and encoded["described"][0].sum() > 3
+    assert not (encoded["described"] & ~encoded["attention_mask"].bool()).any()
 
 
 def test_trained_vocabulary_is_reproducible_and_bounded(wardrobe):
@@ -74,7 +80,7 @@ def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe):
     symbols = {tokenizer.token_to_id(f"[{symbol}]") for symbol in SYMBOLS}
     assert min(symbols) == tokenizer.get_vocab_size() - 9 and not symbols & set(data.word_ids(tokenizer).tolist())
     batch = data.tokenize(tokenizer, texts[:30])
-    for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["words"].tolist(), strict=False):
+    for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["described"].tolist(), strict=False):
         assert tokenizer.id_to_token(ids[1]) == text[0].split()[0] and ids[1] in symbols
         tokens = [tokenizer.id_to_token(i) for i in ids]
         framed = [token for token, word in zip(tokens, words, strict=True) if not word and token != "[PAD]"]
@@ -90,6 +96,87 @@ def test_word_pairs_are_tokens_of_the_vocabulary(tmp_path):
     assert len(data.ANTONYMS.split(", ")) > 20 and all(len(pair.split()) == 2 for pair in data.SYNONYMS.split(", "))
 
 
+def test_telling_pieces_by_hand(tmp_path):
+    """Of six captions, of which two are alike: "at" stands in all, "red" in three of five, "v" in one, often."""
+    words = ["at", "red", "v", "zip", "##per", "##s", ".", "-", "front", "##%"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*data.SPECIAL_TOKENS, *words]))
+    tokenizer = build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
+    captions = ["Red zipper at front.", "Red zips at front.", "Red v-v v-v at front.", "Zip at front.", "Zip at."]
+    captions.insert(2, captions[0])
+    told = lambda frequent: data.telling_pieces(tokenizer, captions, frequent)
+    names = lambda pieces: [
+        word for word, piece in zip(words, pieces[len(data.SPECIAL_TOKENS) :], strict=True) if piece
+    ]
+    continues, telling = told(0.6)
+    assert continues.shape == telling.shape == (len(words) + 5,)
+    assert names(continues) == ["##per", "##s", "##%"] and names(telling) == ["red", "v", "##per", "##s"]
+    assert names(told(0.8)[1]) == ["red", "v", "zip", "##per", "##s", "front"]  # 4 of 5: no more than the share
+    assert "at" in names(told(1.0)[1]) and "." not in names(told(1.0)[1])
+    item = {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "product_id": 0, "caption_id": 0, "row": 0}
+    item["text"] = ("[UNK]", "Red zipper at front. V-v.")
+    batch = Collate(tokenizer, told(0.6))([item])
+    # [CLS] [UNK] red zip ##per at front . v - v . [SEP]: a word whose second piece tells something is masked whole
+    assert batch["words"][0, :13].tolist() == [0, 0, 3, 4, 4, 0, 0, 0, 9, 0, 11, 0, 0]
+    assert batch["described"][0, :13].tolist() == [False] * 2 + [True] * 10 + [False]
+    every = Collate(tokenizer)([item])["words"][0, :13].tolist()
+    assert every == [0, 0, *range(3, 13), 0]  # without what is telling, each piece is a word
+
+
+def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe):
+    tokenizer = build_tokenizer(wardrobe.captions, 400, 64)
+    plain = Collate(tokenizer)([wardrobe[row] for row in range(6)])
+    wardrobe.truths = True
+    try:
+        batch = Collate(tokenizer)([wardrobe[row] for row in range(6)])
+    finally:
+        del wardrobe.truths
+    assert all(torch.equal(batch[key], plain[key]) for key in plain if key != "unreadable") and "planes" not in plain
+    assert batch["planes"].dtype == torch.uint8 and batch["planes"].shape[2:] == (64, 64)
+    assert not batch["planes"][:, :2].any()  # of what names nothing, of what is not shown
+    for grid in (4, 8, 16):
+        regions = word_regions(batch, grid)
+        assert regions.shape == (*batch["word_planes"].shape, grid**2)
+        assert not regions[batch["word_planes"] < 2].any() and regions[batch["word_planes"] >= 2].any(dim=1).all()
+
+
+def test_word_regions_by_hand():
+    """Planes of 8 by 8 pixels on 2 by 2 patches, of 16 pixels each."""
+    planes = torch.zeros(1, 6, 8, 8)
+    planes[0, 2, :4, :4] = 1  # the first patch whole, of the second one row of four: a quarter
+    planes[0, 2, 0, 4:] = 1
+    planes[0, 3, :3, :4] = 1  # three quarters, and three pixels of the second: below a quarter
+    planes[0, 3, 0, 4:7] = 1
+    planes[0, 4, 4, :3] = 1  # little of all: where it covers most, three pixels, and half as much, two, but not one
+    planes[0, 4, 4, 4:6] = 1
+    planes[0, 4, 0, 7] = 1
+    planes[0, 5, 0, 0] = 0.1  # hardly on the photo at all, after a crop
+    word_planes = torch.tensor([[0, 1, 2, 3, 4, 5, 2]])
+    rows = word_regions({"planes": planes, "word_planes": word_planes}, 2)[0].int().tolist()
+    assert rows == [[0] * 4, [0] * 4, [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0] * 4, [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("distort", ["0", "1"])
+def test_the_truth_follows_crop_and_flip(distort):
+    """A white shape on black, of which a plane of the truth is the mask, is so after cropping, flipping, turning."""
+    shapes = torch.zeros(16, 32, 32)
+    for number, shape in enumerate(shapes):
+        shape[6 + number % 4 : 20, 2 : 9 + number] = 1
+    planes = torch.stack([torch.zeros_like(shapes), torch.zeros_like(shapes), shapes], dim=1).byte()
+    batch = {"images": (shapes * 255).byte()[:, None].expand(-1, 3, -1, -1), "planes": planes}
+    config = parse_config([*FAST, "--crop-scale", "0.4", "--distort", distort])[0]
+    run = types.SimpleNamespace(config=config, generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
+    moved = augmented(run, batch)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    difference = ((moved["images"] * std + mean).mean(dim=1) - moved["planes"][:, 2]).abs()
+    assert difference.max() < 1e-5 if distort == "0" else difference.mean() < 0.06
+    assert not moved["planes"][:, :2].any() and len(moved["planes"][:, 2].flatten(1).unique(dim=0)) == 16
+    run.config = replace(config, crop_scale=1.0, distort=0.0)
+    whole = augmented(run, batch)["planes"][:, 2]
+    flipped, straight = ([torch.allclose(*pair, atol=1e-5) for pair in zip(whole, to, strict=True)]
+                         for to in (shapes.flip(-1), shapes))  # fmt: skip
+    assert 2 < sum(flipped) < 14 and sum(straight) + sum(flipped) == 16
+
+
 def photos(count=8, size=32):
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
@@ -100,9 +187,14 @@ def test_normalise_is_imagenet_on_unit_range():
     torch.testing.assert_close(white[0, :, 0, 0], expected)
 
 
+def cropped(photos, min_scale=0.5, seed=0, distort=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return augment(photos, random_crops(len(photos), min_scale, generator, distort), generator, distort)
+
+
 def test_augment_is_seeded_and_each_photo_gets_its_own_crop():
     batch = photos(1).expand(8, -1, -1, -1)
-    draw = lambda seed: augment(batch, 0.5, torch.Generator().manual_seed(seed))
+    draw = lambda seed: cropped(batch, seed=seed)
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert len({tuple(x.flatten()[:5].tolist()) for x in draw(1)}) == 8
 
@@ -110,12 +202,12 @@ def test_augment_is_seeded_and_each_photo_gets_its_own_crop():
 def test_augment_crops_the_share_asked_for_and_flips_half():
     """A photo whose pixel value is its x position: range and direction of a crop can be read off."""
     ramp = torch.arange(256, dtype=torch.uint8).expand(400, 3, 256, 256)
-    out = augment(ramp, 0.5, generator=torch.Generator().manual_seed(0))
+    out = cropped(ramp)
     mean, std = torch.tensor(data.IMAGENET_MEAN)[:, None, None], torch.tensor(data.IMAGENET_STD)[:, None, None]
     values = (out * std + mean)[:, 0, 128] * 255
     width = (values[:, -1] - values[:, 0]) / 255
     assert abs((width < 0).float().mean() - 0.5) < 0.1
-    whole = augment(ramp[:20], 1.0, generator=torch.Generator().manual_seed(0))
+    whole = cropped(ramp[:20], 1.0)
     same = [
         torch.allclose(w, normalise(ramp[:1])[0], atol=0.02)
         or torch.allclose(w.flip(-1), normalise(ramp[:1])[0], atol=0.02)
@@ -128,14 +220,14 @@ def test_augment_crops_the_share_asked_for_and_flips_half():
 
 def test_augment_leaves_colours_alone():
     plain = torch.full((4, 3, 16, 16), 100, dtype=torch.uint8)
-    torch.testing.assert_close(augment(plain, 0.5, torch.Generator().manual_seed(0)), normalise(plain))
+    torch.testing.assert_close(cropped(plain), normalise(plain))
 
 
 def test_distortion_is_seeded_moves_pixels_and_leaves_colours():
     photos = torch.stack([wardrobe_photo(colour) for colour in ((200, 40, 40), (40, 60, 200))])
-    once, twice = (augment(photos, 1.0, torch.Generator().manual_seed(3), 1.0) for _ in range(2))
-    plain = augment(photos, 1.0, torch.Generator().manual_seed(3))
+    once, twice = (cropped(photos, 1.0, 3, 1.0) for _ in range(2))
+    plain = cropped(photos, 1.0, 3)
     assert torch.equal(once, twice) and (once - plain).abs().mean() > 0.05
+    assert torch.equal(plain, augment(photos, random_crops(2, 1.0, torch.Generator().manual_seed(3))))
     middle = (slice(None), slice(None), slice(24, 40), slice(24, 40))
     assert torch.allclose(once[middle].mean(dim=(2, 3)), plain[middle].mean(dim=(2, 3)), atol=0.15)
-    assert torch.equal(plain, augment(photos, 1.0, torch.Generator().manual_seed(3), 0.0))

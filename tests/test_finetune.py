@@ -239,12 +239,12 @@ def test_retrieval_on_jsonl_without_sub_categories(tmp_path, pretrained):
 
 
 def test_retrieval_and_recognition_on_fashiongen(tmp_path, pretrained):
-    data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
+    data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "48"])
     common = ["--checkpoint", pretrained, "--data", "fashiongen", "--root", tmp_path / "fg"]
     found = command("--task", "retrieval", "--steps", "2", *common, "--out", tmp_path / "retrieval")
     assert "(i2t)" in found["protocol"] and found["chance"]["full_i2t_r1"] == pytest.approx(1 / 8)
     found = command("--task", "subcategory", "--steps", "2", *common, "--out", tmp_path / "subcategory")
-    assert 0 < found["metrics"]["unseen_share"] < 1  # ten products cannot show every sub-category
+    assert 0 < found["metrics"]["unseen_share"] <= 1  # eight families of products cannot show every sub-category
 
 
 def test_evaluation_agrees_with_the_validation_of_pretraining(tmp_path):

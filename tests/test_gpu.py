@@ -62,7 +62,7 @@ def on_stand_in(run):
     """A run made on the CPU, moved; past every warm-up."""
     run.device, run.step, run.generator = torch.device("meta"), 10**6, torch.Generator()
     run.ranks = Ranks(run.device, rows=[8])
-    for module in (run.model, run.momentum, run.queue):
+    for module in (run.model, run.momentum, run.queue, run.worth):
         module.to(run.device)
     for table in ("word_ids", "antonyms", "synonyms"):
         setattr(run, table, getattr(run, table).to(run.device))
@@ -83,14 +83,18 @@ class BackToTheHost(TorchDispatchMode):
         return copied
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
-def test_a_step_mixes_neither_devices_nor_types_and_asks_for_nothing(recipe):
-    more = ["--fusion-layers", "2", "--precision", "bf16", "--queue", "6", "--alpha", "0.4"]
+TRUE = ["--patch-mask", "true", "--word-mask", "true"]
+
+
+@pytest.mark.parametrize(("recipe", "flags"), [*((recipe, []) for recipe in train.RECIPES), ("syncmask", TRUE)])
+def test_a_step_mixes_neither_devices_nor_types_and_asks_for_nothing(recipe, flags):
+    more = [*flags, "--fusion-layers", "2", "--precision", "bf16", "--queue", "6", "--alpha", "0.4"]
     config, _ = parse_config([*FAST, *FAST_FOR[recipe], "--recipe", recipe, *more])
     dataset = Synthetic("train", 8, 32, progress=False)
-    dataset.prompts = config.prompts
+    dataset.prompts, dataset.truths = config.prompts, bool(flags)
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    batch = data.Collate(tokenizer)([dataset[row] for row in range(8)])
+    telling = data.telling_pieces(tokenizer, dataset.captions, config.frequent)
+    batch = data.Collate(tokenizer, telling)([dataset[row] for row in range(8)])
     run = on_stand_in(build_run(config, dataset, tokenizer))
     gpu = FakeTensorMode(allow_non_fake_inputs=True)
     gpu.allow_meta = True

@@ -379,6 +379,10 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
         (["--recipe", "softmask", "--mask-source", "hidden", "--mask-layer", "2"], "before the last of two or more"),
         (["--recipe", "softmask", "--mim-weight", "2"], "--mim-weight is for --recipe syncmask, not for softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
+        (["--recipe", "albef", "--true-ratio", "1"], "--true-ratio is for --recipe syncmask, not for albef"),
+        (["--data", "jsonl", "--root", "x", "--word-mask", "true"], "what photos show is not known of jsonl"),
+        (["--data", "fashiongen", "--root", "x", "--patch-mask", "true"], "photos show is not known of fashiongen"),
+        (["--frequent", "2"], "--frequent 2.0: must be between 0 and 1"),
         (["--prompts", "--max-length", "9"], "--max-length 9: --prompts need 16 at least"),
         (["--alignment"], "--alignment is for --recipe fashionfine, not for syncmask"),
         (

@@ -14,9 +14,13 @@ from harness.config import parse_config
 from harness.run import build_run
 from masking import (
     MaskSource,
+    PhotoWorth,
     cooccurrence,
     corrupt_words,
+    first_pieces,
+    hidden_words,
     mask_top,
+    mask_words,
     momentum_attention,
     pointing,
     random_patch_mask,
@@ -25,6 +29,9 @@ from masking import (
     replace_words,
     soft_mask,
     sync_mask,
+    true_mask,
+    which_words,
+    word_counts,
 )
 from photos.synthetic import Synthetic
 
@@ -54,6 +61,112 @@ def test_random_word_mask_is_seeded_and_uniform():
     assert ((share - 0.5).abs() < 0.05).all()
 
 
+# token ids in 0 … 7: what they do in a made-up vocabulary. 0 is padding and [CLS], 1 a full stop, 2 a frequent word
+CONTINUES = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]).bool()
+TELLING = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]).bool()
+TEXTS = st.lists(st.integers(1, 7), max_size=12)
+
+
+def tokens_of(texts):
+    """Texts as a batch, each described from its second token on, the first of which begins a word. -> ids, described."""
+    length = 2 + max(map(len, texts))
+    ids, described = torch.zeros(2, len(texts), length, dtype=torch.long)
+    for b, text in enumerate(texts):
+        text = [t - 4 if i == 0 and CONTINUES[t] else t for i, t in enumerate(text)]
+        ids[b, 1 : 1 + len(text)], described[b, 1 : 1 + len(text)] = torch.tensor(text, dtype=torch.long), 1
+    return ids, described.bool()
+
+
+def words_slowly(text, described):
+    """[places of the pieces] of each word of one text, and which of them may be masked."""
+    found = []
+    for place, token in enumerate(text):
+        if CONTINUES[token] and found:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return [places for places in found if described[places[0]] and any(TELLING[text[place]] for place in places)]
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4))
+def test_which_words_equals_a_slow_definition(texts):
+    ids, described = tokens_of(texts)
+    words = which_words(ids, described, CONTINUES, TELLING)
+    for b in range(len(texts)):
+        expected = [0] * ids.shape[1]
+        for places in words_slowly(ids[b].tolist(), described[b]):
+            for place in places:
+                expected[place] = 1 + places[0]
+        assert words[b].tolist() == expected
+    assert torch.equal(first_pieces(words).sum(1), torch.tensor([len(set(row) - {0}) for row in words.tolist()]))
+
+
+def test_which_words_by_hand():
+    """[CLS] red zip ##per . at ##s [SEP], of which full stop and "at" tell nothing, "##s" not either."""
+    ids, described = torch.tensor([[0, 3, 4, 5, 1, 2, 7, 0]]), torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]]).bool()
+    assert which_words(ids, described, CONTINUES, TELLING).tolist() == [[0, 2, 3, 3, 0, 0, 0, 0]]
+    ids[0, 6] = 5  # "at" goes on as something that does
+    assert which_words(ids, described, CONTINUES, TELLING).tolist() == [[0, 2, 3, 3, 0, 6, 6, 0]]
+    described[0, 1:3] = False  # a frame is not masked, whatever it says; a description begins with a word of its own
+    ids[0, 3] = 4
+    assert which_words(ids, described, CONTINUES, TELLING).tolist() == [[0, 0, 0, 4, 0, 6, 6, 0]]
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 2**31), st.booleans())
+def test_masks_hide_all_pieces_of_a_word_or_none_and_count_words(texts, ratio, seed, synchronized):
+    words = which_words(*tokens_of(texts), CONTINUES, TELLING)
+    if synchronized:
+        attention = torch.randn(*words.shape, 10, generator=seeded(seed)).softmax(-1)[:, None]
+        mask = sync_mask(attention, words, 0.5, ratio, generator=seeded(seed))[1]
+    else:
+        mask = random_word_mask(words, ratio, seeded(seed))
+    counts = []
+    for row, masked in zip(words.tolist(), mask.tolist(), strict=True):
+        hidden = {word for word, hide in zip(row, masked, strict=True) if hide}
+        assert 0 not in hidden and [word in hidden for word in row] == masked
+        total = len(set(row) - {0})
+        assert len(hidden) == min(total, max(1, round(total * ratio)))
+        counts.append([len(hidden)])
+    assert word_counts(words, ratio).tolist() == counts
+
+
+def test_mask_words_goes_by_the_first_piece():
+    words = torch.tensor([[0, 2, 2, 4, 5, 5, 0]])
+    scores = torch.tensor([[9.0, 1.0, 8.0, 2.0, 3.0, 0.0, 9.0]])
+    assert mask_words(scores, words, 0.34).tolist() == [[False] * 4 + [True] * 2 + [False]]
+    assert mask_words(scores, words > 0, 0.21).tolist() == [
+        [False] * 2 + [True] + [False] * 4
+    ]  # each a word of its own
+
+
+@given(
+    texts=st.lists(TEXTS, min_size=1, max_size=4), patch_ratio=st.floats(0, 1), word_ratio=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_true_masks_hide_visible_words_and_their_patches_first(texts, patch_ratio, word_ratio, seed):
+    """Half of the words are shown, each on some of 16 patches, all pieces of a word on the same."""
+    words = which_words(*tokens_of(texts), CONTINUES, TELLING)
+    shown = (
+        torch.rand(*words.shape, 16, generator=seeded(seed)) < torch.rand(*words.shape, 1, generator=seeded(seed)) / 4
+    )
+    shown &= torch.rand(*words.shape, 1, generator=seeded(seed + 1)) < 0.5
+    regions = shown.gather(1, (words - 1).clamp(min=0)[..., None].expand(-1, -1, 16)) & (words > 0)[..., None]
+    patch_mask, word_mask = true_mask(regions, words, patch_ratio, word_ratio, seeded(seed))
+    assert patch_mask.sum(1).tolist() == [min(round(patch_ratio * 16), 15)] * len(texts)
+    visible = words * regions.any(dim=2)
+    assert not word_mask[visible == 0].any()
+    for b in range(len(texts)):
+        there, hidden = (set(row.tolist()) - {0} for row in (visible[b], visible[b][word_mask[b]]))
+        assert len(hidden) == min(len(there), max(1, round(word_ratio * len(there))))
+        assert {word for word, hide in zip(words[b].tolist(), word_mask[b].tolist()) if hide} == hidden
+        of_masked, of_any = regions[b][word_mask[b]].any(dim=0), regions[b].any(dim=0)
+        masked = patch_mask[b]
+        assert not (masked & ~of_masked).any() or not (of_masked & ~masked).any()  # those of the masked words first
+        assert not (masked & ~of_any).any() or not (of_any & ~masked).any()  # then what other words name
+    again = true_mask(regions, words, patch_ratio, word_ratio, seeded(seed))
+    assert all(map(torch.equal, again, (patch_mask, word_mask)))
+
+
 def test_mask_top_takes_the_highest_candidates():
     scores = torch.tensor([[5.0, 4, 3, 2], [1, 2, 3, 4]])
     candidates = torch.tensor([[False, True, True, True], [True, True, True, False]])
@@ -77,19 +190,19 @@ def test_random_patches_are_uniform():
     patch_score=st.sampled_from(["all", "masked"]),
     patch_ratio=st.floats(0, 1),
     word_ratio=st.floats(0, 1),
-    noise=st.sampled_from([0.0, 0.3, 100.0]),
+    pool=st.floats(0, 1),
     seed=st.integers(0, 2**31),
     flat=st.booleans(),
 )
 def test_sync_masks_have_exact_counts_and_mask_only_words(
-    heads, word_score, patch_score, patch_ratio, word_ratio, noise, seed, flat
+    heads, word_score, patch_score, patch_ratio, word_ratio, pool, seed, flat
 ):
     """Also where all scores tie, where a row of attention is zero, and where there is no word at all."""
     attention = torch.randn(3, 2, 8, 10, generator=seeded(seed)).softmax(-1)
     if flat:
         attention = torch.zeros_like(attention)
     patches, words = sync_mask(
-        attention, WORDS, patch_ratio, word_ratio, heads, word_score, patch_score, noise, seeded(seed)
+        attention, WORDS, patch_ratio, word_ratio, heads, word_score, patch_score, pool, seeded(seed)
     )
     assert patches.shape == (3, 9) and words.shape == (3, 8)
     assert patches.sum(1).tolist() == [min(round(9 * patch_ratio), 8)] * 3
@@ -126,16 +239,53 @@ def test_sync_mask_by_hand():
     assert masks("max", heads="max") == [[0, 1, 0, 1], [0, 0, 0, 1, 0, 0]]
 
 
-def test_noise_varies_near_ties_and_leaves_clear_cases_alone():
-    words = torch.ones(1, 2).bool()
-    attention = torch.tensor([0.0, 0.3, 0.3, 0.39, 0.01]).expand(1, 1, 2, 5)
-    drawn = torch.stack(
-        [sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(s))[0][0] for s in range(200)]
+def test_masked_words_are_drawn_from_the_pool_and_ties_fall_by_chance():
+    attention = torch.full((1, 1, 8, 5), 0.25)
+    scores = torch.arange(8.0)[None]
+    masks = lambda seed: sync_mask(
+        attention, WORDS[:1], 0.5, 0.34, word_score=scores, pool=0.67, generator=seeded(seed)
     )
-    share = drawn.float().mean(0)
-    assert 0.3 < share[0] < 0.7 and 0.3 < share[1] < 0.7 and share[2] == 1 and share[3] == 0
-    again = sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(7))
-    assert all(map(torch.equal, again, sync_mask(attention, words, 0.5, 0.5, noise=0.05, generator=seeded(7))))
+    patches, words = (torch.cat([masks(seed)[which] for seed in range(200)]) for which in (0, 1))
+    assert (words.sum(1) == 2).all() and (words[:, :3] == 0).all()  # two of the four best of six
+    assert ((words[:, 3:7].float().mean(0) - 0.5).abs() < 0.12).all()
+    assert ((patches.float().mean(0) - 0.5).abs() < 0.12).all()
+    assert all(map(torch.equal, masks(7), masks(7)))
+    top = sync_mask(attention, WORDS[:1], 0.5, 0.34, word_score=scores, generator=seeded(0))[1]
+    assert top.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]
+
+
+def test_gains_are_those_of_each_hidden_word_over_another_photo():
+    """Against one pass for each of some words, with the same half of the others hidden."""
+    config, _ = parse_config([*FAST, "--fusion-layers", "2"])
+    dataset = Synthetic("train", 8, 32, progress=False)
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
+    momentum, keep, words = state.momentum, batch["attention_mask"], batch["words"]
+    photos = momentum.look(momentum.encode_image(data.normalise(batch["images"])))
+    attentions, gains = hidden_words(momentum, batch, photos, state.mask_id, seeded(3), gains=True)
+    again = momentum_attention(momentum, batch, photos, None, "hidden", state.mask_id, seeded(3))
+    assert all(map(torch.equal, attentions, again)) and not gains[words == 0].any()
+    half = random_word_mask(words, 0.5, seeded(3))
+    for b, word in ((0, 2), (1, 5), (5, 1)):
+        hidden = half if half[b, word] else (words > 0) & ~half
+        text = momentum.encode_text(batch["token_ids"].masked_fill(hidden, state.mask_id)[b : b + 1], keep[b : b + 1])
+        log_p = [
+            momentum.mlm_logits(
+                momentum.fuse(text, keep[b : b + 1], photos, torch.tensor([photo]))[0, word]
+            ).log_softmax(-1)
+            for photo in (b, (b + 3) % 6)
+        ]
+        own, other = (p[batch["token_ids"][b, word]].item() for p in log_p)
+        assert gains[b, word].item() == pytest.approx(own - other, abs=1e-4)
+
+
+def test_the_worth_of_a_word_is_its_mean_gain_and_recent_ones_count_more():
+    worth, ids = PhotoWorth(4, decay=0.5), torch.tensor([[1, 1, 2, 3]])
+    worth.update(ids, torch.tensor([[1, 2, 3, 0]]), torch.tensor([[2.0, 4.0, -1.0, 7.0]]))  # the last is no word
+    scores = worth(torch.tensor([[1, 2, 3]]), torch.tensor([[0.5, 0.0, 0.0]]))
+    assert scores[0].tolist() == pytest.approx([math.log(3) + 0.5, math.log(1e-3), math.log(1e-3)])
+    worth.update(ids[:, :1], torch.ones(1, 1), torch.tensor([[9.0]]))
+    assert worth(ids[:, :1], torch.zeros(1, 1)).item() == pytest.approx(math.log((3 + 9) / (1 + 1)))
 
 
 def test_exact_ties_fall_anywhere():
@@ -228,7 +378,7 @@ def test_momentum_attention_of_every_source(source):
     assert len(layers) == (1 if source == "gradcam" else 2)  # the last has no gradient to read
     assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
     if source == "gradcam":
-        assert attention.min() >= 0 and attention.amax(1)[batch["words"]].max() > 0
+        assert attention.min() >= 0 and attention.amax(1)[batch["described"]].max() > 0
         weight = state.momentum.itm_head.weight.clone()
         state.momentum.itm_head.weight[1] = 0  # "match" no longer depends on anything
         assert (read() == 0).all()

@@ -15,6 +15,7 @@ from data import build_tokenizer
 from harness.config import parse_config
 from harness.run import build_run
 from harness.splits import numbers_of
+from measures import choice
 from measures.pictures import shown_soft_masks
 from measures.scores import (
     Ranking,
@@ -26,52 +27,55 @@ from measures.scores import (
     triplet_recalls,
 )
 from measures.search import check_words, unknown_words
-from measures.truth import mask_truth, negative_truth, truth_in_words, word_truth
+from measures.truth import mask_truth, negative_truth, restored, truth_in_words, word_truth
+from measures.validation import validate
 from photos.dataset import DataError
 from photos.fashioniq import PhotoFiles
 from photos.synthetic import Synthetic
 from photos.triplets import Triplets
-from photos.wardrobe import Product
+from photos.wardrobe import WHOLE, Detail, Product
 
 
-def test_word_truth_is_the_truth_token_by_token(wardrobe):
+def with_truth(dataset, rows, tokenizer, monkeypatch):
+    """A batch that brings the truth."""
+    monkeypatch.setattr(dataset, "truths", True)
+    return data.Collate(tokenizer)([dataset[row] for row in rows])
+
+
+def test_word_truth_is_the_truth_token_by_token(wardrobe, monkeypatch):
     tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
-    rows = list(range(12))
-    known = word_truth(wardrobe, rows, tokenizer, 8)
-    encodings = tokenizer.encode_batch([wardrobe.captions[row] for row in rows])
+    rows = list(range(0, 60, 5))
+    known = word_truth(with_truth(wardrobe, rows, tokenizer, monkeypatch), 8)
+    encodings = data.encode(tokenizer, [wardrobe.text(row) for row in rows])
     assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
     hidden = 0
     for b, row in enumerate(rows):
-        spans, regions = wardrobe.truth(row, 8)
+        truth = wardrobe.truth(row)
         for i, ((start, end), special) in enumerate(zip(encodings[b].offsets, encodings[b].special_tokens_mask)):
-            keys = [key for first, last, key in spans if first <= start and end <= last and not special]
-            assert known.attribute[b, i] == bool(keys)
-            shown = [key for key in keys if key in regions]
+            keys = [key for first, last, key in truth.spans if first <= start and end <= last and not special]
+            assert known.attribute[b, i] == bool(keys) and known.detail[b, i] == bool(keys and keys[0] not in WHOLE)
+            shown = [key for key in keys if key in truth.regions]
             assert known.visible[b, i] == bool(shown)
             if shown:
-                assert torch.equal(known.regions[b, i], torch.from_numpy(regions[shown[0]]))
-            assert known.detail[b, i] == bool(keys and keys[0] not in ("garment", "colour", "pattern"))
+                cover = truth.region(shown[0]).reshape(8, 8, 8, 8).mean(axis=(1, 3)).ravel()
+                expected = cover >= min(0.25, cover.max() / 2)
+                assert known.regions[b, i].tolist() == expected.tolist()
             hidden += bool(keys) and not shown
     assert hidden > 10 and not (known.visible & ~known.attribute).any()
 
 
-def test_word_truth_is_the_same_in_a_frame(wardrobe):
+def test_word_truth_is_the_same_in_a_frame(wardrobe, monkeypatch):
     rows = [0, 1, 2, 9]
     tokenizer = build_tokenizer(wardrobe.captions, 400, 128, frames=True)
-    plain, alone = (
-        word_truth(wardrobe, rows, tokenizer, 8),
-        data.tokenize(tokenizer, [wardrobe.text(r) for r in rows]),
-    )
-    wardrobe.prompts = True
-    try:
-        framed = word_truth(wardrobe, rows, tokenizer, 8)
-        batch = data.tokenize(tokenizer, [wardrobe.text(row) for row in rows])
-    finally:
-        del wardrobe.prompts
+    alone = with_truth(wardrobe, rows, tokenizer, monkeypatch)
+    plain = word_truth(alone, 8)
+    monkeypatch.setattr(wardrobe, "prompts", True)
+    batch = with_truth(wardrobe, rows, tokenizer, monkeypatch)
+    framed = word_truth(batch, 8)
     for b in range(len(rows)):
-        before = alone["words"][b].sum()
-        description = batch["words"][b].nonzero()[:before, 0]
-        assert torch.equal(framed.regions[b, description], plain.regions[b, alone["words"][b]])
+        before = alone["described"][b].sum()
+        description = batch["described"][b].nonzero()[:before, 0]
+        assert torch.equal(framed.regions[b, description], plain.regions[b, alone["described"][b]])
         assert framed.attribute[b].sum() == plain.attribute[b].sum()
 
 
@@ -258,19 +262,16 @@ class Oracle:
 
 
 def test_false_negatives_are_counted_by_hand():
-    """Four products seen from the front. 0: a navy shirt with a red logo. 1: the same without it, so its text fits
-    photo 0, but not the other way round. 2: the shirt in teal. 3: a bag. Similarities are chosen so that the hardest
-    negatives are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
-    shirt = Product("shirt", "navy", None, "long", "spread", (("logo", "red", ""),), "Logo shirt")
-    products = [
-        shirt,
-        replace(shirt, details=(), marked_caption="Plain shirt"),
-        replace(shirt, colour="teal", marked_caption="Teal shirt"),
-        Product("tote bag", "pink", None, None, None, (), "Pink bag"),
-    ]
+    """Four products seen from the front. 0: a blue shirt with a star. 1: the same without it, so its text fits photo 0,
+    but not the other way round. 2: the shirt in red. 3: a bag. Similarities are chosen so that the hardest negatives
+    are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
+    star = {"chest": Detail("light", "star")}
+    shirt = Product("shirt", "blue", None, "long", "collared", "buttoned", star, {})
+    bag = Product("tote", "red", None, None, None, None, {}, {})
+    products = [shirt, replace(shirt, details={}), replace(shirt, colour="red"), bag]
     dataset = Synthetic("train", 4, 64, progress=False)
     dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
-    dataset.captions = [product.marked_caption for product in products]
+    dataset.captions = [product.caption_and_spans()[0] for product in products]
     dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
     dataset.photos = [dataset._render(row)[0] for row in range(4)]
     own, above, below, far = 0.75, 0.9, 0.5, 0.1
@@ -284,7 +285,7 @@ def test_false_negatives_are_counted_by_hand():
     state.momentum = Oracle(dataset, sim, torch.eye(4))
     state.momentum.tokenizer = state.tokenizer
     figures = negative_truth(state, dataset)
-    # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no logo), 2 and 3 each other's;
+    # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no star), 2 and 3 each other's;
     # texts the same way round: text 1 gets photo 0 (false)
     assert figures["false_negative_rate_hard"] == pytest.approx(2 / 8)
     assert figures["negative_similarity_hard"] == pytest.approx(above)
@@ -296,21 +297,149 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
     """With the truth itself as attention every mask and every word is right; beside it what random masks get."""
     dataset = Synthetic("val", 10, 32, progress=False)
     config, _ = parse_config(
-        [*FAST, "--mim-ratio", "0.05", "--mlm-ratio", "0.1", "--word-score", "max", "--patch-size", "4"]
+        [
+            *FAST,
+            "--mim-ratio",
+            "0.05",
+            "--mlm-ratio",
+            "0.1",
+            "--word-score",
+            "max",
+            "--word-pool",
+            "0",
+            "--patch-size",
+            "4",
+        ]
     )
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
 
     def attention(momentum, batch, *_):
-        regions = word_truth(dataset, batch["rows"].tolist(), state.tokenizer, 8).regions.float()
+        regions = word_truth(batch, 8).regions.float()
         return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
 
     monkeypatch.setattr("harness.wiring.momentum_attention", attention)
     figures = mask_truth(state, dataset)
     for key in ("patch_cooccurrence", "word_cooccurrence", "detail_cooccurrence", "pointing", "pointing_whole"):
         assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
-    assert truth_in_words(figures | {f"{key}{end}": 0.0 for key in ("false_negative_rate", "negative_similarity")
-                                           for end in ("", "_random", "_hard")})[0].startswith(
-        "masks, skill over random ones: patches 1.00, words 1.00, of details 1.00")  # fmt: skip
+    rest = [f"{key}{end}" for key in ("false_negative_rate", "negative_similarity") for end in ("", "_random", "_hard")]
+    said = truth_in_words(figures | dict.fromkeys([*rest, "detail_choice", "detail_choice_matching"], 0.25))
+    assert any(line.startswith("masks, skill over random ones: patches 1.00, words 1.00, of details 1.00")
+               for line in said) and "details rightly chosen 25.0 %" in said[0]  # fmt: skip
+
+
+class Reader:
+    """Stands in for a model: reads off a photo the text that belongs to it, token by token."""
+
+    def __init__(self, ids):
+        self.ids, self.hidden = ids, []
+
+    def encode_image(self, images):
+        return torch.arange(len(images))
+
+    def look(self, image_embeds):
+        return image_embeds
+
+    def encode_text(self, ids, keep):
+        self.hidden.append(ids != self.ids)
+        return ids
+
+    def fuse(self, text_embeds, keep, photos, rows=None):
+        return torch.nn.functional.one_hot(self.ids[photos if rows is None else photos[rows]]).float()
+
+    def mlm_logits(self, fused):
+        return fused
+
+
+def reading_run(dataset, vocabulary=300):
+    """A run on a data set, and a batch of one photo each of six products, of which some words have two pieces."""
+    config, _ = parse_config([*FAST, "--dropout", "0"])
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, vocabulary, 64))
+    state.telling = data.telling_pieces(state.tokenizer, dataset.captions, config.frequent)
+    rows = [dataset.product_ids.tolist().index(product) for product in range(6)]
+    return state, state.collate([dataset[row] for row in rows])
+
+
+def test_every_word_is_hidden_once_and_restored_from_its_own_and_from_another_photo():
+    state, batch = reading_run(Synthetic("train", 6, 32, progress=False), 60)
+    words, ids = batch["words"], batch["token_ids"]
+    assert (words.diff(dim=1)[words[:, 1:] > 0] == 0).any()  # some words have two pieces
+    state.model = reader = Reader(ids)
+    hidden, right, elsewhere = restored(state, batch, torch.Generator().manual_seed(0))
+    assert torch.equal(hidden, words > 0) and torch.equal(right, hidden)
+    assert torch.equal(sum(part.int() for part in reader.hidden), hidden.int()) and len(reader.hidden) == 3
+    for part in reader.hidden:
+        for b in range(6):
+            assert {*words[b][part[b]].tolist()}.isdisjoint(words[b][~part[b]].tolist())  # no piece gives another away
+    others = [[torch.equal(elsewhere[b], (ids[b] == ids[other]) & hidden[b]) for other in range(6)] for b in range(6)]
+    assert all(any(fits) and not fits[b] for b, fits in enumerate(others))
+
+
+def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
+    dataset = Synthetic("train", 12, 32, progress=False)
+    state, batch = reading_run(dataset)
+    assert not torch.equal(*restored_logits(state, batch))
+    look = state.model.look
+    monkeypatch.setattr(state.model, "look", lambda image_embeds: look(torch.zeros_like(image_embeds)))
+    assert torch.equal(*restored_logits(state, batch))
+    figures = mask_truth(state, dataset) | validate(state, dataset)
+    for key in ("photo_gain", "photo_gain_detail", "photo_gain_whole", "val_photo_gain"):
+        assert figures[key] == 0, key
+
+
+def restored_logits(state, batch):
+    """What is answered for every token, from the own photo and from that of another product."""
+    photos = state.model.look(state.model.encode_image(data.normalise(batch["images"])))
+    text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
+    fuse = lambda rows: state.model.fuse(text_embeds, batch["attention_mask"], photos, rows)
+    return fuse(None), fuse(torch.arange(6).roll(1))
+
+
+def test_trials_are_texts_that_differ_in_one_thing_that_the_photo_shows(wardrobe):
+    rows = list(range(0, len(wardrobe), 9))
+    kinds, numbers, texts = choice.trials(wardrobe, rows)
+    assert (kinds, numbers, texts) == choice.trials(wardrobe, rows) and len(set(kinds)) >= 8
+    assert len(set(zip(kinds, numbers, strict=True))) == len(kinds)  # one of a kind and photo
+    for kind, number, text in zip(kinds, numbers, texts, strict=True):
+        row = rows[number]
+        found = [(name, key) for name, key, variant in wardrobe.products[wardrobe.rows[row][0]].variants()
+                 if variant.caption_and_spans()[0] == text]  # fmt: skip
+        assert len(found) == 1 and found[0][0] == kind and found[0][1] in wardrobe.regions[row]
+
+
+@pytest.mark.parametrize(("better", "worse", "share"), [(1.0, 0.0, 1), (0.0, 1.0, 0), (0.5, 0.5, 0)])
+def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share, monkeypatch):
+    """A score that knows which texts are right, one that is always wrong, one that ties; of necks always wrong."""
+    dataset = Synthetic("train", 30, 32, progress=False)
+    part, products = dataset.part((dataset.product_ids < 24).nonzero()[0]), 24
+    kinds, _, others = choice.trials(dataset, part.source)
+    asked = []
+
+    def text_features(run, texts):
+        asked.append(texts)
+        scores = [better] * len(part) + [9.0 if kind == "neck" else worse for kind in kinds]
+        return torch.tensor(scores)[:, None]
+
+    def match_scores(run, photos, texts, pairs):
+        own = [texts[text] == photos.text(photo) for photo, text in pairs.tolist()]
+        assert own == [True] * len(kinds) + [False] * len(kinds)
+        wrong = [9.0 if kind == "neck" else worse for kind in kinds]
+        return torch.tensor([better] * len(kinds) + wrong)
+
+    features = lambda run, photos: (np.arange(len(photos)), torch.ones(len(photos), 1))
+    for name, stand_in in (("photo_features", features), ("text_features", text_features),
+                           ("match_scores", match_scores)):  # fmt: skip
+        monkeypatch.setattr(choice, name, stand_in)
+    figures = choice.choices(None, dataset, products)
+    assert asked == [[part.text(row) for row in range(len(part))] + [("", text) for text in others]]
+    assert figures.keys() == {f"{name}{end}" for end in ("", "_matching")
+                              for name in ("detail_choice", *(f"choice_{kind}" for kind in kinds))}  # fmt: skip
+    details = set(kinds) - {*WHOLE}
+    for end in ("", "_matching"):
+        for kind in set(kinds):
+            assert figures[f"choice_{kind}{end}"] == (0 if kind == "neck" else share)
+        assert figures["detail_choice" + end] == pytest.approx(share * (len(details) - 1) / len(details))
+    dataset.regions = [{} for _ in dataset.regions]  # nothing is shown, so there is nothing to choose
+    assert choice.choices(None, dataset, products) == {}
 
 
 def test_equal_features_earn_nothing():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import data
 import train
 from harness import config as run_config
 from harness import log
+from harness.batches import augmented
 from harness.checkpoints import config_from_dict
 from harness.config import parse_config
 from harness.run import NonFiniteLoss, build_run
 from harness.wiring import Teacher, contrast, teach
 from masking import word_counts
+from measures.truth import word_truth
 from photos.synthetic import Synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +44,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == left
     written = lines(tmp_path)
     training = [line for line in written if "loss" in line]
-    documented = set(log.__doc__.replace(",", " ").split())
+    documented = set(re.findall(r"[\w<>…]+", log.__doc__))
     promised = "step epoch loss itc itm mlm mim lr temp grad_norm itm_accuracy mlm_accuracy unreadable conflicts samples_per_second"
     for key in promised.split():
         assert key in training[0] and key in documented
@@ -56,16 +59,23 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         "pointing",
         "pointing_whole",
     ]
-    known = [key + end for key in known for end in ("", "_random")] + ["visible_word_accuracy", "unseen_word_accuracy"]
+    known = [key + end for key in known for end in ("", "_random")]
+    known += [f"{key}_accuracy" for key in ("visible_word", "unseen_word", "visible_detail", "visible_whole")]
+    known += ["photo_gain", "photo_gain_detail", "photo_gain_whole", "detail_choice", "detail_choice_matching"]
     known += [key + end for key in ("false_negative_rate", "negative_similarity") for end in ("", "_random", "_hard")]
-    assert {key.removesuffix("_random").removesuffix("_hard") for key in known} <= documented
-    assert all(0 <= written[-1][key] <= 1 for key in known if "similarity" not in key)
     held_out = [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + [
         "val_mlm_accuracy",
+        "val_photo_gain",
         "val_itm_accuracy",
         "val_unreadable",
         *known,
     ]
+    unsaid = {re.sub("_(random|hard|matching)$", "", key) for key in held_out if key[:6] not in ("val_i2", "val_t2")}
+    unsaid -= documented
+    assert {key.rsplit("_", 1)[0] + "_…" for key in unsaid} <= documented, unsaid  # "visible_detail_…"
+    signed = ("similarity", "photo_gain")
+    assert all(0 <= written[-1][key] <= 1 for key in known if not any(part in key for part in signed))
+    assert all(0 <= value <= 1 for key, value in written[-1].items() if key.startswith("choice_"))
     assert [line["step"] for line in written if "val_i2t_r1" in line and "final" not in line] == [2, 4]
     assert written[-1] == json.loads(
         json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in final.items()})
@@ -81,6 +91,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         ["--search-size", "10", "--margin", "0.1", "--mask-warmup", "2", "--mask-hint", "0.3"],
         ["--queue", "20", "--itm-negatives", "similar", "--alpha", "0.4", "--patch-mask", "random"],
         ["--precision", "bf16", "--mask-source", "gradcam", "--fusion-layers", "2"],
+        ["--patch-mask", "true", "--word-mask", "true", "--true-ratio", "0.8", "--frequent", "0.9", "--workers", "1"],
         ["--recipe", "albef", "--sampler", "hard", "--alpha", "0.4"],
         ["--recipe", "softmask", "--fusion-layers", "2", "--alpha", "0.4"],
         ["--recipe", "fashionfine", "--alpha", "0.4", "--queue", "20"],
@@ -101,8 +112,9 @@ def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
     }
 
 
-def test_threads_change_nothing_about_resuming(tmp_path):
+def test_threads_change_nothing_about_resuming(tmp_path, monkeypatch):
     """Two threads, at a size where both are used: what they sum up in any order would differ in the last digits."""
+    monkeypatch.setattr(train, "truth", lambda run, train_set, val_set: {})
     flags = ["--recipe", "softmask", "--steps", "4", "--products", "20", "--val-products", "2"]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -166,7 +178,7 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
     state = build_run(config, dataset, tokenizer)
     state.generator, state.step = torch.Generator().manual_seed(0), 1
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
-    batch["images"] = data.augment(batch["images"], generator=state.generator)
+    batch["images"] = data.augment(batch["images"], data.random_crops(8, generator=state.generator))
     losses, _ = train.RECIPES[recipe](state, batch)
     sum(losses.values()).backward()
     assert all(p.grad is None for p in state.momentum.parameters())
@@ -178,7 +190,8 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
 
 def first_losses(*flags, weights=None):
     """Losses of the first batch of a fixed model, or of one with some of another's weights; the run, the batch."""
-    config, _ = parse_config([*FAST, "--fusion-layers", "2", "--dropout", "0", "--alpha", "0", *flags])
+    fixed = ["--fusion-layers", "2", "--dropout", "0", "--alpha", "0", "--crop-scale", "0.8"]
+    config, _ = parse_config([*FAST, *fixed, *flags])
     dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts = config.prompts
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
@@ -187,7 +200,7 @@ def first_losses(*flags, weights=None):
     state.momentum.update(state.model, decay=0)
     state.generator, state.step = torch.Generator().manual_seed(0), 100
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
-    batch["images"] = data.augment(batch["images"], 0.8, state.generator, config.distort)
+    batch = augmented(state, batch)
     return train.RECIPES[config.recipe](state, batch)[0], state, batch
 
 
@@ -450,7 +463,7 @@ def test_every_other_flag_runs(tmp_path):
     flags += (
         " --mlm-ratio 0.3 --sampler hard --itm-negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
         " --mim-ratio 0.25 --mim-weight 0.5 --mim-layers 2 --word-mask random --word-score mass --mask-layer 1"
-        " --mask-heads max --mask-noise 0.2 --mask-source attention --patch-layer 1 --patch-score all --itm-share 0.5"
+        " --mask-heads max --mask-source attention --patch-layer 1 --patch-score all --itm-share 0.5"
         " --mask-warmup 2"
     )
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
@@ -480,7 +493,7 @@ def test_compiled_run_equals_eager_and_compiles_in_its_first_steps_alone(tmp_pat
             torch.testing.assert_close(one[name], two[name])
         graphs = counter.frame_count
         # to the end of the second epoch: other lengths, another size of batch, more validations, and nothing new
-        assert resume(tmp_path / "compiled")["step"] > 9 and counter.frame_count == graphs == 12  # 7 of them to train
+        assert resume(tmp_path / "compiled")["step"] > 9 and counter.frame_count == graphs == 16
 
 
 def test_soft_masks_are_trained_with_where_layers_are_compiled():
@@ -501,18 +514,26 @@ def test_soft_masks_are_trained_with_where_layers_are_compiled():
         (["--mask-hint", "0", "--mask-warmup", "9"], "random", "random"),
         (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
         (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
+        (["--mask-hint", "1", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
+        (["--mask-hint", "0", "--patch-mask", "true"], "true", "sync"),
+        (["--mask-hint", "0", "--word-mask", "true"], "sync", "true"),
+        (["--patch-mask", "random", "--word-mask", "true"], "random", "true"),
     ],
 )
 def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
     """The attention is on the last patches and words alone, so a synchronized mask is known in advance."""
-    config, _ = parse_config([*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--mask-noise", "0", *flags])
+    config, _ = parse_config(
+        [*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--word-score", "entropy", "--word-pool", "0", *flags]
+    )
     dataset = Synthetic("train", 8, 32, progress=False)
+    dataset.truths = True
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     state.step = 5
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
-    first = batch["words"].sum(1, keepdim=True) - word_counts(batch["words"], 0.3)
-    last_words = (batch["words"].cumsum(1) > first) & batch["words"]
-    attention = torch.zeros(6, 1, batch["words"].shape[1], 17)
+    described = batch["words"] > 0
+    first = described.sum(1, keepdim=True) - word_counts(batch["words"], 0.3)
+    last_words = (described.cumsum(1) > first) & described
+    attention = torch.zeros(6, 1, described.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
     monkeypatch.setattr("harness.wiring.momentum_attention", lambda *_: [attention])
 
@@ -523,7 +544,17 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
         return train.choose_masks(state, batch, teacher)
 
     patch_mask, word_mask = chosen(0)
-    assert (patch_mask.sum(1) == 8).all() and not (word_mask & ~batch["words"]).any()
+    assert (patch_mask.sum(1) == 8).all() and not (word_mask & ~described).any()
     assert (patch_mask[:, 8:].all()) == (patches == "sync")
     assert torch.equal(word_mask, last_words) == (words == "sync")
     assert torch.equal(chosen(0)[0], patch_mask) and (patches == "sync") == torch.equal(chosen(1)[0], patch_mask)
+    known = word_truth(batch, 4)
+    half = word_counts(batch["words"] * known.visible, 0.5)  # of the words that are seen
+    shown = not (word_mask & ~known.visible).any() and torch.equal(word_mask.sum(1, keepdim=True), half)
+    assert shown == (words == "true")
+    named = known.regions.any(dim=1)
+    on_named = [not (mask & ~there).any() or not (there & ~mask).any() for mask, there in zip(patch_mask, named)]
+    assert all(on_named) == (patches == "true")
+    if patches == words == "true":
+        of_masked = (known.regions & word_mask[..., None]).any(dim=1)
+        assert all(not (mask & ~own).any() or not (own & ~mask).any() for mask, own in zip(patch_mask, of_masked))

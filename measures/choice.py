@@ -1,0 +1,57 @@
+"""Does a photo tell its own text from one that differs in one thing that the photo shows?"""
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.batches import match_scores, photo_features, text_features
+from harness.run import Run
+from photos.synthetic import Synthetic
+from photos.wardrobe import WHOLE
+
+
+@torch.no_grad()
+def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
+    """By kind of attribute the share of the photos, of the first `products` products, whose own text scores higher than
+    one that differs in a single value; by cosine similarity, and by the matching head. Chance is 0.5, ties are wrong.
+
+    choice_<kind>, choice_<kind>_matching, and their means over the kinds that are details: detail_choice(_matching).
+    """
+    part = dataset.part((dataset.product_ids < products).nonzero()[0])
+    kinds, rows, others = trials(dataset, part.source)
+    if not rows:
+        return {}
+    texts = [part.text(row) for row in range(len(part))] + [(dataset.lead, other) for other in others]
+    rows, own, other = torch.tensor(rows), torch.tensor(rows), torch.arange(len(others)) + len(part)
+    image_feat, text_feat = photo_features(run, part)[1], text_features(run, texts)
+    cosine = lambda text: (image_feat[rows] * text_feat[text]).sum(dim=1)
+    pairs = torch.stack([rows.repeat(2), torch.cat([own, other])], dim=1)
+    matched = match_scores(run, part, texts, pairs).chunk(2)
+    figures = _shares(kinds, cosine(own) > cosine(other), "") | _shares(kinds, matched[0] > matched[1], "_matching")
+    return figures
+
+
+def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], list[str]]:
+    """For each of some rows and each kind of attribute that its photo shows one wrong text, the same ones every time.
+    -> kinds, which of the rows, texts."""
+    found = []
+    for number, row in enumerate(rows):
+        rng, options = np.random.default_rng((11, row)), defaultdict(list)
+        for kind, key, variant in dataset.products[dataset.rows[row][0]].variants():
+            if key in dataset.regions[row]:
+                options[kind].append(variant)
+        for kind, variants in options.items():
+            found.append((kind, number, variants[int(rng.integers(len(variants)))].caption_and_spans()[0]))
+    return tuple(map(list, zip(*found, strict=True))) if found else ([], [], [])
+
+
+def _shares(kinds: list[str], right: Tensor, end: str) -> dict[str, float]:
+    by_kind = defaultdict(list)
+    for kind, hit in zip(kinds, right.tolist(), strict=True):
+        by_kind[kind].append(hit)
+    shares = {kind: float(np.mean(hits)) for kind, hits in by_kind.items()}
+    details = [share for kind, share in shares.items() if kind not in WHOLE]
+    figures = {f"choice_{kind}{end}": share for kind, share in shares.items()}
+    return figures | ({f"detail_choice{end}": float(np.mean(details))} if details else {})

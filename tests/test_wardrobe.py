@@ -1,0 +1,211 @@
+"""Synthetic products, their photos, descriptions and truth; their families."""
+
+from collections import Counter
+from dataclasses import replace
+from difflib import SequenceMatcher
+
+import numpy as np
+import pytest
+import torch
+
+from photos.camera import shade
+from photos.dataset import DataError
+from photos.families import FAMILY, synthetic_triplets
+from photos.synthetic import Synthetic
+from photos.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
+
+
+def test_synthetic_is_deterministic_and_seeded(wardrobe):
+    again = Synthetic("train", 5, 64, seed=0, progress=False)  # fewer products: the same first ones
+    other = Synthetic("train", 5, 64, seed=1, progress=False)
+    assert again.captions == wardrobe.captions[: len(again)] and other.captions != again.captions
+    for row in range(len(again)):
+        assert np.array_equal(again.photos[row], wardrobe.photos[row])
+
+
+def test_splits_share_no_style_in_any_colour(wardrobe):
+    val = Synthetic("val", 48, 32, seed=0, progress=False)
+    assert not {p.style for p in wardrobe.products} & {p.style for p in val.products}
+
+
+def test_synthetic_is_varied(wardrobe):
+    assert len(set(wardrobe.categories)) >= 10 and len(set(wardrobe.subcategories)) >= 14 and len(COLOURS) > 3
+    assert {product.colour for product in wardrobe.products} == set(COLOURS)
+    photos_of = np.bincount(wardrobe.product_ids)
+    assert set(photos_of) == {3, 4}
+    assert len(set(wardrobe.captions)) == len(wardrobe.products)
+    assert {view for _, view in wardrobe.rows} == {"front", "back", "close-up", "half"}
+    assert 15 < np.mean([len(c.split()) for c in wardrobe.captions]) < 35
+
+
+def test_a_style_comes_in_three_colours_beside_a_sister_that_differs_in_one_thing(wardrobe):
+    of_family = 2 * STYLE_COLOURS
+    kinds = Counter()
+    for first in range(0, len(wardrobe.products), of_family):
+        family = wardrobe.products[first : first + of_family]
+        own, sisters = family[0::2], family[1::2]
+        for one in (own, sisters):
+            assert len({product.colour for product in one}) == STYLE_COLOURS == 3
+            assert len({product.style for product in one}) == 1
+            assert len({repr((product.unseen, product.details["inside"])) for product in one}) > 1
+        for product, sister in zip(own, sisters, strict=True):
+            assert product.colour == sister.colour
+            (kind,) = [kind for kind, _, variant in product.variants() if variant.style == sister.style]
+            kinds[kind] += 1
+    assert "colour" not in kinds and len(kinds) >= 4
+
+
+def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
+    seen = Counter()
+    for product in wardrobe.products[:120:5]:
+        mine, words = product.attributes(), product.caption_and_spans()[0].lower().split()
+        variants = list(product.variants())
+        assert len({repr(variant) for _, _, variant in variants} | {repr(product)}) == len(variants) + 1
+        for kind, key, variant in variants:
+            theirs = variant.attributes()
+            changed = {name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)}
+            if kind == "place":  # the same thing elsewhere
+                (other,) = changed - {key}
+                assert key in changed and mine[key] == theirs[other] and other not in mine and key not in theirs
+            else:
+                assert changed == {key} and "inside" not in changed
+            if kind in ("look", "noun"):
+                other = {"look": "noun", "noun": "look"}[kind]
+                assert getattr(mine[key], other) == getattr(theirs[key], other)
+            said = variant.caption_and_spans()[0].lower().split()
+            blocks = SequenceMatcher(None, words, said, autojunk=False).get_opcodes()
+            ((_, a, b, c, d),) = [block for block in blocks if block[0] != "equal"]  # one stretch, of few words
+            assert max(b - a, d - c) <= 2, (words, said)
+            seen[kind] += 1
+    assert seen.keys() == {"garment", "colour", "pattern", "sleeve", "neck", "closure", "look", "noun", "place"}
+
+
+def test_truth_spans_name_all_attributes_and_nothing_else(wardrobe):
+    for row in range(0, len(wardrobe), 7):
+        product, caption = wardrobe.products[wardrobe.rows[row][0]], wardrobe.captions[row]
+        named = {}
+        for start, end, key in wardrobe.truth(row).spans:
+            named.setdefault(key, set()).add(caption[start:end].lower())
+        expected = {"unseen": set(product.unseen.values())}
+        for key, value in product.attributes().items():
+            if isinstance(value, Detail):
+                expected[key] = {value.look, value.noun} | ({key} if key not in ("back", "inside") else set())
+            elif key not in product.unseen:
+                expected[key] = {value}
+        assert named == expected
+
+
+def test_truth_regions_follow_the_view(wardrobe):
+    """A front detail is not on the back; what is inside or no photo shows is never visible; the garment always is."""
+    for row, (index, view) in enumerate(wardrobe.rows):
+        truth, product = wardrobe.truth(row), wardrobe.products[index]
+        regions = truth.regions
+        assert not {"unseen", "inside"} & regions.keys() and truth.region("garment").any()
+        assert truth.region("garment").shape == (64, 64) and np.array_equal(regions["garment"], regions["colour"])
+        for key in product.details:
+            if view in ("front", "back"):
+                assert (key in regions) == (key != "inside" and (key == "back") == (view == "back"))
+            elif key == "back":
+                assert key not in regions
+        if view == "back":
+            assert "closure" not in regions and (product.neck in ("hooded", "high")) == ("neck" in regions)
+
+
+def test_less_than_half_of_the_attribute_words_are_visible(wardrobe):
+    shares = []
+    for row in range(len(wardrobe)):
+        truth = wardrobe.truth(row)
+        shares.append(np.mean([key in truth.regions for _, _, key in truth.spans]))
+    assert 0.25 < np.mean(shares) < 0.5 and max(shares) < 0.8
+
+
+def test_a_description_fits_a_photo_that_shows_nothing_against_it():
+    """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
+    star, cross, badge = Detail("light", "star"), Detail("dark", "cross"), Detail("small", "badge")
+    places = {"chest": star, "back": cross, "inside": badge}
+    shirt = Product("shirt", "blue", None, "long", "collared", "buttoned", places, {"fabric": "wool"})
+    others = {
+        "itself": (shirt, [True, True]),
+        "another colour": (replace(shirt, colour="red"), [False, False]),
+        "another garment": (replace(shirt, garment="coat"), [False, False]),
+        "another sleeve": (replace(shirt, sleeve="short"), [False, False]),
+        "striped": (replace(shirt, pattern="striped"), [False, False]),
+        "another neck": (replace(shirt, neck="v"), [False, True]),  # a collar is not seen from behind
+        "another closure": (replace(shirt, closure="zipped"), [False, True]),
+        "another look": (replace(shirt, details=places | {"chest": Detail("dark", "star")}), [False, True]),
+        "another noun": (replace(shirt, details=places | {"chest": Detail("light", "pocket")}), [False, True]),
+        "another place": (replace(shirt, details={"hem": star, "back": cross, "inside": badge}), [False, True]),
+        "one more": (replace(shirt, details=places | {"hem": star}), [False, True]),
+        "nothing at the chest": (replace(shirt, details={"back": cross}), [True, True]),  # true; it only says less
+        "another back": (replace(shirt, details=places | {"back": star}), [True, False]),
+        "another inside": (replace(shirt, details=places | {"inside": star}), [True, True]),
+        "another fabric": (replace(shirt, unseen={"fabric": "silk"}), [True, True]),
+    }
+    dataset = Synthetic("train", 1, 64, progress=False)
+    dataset.products, dataset.rows = [product for product, _ in others.values()], [(0, "front"), (0, "back")]
+    fits = {name: [dataset.describes(i, row) for row in (0, 1)] for i, name in enumerate(others)}
+    assert fits == {name: expected for name, (_, expected) in others.items()}
+
+
+def test_truth_regions_are_where_the_tone_is(wardrobe):
+    """On plain cloth the pixels of a light or dark detail are nearer to its tone, those around to the garment's."""
+    found = []
+    for row, (index, _) in enumerate(wardrobe.rows):
+        product, truth = wardrobe.products[index], wardrobe.truth(row)
+        pixels, whole = np.asarray(wardrobe.photos[row], float), ("garment", "colour", "sleeve")
+        around = truth.region("garment") & ~np.any([truth.region(key) for key in truth.regions.keys() - whole], axis=0)
+        for key, detail in product.details.items():
+            if product.pattern or key not in truth.regions:
+                continue
+            own, cloth = shade(COLOURS[product.colour], LOOKS[detail.look][1]), COLOURS[product.colour]
+            nearer = np.abs(pixels - own).sum(-1) < np.abs(pixels - cloth).sum(-1)
+            found.append(nearer[truth.region(key)].mean() > 0.6 and nearer[around].mean() < 0.35)
+    assert len(found) > 100 and np.mean(found) > 0.95
+
+
+def test_any_image_size():
+    dataset = Synthetic("train", 2, 96, progress=False)
+    assert dataset[0]["image"].shape == (3, 96, 96) and dataset[0]["image"].dtype == torch.uint8
+    truth = dataset.truth(0)
+    assert all(truth.region(key).shape == (96, 96) and truth.region(key).dtype == bool for key in truth.regions)
+    assert "truth" not in dataset[0]
+    dataset.truths = True
+    assert dataset[0]["truth"].spans == truth.spans
+
+
+@pytest.fixture(scope="module")
+def triplets():
+    return synthetic_triplets("train", 100, 32, seed=0, progress=False)
+
+
+def test_synthetic_triplets_differ_in_one_or_two_things_that_the_text_names(triplets):
+    products = triplets.photos.products
+    for row in range(len(triplets)):
+        before, after = (products[photo] for photo in (triplets.references[row], triplets.targets[row]))
+        text, mine, theirs = triplets.captions[row], before.attributes(), after.attributes()
+        changed = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+        for key in changed:
+            detail = theirs.get(key) or mine[key]
+            if isinstance(detail, Detail):  # what moves is named where it was and where it is
+                assert f"has {'' if key in theirs else 'no '}{detail.look} {detail.noun} at {key}" in text
+            else:
+                assert f"{'is' if key == 'colour' else 'has' if detail != 'sleeveless' else 'is'} {detail}" in text
+        assert changed and text.count(" and ") + 1 == len(changed) and not {"garment", "back", "inside"} & changed
+        near = [variant for _, _, variant in before.variants()]
+        assert after in near or any(after == further for one in near for _, _, further in one.variants())
+
+
+def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):
+    key = lambda p: repr(sorted(p.attributes().items(), key=str))
+    families = {}
+    for photo, product in enumerate(triplets.photos.products):
+        families.setdefault(photo // FAMILY, []).append(key(product))
+    assert all(len(set(family)) == FAMILY for family in families.values())
+    val = synthetic_triplets("val", 60, 32, seed=0, progress=False)
+    assert not {key(p) for p in val.photos.products} & {key(p) for p in triplets.photos.products}
+    pretraining = {key(p) for p in Synthetic("train", 120, 32, progress=False).products}
+    assert not {key(p) for p in val.photos.products} & pretraining
+    assert {name: len(rows) for name, rows in val.galleries["synthetic"].items()} == {"union": 48, "original": 60}
+    assert len(val) == 6 * 12 and set(val.families) == set(range(12))
+    with pytest.raises(DataError, match="no whole family"):
+        synthetic_triplets("val", 4, 32, progress=False)
