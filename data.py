@@ -34,6 +34,7 @@ from tokenizers import Encoding, Tokenizer, normalizers, pre_tokenizers, process
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
+from tqdm import tqdm
 
 from masking import which_words
 from photos.dataset import DataError, PhotoDataset, Split, Truth, Unreadable
@@ -199,7 +200,7 @@ def telling_pieces(tokenizer: Tokenizer, captions: list[str], frequent: float) -
     the share `frequent` of the different captions. -> (V,), (V,) bool."""
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     wordings, counts = list(dict.fromkeys(captions)), torch.zeros(len(pieces))
-    for start in range(0, len(wordings), 1000):
+    for start in tqdm(range(0, len(wordings), 1000), "counting words", leave=False, disable=None):
         for encoding in tokenizer.encode_batch(wordings[start : start + 1000], add_special_tokens=False):
             counts[list(set(encoding.ids))] += 1
     spelt = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
@@ -316,9 +317,7 @@ def cut(images: Tensor, crops: Tensor, padding: str = "border") -> Tensor:
     return F.grid_sample(images.float(), points, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def augment(
-    images: Tensor, crops: Tensor, generator: torch.Generator | None = None, distort: float = 0.0
-) -> Tensor:  # fmt: skip
+def augment(images: Tensor, crops: Tensor, generator: torch.Generator | None = None, distort: float = 0.0) -> Tensor:
     """`random_crops` of a whole batch. images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
 
     distort: strength of random blur and noise; captions name colours, which stay.

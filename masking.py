@@ -142,7 +142,8 @@ def hidden_words(
 
 
 class PhotoWorth(nn.Module):
-    """For each token of the vocabulary what photos add to it when it is hidden, on average: a running mean of gains.
+    """For each token of the vocabulary what photos add to it when it is hidden, on average: a running mean of gains
+    (choice: SyncMask's own scores could not be read).
 
     What no photo shows, such as the care of a fabric, stands near zero, and so does what the text alone gives away."""
 

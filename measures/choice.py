@@ -24,13 +24,12 @@ def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     if not rows:
         return {}
     texts = [part.text(row) for row in range(len(part))] + [(dataset.lead, other) for other in others]
-    rows, own, other = torch.tensor(rows), torch.tensor(rows), torch.arange(len(others)) + len(part)
+    own, other = torch.tensor(rows), torch.arange(len(others)) + len(part)
     image_feat, text_feat = photo_features(run, part)[1], text_features(run, texts)
-    cosine = lambda text: (image_feat[rows] * text_feat[text]).sum(dim=1)
-    pairs = torch.stack([rows.repeat(2), torch.cat([own, other])], dim=1)
+    cosine = lambda text: (image_feat[own] * text_feat[text]).sum(dim=1)
+    pairs = torch.stack([own.repeat(2), torch.cat([own, other])], dim=1)
     matched = match_scores(run, part, texts, pairs).chunk(2)
-    figures = _shares(kinds, cosine(own) > cosine(other), "") | _shares(kinds, matched[0] > matched[1], "_matching")
-    return figures
+    return _shares(kinds, cosine(own) > cosine(other), "") | _shares(kinds, matched[0] > matched[1], "_matching")
 
 
 def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], list[str]]:

@@ -42,12 +42,12 @@ UNSEEN = {  # what no photo shows
 
 @dataclass(frozen=True)
 class Garment:
-    """A sub-category: its outline and which attributes it can have. Heights (y) of waist and hem."""
+    """A sub-category: its outline and which attributes it can have."""
 
     category: str
     outline: tuple
     places: dict[str, tuple[float, float]]  # where at the front a detail can be
-    hem: float
+    hem: float  # its height (y)
     sleeves: tuple = ()
     necks: tuple = ()
     closures: tuple = ()
