@@ -142,31 +142,38 @@ def hidden_words(
 
 
 class PhotoWorth(nn.Module):
-    """For each token of the vocabulary what photos add to it when it is hidden, on average: a running mean of gains
+    """For each token of the vocabulary what photos add to it when it is hidden: running sums of gains g and of g²
     (choice: SyncMask's own scores could not be read).
 
-    What no photo shows, such as the care of a fabric, stands near zero, and so does what the text alone gives away."""
+    What no photo shows, such as the care of a fabric, gains nothing on average, nor does what the text alone gives
+    away."""
 
     def __init__(self, vocab_size: int, decay: float = 0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("total", torch.zeros(vocab_size))
-        self.register_buffer("count", torch.zeros(vocab_size))
+        self.register_buffer("sums", torch.zeros(3, vocab_size))  # of 1, g, g²
 
     @torch.no_grad()
     def update(
         self, token_ids: Tensor, words: Tensor, gains: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda x: x
     ) -> None:
         """token_ids, words, gains (B, L) of a step; over_ranks adds up what all processes have."""
-        new = torch.stack([gains, torch.ones_like(gains)]) * (words > 0)  # (2, B, L)
-        new = over_ranks(new.new_zeros(2, len(self.total)).index_add_(1, token_ids.flatten(), new.flatten(1)))
-        self.total.mul_(self.decay).add_(new[0])
-        self.count.mul_(self.decay).add_(new[1])
+        new = torch.stack([torch.ones_like(gains), gains, gains.square()]) * (words > 0)  # (3, B, L)
+        new = torch.zeros_like(self.sums).index_add_(1, token_ids.flatten(), new.flatten(1))
+        self.sums.mul_(self.decay).add_(over_ranks(new))
 
     def forward(self, token_ids: Tensor, gains: Tensor) -> Tensor:
-        """Scores of words: log worth + gain, how much photos tell in general, and how much this one does. -> (B, L)"""
-        worth = (self.total / self.count.clamp(min=1e-6)).clamp(min=1e-3)
-        return worth.log()[token_ids] + gains
+        """Scores of words: do photos tell this token at all, and does this one? -> (B, L)
+
+        min(t, 5) + z,  t = ḡ·√n / r,  z = g / r within ±3,  r = √(mean g²) of the token
+        In units of r, or colours, which gain most, would leave no room for details; and of what gains significantly
+        (t > 5) all kinds are alike.
+        """
+        count = self.sums[0].clamp(min=1e-6)
+        mean, square = self.sums[1:] / count
+        r = square.clamp(min=1e-6).sqrt()
+        t, z = mean * count.sqrt() / r, gains / r[token_ids]
+        return t.clamp(max=5)[token_ids] + z.clamp(-3, 3)
 
 
 def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:

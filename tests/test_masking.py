@@ -279,13 +279,17 @@ def test_gains_are_those_of_each_hidden_word_over_another_photo():
         assert gains[b, word].item() == pytest.approx(own - other, abs=1e-4)
 
 
-def test_the_worth_of_a_word_is_its_mean_gain_and_recent_ones_count_more():
-    worth, ids = PhotoWorth(4, decay=0.5), torch.tensor([[1, 1, 2, 3]])
+def test_the_worth_of_a_word_is_in_units_of_its_gains_and_recent_ones_count_more():
+    worth, ids = PhotoWorth(5, decay=0.5), torch.tensor([[1, 1, 2, 3]])
     worth.update(ids, torch.tensor([[1, 2, 3, 0]]), torch.tensor([[2.0, 4.0, -1.0, 7.0]]))  # the last is no word
-    scores = worth(torch.tensor([[1, 2, 3]]), torch.tensor([[0.5, 0.0, 0.0]]))
-    assert scores[0].tolist() == pytest.approx([math.log(3) + 0.5, math.log(1e-3), math.log(1e-3)])
+    scores = worth(torch.tensor([[1, 1, 2, 3]]), torch.tensor([[0.5, 99.0, 0.0, 0.0]]))
+    r, t = math.sqrt((4 + 16) / 2), 3 * math.sqrt(2) / math.sqrt((4 + 16) / 2)
+    assert scores[0].tolist() == pytest.approx([t + 0.5 / r, t + 3, -1, 0], abs=1e-4)
     worth.update(ids[:, :1], torch.ones(1, 1), torch.tensor([[9.0]]))
-    assert worth(ids[:, :1], torch.zeros(1, 1)).item() == pytest.approx(math.log((3 + 9) / (1 + 1)))
+    r = math.sqrt((10 + 81) / (1 + 1))
+    assert worth(ids[:, :1], torch.zeros(1, 1)).item() == pytest.approx((3 + 9) / 2 * math.sqrt(2) / r)
+    worth.update(torch.full((1, 100), 4), torch.ones(1, 100), torch.ones(1, 100))  # t = 10
+    assert worth(torch.tensor([[4]]), torch.zeros(1, 1)).item() == pytest.approx(5)
 
 
 def test_exact_ties_fall_anywhere():
