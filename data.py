@@ -45,7 +45,7 @@ from photos.jsonl import Jsonl
 from photos.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
 from photos.synthetic import Synthetic
 from photos.triplets import Triplets
-from photos.wardrobe import WHOLE
+from photos.wardrobe import KINDS
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
 TripletName = Literal["synthetic", "fashioniq"]
@@ -181,7 +181,7 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
 
 
 # of a batch (B, L) each, padded with 0; `tokenize` gives the first three
-TOKEN_KEYS = ("token_ids", "attention_mask", "described", "words", "word_planes", "details")
+TOKEN_KEYS = ("token_ids", "attention_mask", "described", "words", "word_planes", "kinds")
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:
@@ -216,7 +216,7 @@ class Collate:
     `words` (B, L) may be masked, see `masking.which_words`; telling: what `telling_pieces` gives, or every token may
     Items with the truth bring `planes` (B, K, S, S), where attributes are on the photo; `word_planes` (B, L), which of
     them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo does not
-    show it; and `details` (B, L), whether it names a small one.
+    show it; and `kinds` (B, L), which of KINDS it is, counted from 1, else 0.
     """
 
     tokenizer: Tokenizer
@@ -248,16 +248,16 @@ class Collate:
 def _truth(encodings: list[Encoding], truths: list[Truth]) -> dict[str, Tensor]:
     size, tokens = truths[0].size, len(encodings[0].ids)
     planes = torch.zeros(len(truths), 2 + max(len(truth.regions) for truth in truths), size, size, dtype=torch.uint8)
-    word_planes, details = (torch.zeros(len(truths), tokens, dtype=torch.long) for _ in range(2))
+    word_planes, kinds = (torch.zeros(len(truths), tokens, dtype=torch.long) for _ in range(2))
     for b, (truth, encoding) in enumerate(zip(truths, encodings, strict=True)):
         numbers = {key: number for number, key in enumerate(truth.regions, start=2)}
         for key, number in numbers.items():
             planes[b, number] = torch.from_numpy(truth.region(key))
         for token, (piece, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
-            for first, last, key in truth.spans:
+            for first, last, key, kind in truth.spans:
                 if piece == 1 and first <= start < end <= last:
-                    word_planes[b, token], details[b, token] = numbers.get(key, 1), key not in WHOLE
-    return {"planes": planes, "word_planes": word_planes, "details": details.bool()}
+                    word_planes[b, token], kinds[b, token] = numbers.get(key, 1), 1 + KINDS.index(kind)
+    return {"planes": planes, "word_planes": word_planes, "kinds": kinds}
 
 
 def word_regions(batch: dict, grid: int) -> Tensor:

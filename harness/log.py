@@ -38,7 +38,8 @@ On synthetic photos also the truth: of masks, each with its value for random mas
                                 the share restored (no …_random); visible_detail_…, visible_whole_…: of parts of them
     unseen_word_accuracy        the same of words that name what it does not show: guessing, and no more
     photo_gain                  visible_word_accuracy minus the same with the photo of another product: what the photo
-                                adds; photo_gain_detail, photo_gain_whole: to details, to the rest
+                                adds; photo_gain_detail, photo_gain_whole: to details, to the rest; and _<kind>: to
+                                words of one kind, such as garment, neck, or look, noun and place of a detail
     choice_<kind>               of photos with their own text and one in which one value of this kind, which the photo
                                 shows, is wrong: the share whose own text has the higher similarity; chance is 0.5
     choice_<kind>_matching      the same by the matching head

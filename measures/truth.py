@@ -18,6 +18,7 @@ from masking import cooccurrence, pointing, random_patch_mask, random_word_mask,
 from measures.choice import choices
 from photos.dataset import PhotoDataset
 from photos.synthetic import Synthetic
+from photos.wardrobe import KINDS, WHOLE
 from sampler import SamplerMode, chain
 
 CHOICE_PRODUCTS = 60  # held-out products whose photos choose between texts
@@ -27,9 +28,18 @@ CHOICE_PRODUCTS = 60  # held-out products whose photos choose between texts
 class WordTruth:
     """What is known of a batch, token by token. Letters: B, L, P patches."""
 
-    attribute: Tensor  # (B, L): names an attribute, visible in this photo or not
-    detail: Tensor  # (B, L): a small one, which one does not see from afar
+    kinds: Tensor  # (B, L): which of KINDS a token is about, visible in this photo or not, counted from 1; else 0
     regions: Tensor  # (B, L, P): where this photo shows it; nowhere where it does not
+
+    @property
+    def attribute(self) -> Tensor:
+        """(B, L): names an attribute, visible in this photo or not."""
+        return self.kinds > 0
+
+    @property
+    def detail(self) -> Tensor:
+        """(B, L): names a small attribute, which one does not see from afar."""
+        return self.kinds > len(WHOLE)
 
     @property
     def visible(self) -> Tensor:
@@ -39,7 +49,7 @@ class WordTruth:
 
 def word_truth(batch: dict, grid: int) -> WordTruth:
     """The truth about every token of a batch of a data set with `truths`; frames and prompts have none."""
-    return WordTruth(batch["word_planes"] > 0, batch["details"], word_regions(batch, grid))
+    return WordTruth(batch["kinds"], word_regions(batch, grid))
 
 
 def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str, float]:
@@ -79,6 +89,7 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
         hidden, right, right_elsewhere = restored(run, batch, generator)
         seen = {"visible_word": visible, "unseen_word": known.attribute & ~visible,
                 "visible_detail": visible & known.detail, "visible_whole": visible & ~known.detail}  # fmt: skip
+        seen |= {f"visible_{kind}": visible & (known.kinds == number) for number, kind in enumerate(KINDS[:-1], 1)}
         for key, words in seen.items():
             add(f"{key}_accuracy", *cooccurrence(hidden, words, right))
             add(f"{key}_accuracy_elsewhere", *cooccurrence(hidden, words, right_elsewhere))
@@ -88,7 +99,8 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
             add(key, hits, total)
             add(key + "_random", expected, total)
     figures = {key: hits / max(1, total) for key, (hits, total) in sums.items()}
-    elsewhere = {key: figures.pop(f"visible_{key}_accuracy_elsewhere") for key in ("word", "detail", "whole")}
+    parts = ("word", "detail", "whole", *KINDS[:-1])
+    elsewhere = {key: figures.pop(f"visible_{key}_accuracy_elsewhere") for key in parts}
     figures.pop("unseen_word_accuracy_elsewhere")
     return figures | {f"photo_gain{'_' + key if key != 'word' else ''}": figures[f"visible_{key}_accuracy"] - share
                       for key, share in elsewhere.items()}  # fmt: skip

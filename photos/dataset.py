@@ -31,11 +31,11 @@ class Unreadable:
 class Truth:
     """What a photo really shows, where that is known.
 
-    spans: (start, end, key) of every stretch of the description that names an attribute
+    spans: (start, end, key, kind) of every stretch of the description that names an attribute
     regions: of the attributes that the photo shows, where, as packed bits of (size, size) pixels
     """
 
-    spans: list[tuple[int, int, str]]
+    spans: list[tuple[int, int, str, str]]
     regions: dict[str, np.ndarray]
     size: int
 

@@ -30,7 +30,8 @@ CLOSURES = ("zipped", "buttoned")
 NOUNS = ("badge", "pocket", "star", "cross", "stripe")
 # of a detail: half of its height; its way from the garment's colour to white, or if negative to black
 LOOKS = {"small": (0.11, -0.35), "large": (0.22, -0.35), "light": (0.16, 0.75), "dark": (0.16, -0.7)}
-WHOLE = ("garment", "colour", "pattern", "sleeve")  # attributes that one sees from afar; the others are details
+WHOLE = ("garment", "colour", "pattern", "sleeve")  # what one sees from afar; the other kinds are details
+KINDS = (*WHOLE, "neck", "closure", "look", "noun", "place", "unseen")  # what words are about
 UNSEEN = {  # what no photo shows
     "fabric": ("cotton", "wool", "linen", "silk", "nylon"),
     "fit": ("slim", "regular", "relaxed", "oversized"),
@@ -200,8 +201,8 @@ class Product:
 
     @cached_property
     def marked(self) -> str:
-        """The description, in which {key|words} marks the words that are about an attribute."""
-        rng, tag = np.random.default_rng(self.wording), lambda key, words: f"{{{key}|{words}}}"
+        """The description, in which {key|kind|words} marks the words that are about an attribute."""
+        rng, tag = np.random.default_rng(self.wording), lambda key, words, kind="": f"{{{key}|{kind or key}|{words}}}"
         garment, colour = tag("garment", self.garment), tag("colour", self.colour)
         title = pick(rng, (f"{garment} in {colour}", f"{colour} {garment}"))
         if self.sleeve:
@@ -210,19 +211,19 @@ class Product:
         parts += [f"{tag('neck', self.neck)} neckline"] if self.neck else []
         parts += [f"{tag('closure', self.closure)} front"] if self.closure else []
         for place, detail in self.details.items():
-            where = {"inside": "inside", "back": "at back"}.get(place) or f"at {tag(place, place)}"
-            parts.append(f"{tag(place, detail.look)} {tag(place, detail.noun)} {where}")
+            where = {"inside": "inside", "back": "at back"}.get(place) or f"at {tag(place, place, 'place')}"
+            parts.append(f"{tag(place, detail.look, 'look')} {tag(place, detail.noun, 'noun')} {where}")
         parts += [f"{tag('unseen', value)} {what}" for what, value in self.unseen.items()]
         return ". ".join([title, *rng.permutation(parts).tolist()]) + "."
 
-    def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str]]]:
-        """The description, and (start, end, key) of every stretch of it that names an attribute."""
+    def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str, str]]]:
+        """The description, and (start, end, key, kind) of every stretch of it that names an attribute."""
         caption, spans = "", []
-        for marked, key, words, plain in re.findall(r"(\{(\w+)\|([^}]*)\})|([^{]+)", self.marked):
+        for marked, key, kind, words, plain in re.findall(r"(\{(\w+)\|(\w+)\|([^}]*)\})|([^{]+)", self.marked):
             if marked:
                 if not caption or caption.endswith(". "):
                     words = words[0].upper() + words[1:]
-                spans.append((len(caption), len(caption) + len(words), key))
+                spans.append((len(caption), len(caption) + len(words), key, kind))
             caption += words if marked else plain
         return caption, spans
 

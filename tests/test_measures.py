@@ -52,7 +52,7 @@ def test_word_truth_is_the_truth_token_by_token(wardrobe, monkeypatch):
     for b, row in enumerate(rows):
         truth = wardrobe.truth(row)
         for i, ((start, end), special) in enumerate(zip(encodings[b].offsets, encodings[b].special_tokens_mask)):
-            keys = [key for first, last, key in truth.spans if first <= start and end <= last and not special]
+            keys = [key for first, last, key, _ in truth.spans if first <= start and end <= last and not special]
             assert known.attribute[b, i] == bool(keys) and known.detail[b, i] == bool(keys and keys[0] not in WHOLE)
             shown = [key for key in keys if key in truth.regions]
             assert known.visible[b, i] == bool(shown)

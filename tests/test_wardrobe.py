@@ -84,8 +84,13 @@ def test_truth_spans_name_all_attributes_and_nothing_else(wardrobe):
     for row in range(0, len(wardrobe), 7):
         product, caption = wardrobe.products[wardrobe.rows[row][0]], wardrobe.captions[row]
         named = {}
-        for start, end, key in wardrobe.truth(row).spans:
-            named.setdefault(key, set()).add(caption[start:end].lower())
+        for start, end, key, kind in wardrobe.truth(row).spans:
+            word = caption[start:end].lower()
+            named.setdefault(key, set()).add(word)
+            if key in product.details:
+                assert kind == "place" if word == key else word == getattr(product.details[key], kind)
+            else:
+                assert kind == key
         expected = {"unseen": set(product.unseen.values())}
         for key, value in product.attributes().items():
             if isinstance(value, Detail):
@@ -115,7 +120,7 @@ def test_less_than_half_of_the_attribute_words_are_visible(wardrobe):
     shares = []
     for row in range(len(wardrobe)):
         truth = wardrobe.truth(row)
-        shares.append(np.mean([key in truth.regions for _, _, key in truth.spans]))
+        shares.append(np.mean([key in truth.regions for _, _, key, _ in truth.spans]))
     assert 0.25 < np.mean(shares) < 0.5 and max(shares) < 0.8
 
 
