@@ -13,6 +13,12 @@ For text-guided retrieval there are *triplets*: a reference photo, a text that s
 
 A description is read as it is, or framed as FashionSAP and Fashion-FINE read it (`PhotoDataset.text`).
 
+For retrieval also photos with several captions each, `flickr30k` and `coco` in Karpathy's splits. For entailment there
+are *statements* about photos:
+
+    synthetic    what a drawn garment shows, contradicts, or cannot tell
+    snlive       SNLI-VE's, about photos of Flickr30k
+
 Photos are decoded to uint8 squares and stay uint8 until they are on the training device, where `augment` or
 `normalise` turns a whole batch to floats at once.
 
@@ -25,7 +31,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -37,46 +43,64 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masking import which_words
-from photos.dataset import DataError, PhotoDataset, Split, Truth, Unreadable
+from photos.dataset import DataError, PhotoDataset, Truth, Unreadable
 from photos.families import synthetic_triplets
 from photos.fashiongen import FashionGen, export_fashiongen
 from photos.fashioniq import fashioniq
 from photos.jsonl import Jsonl
+from photos.karpathy import CaptionedName, Karpathy
 from photos.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
+from photos.snlive import snlive
+from photos.statements import Statements, synthetic_statements
 from photos.synthetic import Synthetic
 from photos.triplets import Triplets
 from photos.wardrobe import KINDS
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
 TripletName = Literal["synthetic", "fashioniq"]
+StatementName = Literal["synthetic", "snlive"]
+ReportedSplit = Literal["train", "val", "test"]
 VAL_PRODUCTS = 300  # synthetic products held out of training
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_dataset(
-    name: DataName, root: str | Path | None, split: Split, image_size: int, seed: int = 0, products: int = 4000,
-    progress: bool = True,
+    name: DataName | CaptionedName, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0,
+    products: int = 4000, progress: bool = True,
 ) -> PhotoDataset:  # fmt: skip
     """Open a split of a data set. Raises DataError with one clear line when it cannot be used.
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
     seed: of the synthetic set, and of the split by product where the data has none
-    products: synthetic products in the training split; validation has VAL_PRODUCTS
+    products: synthetic products in the training split; validation has VAL_PRODUCTS · split: test of some alone
     """
     if name == "synthetic":
         return Synthetic(split, products if split == "train" else VAL_PRODUCTS, image_size, seed, progress)
     folder = _folder(name, root)
+    if name in get_args(CaptionedName):
+        return Karpathy(folder, name, split, image_size)
     return FashionGen(folder, split, image_size) if name == "fashiongen" else Jsonl(folder, split, image_size, seed)
 
 
 def build_triplets(
-    name: TripletName, root: str | Path | None, split: Literal["train", "val", "test"], image_size: int,
+    name: TripletName, root: str | Path | None, split: ReportedSplit, image_size: int,
     seed: int = 0, products: int = 4000, progress: bool = True,
 ) -> Triplets:  # fmt: skip
     """Open a split of a set of triplets; arguments and errors as `build_dataset`. test: of `fashioniq` alone."""
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed, progress)
     return fashioniq(_folder(name, root), split, image_size)
+
+
+def build_statements(
+    name: StatementName, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0,
+    products: int = 4000, progress: bool = True,
+) -> Statements:  # fmt: skip
+    """Open a split of a set of statements; arguments and errors as `build_dataset`. test: of `snlive` alone."""
+    if name == "synthetic":
+        products = products if split == "train" else VAL_PRODUCTS
+        return synthetic_statements(split, products, image_size, seed, progress)
+    return snlive(_folder(name, root), split, image_size)
 
 
 def _folder(name: str, root: str | Path | None) -> Path:

@@ -1,8 +1,9 @@
-"""What a pretrained model is for: three downstream tasks with their evaluation protocols, and search.
+"""What a pretrained model is for: downstream tasks with their evaluation protocols, and search.
 
     python finetune.py --task retrieval                        photo ↔ text: ITC + ITM, full and sampled protocol
     python finetune.py --task tgir                             reference photo + "is red and has long sleeves" → photo
     python finetune.py --task category | subcategory           recognition from photo and text, or --modality image
+    python finetune.py --task entailment                       does the photo show that a statement is true, or false?
     python finetune.py --task search --query "long sleeve dress in red" [--image photo.jpg]
 
 All start from --checkpoint (default: the one that `python train.py` leaves); data, sizes and vocabulary are its own.
@@ -24,31 +25,38 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
-from harness.batches import batches_of, match_scores, one_text_a_product, photo_features, text_features
+from harness.batches import (
+    batches_of,
+    different_photos,
+    match_scores,
+    photo_features,
+    text_features,
+    texts_to_search,
+)
 from harness.checkpoints import begin, load_checkpoint, load_weights
 from harness.finetune_config import FinetuneConfig, check_flags, parse_config
 from harness.flags import ConfigError
 from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
-from harness.splits import hold_out, numbers_of, open_photos, open_triplets
+from harness.splits import hold_out, numbers_of, open_photos, open_statements, open_triplets
 from harness.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
 from losses import accuracy, cross_entropy, itc_loss, itc_targets
 from measures.pictures import draw_answers, draw_confusion
 from measures.scores import (
     Figures,
     RankedTriplets,
-    Ranking,
+    fold_rankings,
     full_rankings,
     recalls_of,
     recognition_scores,
-    sampled_candidates,
+    sampled_rankings,
     scores_by_class,
     triplet_recalls,
 )
 from measures.search import search
 from photos.dataset import DataError, PhotoDataset
 from photos.prompts import Text
+from photos.statements import Statements
 from photos.triplets import Triplets
 from train import work
 
@@ -79,7 +87,7 @@ class Task:
 
 
 class Retrieval(Task):
-    """Cross-modal retrieval: ITC + ITM; full and sampled protocol."""
+    """Cross-modal retrieval: ITC + ITM; full and sampled protocol, or where photos have several captions folds."""
 
     select = "val_mean"
     panels = {
@@ -87,6 +95,7 @@ class Retrieval(Task):
         "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
     }
     queries, negatives, draws = 1000, 100, 5  # of the sampled protocol
+    fold = 1000  # photos, COCO's
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
@@ -101,30 +110,35 @@ class Retrieval(Task):
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
         """Full protocol on the held-out products."""
-        _, image_feat, text_feat, owner, _ = self.encode(run, dataset)
-        recalls = recalls_of([*full_rankings(image_feat, text_feat, owner)])
+        recalls = recalls_of([*full_rankings(*self.encode(run, dataset)[2])])
         return {key.replace("full", "val"): value for key, value in recalls.items()}
 
-    def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor, Tensor, Tensor, list[Text]]:
-        """Rows (n,), image_feat (n, E), text_feat (m, E) of one text a product, the text of each photo (n,), texts; on
-        the CPU."""
-        rows, image_feat = photo_features(run, dataset)
-        texts, owner = one_text_a_product(dataset, rows)
-        return rows, image_feat.cpu(), text_features(run, texts).cpu(), owner, texts
+    def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
+        """-> rows (n,) that have each photo once; texts to tell them by (m); on the CPU image_feat (n, E), text_feat
+        (m, E), and of which product each photo (n,) and each text (m,) is."""
+        shown = different_photos(dataset)
+        read, image_feat = photo_features(run, dataset.part(shown))
+        texts, *owners = texts_to_search(dataset, shown[read])
+        return shown[read], texts, (image_feat.cpu(), text_features(run, texts).cpu(), *owners)
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
-        """Both protocols, by similarity and with `--rerank` also by the matching head."""
-        rows, image_feat, text_feat, owner, texts = self.encode(run, dataset)
-        if len(texts) < 2:
+        """All protocols, by similarity and with `--rerank` also by the matching head."""
+        rows, texts, gallery = self.encode(run, dataset)
+        image_feat, text_feat, of_photo, of_text = gallery
+        if of_photo.max() < 1:
             raise DataError("one product is no gallery to search in; give more")
-        top, kinds = self.config.rerank, numbers_of([dataset.subcategories[row] for row in rows])
-        rankings, alike = [*full_rankings(image_feat, text_feat, owner, top)], {"i2t": [], "t2i": []}
-        kind_of = {"i2t": kinds[np.unique(owner, return_index=True)[1]], "t2i": kinds}
-        for draw in tqdm(range(self.draws), "drawing candidates", unit=" draws", leave=False, disable=None):
-            rng = np.random.default_rng((6, self.config.seed, draw))
-            for way, lists in sampled_candidates(owner.numpy(), kinds, self.queries, self.negatives, rng).items():
-                rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
-                alike[way].append((kind_of[way][lists[:, 2:]] == kinds[lists[:, :1]]).mean())
+        top, protocol = self.config.rerank, f"full: {len(rows):,} photos, {len(texts):,} texts, "
+        if dataset.several:
+            more = [*fold_rankings(*gallery, self.fold, top)]
+            protocol += f"all captions of each; fold: {len(more) // 2} folds of {self.fold:,} photos"
+        else:
+            kinds, counts = numbers_of([dataset.subcategories[row] for row in rows]), (self.queries, self.negatives)
+            more, alike = sampled_rankings(*gallery[:3], kinds, *counts, self.draws, self.config.seed, top)
+            share = " and ".join(f"{100 * share:.0f} % ({way})" for way, share in alike.items())
+            share = f"{share} of the same sub-category" if any(dataset.subcategories) else "no sub-categories known"
+            protocol += f"one a product; sampled: {min(self.queries, len(rows)):,} queries, up to {self.negatives}"
+            protocol += f" negatives ({share}), {self.draws} draws"
+        rankings, protocol = [*full_rankings(*gallery, top), *more], f"{protocol}; by similarity"
         metrics = recalls_of(rankings)
         if top:
             pairs, place = torch.cat([r.pairs.flatten(0, 1) for r in rankings]).unique(dim=0, return_inverse=True)
@@ -132,18 +146,13 @@ class Retrieval(Task):
             parts = scores.split([r.right.numel() for r in rankings])
             ranks = [r.reranked(part.view(r.right.shape)) for r, part in zip(rankings, parts, strict=True)]
             metrics |= {f"rerank_{key}": value for key, value in recalls_of(rankings, ranks).items()}
-        share = " and ".join(f"{100 * np.mean(shares):.0f} % ({way})" for way, shares in alike.items())
-        share = f"{share} of the same sub-category" if any(dataset.subcategories) else "no sub-categories known"
-        protocol = (
-            f"full: {len(rows):,} photos, {len(texts):,} texts; sampled: {min(self.queries, len(rows)):,} queries,"
-        )
-        protocol += f" up to {self.negatives} negatives ({share}), {self.draws} draws; by similarity"
         protocol += f", the best {top} re-ranked by matching" if top else ""
         chance = {key: value for r in rankings[:4] for key, value in r.chance().items()}
         examples = []
         for text in np.linspace(0, len(texts) - 1, 6).astype(int):
             best = (image_feat @ text_feat[text]).topk(min(5, len(rows)))
-            answers = [(int(rows[i]), f"{s:.2f}", bool(owner[i] == text)) for s, i in zip(*best, strict=True)]
+            right = of_photo[best.indices] == of_text[text]
+            answers = [(int(rows[i]), f"{s:.2f}", bool(hit)) for s, i, hit in zip(*best, right, strict=True)]
             examples.append((texts[text][1], None, answers))
         draw_answers(dataset, examples, Path(self.config.out) / "examples.png")
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
@@ -246,14 +255,14 @@ def write_ranks(dataset: Triplets, ranked: Iterable[RankedTriplets], path: Path)
 
 
 class Recognition(Task):
-    """Category or sub-category from the fused [CLS] of photo and text, or from the image CLS alone."""
+    """Category or sub-category from the fused [CLS] of photo and text, or from the [CLS] of one of them alone."""
 
     panels = {"loss": ["class"], "held-out": ["val_accuracy", "val_macro_f1"]}
     select = "val_accuracy"
 
     def labels_of(self, dataset: PhotoDataset) -> list[str]:
         """The label of each row."""
-        return dataset.categories if self.config.task == "category" else dataset.subcategories
+        return dataset.subcategories if self.config.task == "subcategory" else dataset.categories
 
     def open(self, split: str) -> PhotoDataset:
         """The photos of a split that have a label."""
@@ -286,7 +295,7 @@ class Recognition(Task):
         """The task that knows the classes of its training photos."""
         classes = tuple(sorted(set(self.labels_of(train_set))))
         model = replace(self.config.model, classes=len(classes))
-        task = Recognition(replace(self.config, classes=classes, model=model))
+        task = type(self)(replace(self.config, classes=classes, model=model))
         task.train_classes = task.class_ids(train_set).to(task.config.device)
         return task
 
@@ -297,11 +306,14 @@ class Recognition(Task):
 
     def logits(self, run: Run, batch: dict) -> Tensor:
         """(B, classes)."""
-        image_embeds = run.model.encode_image(batch["images"])
-        if self.config.modality == "image":
+        sees, keep = self.config.modality, batch["attention_mask"]
+        if sees != "text":
+            image_embeds = run.model.encode_image(batch["images"])
+        if sees == "image":
             return run.model.class_logits(image_embeds)
-        keep = batch["attention_mask"]
         text_embeds = run.model.encode_text(batch["token_ids"], keep)
+        if sees == "text":
+            return run.model.class_logits(text_embeds)
         return run.model.class_logits(run.model.fuse_cls(text_embeds, keep, image_embeds))
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
@@ -310,8 +322,8 @@ class Recognition(Task):
         return {"class": cross_entropy(logits, labels)}, {"accuracy": accuracy(logits, labels)}
 
     @torch.no_grad()
-    def predict(self, run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor]:
-        """Classes (n,) that are right and that were answered, of the photos that could be read."""
+    def predict(self, run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the photos that could be read the rows (n,), and the classes that are right and that were answered."""
         answers, rows = [], []
         for batch in batches_of(run, dataset, "recognising"):
             with autocast(run):
@@ -319,16 +331,17 @@ class Recognition(Task):
             rows.append(batch["rows"].cpu())
         if not rows:
             raise DataError("no photo could be read")
-        return self.class_ids(dataset)[torch.cat(rows)], torch.cat(answers)
+        rows = torch.cat(rows)
+        return rows, self.class_ids(dataset)[rows], torch.cat(answers)
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
         """Accuracy and macro-F1 on the held-out products."""
-        right, answered = self.predict(run, dataset)
+        _, right, answered = self.predict(run, dataset)
         return {f"val_{key}": value for key, value in recognition_scores(right, answered).items()}
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
         """Accuracy and macro-F1, a line for each class in classes.tsv, and confusion.png."""
-        right, answered = self.predict(run, dataset)
+        rows, right, answered = self.predict(run, dataset)
         figures, out = scores_by_class(right, answered), Path(self.config.out)
         names = [*self.config.classes, "(unseen in training)"]
         support = right.bincount(minlength=len(names))
@@ -342,12 +355,32 @@ class Recognition(Task):
         chance = recognition_scores(right, torch.full_like(right, most))
         metrics = recognition_scores(right, answered)
         metrics["unseen_share"] = (right == len(self.config.classes)).float().mean().item()
-        what = "photo and text" if self.config.modality == "both" else "photo alone"
+        metrics |= self.by_kind(dataset, rows, right == answered)
+        what = {"both": "photo and text", "image": "photo alone", "text": "text alone"}[self.config.modality]
         protocol = f"{what}; {len(right):,} photos, {len(self.config.classes)} classes; chance: always {names[most]}"
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
 
+    def by_kind(self, _dataset: PhotoDataset, _rows: Tensor, _hits: Tensor) -> Figures:
+        """Further accuracies, of the rows (n,) of some kinds alone."""
+        return {}
 
-TASKS = {"retrieval": Retrieval, "tgir": TextGuided, "category": Recognition, "subcategory": Recognition}
+
+class Entailment(Recognition):
+    """Visual entailment: does a photo show that a statement is true, that it is false, or neither? A class of photo and
+    statement, as recognition (ALBEF's head is an MLP, ours one linear layer)."""
+
+    def open(self, split: str) -> Statements:
+        """The statements of a split."""
+        return open_statements(self.config, split)
+
+    def by_kind(self, dataset: PhotoDataset, rows: Tensor, hits: Tensor) -> Figures:
+        """Accuracy by the kind of attribute that a statement turns on, where that is known."""
+        kinds = np.array(dataset.subcategories)[rows.numpy()]
+        return {f"accuracy_{kind}": hits[kinds == kind].float().mean().item() for kind in sorted({*kinds} - {""})}
+
+
+TASKS = {"retrieval": Retrieval, "tgir": TextGuided, "category": Recognition, "subcategory": Recognition,
+         "entailment": Entailment}  # fmt: skip
 
 
 def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | None:

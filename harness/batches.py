@@ -92,10 +92,20 @@ def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer, sample: int = 
         print(f"{100 * cut / len(texts):.0f} % of the training texts are cut at {longest} tokens; see --max-length")
 
 
-def one_text_a_product(dataset: PhotoDataset, rows: np.ndarray) -> tuple[list[Text], Tensor]:
-    """The text of each product that some rows (n,) show, that of its first photo; and the text of each row (n,)."""
+def different_photos(dataset: PhotoDataset) -> np.ndarray:
+    """Rows that have each photo once. -> (n,)."""
+    return np.unique(dataset.product_ids, return_index=True)[1] if dataset.several else np.arange(len(dataset))
+
+
+def texts_to_search(dataset: PhotoDataset, rows: np.ndarray) -> tuple[list[Text], Tensor, Tensor]:
+    """What photos, some rows (n,), are to be told by: one text a product, that of its first photo; where photos have
+    several captions, all of these. -> texts, of which product each photo is (n,), and of which each text (m,)."""
     _, first, owner = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
-    return [dataset.text(rows[i]) for i in first], torch.from_numpy(owner)
+    lines, told = rows[first], np.arange(len(first))
+    if dataset.several:
+        lines = np.flatnonzero(np.isin(dataset.product_ids, dataset.product_ids[rows]))
+        told = np.unique(dataset.product_ids[lines], return_inverse=True)[1]
+    return [dataset.text(row) for row in lines], torch.from_numpy(owner), torch.from_numpy(told)
 
 
 @torch.no_grad()

@@ -10,11 +10,15 @@ from harness.config import LoopConfig, always, check_loop
 from harness.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
 from model import ModelConfig
 
-TaskName = Literal["retrieval", "tgir", "category", "subcategory", "search"]
-RECOGNITION = ("category", "subcategory")
+TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
+RECOGNITION = ("category", "subcategory", "entailment")
 FOUND = 10  # photos that search shows
-PHOTOS = ("synthetic", "fashiongen", "jsonl")
-TASK_DATA = {"tgir": ("synthetic", "fashioniq"), "search": (*PHOTOS, "fashioniq")}  # of the others: PHOTOS
+PHOTOS, CAPTIONED = ("synthetic", "fashiongen", "jsonl"), ("flickr30k", "coco")
+TASK_DATA = {  # of the others: PHOTOS
+    "retrieval": (*PHOTOS, *CAPTIONED), "tgir": ("synthetic", "fashioniq"), "entailment": ("synthetic", "snlive"),
+    "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
+}  # fmt: skip
+TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class FinetuneConfig(LoopConfig):
 
     task: TaskName | None = always(None, "what to do")
     checkpoint: str = always("runs/synthetic-syncmask-tiny/last.pt", "what train.py, or an earlier fine-tuning, left")
-    data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq"] | None = always(
+    data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq", "flickr30k", "coco", "snlive"] | None = always(
         None, "data set (default: that of the checkpoint)"
     )
     root: str | None = always(None, "folder of the data set (default: that of the checkpoint, or data/<data>)")
     split: Literal["val", "train", "test"] = always(
-        "val", "split to report on, or to search in; test: of FashionIQ, writes ranked ids instead of figures"
+        "val",
+        "split to report on, or to search in; test: of flickr30k, coco, snlive, and of fashioniq, whose targets are not"
+        " published: it writes ranked ids",
     )
     eval_only: bool = always(False, "do not train: evaluate the checkpoint as it is")
     from_scratch: bool = option(False, "random weights instead of the checkpoint's, to compare with")
@@ -40,8 +46,8 @@ class FinetuneConfig(LoopConfig):
     rerank: int = always(
         0, "let the matching head re-rank so many of the best by similarity", low=0, task=("retrieval", "search")
     )
-    modality: Literal["both", "image"] = option(
-        "both", "what recognition sees: photo and text, or the photo alone", task=RECOGNITION
+    modality: Literal["both", "image", "text"] = option(
+        "both", "what recognition and entailment see: photo and text, or one of them alone", task=RECOGNITION
     )
     query: str | None = always(None, "words to search by", task=("search",))
     image: str | None = always(None, "photo to search by, alone or with words that change it", task=("search",))
@@ -59,6 +65,7 @@ SCHEDULES = {
     "tiny tgir": dict(steps=300, lr=1e-3),
     "tiny category": dict(steps=600, lr=1e-3, patience=4),
     "tiny subcategory": dict(steps=600, lr=1e-3, patience=4),
+    "tiny entailment": dict(steps=600, lr=1e-3, patience=4),
     "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
     "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
     "base retrieval": dict(epochs=30, lr=1e-5),
@@ -77,7 +84,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
     add_flags(parser, FinetuneConfig, SCHEDULES)
     given = vars(parser.parse_args(argv))
     if not given.get("task"):
-        raise ConfigError("say with --task what to do: retrieval, tgir, category, subcategory or search")
+        raise ConfigError("say with --task what to do: retrieval, tgir, category, subcategory, entailment or search")
     if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
         raise ConfigError("--resume goes on with a training, which is not done here")
     path = given.get("checkpoint", FinetuneConfig.checkpoint)
@@ -117,7 +124,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     if "steps" in given or "epochs" in given:  # the one replaces the other
         schedule.pop("steps", None), schedule.pop("epochs", None)
     config = FinetuneConfig(model=model, **own | schedule | given)
-    ending = "-image" if task in RECOGNITION and config.modality == "image" else ""
+    ending = f"-{config.modality}" if task in RECOGNITION and config.modality != "both" else ""
     ending += "-scratch" if config.from_scratch else "-eval" if config.eval_only else ""
     return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{preset}")
 
@@ -155,8 +162,8 @@ def check_flags(config: FinetuneConfig, given: set[str]) -> None:
         check_search(config)
     if config.split == "train" and config.task != "search":
         raise ConfigError("--split train: figures on what was trained on mean nothing; it is for --task search")
-    if config.split == "test" and config.data != "fashioniq":
-        raise ConfigError("--split test is for FashionIQ; the others have val")
+    if config.split == "test" and config.data not in TESTED:
+        raise ConfigError(f"--split test is for {', '.join(TESTED)}; the others have val")
 
 
 def check_search(config: FinetuneConfig) -> None:

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from data import build_dataset, build_triplets
+from data import build_dataset, build_statements, build_triplets
 from harness.finetune_config import FinetuneConfig
 from photos.dataset import DataError, PhotoDataset
 from photos.prompts import DESCRIPTION, DIFFERENCE
+from photos.statements import Statements
 from photos.triplets import Triplets
 
 
@@ -23,8 +24,15 @@ def open_triplets(config: FinetuneConfig, split: str) -> Triplets:
     return triplets
 
 
+def open_statements(config: FinetuneConfig, split: str) -> Statements:
+    """A set of statements, by the same rule."""
+    statements = build_statements(*where(config, split))
+    statements.lead = lead_of(config)
+    return statements
+
+
 def where(config: FinetuneConfig, split: str) -> tuple:
-    """Arguments of `build_dataset` and `build_triplets`."""
+    """Arguments of `build_dataset`, `build_triplets` and `build_statements`."""
     return config.data, config.root, split, config.model.image_size, config.data_seed, config.products
 
 

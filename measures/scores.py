@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from photos.triplets import Triplets
 
@@ -66,15 +67,21 @@ class Ranking:
         return {f"{self.protocol}_r{k}": share(k) for k in (1, 5, 10)}
 
 
-def full_rankings(image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int = 0) -> Iterator[Ranking]:
-    """Every photo (n, E) against the texts (m, E), every text against all photos; owner (n,): the text of a photo."""
-    photos, texts = torch.arange(len(image_feat)), torch.arange(len(text_feat))
+def full_rankings(
+    image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, top: int = 0,
+    photos: Tensor | None = None, name: str = "full",
+) -> Iterator[Ranking]:  # fmt: skip
+    """Every photo (n, E) against the texts (m, E), every text against all photos; or some `photos` with their texts.
+    of_photo (n,), of_text (m,): the product; right is what is of the same."""
+    photos = torch.arange(len(image_feat)) if photos is None else photos
+    texts = torch.isin(of_text, of_photo[photos]).nonzero().squeeze(1)
+    same = lambda p, t: of_photo[p, None] == of_text[t]
     i2t = [
-        Ranking.of("full_i2t", image_feat[p] @ text_feat.T, owner[p, None] == texts, p[:, None], texts, top)
+        Ranking.of(f"{name}_i2t", image_feat[p] @ text_feat[texts].T, same(p, texts), p[:, None], texts, top)
         for p in photos.split(1024)
     ]
     t2i = [
-        Ranking.of("full_t2i", text_feat[t] @ image_feat.T, t[:, None] == owner, photos, t[:, None], top)
+        Ranking.of(f"{name}_t2i", text_feat[t] @ image_feat[photos].T, same(photos, t).T, photos, t[:, None], top)
         for t in texts.split(1024)
     ]
     for parts in (i2t, t2i):
@@ -101,6 +108,33 @@ def sampled_candidates(
             lists[way].append(np.concatenate([[photo, right], pool[:negatives]]))
     shortest = {way: min(map(len, rows)) for way, rows in lists.items()}
     return {way: torch.from_numpy(np.stack([row[: shortest[way]] for row in rows])) for way, rows in lists.items()}
+
+
+def sampled_rankings(
+    image_feat: Tensor, text_feat: Tensor, owner: Tensor, kinds: np.ndarray, queries: int, negatives: int, draws: int,
+    seed: int, top: int = 0,
+) -> tuple[list[Ranking], Figures]:  # fmt: skip
+    """Some draws of the sampled protocol; owner (n,): the text of each photo. -> a ranking for each draw and way, and
+    by way which share of the wrong candidates is of the query's sub-category."""
+    rankings, alike = [], {"i2t": [], "t2i": []}
+    kind_of = {"i2t": kinds[np.unique(owner, return_index=True)[1]], "t2i": kinds}
+    for draw in tqdm(range(draws), "drawing candidates", unit=" draws", leave=False, disable=None):
+        rng = np.random.default_rng((6, seed, draw))
+        for way, lists in sampled_candidates(owner.numpy(), kinds, queries, negatives, rng).items():
+            rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
+            alike[way].append((kind_of[way][lists[:, 2:]] == kinds[lists[:, :1]]).mean())
+    return rankings, {way: float(np.mean(shares)) for way, shares in alike.items()}
+
+
+def fold_rankings(
+    image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, size: int, top: int = 0
+) -> Iterator[Ranking]:
+    """`full_rankings` of every `size` photos with their texts, as of COCO's 5,000 also a thousand at a time; a smaller
+    rest is left out, and where there is but one such fold, that is all photos, there is none."""
+    folds = torch.arange(len(image_feat)).split(size)
+    for photos in folds if len(folds) > 1 else ():
+        if len(photos) == size:
+            yield from full_rankings(image_feat, text_feat, of_photo, of_text, top, photos, "fold")
 
 
 def recalls_of(rankings: list[Ranking], ranks: list[Tensor] | None = None) -> Figures:

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import normalise, to_device
-from harness.batches import first_products, one_text_a_product, own_session, text_features
+from harness.batches import first_products, own_session, text_features, texts_to_search
 from harness.run import Run, autocast
 from losses import forbidden_negatives, pick_negatives
 from masking import random_word_mask
@@ -46,8 +46,8 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
         raise DataError("no photo of the validation split could be read")
     parts = zip(*(parts for _, parts in merged if parts), strict=True)
     rows, image_feat, mlm, elsewhere, itm = map(torch.cat, parts)
-    texts, owner = one_text_a_product(dataset, rows.numpy())
-    recalls = recalls_of([*full_rankings(image_feat, text_features(run, texts).cpu(), owner)])
+    texts, *owners = texts_to_search(dataset, rows.numpy())
+    recalls = recalls_of([*full_rankings(image_feat, text_features(run, texts).cpu(), *owners)])
     figures = {key.removeprefix("full_"): value for key, value in recalls.items() if key != "full_mean"}
     share = lambda hits: hits.float().mean().item()
     figures |= {"mlm_accuracy": share(mlm), "photo_gain": share(mlm) - share(elsewhere), "itm_accuracy": share(itm)}

@@ -48,12 +48,14 @@ class PhotoDataset(Dataset):
     """What training, sampling and evaluation need to know of photos. Subclasses decode one in `photo(row)`.
 
     captions: description of each row · product_ids, caption_ids: int64 arrays, equal where product or wording is
-    categories, subcategories: one string a row, "" where unknown · problems: rows left out at opening, as text
+    categories, subcategories: one string a row, "" where unknown
+    problems: photos left out at opening, as text · dropped: what else was left out, counted, as text
     lead: words set before each description · prompts: put the category symbol and attribute prompts around it
     truths: give with each photo what it really shows, where that is known
+    several: rows of one product are one photo with several captions, not several photos of one text
     """
 
-    lead, prompts, truths = "", False, False
+    lead, prompts, truths, several = "", False, False, False
 
     def __init__(
         self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
@@ -62,6 +64,7 @@ class PhotoDataset(Dataset):
         self.product_ids, self.caption_ids = numbered(products), numbered(captions)
         self.image_size = image_size
         self.problems: list[str] = []
+        self.dropped: list[str] = []
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -129,7 +132,8 @@ class PhotoDataset(Dataset):
 
     def _left_out(self) -> str:
         shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
-        return f", {len(self.problems):,} left out ({shown})" if self.problems else ""
+        named = [f"{len(self.problems):,} left out ({shown})"] if self.problems else []
+        return "".join(f", {what}" for what in [*named, *self.dropped])
 
 
 class Part(PhotoDataset):
@@ -142,7 +146,7 @@ class Part(PhotoDataset):
             chosen(whole.captions), chosen(whole.product_ids.tolist()), chosen(whole.categories),
             chosen(whole.subcategories), whole.image_size,
         )  # fmt: skip
-        self.lead, self.prompts = whole.lead, whole.prompts
+        self.lead, self.prompts, self.several = whole.lead, whole.prompts, whole.several
 
     def attributes(self, row: int) -> dict[str, str]:
         """What the whole data set knows of the product of a row."""
@@ -154,6 +158,25 @@ class Part(PhotoDataset):
 
     def name_of(self, row: int) -> str:
         return self.whole.name_of(self.source[row])
+
+
+class PhotoFiles(PhotoDataset):
+    """Photos by name, without text."""
+
+    def __init__(self, paths: dict[str, Path], image_size: int):
+        self.names, self.paths = list(paths), list(paths.values())
+        blank = [""] * len(paths)
+        super().__init__(blank, self.names, blank, blank, image_size)
+
+    def versions(self) -> list[str]:
+        return [version_of(path) for path in self.paths]
+
+    def photo(self, row: int) -> Image.Image:
+        """The photo of a name."""
+        return open_photo(self.paths[row], self.image_size)
+
+    def name_of(self, row: int) -> str:
+        return self.names[row]
 
 
 def numbered(values: list) -> np.ndarray:

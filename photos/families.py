@@ -40,24 +40,30 @@ def vary(product: Product, rng: np.random.Generator) -> Product:
     return product
 
 
+NOUN_OF = {"pattern": "pattern", "sleeve": "sleeves", "neck": "neckline", "closure": "front"}
+
+
+def clause(product: Product, key: str) -> str:
+    """What one attribute of a product is: "is red", "has long sleeves", "has dark star at chest"."""
+    value = product.attributes()[key]
+    if isinstance(value, Detail):
+        return f"has {value.look} {value.noun} at {key}"
+    if key == "colour" or value == "sleeveless":
+        return f"is {value}"
+    return f"has {value} {NOUN_OF[key]}"
+
+
 def difference(product: Product, other: Product, rng: np.random.Generator) -> str:
     """What to say to get from one product of a family to another: "is red instead of grey and has long sleeves"."""
     said = []
     if other.colour != product.colour:
         said.append(pick(rng, (f"is {other.colour} instead of {product.colour}", f"is {other.colour}")))
-    if other.pattern != product.pattern:
-        said.append(f"has {other.pattern} pattern")
-    if other.sleeve != product.sleeve:
-        said.append("is sleeveless" if other.sleeve == "sleeveless" else f"has {other.sleeve} sleeves")
-    if other.neck != product.neck:
-        said.append(f"has {other.neck} neckline")
-    if other.closure != product.closure:
-        said.append(f"has {other.closure} front")
+    said += [clause(other, key) for key in ("pattern", "sleeve", "neck", "closure")
+             if getattr(other, key) != getattr(product, key)]  # fmt: skip
     for place in sorted(product.details.keys() | other.details.keys()):
         mine, theirs = product.details.get(place), other.details.get(place)
         if mine != theirs:
-            detail: Detail = theirs or mine
-            said.append(f"has {'' if theirs else 'no '}{detail.look} {detail.noun} at {place}")
+            said.append(clause(other, place) if theirs else clause(product, place).replace("has", "has no", 1))
     return " and ".join(rng.permutation(said).tolist())
 
 

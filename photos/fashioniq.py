@@ -4,30 +4,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
-from photos.dataset import DataError, PhotoDataset, open_photo, version_of
+from photos.dataset import DataError, PhotoFiles
 from photos.triplets import Triplets
-
-
-class PhotoFiles(PhotoDataset):
-    """Photos by name, without text."""
-
-    def __init__(self, paths: dict[str, Path], image_size: int):
-        self.names, self.paths = list(paths), list(paths.values())
-        blank = [""] * len(paths)
-        super().__init__(blank, self.names, blank, blank, image_size)
-
-    def versions(self) -> list[str]:
-        return [version_of(path) for path in self.paths]
-
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a name."""
-        return open_photo(self.paths[row], self.image_size)
-
-    def name_of(self, row: int) -> str:
-        return self.names[row]
-
 
 FASHIONIQ = ("dress", "shirt", "toptee")
 
@@ -79,7 +57,7 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     )
     triplets.problems = [f"no photo {name}" for name in wanted if name not in known]
     if len(kept) < len(pairs):
-        triplets.problems.append(f"{len(pairs) - len(kept):,} pairs of photos that are not there")
+        triplets.dropped = [f"{len(pairs) - len(kept):,} pairs of photos that are not there"]
     return triplets
 
 

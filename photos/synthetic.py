@@ -81,8 +81,12 @@ class Synthetic(PhotoDataset):
         if (said.garment, said.colour) != (shown.garment, shown.colour):
             return False
         claims, facts = said.attributes(), shown.attributes()
-        regions = render(said, self.rows[row][1], self.image_size, self._rng(2, row))[1]  # by the same camera
-        return all(claims[key] == facts.get(key) for key in _visible(regions, self.image_size))
+        return all(claims[key] == facts.get(key) for key in self.would_show(said, row))
+
+    def would_show(self, product: Product, row: int) -> set[str]:
+        """What the camera of a row would show of another product in that place: keys of its attributes."""
+        regions = render(product, self.rows[row][1], self.image_size, self._rng(2, row))[1]
+        return set(_visible(regions, self.image_size))
 
 
 def _visible(regions: dict[str, Image.Image], size: int) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import train
 from harness.checkpoints import load_checkpoint
@@ -28,6 +29,29 @@ def write_fashioniq(folder, split, sizes, photo=None):
         for number, name in enumerate(ids):
             path = folder / "images" / f"{name}.{'jpg' if number % 2 else 'png'}"
             path.touch() if photo is None else photo(number).save(path)
+
+
+def write_snlive(folder, lines, photos, split="dev"):
+    """Files of SNLI-VE's shape; lines: (photo, statement, label)."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in photos:
+        Image.new("RGB", (32, 24), (int(name) * 20 % 256, 90, 90)).save(folder / "images" / f"{name}.jpg")
+    records = [
+        {"Flickr30K_ID": photo, "sentence2": text, "gold_label": label, "pairID": "x"} for photo, text, label in lines
+    ]
+    (folder / f"snli_ve_{split}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
+
+
+def write_karpathy(folder, name, images):
+    """Files of Karpathy's shape; images: (split, filepath or None, captions), a photo each."""
+    listed = []
+    for number, (split, place, captions) in enumerate(images):
+        path = folder / (place or "images") / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 24), (number * 37 % 256, number * 91 % 256, 60)).save(path)
+        image = {"filename": path.name, "split": split, "imgid": number, "sentences": [{"raw": c} for c in captions]}
+        listed.append(image | ({"filepath": place} if place else {}))
+    (folder / f"dataset_{name}.json").write_text(json.dumps({"images": listed, "dataset": name}))
 
 
 FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",

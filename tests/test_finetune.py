@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import FAST, PUBLISHED, same_state, write_fashioniq
+from small import FAST, PUBLISHED, same_state, write_fashioniq, write_karpathy, write_snlive
 from tokenizers import Tokenizer
 
 import data
@@ -87,6 +87,8 @@ LEFT = {"config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "res
         ("retrieval", ["--rerank", "3"], {"examples.png"}, "val_mean", "rerank_sampled_t2i_r10"),
         ("tgir", [], {"examples.png"}, "val_mean", "mean_union_r10"),
         ("category", [], {"classes.tsv", "confusion.png"}, "val_accuracy", "macro_f1"),
+        ("entailment", [], {"classes.tsv", "confusion.png"}, "val_accuracy", "accuracy_look"),
+        ("entailment", ["--modality", "text"], {"classes.tsv", "confusion.png"}, "val_accuracy", "accuracy"),
         ("subcategory", ["--modality", "image"], {"classes.tsv", "confusion.png"}, "val_accuracy", "accuracy"),
     ],
 )  # fmt: skip
@@ -108,7 +110,7 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, left, key,
     printed = capsys.readouterr().out
     assert figure in printed and "chance" in printed and "held out of these, to choose the best step: " in printed
     # the best step evaluated again gives the same figures
-    flags = [flag for flag in flags if flag not in ("--modality", "image")]
+    flags = [flag for flag in flags if flag not in ("--modality", "image", "text")]
     again = command("--task", task, "--checkpoint", out / "best.pt", "--eval-only", "--out", tmp_path / "again", *flags)
     assert again["metrics"] == found["metrics"]
 
@@ -247,6 +249,33 @@ def test_retrieval_and_recognition_on_fashiongen(tmp_path, pretrained):
     assert 0 < found["metrics"]["unseen_share"] <= 1  # eight families of products cannot show every sub-category
 
 
+def test_entailment_on_snlive(tmp_path, pretrained):
+    root, labels = tmp_path / "ve", ("entailment", "neutral", "contradiction")
+    for split in ("train", "dev"):
+        lines = [(str(i // 3), f"{'red' if i % 2 else 'green'} thing {i % 7}", labels[i % 3]) for i in range(30)]
+        write_snlive(root, lines, map(str, range(10)), split)
+    common = ["--task", "entailment", "--data", "snlive", "--root", root, "--out", tmp_path / "out"]
+    found = command(*common, "--steps", "2", "--checkpoint", pretrained)
+    assert found["chance"]["accuracy"] == pytest.approx(1 / 3) and found["metrics"].keys() == {
+        "accuracy", "macro_f1", "unseen_share"}  # fmt: skip
+    assert found["protocol"].startswith("photo and text; 30 photos, 3 classes")
+
+
+def test_retrieval_of_photos_with_several_captions(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setattr(finetune.Retrieval, "fold", 4)
+    images = [("train" if i < 20 else "test", None, [f"red {i}", f"{i} blue", "dress"]) for i in range(29)]
+    write_karpathy(tmp_path, "flickr30k", images)
+    common = ["--task", "retrieval", "--data", "flickr30k", "--root", tmp_path, "--split", "test"]
+    found = command(*common, "--steps", "2", "--rerank", "3", "--checkpoint", pretrained, "--out", tmp_path / "out")
+    assert found["protocol"] == (
+        "full: 9 photos, 27 texts, all captions of each; fold: 2 folds of 4 photos; by similarity, the best 3 re-ranked "
+        "by matching"
+    )
+    assert found["metrics"].keys() >= {"full_i2t_r1", "fold_t2i_r5", "fold_i2t_r1_std", "rerank_fold_mean"}
+    assert found["chance"]["full_t2i_r1"] == pytest.approx(1 / 9) and found["chance"]["fold_t2i_r1"] == 0.25
+    assert found["metrics"]["full_t2i_r10"] == found["metrics"]["fold_i2t_r10"] == 1 > found["metrics"]["full_t2i_r1"]
+
+
 def test_evaluation_agrees_with_the_validation_of_pretraining(tmp_path):
     """Also where photos of one product have different texts: the first counts."""
     root = tmp_path / "photos"
@@ -365,14 +394,17 @@ def test_search_by_a_damaged_photo_is_one_line(tmp_path, pretrained):
         (["--task", "category", "--eval-only"], "has no classes yet"),
         (["--task", "category", "--query", "red"], "--query is for --task search, not for category"),
         (["--task", "category", "--sampler", "hard"], "--sampler is for --task retrieval"),
-        (["--task", "tgir", "--modality", "image"], "--modality is for --task category or subcategory"),
+        (["--task", "tgir", "--modality", "image"], "--modality is for --task category or subcategory or entailment"),
+        (["--task", "entailment", "--data", "jsonl"], "--task entailment needs --data synthetic or snlive, not jsonl"),
+        (["--task", "category", "--data", "coco"], "--task category needs --data synthetic or fashiongen or jsonl"),
+        (["--task", "retrieval", "--data", "coco", "--root", "nowhere"], "nowhere: no such folder"),
         (["--task", "tgir", "--data", "jsonl"], "--task tgir needs --data synthetic or fashioniq, not jsonl"),
         (["--task", "retrieval", "--data", "fashioniq"], "needs --data synthetic or fashiongen or jsonl"),
         (["--task", "tgir", "--data", "fashioniq", "--root", "nowhere"], "nowhere: no such folder"),
         (["--task", "retrieval", "--root", "x"], "--root is for data from files"),
         (["--task", "retrieval", "--data", "jsonl", "--products", "3"], "--products is for synthetic"),
         (["--task", "retrieval", "--split", "train"], "mean nothing"),
-        (["--task", "retrieval", "--split", "test"], "--split test is for FashionIQ"),
+        (["--task", "retrieval", "--split", "test"], "--split test is for flickr30k, coco, fashioniq, snlive"),
         (["--task", "retrieval", "--eval-only", "--lr", "1"], "--lr is for training"),
         (["--task", "retrieval", "--held-out", "2"], "--held-out 2.0: must be between"),
         (["--task", "retrieval", "--steps", "3", "--epochs", "1"], "contradict each other"),

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["model", "masking", "losses", "sampler"],
     ["photos.prompts", "photos.dataset", "photos.wardrobe", "photos.camera", "photos.synthetic", "photos.fashiongen",
-     "photos.jsonl", "photos.triplets", "photos.families", "photos.fashioniq"],
+     "photos.jsonl", "photos.triplets", "photos.families", "photos.fashioniq", "photos.karpathy", "photos.statements",
+     "photos.snlive"],
     ["data"],
     ["harness.flags", "harness.precision", "harness.config", "harness.ranks", "harness.writer", "harness.run",
      "harness.wiring", "harness.checkpoints", "harness.batches", "harness.log", "harness.weights",
@@ -23,7 +24,7 @@ FLOORS = [
 ]  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 # Lines a file may have; to be lowered where it can be.
-CEILINGS = {"model": 590, "masking": 330, "losses": 130, "sampler": 270, "data": 370, "train": 420, "finetune": 450,
+CEILINGS = {"model": 590, "masking": 330, "losses": 130, "sampler": 270, "data": 380, "train": 420, "finetune": 490,
             "photos.wardrobe": 260, "harness.config": 250}  # fmt: skip
 ROOMS, STUDY, TESTS, FUNCTION = 240, 510, 600, 60
 FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -29,8 +29,7 @@ from measures.scores import (
 from measures.search import check_words, unknown_words
 from measures.truth import mask_truth, negative_truth, restored, truth_in_words, word_truth
 from measures.validation import validate
-from photos.dataset import DataError
-from photos.fashioniq import PhotoFiles
+from photos.dataset import DataError, PhotoFiles
 from photos.synthetic import Synthetic
 from photos.triplets import Triplets
 from photos.wardrobe import WHOLE, Detail, Product
@@ -90,7 +89,7 @@ def test_match_rank_by_hand():
 def test_recalls_one_to_many_by_hand():
     """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
     images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
-    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), top=2))
+    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), torch.arange(2), top=2))
     figures = recalls_of(rankings)
     assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
     assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
@@ -105,7 +104,7 @@ def test_full_rankings_agree_with_a_slow_definition():
     owner = torch.randint(0, 15, (60,), generator=generator)
     owner[:15] = torch.arange(15)
     images, texts = feats(60), feats(15)
-    figures = recalls_of([*full_rankings(images, texts, owner)])
+    figures = recalls_of([*full_rankings(images, texts, owner, torch.arange(15))])
     sim = images @ texts.T  # (60, 15)
     for k in (1, 5, 10):
         texts_found = [owner[i] in sim[i].topk(k).indices for i in range(60)]
@@ -228,7 +227,7 @@ def test_retrieval_recall_by_hand():
     text = torch.eye(3)
     image = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.5], [0.1, 0.7, 0.6], [0.3, 0.4, 0.6]])
     owner = torch.tensor([0, 0, 1, 2])
-    i2t, t2i = full_rankings(image, text, owner)
+    i2t, t2i = full_rankings(image, text, owner, torch.arange(3))
     assert i2t.rank.tolist() == [0, 2, 0, 0]  # the second photo: 0.2 below 0.8 and 0.5
     # text 0: best photo 0 first. text 1: own 0.7 behind 0.8 of product 0. text 2: own 0.6 ties with photo 2: counted against
     assert t2i.rank.tolist() == [0, 1, 1]
@@ -444,5 +443,5 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
 
 def test_equal_features_earn_nothing():
     same = torch.ones(6, 4)
-    recalls = recalls_of([*full_rankings(same, same, torch.arange(6))])
+    recalls = recalls_of([*full_rankings(same, same, torch.arange(6), torch.arange(6))])
     assert all(recalls[f"full_{way}_r{k}"] == 0 for way in ("i2t", "t2i") for k in (1, 5))

@@ -368,8 +368,8 @@ def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
         (tmp_path / "images" / name).unlink()
     opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
     assert len(opened) == 17 and len(opened.galleries["shirt"]["original"]) == 19
-    assert opened.problems[:2] == ["no photo dress00000", "no photo shirt00015"]
-    assert "1 pairs of photos" in opened.problems[2] and "left out" in opened.report()
+    assert opened.problems == ["no photo dress00000", "no photo shirt00015"]
+    assert "2 left out (no photo dress00000; no photo shirt00015), 1 pairs of photos that are not" in opened.report()
     assert opened[0]["target_image"].shape == (3, 32, 32)
     write_fashioniq(tmp_path, "test", sizes, photo)
     untold = data.build_triplets("fashioniq", tmp_path, "test", 32)

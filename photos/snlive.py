@@ -1,0 +1,65 @@
+"""SNLI-VE's statements about photos of Flickr30k, read as distributed."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from photos.dataset import DataError, PhotoFiles
+from photos.statements import LABELS, Statements
+
+
+def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int) -> Statements:
+    """SNLI-VE (Xie et al. 2019) as distributed: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`,
+    `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`.
+
+    Statements without a gold label (`-`), empty ones, and photos that are not there are counted and left out.
+    """
+    path, records, unlabelled, empty = folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl", [], 0, 0
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; --root must hold SNLI-VE's files and Flickr30k's photos") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        photo, statement, label = _parse(f"{path} line {number}", line)
+        if label == "-":
+            unlabelled += 1
+        elif not statement:
+            empty += 1
+        else:
+            records.append((photo, statement, label))
+    wanted = {photo: folder / "images" / f"{photo}.jpg" for photo, _, _ in records}
+    known = {photo: file for photo, file in wanted.items() if file.is_file()}
+    kept = [record for record in records if record[0] in known]
+    if not kept:
+        example = next(iter(wanted.values()), None)
+        raise DataError(f"{example}: no photo of any statement is there" if example else f"{path}: no usable line")
+    row_of = {photo: row for row, photo in enumerate(known)}
+    ids, statements, labels = map(list, zip(*kept, strict=True))
+    dataset = Statements(
+        PhotoFiles(known, image_size), [row_of[photo] for photo in ids], statements, labels, [""] * len(kept), ids
+    )
+    dataset.problems = [f"no photo {photo}.jpg" for photo in wanted if photo not in known]
+    counts = (len(records) - len(kept), "of photos that are not there"), (unlabelled, "without a gold label")
+    dataset.dropped = [f"{count:,} {why}" for count, why in (*counts, (empty, "without words")) if count]
+    return dataset
+
+
+def _parse(where: str, line: str) -> tuple[str, str, str]:
+    """Photo, statement, label."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+    keys = "Flickr30K_ID", "sentence2", "gold_label"
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
+        raise DataError(f"{where}: expected an object with {', '.join(keys)}, all of them text")
+    photo, statement, label = (record[key].strip() for key in keys)
+    if label not in (*LABELS, "-"):
+        raise DataError(f"{where}: gold_label {label!r} is none of {', '.join(LABELS)}, -")
+    if not photo.isalnum():
+        raise DataError(f"{where}: Flickr30K_ID {photo!r} is not the name of a photo")
+    return photo, statement, label

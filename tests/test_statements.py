@@ -1,0 +1,201 @@
+"""Statements about photos, and photos with several captions: the truth of the drawn ones, and files as distributed."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import write_karpathy, write_snlive
+
+import data
+from harness.batches import different_photos, texts_to_search
+from measures.scores import fold_rankings, full_rankings, recalls_of
+from photos.dataset import DataError
+from photos.families import clause
+from photos.statements import LABELS, synthetic_statements
+from photos.wardrobe import COLOURS, NECKS, PATTERNS, Detail
+
+
+@pytest.fixture(scope="module")
+def statements():
+    return synthetic_statements("train", 60, 64, 0, progress=False)
+
+
+def claimed(words):
+    """The key of a clause and its value."""
+    said = words.split()
+    match said:
+        case ["is", value]:
+            return ("colour", value) if value in COLOURS else ("sleeve", value)
+        case ["has", look, noun, "at", place]:
+            return place, Detail(look, noun)
+        case ["has", value, noun]:
+            return {"pattern": "pattern", "sleeves": "sleeve", "neckline": "neck", "front": "closure"}[noun], value
+
+
+def test_labels_are_what_the_photos_show(statements):
+    photos = statements.photos
+    for row in range(len(statements)):
+        photo, label = statements.rows[row], statements.categories[row]
+        product, shown = photos.products[photos.rows[photo][0]], photos.regions[photo]
+        verdicts = []
+        for words in statements.captions[row].split(" and "):
+            key, value = claimed(words)
+            true = product.attributes().get(key) == value
+            if key in shown:
+                verdicts.append("entailment" if true else "contradiction")
+            elif true:
+                verdicts.append("neutral")
+            else:  # nothing is there; it tells only where what is claimed would be seen
+                details = product.details | {key: value} if isinstance(value, Detail) else product.details
+                parts = {key: value} if key in ("neck", "closure", "sleeve") else {}
+                other = replace(product, details=details, **parts)
+                verdicts.append("contradiction" if key in photos.would_show(other, photo) else "neutral")
+        worst = max(verdicts, key=LABELS.index)
+        assert worst == label, (statements.captions[row], photos.rows[photo], verdicts)
+        assert verdicts.count("contradiction") == (label == "contradiction")
+
+
+def test_neither_photo_nor_statement_alone_tells(statements):
+    by_photo, by_kind, by_words = defaultdict(Counter), defaultdict(Counter), defaultdict(Counter)
+    for row, label in enumerate(statements.categories):
+        by_photo[statements.rows[row]][label] += 1
+        by_kind[statements.subcategories[row]][label] += 1
+    for counts in (*by_photo.values(), *by_kind.values()):
+        assert len(set(counts.values())) == 1 and set(counts) == set(LABELS)
+    assert {"colour", "look", "noun", "place"} <= by_kind.keys()
+    held_out = synthetic_statements("val", 90, 64, 0, progress=False)
+    more = synthetic_statements("train", 300, 64, 0, progress=False)
+    for row, label in enumerate(more.categories):
+        for words in more.captions[row].split(" and "):
+            by_words[words][label] += 1
+    told = []
+    for row, label in enumerate(held_out.categories):  # naive Bayes over clauses
+        scores = [sum(np.log(1 + by_words[w][a]) for w in held_out.captions[row].split(" and ")) for a in LABELS]
+        told.append(LABELS[int(np.argmax(scores))] == label)
+    assert np.mean(told) < 0.42  # chance 0.33
+
+
+def test_statements_are_deterministic_and_share_no_style_between_splits(statements):
+    again = synthetic_statements("train", 60, 64, 0, progress=False)
+    assert again.captions == statements.captions and again.categories == statements.categories
+    other = synthetic_statements("val", 30, 64, 0, progress=False)
+    styles = [{photos.products[photos.rows[row][0]].style for row in photos_rows}
+              for photos, photos_rows in ((s.photos, s.rows) for s in (statements, other))]  # fmt: skip
+    assert not styles[0] & styles[1]
+    assert "statements (entailment " in statements.report() and statements.report().endswith("photos")
+
+
+def test_a_clause_says_an_attribute():
+    product = synthetic_statements("train", 30, 64, 0, progress=False).photos.products[0]
+    for key, value in product.attributes().items():
+        if key in ("colour", "pattern", "sleeve", "neck", "closure") or isinstance(value, Detail):
+            assert claimed(clause(product, key)) == (key, value)
+    assert set(PATTERNS).isdisjoint(NECKS)
+
+
+def test_snlive_counts_what_it_leaves_out(tmp_path):
+    lines = [("1", "A dog runs.", "entailment"), ("1", "A cat.", "contradiction"), ("2", "It is hot.", "neutral"),
+             ("2", "Nobody agreed.", "-"), ("3", "Gone.", "neutral"), ("3", "Gone too.", "neutral"),
+             ("2", "  ", "neutral")]  # fmt: skip
+    write_snlive(tmp_path, lines, "12")
+    found = data.build_statements("snlive", tmp_path, "val", 32)
+    assert found.categories == ["entailment", "contradiction", "neutral"] and found.product_ids.tolist() == [0, 0, 1]
+    assert found.problems == ["no photo 3.jpg"]
+    assert found.report() == (
+        "3 statements (entailment 1, neutral 1, contradiction 1) about 2 photos, 1 left out (no photo 3.jpg), 2 of photos "
+        "that are not there, 1 without a gold label, 1 without words"
+    )
+    assert found[2]["image"].shape == (3, 32, 32) and found[2]["text"] == ("", "It is hot.")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1: expected an object with Flickr30K_ID, sentence2, gold_label"),
+        ('{"Flickr30K_ID": 3, "sentence2": "x", "gold_label": "neutral"}', "all of them text"),
+        ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "maybe"}', "gold_label 'maybe' is none of entailment"),
+        ('{"Flickr30K_ID": "../3", "sentence2": "x", "gold_label": "neutral"}', "'../3' is not the name of a photo"),
+        ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "neutral"}', "3.jpg: no photo of any statement"),
+        ("", "no usable line"),
+    ],
+)
+def test_bad_snlive_files_are_refused_in_one_line(tmp_path, line, complaint):
+    (tmp_path / "snli_ve_dev.jsonl").write_text(line)
+    with pytest.raises(DataError, match=complaint) as error:
+        data.build_statements("snlive", tmp_path, "val", 32)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="snli_ve_train.jsonl: no such file"):
+        data.build_statements("snlive", tmp_path, "train", 32)
+
+
+def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
+    images = [("train", "train2014", ["a", "b"]), ("restval", "val2014", ["c"]), ("val", "val2014", ["d", "e", " "]),
+              ("test", "val2014", ["f"] * 5), ("train", "train2014", ["g"])]  # fmt: skip
+    write_karpathy(tmp_path, "coco", images)
+    (tmp_path / "train2014" / "4.jpg").unlink()
+    train, val, test = (data.build_dataset("coco", tmp_path, split, 32) for split in ("train", "val", "test"))
+    assert train.captions == ["a", "b", "c"] and train.product_ids.tolist() == [0, 0, 1]
+    assert train.report() == "3 captions of 2 photos, 1 left out (no photo train2014/4.jpg)"
+    assert val.report() == "2 captions of 1 photos, 1 captions without words" and len(test) == 5
+    assert different_photos(train).tolist() == [0, 2] and different_photos(train.part(np.array([1, 2]))).tolist() == [
+        0,
+        1,
+    ]
+    texts, of_photo, of_text = texts_to_search(train, np.array([2]))
+    assert texts == [("", "c")] and of_photo.tolist() == of_text.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "expected JSON with a list `images`"),
+        ("[]", "expected JSON with a list `images`"),
+        ('{"images": []}', "expected a list `images`"),
+        ('{"images": [{"split": "dev"}]}', "image 0: split is none of train, restval, val, test"),
+        (
+            '{"images": [{"split": "val", "filename": "../x.jpg"}]}',
+            "image 0: filename, or filepath, is not a plain name",
+        ),
+        ('{"images": [{"split": "val", "filename": "x.jpg", "sentences": [{}]}]}', "sentences, a list of objects"),
+        ('{"images": [{"split": "val", "filename": "x.jpg", "sentences": [{"raw": "a"}]}]}', "no photo images/x.jpg"),
+        ('{"images": [{"split": "test"}]}', "no usable photo of the val split; it has none"),
+    ],
+)
+def test_bad_karpathy_files_are_refused_in_one_line(tmp_path, content, complaint):
+    (tmp_path / "dataset_flickr30k.json").write_text(content)
+    with pytest.raises(DataError, match=complaint) as error:
+        data.build_dataset("flickr30k", tmp_path, "val", 32)
+    assert "\n" not in str(error.value)
+
+
+def test_recall_with_several_captions_agrees_with_a_slow_definition():
+    generator = torch.Generator().manual_seed(0)
+    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 6, generator=generator), dim=1)
+    images, of_text = feats(20), torch.randint(0, 20, (70,), generator=generator)
+    of_text[:20] = torch.arange(20)
+    texts = feats(70)
+    texts[60:] = texts[50:60]  # captions that read alike tie, also across photos
+    figures = recalls_of([*full_rankings(images, texts, torch.arange(20), of_text)])
+    sim = images @ texts.T
+    for k in (1, 5, 10):
+        i2t, t2i = [], []
+        for photo in range(20):
+            best = max(sim[photo, t] for t in range(70) if of_text[t] == photo)
+            i2t.append(sum(sim[photo, t] >= best for t in range(70) if of_text[t] != photo) < k)
+        for t in range(70):
+            t2i.append(sum(sim[p, t] >= sim[of_text[t], t] for p in range(20) if p != of_text[t]) < k)
+        assert figures[f"full_i2t_r{k}"] == pytest.approx(np.mean(i2t))
+        assert figures[f"full_t2i_r{k}"] == pytest.approx(np.mean(t2i))
+
+
+def test_folds_are_some_photos_with_their_texts():
+    images, of_text = torch.eye(7), torch.arange(7).repeat(2)
+    rankings = [*fold_rankings(images, torch.eye(7).repeat(2, 1), torch.arange(7), of_text, size=3, top=2)]
+    assert [r.protocol for r in rankings] == ["fold_i2t", "fold_t2i"] * 2  # the seventh photo is left out
+    assert rankings[2].sizes.tolist() == [[6, 2]] * 3 and rankings[3].sizes.tolist() == [[3, 1]] * 6
+    assert set(rankings[3].pairs[..., 0].flatten().tolist()) <= {3, 4, 5}
+    assert recalls_of(rankings)["fold_mean"] == 1
+    assert not [*fold_rankings(images, images, torch.arange(7), torch.arange(7), size=7)]
