@@ -17,8 +17,9 @@ picture: examples.png, or confusion.png with classes.tsv.
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,8 @@ from train import work
 
 class Task:
     """What the tasks share: where their photos come from, and which of them are held out."""
+
+    picture: Callable[[], None] | None = None  # draws what the last report is about
 
     def __init__(self, config: FinetuneConfig):
         self.config = config
@@ -154,7 +157,7 @@ class Retrieval(Task):
             right = of_photo[best.indices] == of_text[text]
             answers = [(int(rows[i]), f"{s:.2f}", bool(hit)) for s, i, hit in zip(*best, right, strict=True)]
             examples.append((texts[text][1], None, answers))
-        draw_answers(dataset, examples, Path(self.config.out) / "examples.png")
+        self.picture = partial(draw_answers, dataset, examples, Path(self.config.out) / "examples.png")
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
 
 
@@ -237,7 +240,7 @@ class TextGuided(Task):
             best = zip(*(part.tolist() for part in sim[q].topk(min(5, len(rows)))), strict=True)
             answers = [(int(rows[i]), f"{s:.2f}", bool(rows[i] == dataset.targets[triplet])) for s, i in best]
             examples.append((dataset.captions[triplet], dataset.photo(triplet), answers))
-        draw_answers(dataset.photos, examples, out / "examples.png")
+        self.picture = partial(draw_answers, dataset.photos, examples, out / "examples.png")
         return {"protocol": protocol, "metrics": figures, "chance": chance}
 
 
@@ -350,7 +353,7 @@ class Recognition(Task):
             for c, values in sorted(figures.items())
         ]
         (out / "classes.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        draw_confusion(right, answered, names, out / "confusion.png")
+        self.picture = partial(draw_confusion, right, answered, names, out / "confusion.png")
         most = int(support.argmax())
         chance = recognition_scores(right, torch.full_like(right, most))
         metrics = recognition_scores(right, answered)
@@ -452,6 +455,11 @@ def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> di
         chance = f"   chance {100 * report['chance'][key]:.1f} %" if key in report["chance"] else ""
         print(f"  {key:24} {100 * report['metrics'][key]:6.1f} %{chance}")
     print(f"see {config.out}/results.json")
+    try:
+        if task.picture:
+            task.picture()
+    except Exception as error:  # the figures are safe, and a picture is no reason for a traceback
+        print(f"no picture: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     return results
 
 

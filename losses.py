@@ -35,7 +35,8 @@ def itc_loss(sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i:
 
     def one_way(sim: Tensor, targets: Tensor) -> Tensor:
         log_p = F.log_softmax(sim.float(), dim=1)
-        weights = targets if gamma == 0 else targets * (1 - log_p.exp()) ** gamma
+        # 1 − p, never 0: below γ = 1 the slope would be infinite there
+        weights = targets if gamma == 0 else targets * (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma
         return -(weights * log_p).sum(dim=1).mean()
 
     return (one_way(sim_i2t, targets_i2t) + one_way(sim_t2i, targets_t2i)) / 2

@@ -57,8 +57,8 @@ class ModelConfig:
     def __post_init__(self):
         for spec in (spec for spec in fields(self) if spec.metadata):
             value, low, high = getattr(self, spec.name), spec.metadata["low"], spec.metadata["high"]
-            if value < low or (high is not None and value > high):
-                bound = f"less than {low}" if value < low else f"more than {high}"
+            if not value >= low or (high is not None and value > high):  # nor what is not a number
+                bound = f"more than {high}" if value >= low else f"not {low} or more"
                 raise ValueError(f"{spec.name} {value} is {bound}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")

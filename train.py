@@ -12,6 +12,7 @@ step, in photos or captions; "to [CLS]" where the last fusion layer makes [CLS] 
 What a run leaves in --out: config.json, metrics.jsonl (its keys: harness/log.py), curves.png, masks.png, last.pt.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from data import build_dataset, telling_pieces, word_regions
 from harness.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
-from harness.checkpoints import begin, restore, save_checkpoint
+from harness.checkpoints import begin, claimed, restore, save_checkpoint
 from harness.config import FREE_ON_RESUME, TrainConfig, check_flags, ema_decay, learning_rate, parse_config
 from harness.flags import ConfigError
 from harness.log import Metrics, Progress, StopSignals
@@ -309,21 +310,21 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
         resumed_step = run.step
         decides = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
         ranks.check_same("flags or checkpoints", zlib.crc32(repr((run.step, decides)).encode()))
-    if ranks.leads:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    metrics = Metrics(out / "metrics.jsonl" if ranks.leads else Path(os.devnull), resumed_step)
     size = f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters"
     where = f"{run.device}" + (f", {ranks.count} processes" if ranks.count > 1 else "")
     print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
     taken, why = fitting_precision(run.device)
     print(f"precision {config.precision}" + (f", {why}" if config.precision == taken else f"; auto takes {taken} here"))
-    try:
-        with StopSignals(second_stops=ranks.count == 1) as stop:
-            return loop(run, job, dataset, metrics, stop)
-    finally:
-        if ranks.leads and any("loss" in line for line in metrics.lines):
-            draw_curves(metrics.lines, out / "curves.png", job.panels)
+    with claimed(out) if ranks.leads else contextlib.nullcontext():
+        if ranks.leads:
+            (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        metrics = Metrics(out / "metrics.jsonl" if ranks.leads else Path(os.devnull), resumed_step)
+        try:
+            with StopSignals(second_stops=ranks.count == 1) as stop:
+                return loop(run, job, dataset, metrics, stop)
+        finally:
+            if ranks.leads and any("loss" in line for line in metrics.lines):
+                draw_curves(metrics.lines, out / "curves.png", job.panels)
 
 
 def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: StopSignals) -> dict | None:

@@ -1,6 +1,9 @@
 """Checkpoints, last.pt and best.pt: what is in them, read without running code, gone on from."""
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,15 +11,39 @@ import torch
 
 from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from harness.flags import ConfigError, flag_of
-from harness.run import Run
+from harness.run import NonFiniteLoss, Run
 from model import ModelConfig
 
 
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """While two runs wrote into one folder, each would spoil the other's files: the second is refused. The claim ends
+    with the process that holds it, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{out} is being written by process {file.read()}; choose another --out") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
+
+
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Have a checkpoint written by the first rank's `run.writer`, for all have the same; every rank calls this.
+    """Have a checkpoint written by the first rank's `run.writer`, for all have the same; every rank calls this. Raises
+    NonFiniteLoss for weights that are not finite: what is saved is a state that one can go back to.
 
     `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
+    if not torch.stack([weight.isfinite().all() for weight in run.model.parameters()]).all():
+        kept = f"{path} is the last good state" if path.exists() else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {kept}; try a lower --lr")
     sampler = run.sampler.state_dict()
     if not run.ranks.leads:
         return

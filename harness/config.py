@@ -29,7 +29,7 @@ class LoopConfig:
     out: str | None = always(None, "output folder (default runs/<data>-<recipe or task>-<preset>)")
     resume: bool = option(False, "go on from last.pt in the output folder")
     stop_at: int | None = option(None, "save and stop after this step; --resume goes on", low=1)
-    seed: int = always(0, "of everything random", low=0)
+    seed: int = always(0, "of everything random", low=0, high=2**63 - 1)
 
     steps: int | None = option(None, "optimiser steps; either this or --epochs", low=1)
     epochs: int | None = option(None, "passes over the training photos", low=1)

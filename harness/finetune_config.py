@@ -114,8 +114,13 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     own |= {"data_seed": saved.get("data_seed", saved["seed"]), "classes": tuple(saved.get("classes", ()))}
     own |= {"root": saved["root"]} if data == saved["data"] else {}
     own |= {"modality": saved["modality"]} if "modality" in saved else {}
+    trains = not (given.get("eval_only") or task == "search")
     for spec in fields(FinetuneConfig):
-        if spec.metadata.get("inherited") and task in spec.metadata.get("task", (task,)):
+        if (
+            (trains or "untrained" in spec.metadata)
+            and spec.metadata.get("inherited")
+            and task in spec.metadata.get("task", (task,))
+        ):
             own[spec.name] = saved[spec.name]
     model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
     if task == "tgir":  # [CLS] alone, as in Fashion-FINE

@@ -67,6 +67,8 @@ def check_ranges(config) -> None:
     """Raise ConfigError for a field of a config dataclass outside the range that its metadata gives."""
     for spec in fields(config):
         value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be a finite number")
         if value is None or (low is None and high is None):
             continue
         if not (low if low is not None else -math.inf) <= value <= (high if high is not None else math.inf):

@@ -139,22 +139,31 @@ def draw_text(
     return y + 22
 
 
+MOST_CLASSES = 60  # of a confusion matrix that can be read
+
+
 def draw_confusion(right: Tensor, answered: Tensor, names: list[str], path: Path) -> None:
-    """confusion.png: for each class that occurs, which classes its photos were given, in shares of the row."""
+    """confusion.png: for each class that occurs, which classes its photos were given, in shares of the row; of more
+    than MOST_CLASSES the most confused ones."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = torch.cat([right, answered]).unique()
-    counts = torch.zeros(len(names), len(names)).index_put_((right, answered), torch.ones(len(right)), accumulate=True)
-    counts = counts[shown][:, shown]
+    occurs = torch.cat([right, answered]).unique()
+    wrong = torch.cat([right[right != answered], answered[right != answered]]).bincount(minlength=len(names))
+    shown = occurs[wrong[occurs].argsort(descending=True, stable=True)[:MOST_CLASSES]].sort().values
+    place = torch.full((len(names),), -1).index_put_((shown,), torch.arange(len(shown)))
+    both = (place[right] >= 0) & (place[answered] >= 0)
+    cells = place[right[both]], place[answered[both]]
+    counts = torch.zeros(len(shown), len(shown)).index_put_(cells, torch.ones(int(both.sum())), accumulate=True)
     side, labels = max(4.0, 0.22 * len(shown) + 2), [names[c] for c in shown.tolist()]
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
     axis.imshow((counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(shown)), labels, fontsize=7)
-    axis.set(xlabel="answered", ylabel="right", title="photos; colour: share of the row")
+    axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
+    axis.set_yticks(range(len(shown)), labels, fontsize=7, parse_math=False)
+    some = f"the {len(shown)} of {len(occurs)} classes with most errors; " if len(shown) < len(occurs) else ""
+    axis.set(xlabel="answered", ylabel="right", title=f"{some}photos; colour: share of the row")
     for i, j in counts.nonzero().tolist():
         share = counts[i, j] / counts[i].sum()
         axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=5, color="white" if share > 0.5 else "k")

@@ -192,20 +192,30 @@ def square(photo: Image.Image, size: int) -> Image.Image:
     return ImageOps.pad(photo, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
 
 
+FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"), 64_000_000
+
+
 def open_photo(path: Path, size: int) -> Image.Image:
     """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
 
-    Raises OSError when it cannot be decoded.
+    Raises OSError when it cannot be decoded, is none of FORMATS, has more than MOST_PIXELS, or pixels that are neither
+    8 nor 16 bits.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             file.draft("RGB", (size, size))
+            if file.width * file.height > MOST_PIXELS:  # a small file can hold so many that decoding takes gigabytes
+                raise OSError(f"{file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
+            if file.mode in ("I", "F"):
+                raise OSError(f"pixels of kind {file.mode}, neither 8 nor 16 bits")
             photo = ImageOps.exif_transpose(file)
+            if photo.mode.startswith("I;16"):  # Pillow would cut off at 255
+                photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
             if photo.has_transparency_data:
                 photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
             return photo.convert("RGB")
     except UnidentifiedImageError:
-        raise OSError("not an image") from None
+        raise OSError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise many kinds for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise OSError(reason.splitlines()[0]) from None

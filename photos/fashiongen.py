@@ -60,14 +60,18 @@ class FashionGen(PhotoDataset):
 
     def _check(self, file: h5py.File) -> int:
         for key in ("input_image", "input_productID", *self.TEXT_KEYS):
+            if isinstance(file.get(key, getlink=True), h5py.ExternalLink):
+                raise DataError(f"{self.path}: key {key}: leads out of the file")
             if not isinstance(file.get(key), h5py.Dataset):
                 raise DataError(f"{self.path}: no key {key}; is it a FashionGen file?")
+            if file[key].external:
+                raise DataError(f"{self.path}: key {key}: is stored outside the file")
         images = file["input_image"]
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             found = f"{images.dtype} {images.shape}"
             raise DataError(f"{self.path}: key input_image: expected uint8 (rows, height, width, 3), found {found}")
-        if not len(images):
-            raise DataError(f"{self.path}: key input_image: zero rows")
+        if 0 in images.shape:
+            raise DataError(f"{self.path}: key input_image: nothing in it, {images.shape}")
         for key in ("input_productID", *self.TEXT_KEYS, *(key for key in self.PROMPT_KEYS.values() if key in file)):
             if file[key].shape not in ((len(images),), (len(images), 1)):
                 raise DataError(f"{self.path}: key {key}: shape {file[key].shape} beside {len(images)} images")

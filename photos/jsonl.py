@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -58,11 +57,14 @@ class Jsonl(PhotoDataset):
             raise DataError(f"{path}: no such file; one JSON object a line with image, caption, product_id") from None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        records, problems = [], []
+        records, problems, inside = [], [], self.folder.resolve()
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             record = self._parse(f"{path} line {number}", line)
+            if not (self.folder / record["image"]).resolve().is_relative_to(inside):  # also by a symbolic link
+                wrong = f"image {record['image']!r} leaves the folder; use a path relative to it"
+                raise DataError(f"{path} line {number}: {wrong}")
             if not (self.folder / record["image"]).is_file():
                 problems.append(f"line {number}: no photo {record['image']}")
             elif not record["caption"].strip():
@@ -89,8 +91,6 @@ class Jsonl(PhotoDataset):
         for key in ("caption", "product_id", *(key for key in (*ATTRIBUTES, "title") if key in record)):
             if re.search("[\ud800-\udfff]", str(record[key])):
                 raise DataError(f"{where}: field {key} holds half a character (a lone surrogate)")
-        if os.path.isabs(record["image"]) or os.path.normpath(record["image"]).startswith(".."):
-            raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
         return record
 
     def attributes(self, row: int) -> dict[str, str]:

@@ -335,6 +335,22 @@ def test_a_gallery_that_cannot_be_read_is_one_line(tmp_path, pretrained):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_evaluation_reads_no_flag_of_grouping(tmp_path):
+    """A run grouped in blocks that are no larger than the default batch is evaluated as any other."""
+    out, small = tmp_path / "run", ["--batch-size", "4", "--search-size", "8"]
+    train.train(*parse_config([*FAST, "--products", "20", "--out", str(out), "--steps", "2", *small]))
+    assert command("--task", "retrieval", "--eval-only", "--checkpoint", out / "last.pt", "--out", tmp_path / "eval")
+
+
+def test_figures_are_safe_when_a_picture_fails(tmp_path, pretrained, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no ink\nat all")
+
+    monkeypatch.setattr(finetune, "draw_confusion", fail)
+    assert command("--task", "category", "--steps", "1", "--checkpoint", pretrained, "--out", tmp_path)
+    assert results(tmp_path)["task"] == "category" and "no picture: no ink\n" in capsys.readouterr().out
+
+
 def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, capsys, monkeypatch):
     checkpoint = shutil.copy(pretrained, tmp_path / "last.pt")
     config, _, _ = finetune_config.parse_config(["--task", "search", "--checkpoint", str(checkpoint), "--query", "red"])

@@ -3,7 +3,10 @@
 import argparse
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -20,7 +23,7 @@ from harness import config as run_config
 from harness.config import ema_decay, learning_rate, parse_config
 from harness.flags import ConfigError
 from harness.precision import fitting_precision
-from harness.run import Job, autocast, build_optimizer, build_run
+from harness.run import Job, NonFiniteLoss, autocast, build_optimizer, build_run
 from harness.splits import hold_out
 from harness.weights import WeightsError, load_pretrained
 from harness.wiring import Teacher, accuracy, contrast
@@ -321,6 +324,27 @@ def test_a_checkpoint_is_of_the_moment_and_what_fails_in_writing_is_told(tmp_pat
     assert torch.load(tmp_path / "last.pt")["step"] == 1  # the old one is whole
 
 
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    script = "import sys, time; from pathlib import Path; from harness.checkpoints import claimed\n"
+    script += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(train.__file__).parent, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match=f"is being written by process {other.pid}; choose another --out"):
+            run(tmp_path, "--steps", "1")
+        assert not (tmp_path / "config.json").exists()
+        other.kill()
+    run(tmp_path, "--steps", "1")  # what is left of a killed run claims nothing
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"step \d: the (weights|loss)"):
+        run(tmp_path, "--steps", "4", "--lr", "1e38", "--warmup", "0", "--save-every", "1")
+    if (tmp_path / "last.pt").exists():
+        assert all(weight.isfinite().all() for weight in checkpoint(tmp_path)["model"].values())
+
+
 def test_similarities_stay_in_full_precision_under_bf16():
     config, _ = parse_config([*FAST, "--precision", "bf16"])
     dataset = Synthetic("train", 8, 32, progress=False)
@@ -396,13 +420,16 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
         (["--weights", "x", "--vision-weights", "y", "--vocab", "z"], "--weights contradicts"),
         (["--vocab", "x", "--vocab-size", "9"], "--vocab-size contradicts --vocab"),
         (["--image-size", "60"], "not a multiple of patch_size"),
+        (["--lr", "inf"], "--lr inf: must be a finite number"),
+        (["--dropout", "nan"], "dropout nan is not 0 or more"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616: must be between 0 and"),
         (["--device", "cuda:99"], "no such GPU"),
         (["--device", "gpu"], "--device gpu"),
         (["--device", "meta"], "--device meta: cpu or cuda"),
         (["--vision-layers", "1", "--products", "1"], "--products 1: must be at least 2"),  # not: patch_layer 2
         (["--patch-layer", "5"], "patch_layer 5: there are 4 ViT layers"),
         (["--clip", "0"], "--clip 0.0: must be at least"),
-        (["--patch-size", "0"], "patch_size 0 is less than 1"),
+        (["--patch-size", "0"], "patch_size 0 is not 1 or more"),
         (["--out", "/dev/null/x", "--products", "2"], "/dev/null/x"),
         (["--vision-weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),

@@ -45,6 +45,13 @@ def test_itc_loss_equals_a_loop(gamma):
     same_with_gradients(itc_loss(i2t, t2i, *targets, gamma=gamma), naive, (i2t, t2i))
 
 
+def test_focal_itc_below_1_has_gradients_where_a_pair_is_certain():
+    sim = torch.tensor([[200.0, 0.0], [0.0, 200.0]], requires_grad=True)
+    loss = itc_loss(sim, sim.T, torch.eye(2), torch.eye(2), gamma=0.5)
+    loss.backward()
+    assert loss.isfinite() and sim.grad.isfinite().all()
+
+
 def test_focal_itc_with_gamma_0_is_itc_exactly():
     """To the last bit, with its gradients, of the plain formula and of the focal one with an exponent of 0."""
     i2t, t2i, targets = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True), torch.rand(4, 7)

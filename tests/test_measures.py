@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from small import FAST
 
 import data
@@ -16,7 +17,7 @@ from harness.config import parse_config
 from harness.run import build_run
 from harness.splits import numbers_of
 from measures import choice
-from measures.pictures import shown_soft_masks
+from measures.pictures import draw_confusion, shown_soft_masks
 from measures.scores import (
     Ranking,
     full_rankings,
@@ -445,3 +446,13 @@ def test_equal_features_earn_nothing():
     same = torch.ones(6, 4)
     recalls = recalls_of([*full_rankings(same, same, torch.arange(6), torch.arange(6))])
     assert all(recalls[f"full_{way}_r{k}"] == 0 for way in ("i2t", "t2i") for k in (1, 5))
+
+
+def test_a_confusion_of_many_classes_shows_the_most_confused(tmp_path):
+    """Labels are no formulas, whatever stands in them."""
+    names, right = ["$5", "x$^$", *(f"class {n}" for n in range(2, 3000))], torch.arange(3000).repeat(2)
+    answered = right.roll(1)
+    draw_confusion(right, answered, names, tmp_path / "many.png")
+    draw_confusion(right[:60], answered[:60], names, tmp_path / "all.png")
+    many, every = (Image.open(tmp_path / name).size for name in ("many.png", "all.png"))
+    assert many[0] < 1.2 * every[0]

@@ -13,7 +13,7 @@ from small import PUBLISHED, write_fashioniq
 
 import data
 from data import Collate, build_dataset, build_tokenizer
-from photos.dataset import DataError
+from photos.dataset import FORMATS, DataError, open_photo
 from photos.families import synthetic_triplets
 from photos.fashiongen import FashionGen
 from photos.jsonl import Jsonl
@@ -63,6 +63,13 @@ def replace_key(path, key, values):
             file[key] = values
 
 
+def store_outside(path, key):
+    (path.parent / "raw").write_bytes(b"x" * 800)
+    with h5py.File(path, "r+") as file:
+        del file[key]
+        file.create_dataset(key, (40, 1), "S20", external=[(str(path.parent / "raw"), 0, 800)])
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -71,7 +78,13 @@ def replace_key(path, key, values):
         (lambda p: p.write_text("hello"), "not a whole HDF5 file"),
         (lambda p: replace_key(p, "input_description", None), "no key input_description"),
         (lambda p: replace_key(p, "input_image", np.zeros((4, 8, 8), np.uint8)), "key input_image: expected"),
-        (lambda p: replace_key(p, "input_image", np.zeros((0, 8, 8, 3), np.uint8)), "zero rows"),
+        (lambda p: replace_key(p, "input_image", np.zeros((0, 8, 8, 3), np.uint8)), "nothing in it"),
+        (lambda p: replace_key(p, "input_image", np.zeros((9, 0, 8, 3), np.uint8)), "nothing in it"),
+        (
+            lambda p: replace_key(p, "input_image", h5py.ExternalLink("other.h5", "x")),
+            "input_image: leads out of the file",
+        ),
+        (lambda p: store_outside(p, "input_category"), "input_category: is stored outside the file"),
         (lambda p: replace_key(p, "input_productID", np.zeros((3, 1), np.int32)), "key input_productID: shape"),
         (lambda p: replace_key(p, "input_category", np.zeros((21, 1))), "key input_category"),
     ],
@@ -226,8 +239,10 @@ def test_photos_that_do_not_decode_leave_their_batch_and_are_named(shop):
     collate = Collate(build_tokenizer(dataset.captions, 100, 16))
     batch = collate([dataset[i] for i in range(6)])
     assert batch["rows"].tolist() == [0, 1, 3, 5] and len(batch["images"]) == len(batch["token_ids"]) == 4
-    assert batch["unreadable"][0].startswith("2.png: ") and batch["unreadable"][1] == "4.png: not an image"
-    assert collate([dataset[4]]) == {"rows": pytest.approx([]), "unreadable": ["4.png: not an image"]}
+    assert batch["unreadable"][0].startswith("2.png: ")
+    reason = f"4.png: not an image in one of the formats {', '.join(FORMATS)}"
+    assert batch["unreadable"][1] == reason
+    assert collate([dataset[4]]) == {"rows": pytest.approx([]), "unreadable": [reason]}
 
 
 @pytest.mark.parametrize(
@@ -422,3 +437,43 @@ def wardrobe_photo(colour):
     photo = torch.full((3, 64, 64), 220, dtype=torch.uint8)
     photo[:, 12:52, 12:52] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
     return photo
+
+
+def test_photos_of_16_bits_keep_their_shades_and_odd_pixels_are_refused(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")
+    shown = np.asarray(open_photo(tmp_path / "grey.png", 64))
+    assert shown.shape == (64, 64, 3) and np.abs(shown[..., 0] - grey / 257).max() <= 1
+    Image.fromarray((grey / 65535).astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(OSError, match="pixels of kind F, neither 8 nor 16 bits"):
+        open_photo(tmp_path / "float.tiff", 64)
+
+
+def test_what_takes_gigabytes_to_decode_is_not_decoded(tmp_path):
+    Image.new("L", (9000, 8000)).save(tmp_path / "bomb.png")
+    with pytest.raises(OSError, match="9000 x 8000 pixels, more than 64,000,000"):
+        open_photo(tmp_path / "bomb.png", 64)
+    Image.new("L", (9000, 8000)).save(tmp_path / "large.jpg")  # which is decoded at a fraction of its size
+    assert max(open_photo(tmp_path / "large.jpg", 64).size) < 2500
+
+
+def test_no_other_program_is_asked_to_decode(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(OSError, match="not an image in one of the formats JPEG"):
+        open_photo(tmp_path / "photo.jpg", 64)
+
+
+def test_links_out_of_the_folder_are_refused_and_dots_in_names_are_not(shop, tmp_path_factory):
+    folder, lines = shop
+    shutil.copy(folder / "0.png", folder / "..hidden.png")
+    write_jsonl(
+        folder, [*lines, lines[0] | {"image": "..hidden.png"}, lines[1] | {"image": "./a/../1.png"}], "val.jsonl"
+    )
+    (folder / "a").mkdir()
+    assert len(open_jsonl(folder, "val")) == len(lines) + 2
+    outside = tmp_path_factory.mktemp("outside")
+    shutil.copy(folder / "0.png", outside / "x.png")
+    (folder / "linked").symlink_to(outside)
+    write_jsonl(folder, [lines[0], lines[1] | {"image": "linked/x.png"}])
+    with pytest.raises(DataError, match="line 2: image 'linked/x.png' leaves the folder"):
+        open_jsonl(folder)
