@@ -27,6 +27,7 @@ Photos are decoded to uint8 squares and stay uint8 until they are on the trainin
 
 import argparse
 import math
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -133,6 +134,8 @@ def build_tokenizer(
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{vocab}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
+    if len(words) == len(SPECIAL_TOKENS):
+        raise DataError(f"{vocab or 'the captions'}: there is no word in it but the special tokens")
     if len(set(words)) < len(words):
         twice = next(word for i, word in enumerate(words) if word in words[:i])
         raise DataError(f"{vocab}: the same word stands on two lines, {twice!r}")
@@ -187,7 +190,9 @@ def _bert_style(model: WordPiece) -> Tokenizer:
 
 def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[str]:
     """The WordPiece vocabulary of some captions, and of `whole` words, in order of id; the same one every time."""
-    tokenizer, texts = _bert_style(WordPiece({"[UNK]": 0}, unk_token="[UNK]")), sorted(set(captions))
+    # what the tokenizer would not read either: longer words are [UNK], and the trainer takes for ever over them
+    captions = {re.sub(r"\S{101,}", "", caption) for caption in captions}
+    tokenizer, texts = _bert_style(WordPiece({"[UNK]": 0}, unk_token="[UNK]")), sorted(captions)
     letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
     # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
     # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
@@ -201,7 +206,12 @@ def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[
 
 def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
     """Token by token, padded to the longest: `word_ids` says of which piece of its text, `offsets` where in it."""
-    return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
+    return tokenizer.encode_batch([_as_words(text) for text in texts], is_pretokenized=True)
+
+
+def _as_words(text: Text) -> list[str]:
+    """The pieces of a text. In descriptions, every second piece, what reads like a special token is none."""
+    return [re.sub(r"\[(?=\w+\])", "[ ", piece) if number % 2 else piece for number, piece in enumerate(text)]
 
 
 # of a batch (B, L) each, padded with 0; `tokenize` gives the first three

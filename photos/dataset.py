@@ -1,5 +1,6 @@
 """What a data set of photos is: the contract that every source keeps, parts of one, and the decoding of photos."""
 
+import json
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +19,15 @@ Split = Literal["train", "val"]
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the key or line, and what to do."""
+
+
+def parse_json(text: str, where: str) -> object:
+    """The value that a JSON text holds. Raises DataError, in one line, also for what Python will not read: nested ten
+    thousand deep, numbers of thousands of digits."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 @dataclass

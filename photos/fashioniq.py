@@ -1,10 +1,9 @@
 """FashionIQ's captions, image splits and photos, read as distributed."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
-from photos.dataset import DataError, PhotoFiles
+from photos.dataset import DataError, PhotoFiles, parse_json
 from photos.triplets import Triplets
 
 FASHIONIQ = ("dress", "shirt", "toptee")
@@ -30,7 +29,9 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
             ):
                 where = f"{folder}/captions/cap.{subset}.{split}.json entry {number}"
                 raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
-            pairs.append([record[key] for key in keys] + [" and ".join(text.strip() for text in record["captions"])])
+            pairs.append(
+                [record[key] for key in keys] + [" and ".join(filter(None, map(str.strip, record["captions"])))]
+            )
             subsets.append(subset)
         if not all(isinstance(name, str) for name in ids):
             raise DataError(f"{folder}/image_splits/split.{subset}.{split}.json: expected a list of image ids")
@@ -64,11 +65,12 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
 def _read_list(path: Path, what: str) -> list:
     """A JSON list that is not empty."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; --root must hold FashionIQ's captions, image_splits, images") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    values = parse_json(text, str(path))
     if not isinstance(values, list) or not values:
         raise DataError(f"{path}: expected a JSON list, {what}")
     return values

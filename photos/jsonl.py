@@ -1,13 +1,12 @@
 """One's own photos: one JSON object a line."""
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
 from PIL import Image
 
-from photos.dataset import DataError, PhotoDataset, Split, open_photo, version_of
+from photos.dataset import DataError, PhotoDataset, Split, open_photo, parse_json, version_of
 from photos.prompts import ATTRIBUTES
 
 
@@ -49,6 +48,17 @@ class Jsonl(PhotoDataset):
         captions, products = ([str(record[key]) for record in records] for key in ("caption", "product_id"))
         super().__init__(captions, products, *kinds, image_size)
         self.problems = problems
+        self.both: list[str] = []  # products that are to be held out and are trained on
+        if own_split and split == "val" and (folder / "train.jsonl").is_file():
+            trained = {str(record["product_id"]) for record in self._read(folder / "train.jsonl")[0]}
+            self.both = [product for product in dict.fromkeys(products) if product in trained]
+
+    def report(self) -> str:
+        """Also which held-out products are trained on."""
+        if not self.both:
+            return super().report()
+        named = ", ".join(self.both[:3]) + (", …" if len(self.both) > 3 else "")
+        return f"{super().report()}\n  {len(self.both):,} of these products are in train.jsonl too: {named}"
 
     def _read(self, path: Path) -> tuple[list[dict], list[str]]:
         try:
@@ -75,10 +85,7 @@ class Jsonl(PhotoDataset):
 
     @staticmethod
     def _parse(where: str, line: str) -> dict:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error})") from None
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object with image, caption, product_id")
         for key in ("image", "caption"):

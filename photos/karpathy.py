@@ -1,12 +1,11 @@
 """Photos with several captions each: Flickr30k and COCO in the splits of Karpathy & Fei-Fei (2015)."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from photos.dataset import DataError, PhotoDataset, open_photo, version_of
+from photos.dataset import DataError, PhotoDataset, open_photo, parse_json, version_of
 
 CaptionedName = Literal["flickr30k", "coco"]
 
@@ -57,11 +56,13 @@ class Karpathy(PhotoDataset):
 
 def _read(path: Path) -> list:
     try:
-        images = json.loads(path.read_text(encoding="utf-8"))["images"]
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; --root must hold it, and the photos") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected JSON with a list `images` ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    whole = parse_json(text, str(path))
+    images = whole.get("images") if isinstance(whole, dict) else None
     if not isinstance(images, list) or not images:
         raise DataError(f"{path}: expected a list `images`")
     return images

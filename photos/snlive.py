@@ -1,10 +1,9 @@
 """SNLI-VE's statements about photos of Flickr30k, read as distributed."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
-from photos.dataset import DataError, PhotoFiles
+from photos.dataset import DataError, PhotoFiles, parse_json
 from photos.statements import LABELS, Statements
 
 
@@ -50,10 +49,7 @@ def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int
 
 def _parse(where: str, line: str) -> tuple[str, str, str]:
     """Photo, statement, label."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
+    record = parse_json(line, where)
     keys = "Flickr30K_ID", "sentence2", "gold_label"
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
         raise DataError(f"{where}: expected an object with {', '.join(keys)}, all of them text")

@@ -231,3 +231,21 @@ def test_distortion_is_seeded_moves_pixels_and_leaves_colours():
     assert torch.equal(plain, augment(photos, random_crops(2, 1.0, torch.Generator().manual_seed(3))))
     middle = (slice(None), slice(None), slice(24, 40), slice(24, 40))
     assert torch.allclose(once[middle].mean(dim=(2, 3)), plain[middle].mean(dim=(2, 3)), atol=0.15)
+
+
+def test_captions_hold_no_special_tokens():
+    """What reads like one is words, in a description; in a frame it is what it says."""
+    symbol = f"[{next(iter(SYMBOLS))}]"
+    tokenizer = data.build_tokenizer(["mask a red dress", "mask a dress"], 200, 32, frames=True)
+    (encoding,) = data.encode(tokenizer, [(f"{symbol} the image", f"a [MASK] [SEP] {symbol} dress")])
+    special = {tokenizer.token_to_id(token) for token in ("[MASK]", "[SEP]", symbol)}
+    inside = [i for i, piece in zip(encoding.ids, encoding.word_ids, strict=True) if piece == 1]
+    assert not special & set(inside) and tokenizer.token_to_id("mask") in inside
+    assert tokenizer.token_to_id(symbol) in encoding.ids
+
+
+def test_words_without_end_are_no_vocabulary():
+    words = data.build_tokenizer(["red dress " * 3, "x" * 1_000_000], 60, 32).get_vocab()
+    assert "dress" in words and max(map(len, words)) < 12
+    with pytest.raises(data.DataError, match="the captions: there is no word in it"):
+        data.build_tokenizer(["\u200b \u0007"], 60, 32)

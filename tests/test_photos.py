@@ -187,6 +187,8 @@ def test_jsonl_leaves_out_missing_photos_and_empty_captions_by_name(shop):
     "line, message",
     [
         ("{broken", "line 2: not JSON"),
+        ('{"image": "0.png", "caption": "x", "product_id": 1, "more": ' + "[" * 100_000, "line 2: not JSON"),
+        ('{"image": "0.png", "caption": "x", "product_id": ' + "9" * 5000 + "}", "line 2: not JSON"),
         ("[1]", "line 2: expected an object"),
         ({"caption": "x", "product_id": 1}, "field image"),
         ({"image": "0.png", "caption": 3, "product_id": 1}, "field caption"),
@@ -395,7 +397,7 @@ def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
     ("name", "content", "complaint"),
     [
         ("captions/cap.shirt.val.json", None, "cap.shirt.val.json: no such file"),
-        ("captions/cap.shirt.val.json", "[{", "cap.shirt.val.json: cannot be read as JSON"),
+        ("captions/cap.shirt.val.json", "[{", "cap.shirt.val.json: not JSON"),
         ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate, target"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "target": "b", "captions": []}]', "captions, a list of texts"),
@@ -477,3 +479,22 @@ def test_links_out_of_the_folder_are_refused_and_dots_in_names_are_not(shop, tmp
     write_jsonl(folder, [lines[0], lines[1] | {"image": "linked/x.png"}])
     with pytest.raises(DataError, match="line 2: image 'linked/x.png' leaves the folder"):
         open_jsonl(folder)
+
+
+def test_held_out_products_that_are_trained_on_are_named(shop):
+    folder, lines = shop
+    write_jsonl(folder, lines[:4], "val.jsonl")
+    write_jsonl(folder, lines)
+    report = open_jsonl(folder, "val").report()
+    products = list(dict.fromkeys(str(line["product_id"]) for line in lines[:4]))
+    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {', '.join(products)}")
+    assert "too:" not in open_jsonl(folder).report()
+
+
+def test_an_empty_caption_of_fashioniq_leaves_no_dangling_and(tmp_path):
+    write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (6, 20, 12)))
+    path = tmp_path / "captions" / "cap.dress.val.json"
+    pairs = json.loads(path.read_text())
+    pairs[0]["captions"] = ["is red", "  "]
+    path.write_text(json.dumps(pairs))
+    assert data.build_triplets("fashioniq", tmp_path, "val", 32).captions[0] == "is red"

@@ -114,6 +114,7 @@ def test_snlive_counts_what_it_leaves_out(tmp_path):
     ("line", "complaint"),
     [
         ("{", "line 1: not JSON"),
+        ('{"Flickr30K_ID": ' + "9" * 5000 + "}", "line 1: not JSON"),
         ("[]", "line 1: expected an object with Flickr30K_ID, sentence2, gold_label"),
         ('{"Flickr30K_ID": 3, "sentence2": "x", "gold_label": "neutral"}', "all of them text"),
         ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "maybe"}', "gold_label 'maybe' is none of entailment"),
@@ -151,8 +152,9 @@ def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "expected JSON with a list `images`"),
-        ("[]", "expected JSON with a list `images`"),
+        ("{", "dataset_flickr30k.json: not JSON"),
+        ("[" * 100_000, "dataset_flickr30k.json: not JSON"),
+        ("[]", "expected a list `images`"),
         ('{"images": []}', "expected a list `images`"),
         ('{"images": [{"split": "dev"}]}', "image 0: split is none of train, restval, val, test"),
         (
