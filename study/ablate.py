@@ -39,6 +39,7 @@ from harness.flags import ConfigError, flag_of
 from harness.precision import fitting_precision
 from measures.truth import skill
 from photos.dataset import DataError
+from photos.wardrobe import KINDS
 from study.probe import category_accuracy
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
@@ -133,6 +134,8 @@ CEILING_COLUMNS: Columns = [
     ("ITM %", percent("val_itm_accuracy"), 1),
     ("category %", percent("category"), 1),
 ]
+# what the photo adds to words of each kind
+KIND_COLUMNS: Columns = [(f"{kind} %", percent(f"photo_gain_{kind}"), 1) for kind in KINDS[:-1]]
 RECIPE_COLUMNS: Columns = [
     *HELD_OUT,
     ("category %", percent("category"), 1),
@@ -328,6 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     if ceiling:
         if {"random", "true"} <= grid.keys() and len(grid) > 2:
             text += f"\n{shares_of_the_way(results, columns)}\n"
+        text += f"\nWhat the photo adds, kind by kind:\n\n{table(results, KIND_COLUMNS)}\n"
         draw_ceiling({name: [folder for of, folder, _ in runs if of == name] for name in grid}, out / "ceiling.png")
     file = args.file or out / "table.md"
     file.write_text(text)
