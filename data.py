@@ -73,8 +73,10 @@ def build_dataset(
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
     seed: of the synthetic set, and of the split by product where the data has none
-    products: synthetic products in the training split; validation has VAL_PRODUCTS · split: test of some alone
+    products: synthetic products in the training split; validation has VAL_PRODUCTS
     """
+    if split == "test" and name not in get_args(CaptionedName):
+        raise DataError(f"{name} has no test split")
     if name == "synthetic":
         return Synthetic(split, products if split == "train" else VAL_PRODUCTS, image_size, seed, progress)
     folder = _folder(name, root)
@@ -190,9 +192,16 @@ def _bert_style(model: WordPiece) -> Tokenizer:
 
 def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[str]:
     """The WordPiece vocabulary of some captions, and of `whole` words, in order of id; the same one every time."""
-    # what the tokenizer would not read either: longer words are [UNK], and the trainer takes for ever over them
-    captions = {re.sub(r"\S{101,}", "", caption) for caption in captions}
-    tokenizer, texts = _bert_style(WordPiece({"[UNK]": 0}, unk_token="[UNK]")), sorted(captions)
+    tokenizer = _bert_style(WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+
+    def readable(caption: str) -> str:
+        """Without words of over 100 letters: they will be [UNK], and the trainer takes for ever over them."""
+        if not re.search(r"\S{101}", caption):
+            return caption
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption))
+        return " ".join(word for word, _ in words if len(word) <= 100)
+
+    texts = sorted(set(map(readable, captions)))
     letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
     # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
     # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
@@ -211,7 +220,7 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
 
 def _as_words(text: Text) -> list[str]:
     """The pieces of a text. In descriptions, every second piece, what reads like a special token is none."""
-    return [re.sub(r"\[(?=\w+\])", "[ ", piece) if number % 2 else piece for number, piece in enumerate(text)]
+    return [re.sub(r"\[(?=\w+\])", "(", piece) if number % 2 else piece for number, piece in enumerate(text)]
 
 
 # of a batch (B, L) each, padded with 0; `tokenize` gives the first three

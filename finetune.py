@@ -133,7 +133,7 @@ class Retrieval(Task):
         top, protocol = self.config.rerank, f"full: {len(rows):,} photos, {len(texts):,} texts, "
         if dataset.several:
             more = [*fold_rankings(*gallery, self.fold, top)]
-            protocol += f"all captions of each; fold: {len(more) // 2} folds of {self.fold:,} photos"
+            protocol += "all captions of each" + (f"; fold: {len(more) // 2} of {self.fold:,} photos" if more else "")
         else:
             kinds, counts = numbers_of([dataset.subcategories[row] for row in rows]), (self.queries, self.negatives)
             more, alike = sampled_rankings(*gallery[:3], kinds, *counts, self.draws, self.config.seed, top)
@@ -276,7 +276,8 @@ class Recognition(Task):
         if labelled.all():
             return dataset
         part = dataset.part(np.flatnonzero(labelled))
-        part.problems = [*dataset.problems, f"{(~labelled).sum():,} photos without a {self.config.task}"]
+        part.problems = dataset.problems
+        part.dropped = [*dataset.dropped, f"{(~labelled).sum():,} photos without a {self.config.task}"]
         return part
 
     def divide(self, dataset: PhotoDataset) -> tuple[PhotoDataset, PhotoDataset]:
@@ -343,12 +344,12 @@ class Recognition(Task):
         return {f"val_{key}": value for key, value in recognition_scores(right, answered).items()}
 
     def report(self, run: Run, dataset: PhotoDataset) -> dict:
-        """Accuracy and macro-F1, a line for each class in classes.tsv, and confusion.png."""
+        """Accuracy and macro-F1, a line for each class in classes.tsv; the picture is confusion.png."""
         rows, right, answered = self.predict(run, dataset)
         figures, out = scores_by_class(right, answered), Path(self.config.out)
         names = [*self.config.classes, "(unseen in training)"]
         support = right.bincount(minlength=len(names))
-        lines = ["class\tphotos\tprecision\trecall\tf1"] + [
+        lines = [f"class\t{dataset.what}\tprecision\trecall\tf1"] + [
             f"{names[c]}\t{support[c]}\t" + "\t".join(f"{value:.4f}" for value in values)
             for c, values in sorted(figures.items())
         ]
@@ -360,7 +361,9 @@ class Recognition(Task):
         metrics["unseen_share"] = (right == len(self.config.classes)).float().mean().item()
         metrics |= self.by_kind(dataset, rows, right == answered)
         what = {"both": "photo and text", "image": "photo alone", "text": "text alone"}[self.config.modality]
-        protocol = f"{what}; {len(right):,} photos, {len(self.config.classes)} classes; chance: always {names[most]}"
+        protocol = (
+            f"{what}; {len(right):,} {dataset.what}, {len(self.config.classes)} classes; chance: always {names[most]}"
+        )
         return {"protocol": protocol, "metrics": metrics, "chance": chance}
 
     def by_kind(self, _dataset: PhotoDataset, _rows: Tensor, _hits: Tensor) -> Figures:

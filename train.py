@@ -316,6 +316,8 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     taken, why = fitting_precision(run.device)
     print(f"precision {config.precision}" + (f", {why}" if config.precision == taken else f"; auto takes {taken} here"))
     with claimed(out) if ranks.leads else contextlib.nullcontext():
+        if resumed_step is None and (out / "last.pt").exists():  # made while this one read its photos
+            raise ConfigError(f"{out} holds a run already; choose another --out")
         if ranks.leads:
             (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         metrics = Metrics(out / "metrics.jsonl" if ranks.leads else Path(os.devnull), resumed_step)

@@ -17,22 +17,21 @@ from model import ModelConfig
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """While two runs wrote into one folder, each would spoil the other's files: the second is refused. The claim ends
-    with the process that holds it, however that ends."""
+    """While two runs wrote into one folder, each would spoil the other's files: the second is refused. The claim, on a
+    file that stays, ends with the process that holds it, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, other than flock, loader workers do not inherit
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ConfigError(f"{out} is being written by process {file.read()}; choose another --out") from None
+        except OSError:
+            print(f"{out}: this file system has no locks, so another run into it would go unnoticed")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        try:
-            yield
-        finally:
-            os.unlink(file.name)
+        yield
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -42,6 +41,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
     `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
     if not torch.stack([weight.isfinite().all() for weight in run.model.parameters()]).all():
+        run.writer.wait()
         kept = f"{path} is the last good state" if path.exists() else "there is no checkpoint yet"
         raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {kept}; try a lower --lr")
     sampler = run.sampler.state_dict()

@@ -12,6 +12,7 @@ from data import encode, normalise, to_device
 from harness.run import Run, autocast
 from harness.wiring import teach
 from masking import momentum_attention, random_patch_mask, random_word_mask, soft_mask
+from measures.scores import most_confused
 from measures.truth import shown_masks
 from photos.dataset import PhotoDataset, square
 from photos.prompts import Text
@@ -150,23 +151,22 @@ def draw_confusion(right: Tensor, answered: Tensor, names: list[str], path: Path
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    occurs = torch.cat([right, answered]).unique()
-    wrong = torch.cat([right[right != answered], answered[right != answered]]).bincount(minlength=len(names))
-    shown = occurs[wrong[occurs].argsort(descending=True, stable=True)[:MOST_CLASSES]].sort().values
+    occurs, shown = len(torch.cat([right, answered]).unique()), most_confused(right, answered, MOST_CLASSES)
     place = torch.full((len(names),), -1).index_put_((shown,), torch.arange(len(shown)))
     both = (place[right] >= 0) & (place[answered] >= 0)
     cells = place[right[both]], place[answered[both]]
     counts = torch.zeros(len(shown), len(shown)).index_put_(cells, torch.ones(int(both.sum())), accumulate=True)
     side, labels = max(4.0, 0.22 * len(shown) + 2), [names[c] for c in shown.tolist()]
     figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
-    axis.imshow((counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy(), cmap="Blues", vmin=0, vmax=1)
+    shares = counts / right.bincount(minlength=len(names))[shown, None].clamp(min=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
     axis.set_yticks(range(len(shown)), labels, fontsize=7, parse_math=False)
-    some = f"the {len(shown)} of {len(occurs)} classes with most errors; " if len(shown) < len(occurs) else ""
-    axis.set(xlabel="answered", ylabel="right", title=f"{some}photos; colour: share of the row")
+    some = f"the {len(shown)} of {occurs} classes with most errors; " if len(shown) < occurs else ""
+    axis.set(xlabel="answered", ylabel="right", title=f"{some}colour: share of the class")
     for i, j in counts.nonzero().tolist():
-        share = counts[i, j] / counts[i].sum()
-        axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=5, color="white" if share > 0.5 else "k")
+        colour = "white" if shares[i, j] > 0.5 else "k"
+        axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=5, color=colour)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

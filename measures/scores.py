@@ -130,11 +130,10 @@ def fold_rankings(
     image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, size: int, top: int = 0
 ) -> Iterator[Ranking]:
     """`full_rankings` of every `size` photos with their texts, as of COCO's 5,000 also a thousand at a time; a smaller
-    rest is left out, and where there is but one such fold, that is all photos, there is none."""
-    folds = torch.arange(len(image_feat)).split(size)
+    rest is left out, and a single fold is none."""
+    folds = [photos for photos in torch.arange(len(image_feat)).split(size) if len(photos) == size]
     for photos in folds if len(folds) > 1 else ():
-        if len(photos) == size:
-            yield from full_rankings(image_feat, text_feat, of_photo, of_text, top, photos, "fold")
+        yield from full_rankings(image_feat, text_feat, of_photo, of_text, top, photos, "fold")
 
 
 def recalls_of(rankings: list[Ranking], ranks: list[Tensor] | None = None) -> Figures:
@@ -174,6 +173,16 @@ def recognition_scores(right: Tensor, answered: Tensor) -> Figures:
     """Accuracy, and macro-F1: the mean of F1 over the classes that occur among the right or the answered (n,)."""
     f1 = [f1 for _, _, f1 in scores_by_class(right, answered).values()]
     return {"accuracy": (right == answered).float().mean().item(), "macro_f1": float(np.mean(f1))}
+
+
+def most_confused(right: Tensor, answered: Tensor, count: int) -> Tensor:
+    """Of the classes that occur among the right or the answered (n,) those in most errors, `count` at most, sorted."""
+    missed = right != answered
+    errors = torch.cat([right[missed], answered[missed]]).bincount(
+        minlength=int(torch.cat([right, answered]).max()) + 1
+    )
+    occurs = torch.cat([right, answered]).unique()
+    return occurs[errors[occurs].argsort(descending=True, stable=True)[:count]].sort().values
 
 
 def scores_by_class(right: Tensor, answered: Tensor) -> dict[int, tuple[float, float, float]]:

@@ -12,14 +12,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import encode, normalise, to_device, tokenize
-from harness.batches import match_scores, photo_features, text_features
+from harness.batches import different_photos, match_scores, photo_features, text_features
 from harness.checkpoints import load_weights
 from harness.finetune_config import FOUND, FinetuneConfig
 from harness.run import Run, autocast, build_run
 from harness.splits import lead_of, open_photos
 from harness.wiring import compose
 from measures.pictures import draw_answers
-from photos.dataset import DataError, PhotoDataset, open_photo, square
+from photos.dataset import DataError, PhotoDataset, square
+from photos.files import open_photo
 
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
@@ -34,6 +35,8 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
         check_words(tokenizer, lead_of(config), config.query)
     dataset = open_photos(config, config.split)
     print(f"{config.split}: {dataset.report()}")
+    if dataset.several:
+        dataset = dataset.part(different_photos(dataset))
     run = build_run(config, dataset, tokenizer)
     load_weights(run, source, config.checkpoint)
     run.model.eval()

@@ -1,15 +1,13 @@
-"""What a data set of photos is: the contract that every source keeps, parts of one, and the decoding of photos."""
+"""What a data set of photos is: the contract that every source keeps, and parts of one."""
 
-import json
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from photos.prompts import Text, prompted, symbol_of
@@ -19,15 +17,6 @@ Split = Literal["train", "val"]
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the key or line, and what to do."""
-
-
-def parse_json(text: str, where: str) -> object:
-    """The value that a JSON text holds. Raises DataError, in one line, also for what Python will not read: nested ten
-    thousand deep, numbers of thousands of digits."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 @dataclass
@@ -63,9 +52,10 @@ class PhotoDataset(Dataset):
     lead: words set before each description · prompts: put the category symbol and attribute prompts around it
     truths: give with each photo what it really shows, where that is known
     several: rows of one product are one photo with several captions, not several photos of one text
+    what: a row is
     """
 
-    lead, prompts, truths, several = "", False, False, False
+    lead, prompts, truths, several, what = "", False, False, False, "photos"
 
     def __init__(
         self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
@@ -132,7 +122,7 @@ class PhotoDataset(Dataset):
 
     def report(self) -> str:
         """For the user: how much there is, and what was left out and why; with prompts, a line on these."""
-        line = f"{len(self):,} photos of {self.product_ids.max() + 1:,} products{self._left_out()}"
+        line = f"{len(self):,} {self.what} of {self.product_ids.max() + 1:,} products{self._left_out()}"
         if not self.prompts:
             return line
         symbols = Counter(map(symbol_of, self.categories, self.subcategories))
@@ -157,6 +147,7 @@ class Part(PhotoDataset):
             chosen(whole.subcategories), whole.image_size,
         )  # fmt: skip
         self.lead, self.prompts, self.several = whole.lead, whole.prompts, whole.several
+        self.what = whole.what
 
     def attributes(self, row: int) -> dict[str, str]:
         """What the whole data set knows of the product of a row."""
@@ -166,27 +157,11 @@ class Part(PhotoDataset):
         """The photo of a row, read as the whole data set reads it."""
         return self.whole.photo(self.source[row])
 
+    def versions(self) -> list[str]:
+        return self.whole.versions()
+
     def name_of(self, row: int) -> str:
         return self.whole.name_of(self.source[row])
-
-
-class PhotoFiles(PhotoDataset):
-    """Photos by name, without text."""
-
-    def __init__(self, paths: dict[str, Path], image_size: int):
-        self.names, self.paths = list(paths), list(paths.values())
-        blank = [""] * len(paths)
-        super().__init__(blank, self.names, blank, blank, image_size)
-
-    def versions(self) -> list[str]:
-        return [version_of(path) for path in self.paths]
-
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a name."""
-        return open_photo(self.paths[row], self.image_size)
-
-    def name_of(self, row: int) -> str:
-        return self.names[row]
 
 
 def numbered(values: list) -> np.ndarray:
@@ -200,36 +175,3 @@ def square(photo: Image.Image, size: int) -> Image.Image:
     if photo.size == (size, size):
         return photo
     return ImageOps.pad(photo, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
-
-
-FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"), 64_000_000
-
-
-def open_photo(path: Path, size: int) -> Image.Image:
-    """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
-
-    Raises OSError when it cannot be decoded, is none of FORMATS, has more than MOST_PIXELS, or pixels that are neither
-    8 nor 16 bits.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            file.draft("RGB", (size, size))
-            if file.width * file.height > MOST_PIXELS:  # a small file can hold so many that decoding takes gigabytes
-                raise OSError(f"{file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
-            if file.mode in ("I", "F"):
-                raise OSError(f"pixels of kind {file.mode}, neither 8 nor 16 bits")
-            photo = ImageOps.exif_transpose(file)
-            if photo.mode.startswith("I;16"):  # Pillow would cut off at 255
-                photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
-            if photo.has_transparency_data:
-                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
-            return photo.convert("RGB")
-    except UnidentifiedImageError:
-        raise OSError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders raise many kinds for damaged files
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OSError(reason.splitlines()[0]) from None
-
-
-def version_of(path: Path) -> str:
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"

@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from photos.dataset import DataError, PhotoDataset, Split, version_of
+from photos.dataset import DataError, PhotoDataset, Split
+from photos.files import version_of
 from photos.synthetic import Synthetic
 
 SEASONS = {"SS": "spring summer ", "FW": "fall winter "}

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from photos.dataset import DataError, PhotoFiles, parse_json
+from photos.dataset import DataError
+from photos.files import PhotoFiles, parse_json, read_text
 from photos.triplets import Triplets
 
 FASHIONIQ = ("dress", "shirt", "toptee")
@@ -64,13 +65,7 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
 
 def _read_list(path: Path, what: str) -> list:
     """A JSON list that is not empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; --root must hold FashionIQ's captions, image_splits, images") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    values = parse_json(text, str(path))
+    values = parse_json(read_text(path, "--root must hold FashionIQ's captions, image_splits, images"), str(path))
     if not isinstance(values, list) or not values:
         raise DataError(f"{path}: expected a JSON list, {what}")
     return values

@@ -5,7 +5,8 @@ from typing import Literal
 
 from PIL import Image
 
-from photos.dataset import DataError, PhotoDataset, open_photo, parse_json, version_of
+from photos.dataset import DataError, PhotoDataset
+from photos.files import open_photo, parse_json, read_text, version_of
 
 CaptionedName = Literal["flickr30k", "coco"]
 
@@ -18,7 +19,7 @@ class Karpathy(PhotoDataset):
     Photos that are not there and captions without words are left out, and reported.
     """
 
-    several = True
+    several, what = True, "captions"
 
     def __init__(self, folder: Path, name: CaptionedName, split: Literal["train", "val", "test"], image_size: int):
         path = folder / f"dataset_{name}.json"
@@ -55,13 +56,7 @@ class Karpathy(PhotoDataset):
 
 
 def _read(path: Path) -> list:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; --root must hold it, and the photos") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    whole = parse_json(text, str(path))
+    whole = parse_json(read_text(path, "--root must hold it, and the photos"), str(path))
     images = whole.get("images") if isinstance(whole, dict) else None
     if not isinstance(images, list) or not images:
         raise DataError(f"{path}: expected a list `images`")

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from photos.dataset import DataError, PhotoFiles, parse_json
+from photos.dataset import DataError
+from photos.files import PhotoFiles, parse_json, read_text
 from photos.statements import LABELS, Statements
 
 
@@ -14,13 +15,8 @@ def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int
     Statements without a gold label (`-`), empty ones, and photos that are not there are counted and left out.
     """
     path, records, unlabelled, empty = folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl", [], 0, 0
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; --root must hold SNLI-VE's files and Flickr30k's photos") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
+    text = read_text(path, "--root must hold SNLI-VE's files and Flickr30k's photos")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         photo, statement, label = _parse(f"{path} line {number}", line)

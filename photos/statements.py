@@ -19,8 +19,10 @@ class Statements(PhotoDataset):
     """A row is a photo with a statement about it.
 
     photos: all photos there are · rows (N,): which of them · categories: some of LABELS · subcategories: what kind of
-    attribute the statement turns on, "" where unknown · product_ids: what photos have in common, such as the product
+    attribute its block of statements turns on, "" where unknown · product_ids: what photos have in common
     """
+
+    what = "statements"
 
     def __init__(
         self, photos: PhotoDataset, rows: list[int], statements: list[str], labels: list[str], kinds: list[str],
@@ -69,8 +71,8 @@ def block(photos: Synthetic, rows: list[int], rng: np.random.Generator) -> list[
     it contradicts, and one that it cannot tell, which is what the other shows or contradicts. -> photo, statement,
     label, kind; nothing where no two photos of `rows` are such.
 
-    So no photo has more statements of one label than of another, and a statement is as often undecided, on one photo,
-    as it is true or false on the other: neither of them alone tells the label.
+    So no photo has more statements of one label than of another, and a true claim and its lie are each undecided half
+    the time: neither photo nor statement alone tells the label.
     """
     product = photos.products[photos.rows[rows[0]][0]]
     for one, other in rng.permutation([(a, b) for a in rows for b in rows if a < b]).tolist():
@@ -116,9 +118,8 @@ def _claim(photos: Synthetic, product: Product, photo: int, elsewhere: int, rng:
         for number in rng.permutation(len(kinds[kind])).tolist():
             key, variant = kinds[kind][number]
             where = next(iter(variant.details.keys() - product.details.keys()), key)  # other than key if it has moved
-            if where in photos.would_show(variant, elsewhere):
-                continue
-            if where == key or where in photos.would_show(variant, photo):
+            # shown here as the truth is, or truths and lies would be of different kinds
+            if where in photos.would_show(variant, photo) and where not in photos.would_show(variant, elsewhere):
                 return Claim(kind, clause(product, key), clause(variant, where))
     return None
 

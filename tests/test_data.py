@@ -247,5 +247,7 @@ def test_captions_hold_no_special_tokens():
 def test_words_without_end_are_no_vocabulary():
     words = data.build_tokenizer(["red dress " * 3, "x" * 1_000_000], 60, 32).get_vocab()
     assert "dress" in words and max(map(len, words)) < 12
+    long = data.build_tokenizer(["\u7ea2\u8272" * 60, "\u7ea2 \u8272"], 60, 32).get_vocab()  # Chinese has no blanks
+    assert "\u7ea2" in long
     with pytest.raises(data.DataError, match="the captions: there is no word in it"):
         data.build_tokenizer(["\u200b \u0007"], 60, 32)

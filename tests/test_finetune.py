@@ -78,7 +78,7 @@ def test_match_scores_equal_pair_by_pair(pretrained):
         assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
 
 
-LEFT = {"config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "results.json"}
+LEFT = {".lock", "config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "results.json"}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, 
     found = command(*common, "--steps", "3", "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert "1 of 3 classes have a single product, trained on and not held out: HATS" in printed
-    assert "left out (2 photos without a category)" in printed
+    assert ", 2 photos without a category" in printed
     assert found["left_out"] == 0
     assert found["metrics"]["unseen_share"] == pytest.approx(0.4) and found["metrics"]["accuracy"] <= 0.6
     table = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
@@ -258,7 +258,7 @@ def test_entailment_on_snlive(tmp_path, pretrained):
     found = command(*common, "--steps", "2", "--checkpoint", pretrained)
     assert found["chance"]["accuracy"] == pytest.approx(1 / 3) and found["metrics"].keys() == {
         "accuracy", "macro_f1", "unseen_share"}  # fmt: skip
-    assert found["protocol"].startswith("photo and text; 30 photos, 3 classes")
+    assert found["protocol"].startswith("photo and text; 30 statements, 3 classes")
 
 
 def test_retrieval_of_photos_with_several_captions(tmp_path, pretrained, monkeypatch):
@@ -268,7 +268,7 @@ def test_retrieval_of_photos_with_several_captions(tmp_path, pretrained, monkeyp
     common = ["--task", "retrieval", "--data", "flickr30k", "--root", tmp_path, "--split", "test"]
     found = command(*common, "--steps", "2", "--rerank", "3", "--checkpoint", pretrained, "--out", tmp_path / "out")
     assert found["protocol"] == (
-        "full: 9 photos, 27 texts, all captions of each; fold: 2 folds of 4 photos; by similarity, the best 3 re-ranked "
+        "full: 9 photos, 27 texts, all captions of each; fold: 2 of 4 photos; by similarity, the best 3 re-ranked "
         "by matching"
     )
     assert found["metrics"].keys() >= {"full_i2t_r1", "fold_t2i_r5", "fold_i2t_r1_std", "rerank_fold_mean"}

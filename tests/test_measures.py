@@ -22,6 +22,7 @@ from measures.scores import (
     Ranking,
     full_rankings,
     match_rank,
+    most_confused,
     recalls_of,
     sampled_candidates,
     scores_by_class,
@@ -30,7 +31,8 @@ from measures.scores import (
 from measures.search import check_words, unknown_words
 from measures.truth import mask_truth, negative_truth, restored, truth_in_words, word_truth
 from measures.validation import validate
-from photos.dataset import DataError, PhotoFiles
+from photos.dataset import DataError
+from photos.files import PhotoFiles
 from photos.synthetic import Synthetic
 from photos.triplets import Triplets
 from photos.wardrobe import WHOLE, Detail, Product
@@ -450,6 +452,15 @@ def test_equal_features_earn_nothing():
 
 def test_a_confusion_of_many_classes_shows_the_most_confused(tmp_path):
     """Labels are no formulas, whatever stands in them."""
+    truth, said = torch.tensor([0, 1, 1, 2, 3, 3, 4]), torch.tensor([0, 3, 3, 5, 1, 3, 4])
+    assert most_confused(truth, said, 2).tolist() == [1, 3] and most_confused(truth, said, 9).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     names, right = ["$5", "x$^$", *(f"class {n}" for n in range(2, 3000))], torch.arange(3000).repeat(2)
     answered = right.roll(1)
     draw_confusion(right, answered, names, tmp_path / "many.png")

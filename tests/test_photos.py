@@ -13,9 +13,10 @@ from small import PUBLISHED, write_fashioniq
 
 import data
 from data import Collate, build_dataset, build_tokenizer
-from photos.dataset import FORMATS, DataError, open_photo
+from photos.dataset import DataError
 from photos.families import synthetic_triplets
 from photos.fashiongen import FashionGen
+from photos.files import FORMATS, open_photo, parse_json
 from photos.jsonl import Jsonl
 from photos.prompts import prompted, symbol_of
 from photos.synthetic import Synthetic
@@ -479,6 +480,13 @@ def test_links_out_of_the_folder_are_refused_and_dots_in_names_are_not(shop, tmp
     write_jsonl(folder, [lines[0], lines[1] | {"image": "linked/x.png"}])
     with pytest.raises(DataError, match="line 2: image 'linked/x.png' leaves the folder"):
         open_jsonl(folder)
+
+
+def test_json_holds_whole_characters_and_emoji():
+    assert parse_json('["\\ud83d\\ude00", "\\\\ud83d"]', "here") == ["\U0001f600", "\\ud83d"]
+    for half in ('"\\ud83d"', '["x\\ude00y"]', '{"a\\ud83dx": [1]}'):
+        with pytest.raises(DataError, match=r"here: holds half a character \(a lone surrogate\)"):
+            parse_json(half, "here")
 
 
 def test_held_out_products_that_are_trained_on_are_named(shop):

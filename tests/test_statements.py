@@ -114,6 +114,7 @@ def test_snlive_counts_what_it_leaves_out(tmp_path):
     ("line", "complaint"),
     [
         ("{", "line 1: not JSON"),
+        ('{"sentence2": "\\udc00"}', "line 1: holds half a character"),
         ('{"Flickr30K_ID": ' + "9" * 5000 + "}", "line 1: not JSON"),
         ("[]", "line 1: expected an object with Flickr30K_ID, sentence2, gold_label"),
         ('{"Flickr30K_ID": 3, "sentence2": "x", "gold_label": "neutral"}', "all of them text"),
@@ -153,6 +154,7 @@ def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
     ("content", "complaint"),
     [
         ("{", "dataset_flickr30k.json: not JSON"),
+        ('{"images": ["\\ud800"]}', "dataset_flickr30k.json: holds half a character"),
         ("[" * 100_000, "dataset_flickr30k.json: not JSON"),
         ("[]", "expected a list `images`"),
         ('{"images": []}', "expected a list `images`"),
