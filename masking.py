@@ -167,7 +167,7 @@ class PhotoWorth(nn.Module):
 
         min(t, 5) + z,  t = ḡ·√n / r,  z = g / r within ±3,  r = √(mean g²) of the token
         In units of r, or colours, which gain most, would leave no room for details; and of what gains significantly
-        (t > 5) all kinds are alike.
+        (t > 5) all kinds are alike. Of the last hundred steps, so a word that is rarer than that stays near t = 0.
         """
         count = self.sums[0].clamp(min=1e-6)
         mean, square = self.sums[1:] / count

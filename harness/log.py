@@ -35,7 +35,8 @@ On synthetic photos also the truth: of masks, each with its value for random mas
                                 whose most attended patch lies on that detail
     pointing_whole              the same of words for garment, colour, pattern and sleeve
     visible_word_accuracy       of words that name what the photo shows, each hidden once with a third of the others,
-                                the share restored (no …_random); visible_detail_…, visible_whole_…: of parts of them
+                                the share restored (no …_random); visible_detail_…, visible_whole_…, visible_<kind>_…:
+                                of parts of them
     unseen_word_accuracy        the same of words that name what it does not show: guessing, and no more
     photo_gain                  visible_word_accuracy minus the same with the photo of another product: what the photo
                                 adds; photo_gain_detail, photo_gain_whole: to details, to the rest; and _<kind>: to
