@@ -380,7 +380,7 @@ class Entailment(Recognition):
         return open_statements(self.config, split)
 
     def by_kind(self, dataset: PhotoDataset, rows: Tensor, hits: Tensor) -> Figures:
-        """Accuracy by the kind of attribute that a statement turns on, where that is known."""
+        """Accuracy by the kind of attribute that a statement's block turns on, where that is known."""
         kinds = np.array(dataset.subcategories)[rows.numpy()]
         return {f"accuracy_{kind}": hits[kinds == kind].float().mean().item() for kind in sorted({*kinds} - {""})}
 

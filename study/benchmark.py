@@ -109,6 +109,7 @@ def step_of(folder: Path, config: TrainConfig, flags: list[str]) -> Iterator[Cal
     ):
 
         def take(_batch: dict) -> None:
+            """A step of the other checkout, on a batch of its own."""
             try:
                 print(file=other.stdin, flush=True)
                 answer = other.stdout.readline()

@@ -48,6 +48,7 @@ def our_step(run: Run, phases: dict[str, list[float]]) -> Callable[[dict], Tenso
     """The step of train.py's loop; seconds of its phases are noted in `phases`."""
 
     def step(batch: dict) -> Tensor:
+        """One step. -> its loss."""
         times = [now(run.device)]
         with autocast(run):
             losses, _ = RECIPES[run.config.recipe](run, batch)
@@ -210,6 +211,7 @@ def reference_step(run: Run, attention: str) -> Callable[[dict], Tensor]:
         return [torch.multinomial(row, 1).item() for row in weights]
 
     def step(batch: dict) -> Tensor:
+        """One step. -> its loss."""
         images, ids, keep = batch["images"], batch["token_ids"], batch["attention_mask"]
         products = batch["product_ids"]
         masked_ids, labels = run.corrupt(ids, batch["mask"])

@@ -276,6 +276,14 @@ def test_retrieval_of_photos_with_several_captions(tmp_path, pretrained, monkeyp
     assert found["metrics"]["full_t2i_r10"] == found["metrics"]["fold_i2t_r10"] == 1 > found["metrics"]["full_t2i_r1"]
 
 
+def test_search_shows_a_photo_of_several_captions_once(tmp_path, pretrained, capsys):
+    write_karpathy(tmp_path, "flickr30k", [("test", None, [f"red {i}", f"{i} blue", "dress"]) for i in range(12)])
+    where = ["--data", "flickr30k", "--root", tmp_path, "--split", "test", "--checkpoint", pretrained]
+    found = command("--task", "search", "--query", "red", *where, "--out", tmp_path / "out")
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if ".jpg  " in line]
+    assert len(found) == len(shown) == len(set(shown)) == FOUND
+
+
 def test_evaluation_agrees_with_the_validation_of_pretraining(tmp_path):
     """Also where photos of one product have different texts: the first counts."""
     root = tmp_path / "photos"
