@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model import ModelConfig, VisionLanguageModel
+from photos.dataset import legible
 from photos.prompts import SYMBOLS
 
 
 class WeightsError(ValueError):
     """A weights file that cannot be read, or of which nothing fits the model."""
+
+    def __init__(self, message: str):
+        super().__init__(legible(message))
 
 
 @dataclass
@@ -94,6 +97,9 @@ def load_pretrained(
             continue
         renamed = {}
         for name, tensor in _read_weights(Path(path)).items():
+            if reason := unfit(tensor):
+                report.skipped[name] = reason
+                continue
             parts = rename(name, tensor, model.config)
             renamed.update(parts)
             if not parts:
@@ -106,6 +112,13 @@ def load_pretrained(
     return report
 
 
+def unfit(tensor: Tensor) -> str | None:
+    """Why a tensor can be nobody's weights, if so."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+        return "no dense tensor of real numbers"
+    return None if tensor.isfinite().all() else "not finite"
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -115,15 +128,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such weights file") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"{path}: holds more than plain tensors, pickled code it may be, which is never run"
+        ) from None
+    except Exception as error:  # forged and damaged files raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path}: cannot be read as .safetensors or plain tensors ({reason})") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
-    return {name.removeprefix("module."): t for name, t in state.items() if isinstance(t, Tensor)}
+    named = {legible(str(name)): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name.removeprefix("module."): tensor for name, tensor in named.items()}
 
 
 def _apply(rules: list[tuple[str, str]], name: str) -> str | None:
@@ -137,7 +155,7 @@ def _rename_vision(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, 
     ours = _apply(VISION_RULES, re.sub(r"^(vit|deit|model)\.", "", name))
     if ours is None:
         return {}
-    if ".qkv." in ours:  # timm keeps the three projections in one matrix
+    if ".qkv." in ours and tensor.ndim:  # timm keeps the three projections in one matrix
         parts = zip(("query", "key", "value"), tensor.chunk(3))
         return {"vision." + ours.replace("qkv", part): t for part, t in parts}
     if ours == "position_embed":
@@ -147,8 +165,10 @@ def _rename_vision(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, 
 
 def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
     """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] < 2:
+        return table
     side = round((table.shape[1] - 1) ** 0.5)
-    if table.ndim != 3 or side == grid or 1 + side**2 != table.shape[1]:
+    if side == grid or 1 + side**2 != table.shape[1]:
         return table
     patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
@@ -159,11 +179,11 @@ def _rename_text(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
     name = name.removeprefix("bert.")
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # TensorFlow
     if name == "embeddings.token_type_embeddings.weight":
-        return {"token_type": tensor}
+        return {"token_type": tensor} if tensor.ndim and len(tensor) else {}
     ours = _apply(TEXT_RULES, name)
     if ours is None:
         return {}
-    if ours == "text.position_embeddings":
+    if ours == "text.position_embeddings" and tensor.ndim:
         tensor = tensor[: config.max_length]
     if match := re.match(r"layers\.(\d+)\.", ours):
         number, rest = int(match[1]), ours[match.end() :]
@@ -184,9 +204,9 @@ def _rename_whole(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, T
 
 def _fold_token_types(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
     """BERT adds token type 0 at every position: add it to the position embeddings once and for all."""
-    token_type = renamed.pop("token_type", None)
-    if token_type is not None and "text.position_embeddings" in renamed:
-        renamed["text.position_embeddings"] = renamed["text.position_embeddings"] + token_type[0]
+    token_type, places = renamed.pop("token_type", None), renamed.get("text.position_embeddings")
+    if token_type is not None and places is not None and token_type[0].shape == places.shape[1:]:
+        renamed["text.position_embeddings"] = places + token_type[0]
     return renamed
 
 

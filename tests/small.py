@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import train
-from harness.checkpoints import load_checkpoint
 from harness.config import parse_config
+from harness.trust import load_checkpoint
 
 PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
 

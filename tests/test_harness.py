@@ -325,7 +325,7 @@ def test_a_checkpoint_is_of_the_moment_and_what_fails_in_writing_is_told(tmp_pat
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
-    script = "import sys, time; from pathlib import Path; from harness.checkpoints import claimed\n"
+    script = "import sys, time; from pathlib import Path; from harness.host import claimed\n"
     script += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(train.__file__).parent, text=True) as other:
