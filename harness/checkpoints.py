@@ -9,7 +9,7 @@ import torch
 from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from harness.flags import ConfigError, flag_of
 from harness.run import NonFiniteLoss, Run, check_memory, way_back
-from harness.trust import check_finite, check_like, check_types, load_checkpoint
+from harness.trust import check_finite, check_like, check_sampler, check_types, load_checkpoint
 from model import ModelConfig
 
 
@@ -83,18 +83,23 @@ def restore(run: Run, state: dict) -> None:
         raise ConfigError(f"{last} was trained on other rows than the training split holds now")
     if state["step"] > run.total_steps:
         raise ConfigError(f"{last} is at step {state['step']} of {run.total_steps}")
-    parts = {"model": run.model, "momentum": run.momentum.model, "queue": run.queue, "worth": run.worth}
-    for name, part in parts.items():
-        check_like(state[name], part.state_dict(), f"{last}: {name}")
-        check_finite(state[name], f"{last}: {name}")
-        part.load_state_dict(state[name])
+    fill(run, state, last)
+    check_like(state["queue"], run.queue.state_dict(), f"{last}: queue")
+    run.queue.load_state_dict(state["queue"])
     restore_optimizer(run.optimizer, state["optimizer"], f"{last}: optimizer")
-    try:
-        run.sampler.load_state_dict(state["sampler"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"{last}: sampler does not fit this run ({str(error).splitlines()[0]})") from None
+    check_sampler(state["sampler"], len(run.sampler), run.sampler.dataset_size, f"{last}: sampler")
+    run.sampler.load_state_dict(state["sampler"])
     run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])
     state.clear()
+
+
+def fill(run: Run, state: dict, where: str | Path) -> None:
+    """A checkpoint's weights, of both models, and what photos are worth into a run. Raises ConfigError where they are
+    not of its sizes, or not finite."""
+    for name, part in {"model": run.model, "momentum": run.momentum.model, "worth": run.worth}.items():
+        check_like(state[name], part.state_dict(), f"{where}: {name}")
+        check_finite(state[name], f"{where}: {name}")
+        part.load_state_dict(state[name])
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -25,21 +26,32 @@ def claimed(out: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+") as file:
-        try:
-            if fcntl is None:
-                raise OSError("no locks")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, other than flock, loader workers do not inherit
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(f"{out} is being written by process {file.read()}; choose another --out") from None
-        except OSError:
-            print(f"{out}: this file system has no locks, so another run into it would go unnoticed")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    try:
+        with open(out / ".lock", "a+") as file:
+            _lock(file, out)
+            yield
+    finally:
+        if made and [path.name for path in out.iterdir()] == [".lock"]:  # of a run that was refused nothing is left
+            (out / ".lock").unlink()
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(file: TextIO, out: Path) -> None:
+    try:
+        if fcntl is None:
+            raise OSError("no locks")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, other than flock, loader workers do not inherit
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ConfigError(f"{out} is being written by process {file.read()}; choose another --out") from None
+    except OSError:
+        print(f"{out}: this file system has no locks, so another run into it would go unnoticed")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
 
 
 def own_session(_worker: int) -> None:

@@ -74,6 +74,23 @@ def check_finite(weights: dict[str, Tensor], where: str) -> None:
         raise ConfigError(f"{where}: {wrong[0]} is not finite")
 
 
+def check_sampler(state: dict, batches: int, items: int, where: str) -> None:
+    """Raise ConfigError unless the state of a sampler is of so many batches and items: each item in one batch, and
+    collected once at most."""
+    try:
+        parts, pool = state["order"].split(state["sizes"]), state["pool"]
+        once = torch.equal(torch.cat(parts).sort().values, torch.arange(items)) and len(parts) == batches
+        collected = torch.cat([torch.arange(0), *state["chains"], *(indices for indices, _, _ in pool)]).unique()
+        count = sum(map(len, state["chains"])) + sum(len(indices) for indices, _, _ in pool)
+        once &= len(collected) == count and set(collected.tolist()) <= set(range(items))
+        once &= all(len(indices) == len(images) == len(texts) for indices, images, texts in pool)
+        numbers = all(type(state[name]) is int for name in ("seed", "epoch", "first_batch", "conflicts"))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError):
+        once = numbers = False
+    if not (once and numbers):
+        raise ConfigError(f"{where} does not fit this run")
+
+
 def check_types(config, where: str) -> None:
     """Raise ConfigError for a field of a config dataclass whose value is not of its type; an int passes as a float."""
     for spec in fields(config):

@@ -73,7 +73,7 @@ class FashionGen(PhotoDataset):
             found = f"{images.dtype} {images.shape}"
             raise DataError(f"{self.path}: key input_image: expected uint8 (rows, height, width, 3), found {found}")
         if 0 in images.shape or math.prod(images.shape[1:3]) > MOST_PIXELS:
-            raise DataError(f"{self.path}: key input_image: no photos that could be read, {images.shape}")
+            raise DataError(f"{self.path}: key input_image: nothing in it, or photos too large, {images.shape}")
         for key in ("input_productID", *self.TEXT_KEYS, *(key for key in self.PROMPT_KEYS.values() if key in file)):
             if file[key].shape not in ((len(images),), (len(images), 1)):
                 raise DataError(f"{self.path}: key {key}: shape {file[key].shape} beside {len(images)} images")
@@ -88,7 +88,7 @@ class FashionGen(PhotoDataset):
         if isinstance(link, h5py.ExternalLink):
             raise DataError(f"{self.path}: key {key}: leads out of the file")
         if not isinstance(column, h5py.Dataset) or not column.ndim:
-            raise DataError(f"{self.path}: no column {key}; is it a FashionGen file?")
+            raise DataError(f"{self.path}: no key {key} with a column; is it a FashionGen file?")
         if column.external or column.is_virtual:
             raise DataError(f"{self.path}: key {key}: is stored outside the file")
         if len(column) > MOST_ROWS:

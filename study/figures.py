@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from data import DataName, build_dataset, encode, to_device
-from harness.checkpoints import config_from_dict
+from harness.checkpoints import config_from_dict, fill
 from harness.config import TrainConfig
 from harness.flags import ConfigError, check_device
 from harness.run import Run, build_run
@@ -94,9 +94,7 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
     dataset.lead = DESCRIPTION if config.prompts else ""
     run = build_run(config, dataset, read_tokenizer(state, checkpoint))
-    run.momentum.model.load_state_dict(state["momentum"])
-    run.model.load_state_dict(state["model"])
-    run.worth.load_state_dict(state["worth"])
+    fill(run, state, checkpoint)
     run.telling, run.step = tuple(state["telling"]), state["step"]
     return run, dataset
 
