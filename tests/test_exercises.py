@@ -47,7 +47,7 @@ MISTAKES = [
     (7, "sync_mask", {"heads), word_mask, word_mask > 0": "heads), torch.ones_like(word_mask) > 0, word_mask > 0"}, r"\[CLS\], \[SEP\] or padding is masked"),
     (7, "sync_mask", {'masked_words if patch_score == "masked" else word_mask': "word_mask"}, "only the attention of the words just masked"),
     (7, "sync_mask", {"(a + 1e-12)": "a"}, "0 · log 0 is NaN"),
-    (7, "sync_mask", {".clamp(min=1)": ""}, "in a text without a word"),
+    (7, "sync_mask", {".clamp(min=1)": ""}, "a text without a word has the same patches"),
     (8, "soft_mask", {"gradient.clamp(min=0)": "gradient"}, "the ReLU of Grad-CAM"),
     (8, "soft_mask", {"gradient.clamp(min=0)": "gradient", ".mean(dim=1)  #": ".mean(dim=1).clamp(min=0)  #"}, "ReLU comes before the mean over heads"),
     (8, "soft_mask", {"word_index, 1:]": "word_index]"}, "without the image CLS"),
