@@ -173,8 +173,8 @@ def check_7(sync_mask) -> None:
     want(sync_mask(attention, words, 0.25, 0.34, word_score=own)[1][0, 1], "word_score may be a tensor of scores")
     patches = sync_mask(attention, words, 0.25, 0.34, word_score=own, patch_score="all", generator=seeded())[0]
     none = [sync_mask(attention, words * 0, 0.25, 0.34, word_score=own, generator=seeded(s))[0] for s in range(20)]
-    want(len(torch.cat(none).unique(dim=0)) > 1, "a text without a word has the same patches masked each time: 0 / 0 is "
-         "NaN; divide by 1 at least, and give equal scores to _untied")  # fmt: skip
+    want(len(torch.cat(none).unique(dim=0)) > 1, "a text without a word has the same patches masked each time: 0 / 0 "
+         "is NaN; divide by 1 at least, and give equal scores to _untied")  # fmt: skip
     want(patches[0, :2].any(), "patch_score all: the mean over all words, without the rows of [CLS], [SEP] and padding")
 
 
