@@ -43,7 +43,7 @@ EXERCISES = {
     1: Exercise(("masking.random_word_mask",), ("test_masking:random_word_mask|all_pieces",)),
     2: Exercise(("masking.corrupt_words",), ("test_masking:corruption|replaced_words",)),
     3: Exercise(("masking.cooccurrence", "masking.pointing"), ("test_masking:(cooccurrence|pointing)_by_hand",)),
-    4: Exercise(("losses.itc_targets",), ("test_losses:itc_targets",)),
+    4: Exercise(("losses.same_pairs", "losses.itc_targets"), ("test_losses:itc_targets|what_is_right",)),
     5: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|hard_takes",), ("random", "similar", "hard")),
     6: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|semihard",), ("semihard",)),
     7: Exercise(("masking.sync_mask",), ("test_masking:sync_mask|masked_words_are|exact_ties|all_pieces",)),

@@ -97,16 +97,23 @@ def check_3(cooccurrence, pointing) -> None:
          "region as often as the region is large")  # fmt: skip
 
 
-def check_4(itc_targets) -> None:
-    products, keys, sim_m = torch.tensor([7, 8]), torch.tensor([7, 8, 7]), torch.tensor([[0.0, 0, 0], [0, 9, 0]])
-    hard = itc_targets(products, keys, sim_m, 0.0)
-    want(hard.shape == (2, 3), f"targets are (B, K), a column for each key: (2, 3), not {tuple(hard.shape)}")
-    want(hard[0, 2] > 0, "the second photo of a product counts as wrong: compare products, not positions")
-    want(torch.allclose(hard.sum(1), torch.ones(2)), f"targets of a product with two photos sum to {hard[0].sum():.1f},"
-         " not to 1: share 1 out among all right answers")  # fmt: skip
-    soft = itc_targets(products, keys, sim_m, 0.4)
+def check_4(same_pairs, itc_targets) -> None:
+    products, captions, keys = torch.tensor([7, 8]), torch.tensor([3, 4]), torch.tensor([[7, 8, 7, 9], [3, 4, 5, 4]])
+    right = same_pairs(products, captions, *keys)
+    want(right.shape == (2, 4) and right.dtype == torch.bool, f"right keys are (B, K) bool, not {tuple(right.shape)}")
+    want(right[0, 2], "the second photo of a product counts as wrong: compare products, not positions")
+    want(right[1, 3], "a key with the same caption to the letter counts as wrong, though nobody could tell it apart")
+    want(right.sum() == 4, "a key is right where the product *or* the caption is the same, and nowhere else")
+    want(torch.equal(same_pairs(products, captions), torch.eye(2).bool()), "without keys a batch is its own keys")
+    sim_m = torch.tensor([[0.0, 0, 0, 0], [0, 9, 0, 0]])
+    total = itc_targets(right, sim_m, 0.0)[0].sum()
+    want(abs(total - 1) < 1e-5, f"targets of a product with two photos sum to {total:.1f}, not to 1: share 1 out among "
+         "all right answers")  # fmt: skip
+    soft = itc_targets(right, sim_m, 0.4)
     want(torch.allclose(soft.sum(1), torch.ones(2)), "soft targets do not sum to 1: sim_m are logits, softmax first")
-    want(abs(soft[0, 1] - 0.4 / 3) < 1e-5, "alpha is the momentum model's share, 1 − alpha that of the known pairs")
+    want(abs(soft[0, 1] - 0.4 / 4) < 1e-5, "alpha is the momentum model's share, 1 − alpha that of the known pairs")
+    want(abs(soft[0, 2] - 0.4 / 4 - 0.6 / 2) < 1e-5, "right answers share 1 − alpha evenly, the second as much as "
+         "the first")  # fmt: skip
 
 
 def check_5(pick_negatives) -> None:
