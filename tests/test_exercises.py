@@ -199,5 +199,5 @@ def test_masks_of_ones_own_are_trained_with_beside_those_of_syncmask(mine, tmp_p
     (mine / "ex10.py").write_text("from train import choose_masks")
     with pytest.raises(SystemExit, match=r"holds runs of another mine/ex10.py; give another --out"):
         measure.main(command)
-    with pytest.raises(SystemExit, match="drop --recipe and --resume"):
+    with pytest.raises(SystemExit, match="measure.py: --recipe is set here; drop it"):
         measure.main(["masks", "--recipe", "albef", "--out", str(tmp_path / "other")])

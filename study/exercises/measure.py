@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 import train
 from data import normalise
 from harness.config import parse_config
-from harness.flags import ConfigError, OneLineParser
+from harness.flags import ConfigError, OneLineParser, flag_of
 from harness.run import Run
 from masking import hidden_words
 from measures.truth import WordTruth, skill, word_truth
@@ -53,11 +53,12 @@ def told_apart(score: Tensor, known: WordTruth, product_ids: Tensor) -> Tensor:
 
 def score_table(run: Run, photos: Subset, mine) -> str:
     """Markdown: the default's scores and these."""
-    pairs = {}
+    # draws of its own, so that the default's row is the same whatever stands beside it
+    pairs, draws = {}, torch.Generator().manual_seed(run.config.seed)
 
     def scores(run: Run, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         untold = {key: value for key, value in batch.items() if key not in ("regions", "kinds")}
-        found = {"default": default_score(run, batch, generator), "mine": mine(run, untold, generator)}
+        found = {"default": default_score(run, batch, generator), "mine": mine(run, untold, draws)}
         known = word_truth(batch, run.config.model.grid)
         for name, score in found.items():
             pairs[name] = pairs.get(name, 0) + told_apart(score, known, batch["product_ids"])
@@ -86,8 +87,6 @@ def measure_score(args: argparse.Namespace) -> str:
 def trained(out: Path, flags: list[str], choose_masks) -> dict:
     """The final line of a run with these masks, trained, gone on with, or done already."""
     config, given = parse_config([*flags, "--out", str(out), *(["--resume"] if (out / "last.pt").exists() else [])])
-    if "--resume" in flags or config.recipe != "syncmask":
-        raise ConfigError("masks compares runs of syncmask and goes on by itself: drop --recipe and --resume")
     check_done(out, parse_config([*flags, "--out", str(out)])[0])
     if final := final_line(out):
         return final
@@ -100,6 +99,8 @@ def trained(out: Path, flags: list[str], choose_masks) -> dict:
 def measure_masks(args: argparse.Namespace, flags: list[str]) -> str:
     """The table of exercise 10."""
     mine, source, results = written(10)["choose_masks"], file_of(10).read_text(), {}
+    if taken := sorted(parse_config(flags)[1] & {"recipe", "resume", "seed"}):
+        raise ConfigError(f"{flag_of(taken[0])} is set here; drop it")
     kept = args.out / "ex10.py"  # what the runs there were made with
     if kept.exists() and kept.read_text() != source:
         raise ConfigError(f"{args.out} holds runs of another mine/ex10.py; give another --out")
