@@ -56,7 +56,7 @@ class Walk:
     def __init__(self, run: Run, dataset: Synthetic):
         dataset.truths, run.model = True, run.model.eval()
         # past every warm-up, in whichever state the weights are
-        run.config, run.step = replace(run.config, batch_size=BATCH, val_products=PRODUCTS, precision="fp32"), 10**6
+        run.config, run.step = replace(run.config, val_products=PRODUCTS // 2, precision="fp32"), 10**6
         self.run, self.model, self.dataset, self.temp = run, run.model, dataset, run.model.temp.item()
         fronts = [int((dataset.product_ids == product).argmax()) for product in range(BATCH - 1)]
         self.batch = run.collate([dataset[row] for row in (fronts[0], fronts[0] + 1, *fronts[1:])])
@@ -121,7 +121,11 @@ def attention(w: Walk) -> Iterator[str]:
     """Cross-attention: a row a word, a column an image token."""
     a = w.model.fusion(w.text_embeds, w.keep, w.image_embeds, return_attention=True)[1][0]
     word, heat = w.known.visible[0].nonzero()[0, 0], reduce_heads(a)
-    yield at("image_embeds", w.image_embeds, "the image CLS and 64 patches; 4 registers are dropped")
+    yield at(
+        "image_embeds",
+        w.image_embeds,
+        f"CLS and {heat.shape[2]} patches; {w.model.config.registers} registers are dropped",
+    )
     yield at("text_embeds", w.text_embeds)
     yield at("A", a, f"of the first fusion layer; each row sums to {a[0, 0, word].sum():.3f}")
     yield at("column of CLS", a[..., 0].max(), "the text does not look at it (cls_context)")
@@ -251,7 +255,7 @@ def mim(w: Walk) -> Iterator[str]:
     pixels = w.model.reconstruct_patches(embeds, visible, gone, w.text_embeds, w.keep)
     yield at("visible", visible, "numbers of the patches that the ViT sees")
     yield at("visible_embeds", embeds, "and CLS")
-    yield at("pixels", pixels, "of the hidden patches: 8 x 8 x 3 each")
+    yield at("pixels", pixels, "of the hidden patches, three colours each")
     yield at(
         "loss",
         mim_loss(pixels, w.batch["images"], gone),
@@ -266,7 +270,7 @@ def batches(w: Walk) -> Iterator[str]:
     similar, groups = image_feat @ text_feat.T, np.stack([w.dataset.product_ids[rows], w.dataset.caption_ids[rows]])
     yield at("sim", similar, f"cosines of a search block: {len(rows)} photos of {PRODUCTS} products")
     for mode in get_args(SamplerMode):
-        made = grouped(similar, groups, mode, w.run.config)
+        made = grouped(similar, groups, mode, replace(w.run.config, batch_size=BATCH))
         found = []
         for items in made:
             found += batch_negatives(w.run, similar[items][:, items], groups[:, items], "hard", w.draws())
@@ -289,7 +293,7 @@ def soft(w: Walk) -> Iterator[str]:
 
 
 def works(w: Walk) -> Iterator[str]:
-    """What masks are worth, on the photos of all the products."""
+    """What masks are worth, on the photos of half of the products."""
     found = mask_truth(w.run, w.dataset)
     for key, remark in (("patch_cooccurrence", "of masked patches, on something named"),
                         ("word_cooccurrence", "of masked attribute words, shown"),
