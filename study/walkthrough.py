@@ -3,7 +3,7 @@
 python study/walkthrough.py                                  a model with random weights, seconds on a CPU
 python study/walkthrough.py --checkpoint runs/…/last.pt      a trained one (of synthetic photos), the same photos
 
-Random weights by default: every number then has a value that one can reckon beforehand, and is the same on any machine.
+Random weights by default: every loss then has a value that one can reckon beforehand, on any machine.
 The batch of sixteen: the photo, another photo of its product (its twin), and the fronts of the next fourteen products,
 of which the first five differ from it in colour or in one detail (its sisters).
 """
@@ -28,7 +28,7 @@ from harness.config import ema_decay, parse_config
 from harness.flags import ConfigError
 from harness.run import Run, build_run
 from harness.wiring import contrast, synchronize, teach
-from losses import NegativeMode, cross_entropy, forbidden_negatives, itc_targets, mim_loss, pick_negatives
+from losses import NegativeMode, cross_entropy, itc_targets, mim_loss, pick_negatives, same_pairs
 from masking import (
     cooccurrence,
     hidden_words,
@@ -39,6 +39,7 @@ from masking import (
     split_patches,
 )
 from measures.truth import batch_negatives, grouped, mask_truth, momentum_features, word_truth
+from model import FeatureQueue
 from photos.dataset import DataError
 from photos.synthetic import Synthetic
 from sampler import SamplerMode
@@ -57,6 +58,7 @@ class Walk:
         dataset.truths, run.model = True, run.model.eval()
         # past every warm-up, in whichever state the weights are
         run.config, run.step = replace(run.config, val_products=PRODUCTS // 2, precision="fp32"), 10**6
+        run.queue = FeatureQueue(0, run.config.model.embed_dim)  # or the first stops would be keys of the later ones
         self.run, self.model, self.dataset, self.temp = run, run.model, dataset, run.model.temp.item()
         fronts = [int((dataset.product_ids == product).argmax()) for product in range(BATCH - 1)]
         self.batch = run.collate([dataset[row] for row in (fronts[0], fronts[0] + 1, *fronts[1:])])
@@ -121,19 +123,13 @@ def attention(w: Walk) -> Iterator[str]:
     """Cross-attention: a row a word, a column an image token."""
     a = w.model.fusion(w.text_embeds, w.keep, w.image_embeds, return_attention=True)[1][0]
     word, heat = w.known.visible[0].nonzero()[0, 0], reduce_heads(a)
-    yield at(
-        "image_embeds",
-        w.image_embeds,
-        f"CLS and {heat.shape[2]} patches; {w.model.config.registers} registers are dropped",
-    )
+    patches, registers = heat.shape[2], w.model.config.registers
+    yield at("image_embeds", w.image_embeds, f"CLS and {patches} patches; {registers} registers are dropped")
     yield at("text_embeds", w.text_embeds)
     yield at("A", a, f"of the first fusion layer; each row sums to {a[0, 0, word].sum():.3f}")
     yield at("column of CLS", a[..., 0].max(), "the text does not look at it (cls_context)")
-    yield at(
-        "largest of a row",
-        heat[0, word].max(),
-        f"of {w.word(word)}, mean over heads; all alike {1 / heat.shape[2]:.3f}",
-    )
+    largest = heat[0, word].max()
+    yield at("largest of a row", largest, f"of {w.word(word)}, mean over heads; all alike {1 / patches:.3f}")
 
 
 def fusion(w: Walk) -> Iterator[str]:
@@ -154,16 +150,15 @@ def momentum(w: Walk) -> Iterator[str]:
     yield at("weights", f"{len(ours):,}", "as many again in the momentum model")
     for step in (0, 100, 10_000):
         yield at(f"decay, step {step:,}", ema_decay(step, w.run.config.ema_decay))
-    yield at(
-        "distance", (ours - theirs).norm() / ours.norm(), "of the average from the model, as a share of its length"
-    )
+    distance = (ours - theirs).norm() / ours.norm()
+    yield at("distance", distance, "of the average from the model, as a share of its length")
     yield at("cosine", cosine, "of the image features of both")
 
 
 def itc(w: Walk) -> Iterator[str]:
     """Image-text contrast."""
-    products = w.batch["product_ids"]
-    targets = itc_targets(products, products, torch.zeros(BATCH, BATCH), 0.0)
+    right = same_pairs(w.batch["product_ids"], w.batch["caption_ids"])
+    targets = itc_targets(right, torch.zeros(BATCH, BATCH), 0.0)
     least = torch.special.entr(targets).sum(dim=1).mean()
     yield at("image_feat", w.teacher.image_feat, "of the momentum model: the keys; unit length")
     yield at("sim_i2t", w.itc.sim_i2t, f"cosines over the temperature, {w.temp:.3f}")
@@ -173,7 +168,7 @@ def itc(w: Walk) -> Iterator[str]:
 
 def negatives(w: Walk) -> Iterator[str]:
     """Which wrong text the photo gets for ITM."""
-    forbidden = forbidden_negatives(w.batch["product_ids"], w.batch["caption_ids"])
+    forbidden = same_pairs(w.batch["product_ids"], w.batch["caption_ids"])
     cosines = w.itc.sim_i2t * w.temp
     yield at("forbidden", forbidden, f"{int(forbidden.sum())} pairs: the diagonal, and the twins both ways")
     yield at("own pair", cosines[0, 0], "cosine")
@@ -181,11 +176,9 @@ def negatives(w: Walk) -> Iterator[str]:
         margin = w.run.config.margin / w.temp
         chosen = int(pick_negatives(w.itc.sim_i2t, forbidden, None, mode, w.draws(), margin)[0])
         yield at(mode, cosines[0, chosen], f"cosine; {w.begins(chosen)}")
-    yield at(
-        "hard_share",
-        w.run.hard_share,
-        f"of them are chosen as {w.run.config.itm_negatives}, none before step {w.run.config.itm_warmup}",
-    )
+    config = w.run.config
+    remark = f"of them are chosen as {config.itm_negatives}, none before step {config.itm_warmup}"
+    yield at("hard_share", w.run.hard_share, remark)
 
 
 def mlm(w: Walk) -> Iterator[str]:
@@ -230,18 +223,15 @@ def hidden(w: Walk) -> Iterator[str]:
 
 def sync(w: Walk) -> Iterator[str]:
     """Synchronized masks."""
-    agreed, patches, words = w.sync
-    shared = w.known.regions.any(dim=1)
+    (agreed, patches, words), config, draws = w.sync, w.run.config, w.draws()
     share = lambda mask, of, right: float(torch.div(*cooccurrence(mask, of, right)))
-    draws, everything = w.draws(), torch.ones_like(patches)
-    config = w.run.config
     random = (random_patch_mask(*patches.shape, config.mim_ratio, draws),
               random_word_mask(w.words, config.mlm_ratio, draws))  # fmt: skip
     yield at("attention", agreed, "where the layers agree: their geometric mean")
     yield at("patch mask", patches, f"{int(patches[0].sum())} of {patches.shape[1]} patches")
     yield at("word mask", words, f"of the photo: {w.spoken(words[0])}")
     for name, mask, drawn, of, right in (
-        ("right patches", patches, random[0], everything, shared),
+        ("right patches", patches, random[0], torch.ones_like(patches), w.known.regions.any(dim=1)),
         ("right words", words, random[1], w.known.attribute, w.known.visible),
     ):
         chance = f"of a random mask {share(drawn, of, right):.3f}"
@@ -256,11 +246,8 @@ def mim(w: Walk) -> Iterator[str]:
     yield at("visible", visible, "numbers of the patches that the ViT sees")
     yield at("visible_embeds", embeds, "and CLS")
     yield at("pixels", pixels, "of the hidden patches, three colours each")
-    yield at(
-        "loss",
-        mim_loss(pixels, w.batch["images"], gone),
-        "1 for grey: pixels have mean 0 and deviation 1 in each patch",
-    )
+    loss = mim_loss(pixels, w.batch["images"], gone)
+    yield at("loss", loss, "1 for grey: pixels have mean 0 and deviation 1 in each patch")
 
 
 def batches(w: Walk) -> Iterator[str]:
@@ -327,9 +314,7 @@ def open_walk(checkpoint: Path | None, seed: int = 0) -> Walk:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("walkthrough.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--checkpoint", type=Path, help="last.pt of a run on synthetic photos (default: random weights)"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="last.pt of a run on synthetic photos; default: random weights")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63:
@@ -338,9 +323,8 @@ def main(argv: list[str] | None = None) -> None:
         walk = open_walk(args.checkpoint, args.seed)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"walkthrough.py: {error}")
-    with torch.random.fork_rng(devices=[]):
-        for number, (name, stop) in enumerate(STOPS, start=1):
-            print("\n".join([f"{number} {name}", *stop(walk)]))
+    for number, (name, stop) in enumerate(STOPS, start=1):
+        print("\n".join([f"{number} {name}", *stop(walk)]))
 
 
 if __name__ == "__main__":
