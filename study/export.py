@@ -31,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -74,12 +75,12 @@ def their_name(ours: str, config: ModelConfig) -> str | None:
 
 
 def renamed(state: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """A model's weights under their names, and the names that had to stay ours."""
+    """A model's weights under their names, and the names that had to stay ours; of no registers nothing is said."""
     names = {ours: their_name(ours, config) for ours in state}
     tensors = {names[ours] or ours: tensor.detach().cpu().contiguous() for ours, tensor in state.items()}
     # not only for completeness: from_pretrained draws what it does not find at random
     tensors["bert.embeddings.token_type_embeddings.weight"] = torch.zeros(2, config.width)
-    return tensors, [ours for ours, theirs in names.items() if not theirs]
+    return tensors, [ours for ours, theirs in names.items() if not theirs and state[ours].numel()]
 
 
 def their_config(config: ModelConfig, pad: int) -> dict:
@@ -106,9 +107,7 @@ def open_model(state: dict, where: str, momentum: bool) -> VisionLanguageModel:
         model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))
         model.load_state_dict(state["momentum" if momentum else "model"])
     except (KeyError, TypeError, ValueError, RuntimeError):
-        raise ConfigError(
-            f"{where}: does not fit its own config; was it saved by another version of this code?"
-        ) from None
+        raise ConfigError(f"{where}: does not fit its own config; another version of this code saved it") from None
     return model.eval()
 
 
@@ -144,14 +143,19 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a run")
-    parser.add_argument("--file", type=Path, required=True, help="the .safetensors to write, in a folder of its own")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        required=True,
+        help="to write, in a folder of its own; transformers wants model.safetensors",
+    )
     parser.add_argument("--momentum", action="store_true", help="the momentum model's weights instead of the model's")
     args = parser.parse_args(argv)
     if args.file.suffix != ".safetensors":
         parser.error(f"--file {args.file}: its name has to end with .safetensors")
     try:
         print("\n".join(export(args.checkpoint, args.file, args.momentum)))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, SafetensorError) as error:
         sys.exit(f"export.py: {error}")
 
 

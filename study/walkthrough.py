@@ -127,7 +127,8 @@ def attention(w: Walk) -> Iterator[str]:
     yield at("image_embeds", w.image_embeds, f"CLS and {patches} patches; {registers} registers are dropped")
     yield at("text_embeds", w.text_embeds)
     yield at("A", a, f"of the first fusion layer; each row sums to {a[0, 0, word].sum():.3f}")
-    yield at("column of CLS", a[..., 0].max(), "the text does not look at it (cls_context)")
+    looks = "looks at it, too" if w.model.config.cls_context else "does not look at it"
+    yield at("column of CLS", a[..., 0].max(), f"the text {looks} (cls_context)")
     largest = heat[0, word].max()
     yield at("largest of a row", largest, f"of {w.word(word)}, mean over heads; all alike {1 / patches:.3f}")
 
