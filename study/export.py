@@ -33,12 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD
-from harness.checkpoints import load_checkpoint
 from harness.flags import ConfigError
+from harness.trust import check_finite, load_checkpoint, read_tokenizer
 from harness.weights import TEXT_RULES, VISION_RULES
 from model import ModelConfig, VisionLanguageModel
 
@@ -108,6 +107,7 @@ def open_model(state: dict, where: str, momentum: bool) -> VisionLanguageModel:
         model.load_state_dict(state["momentum" if momentum else "model"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise ConfigError(f"{where}: does not fit its own config; another version of this code saved it") from None
+    check_finite(model.state_dict(), where)
     return model.eval()
 
 
@@ -118,7 +118,7 @@ def export(checkpoint: str | Path, file: Path, momentum: bool = False) -> list[s
     beside = [file, file.with_name("config.json"), file.with_name("vocab.txt")]
     if there := next((path for path in beside if path.exists()), None):
         raise ConfigError(f"{there} is there already; give a --file in another folder")
-    tokenizer = Tokenizer.from_str(state["tokenizer"])
+    tokenizer = read_tokenizer(state, checkpoint)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     tensors, own = renamed(model.state_dict(), model.config)
     config = their_config(model.config, tokenizer.token_to_id("[PAD]"))
