@@ -43,22 +43,23 @@ class LoadReport:
         return "\n".join(lines)
 
 
-# Their names, made ours by the first rule that matches; \1 is a layer number.
-LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\."
+# Their names, made ours by the first rule that matches; \1 is a layer number. Of several spellings that of Hugging
+# Face's files comes first: study/export.py turns the rules round.
+LAYER = r"(?:encoder\.layer|blocks|layers)\.(\d+)\."
 VISION_RULES = [
     (r"(?:embeddings\.)?cls_token", "cls_token"),
-    (r"pos_embed|embeddings\.position_embeddings", "position_embed"),
-    (r"(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.", "patch_embed."),
+    (r"(?:embeddings\.position_embeddings|pos_embed)", "position_embed"),
+    (r"(?:embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.", "patch_embed."),
     (LAYER + r"attn\.qkv\.", r"layers.\1.attention.qkv."),
     (LAYER + r"(?:attention\.attention\.query|attention\.q_proj)\.", r"layers.\1.attention.query."),
     (LAYER + r"(?:attention\.attention\.key|attention\.k_proj)\.", r"layers.\1.attention.key."),
     (LAYER + r"(?:attention\.attention\.value|attention\.v_proj)\.", r"layers.\1.attention.value."),
-    (LAYER + r"(?:attn\.proj|attention\.output\.dense|attention\.o_proj)\.", r"layers.\1.attention.output."),
-    (LAYER + r"(?:norm1|layernorm_before)\.", r"layers.\1.norm1."),
-    (LAYER + r"(?:norm2|layernorm_after)\.", r"layers.\1.norm2."),
-    (LAYER + r"(?:mlp\.fc1|intermediate\.dense)\.", r"layers.\1.mlp.0."),
-    (LAYER + r"(?:mlp\.fc2|output\.dense)\.", r"layers.\1.mlp.2."),
-    (r"(?:norm|layernorm)\.", "norm."),
+    (LAYER + r"(?:attention\.output\.dense|attn\.proj|attention\.o_proj)\.", r"layers.\1.attention.output."),
+    (LAYER + r"(?:layernorm_before|norm1)\.", r"layers.\1.norm1."),
+    (LAYER + r"(?:layernorm_after|norm2)\.", r"layers.\1.norm2."),
+    (LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.", r"layers.\1.mlp.0."),
+    (LAYER + r"(?:output\.dense|mlp\.fc2)\.", r"layers.\1.mlp.2."),
+    (r"(?:layernorm|norm)\.", "norm."),
 ]
 TEXT_RULES = [
     (r"embeddings\.word_embeddings\.", "text.word_embeddings."),
@@ -87,7 +88,8 @@ def load_pretrained(
 
     vision: a ViT in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated.
     text: a BERT in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder.
-    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads).
+    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads), or what
+    study/export.py wrote (`vit.*`, `bert.*`, `cls.*`, and under our names what has no counterpart there).
     Raises WeightsError when a file cannot be read or none of its tensors fits.
     """
     report = LoadReport([], {}, [])
@@ -193,11 +195,11 @@ def _rename_text(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
 
 
 def _rename_whole(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    if name.startswith("visual_encoder."):
+    if name.startswith(("visual_encoder.", "vit.")):
         return _rename_vision(name.removeprefix("visual_encoder."), tensor, config)
-    if name.startswith("text_encoder."):
+    if name.startswith(("text_encoder.", "bert.", "cls.")):
         return _rename_text(name.removeprefix("text_encoder."), tensor, config)
-    if re.match(r"(vision_proj|text_proj|itm_head)\.|temp$", name):
+    if re.match(r"(vision_proj|text_proj|itm_head|vision|decoder|class_head|adapter|phrases|detector)\.|temp$", name):
         return {name: tensor}
     return {}  # momentum copies, queues, pointers
 
