@@ -32,6 +32,7 @@ from study.explored import (
     caption_parts,
     drawn_anew,
     negatives,
+    numbers_of,
     picture,
     readings,
     rebuilt,
@@ -75,7 +76,9 @@ def looked_into(run: Run, dataset: PhotoDataset, rows: list[int]) -> dict:
     known = word_truth(batch, run.config.model.grid) if dataset.truths else None
     teacher = teach(run, batch | {"images": images})
     photos = [{"row": row, "image": picture(batch["images"][b]), "parts": caption_parts(run, dataset.text(row), words[b]),
-               "words": word_facts(words, known, b) if known else None} for b, row in enumerate(rows)]  # fmt: skip
+               "words": word_facts(words, known, b) if known else None,
+               "named": numbers_of(known.regions[b].any(dim=0)) if known else None}
+              for b, row in enumerate(rows)]  # fmt: skip
     read = [{"source": source, "layer": layer, "photos": [shown_map(*of) for of in zip(heat, words, strict=True)]}
             for source, layer, heat in readings(run, batch, teacher)]  # fmt: skip
     _, patch_mask, word_mask = shown_masks(run, batch, drawn_anew(run))

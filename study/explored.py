@@ -56,6 +56,11 @@ def picture(pixels: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def numbers_of(mask: Tensor) -> list[int]:
+    """Which of (X,) are marked."""
+    return mask.nonzero()[:, 0].tolist()
+
+
 def drawn_anew(run: Run) -> torch.Generator:
     """Whatever is drawn for the page is drawn alike each time."""
     return torch.Generator(run.device).manual_seed(run.config.seed)
@@ -84,7 +89,7 @@ def word_facts(words: Tensor, known: WordTruth, b: int) -> list[dict]:
     for place in words[b].unique().tolist()[1:]:  # after 0, which is no word
         pieces, first = words[b] == place, place - 1
         named, shown = (int(truth[b][pieces].sum()) for truth in (known.attribute, known.visible))
-        region = known.regions[b, first].nonzero()[:, 0].tolist()
+        region = numbers_of(known.regions[b, first])
         facts.append({"named": named, "shown": shown, "detail": bool(known.detail[b, first]), "region": region})
     return facts
 
@@ -206,17 +211,16 @@ def rebuilt(run: Run, batch: dict, images: Tensor, patch_mask: Tensor, word_mask
     flat = torch.zeros(forbidden.shape, device=run.device)
     other = pick_negatives(flat, forbidden, None, "random", drawn_anew(run)).clamp(min=0)
     ways = {"own": torch.arange(len(ids), device=run.device), "elsewhere": other}
-    found = [{"other": number, "hidden": mask.nonzero()[:, 0].tolist()} for number, mask in zip(other.tolist(), patch_mask)]
+    found = [{"other": of, "hidden": numbers_of(mask)} for of, mask in zip(other.tolist(), patch_mask, strict=True)]
     photos = model.look(model.encode_image(images))
     masked = model.encode_text(ids.masked_fill(word_mask, run.mask_id), keep)
     for way, rows in ways.items():
         chances = model.mlm_logits(model.fuse(masked, keep, photos, rows)).softmax(dim=-1)  # (B, L, V)
         for b, item in enumerate(found):
-            item[way] = [guesses(run, chances[b, at], ids[b, at]) for at in word_mask[b].nonzero()[:, 0].tolist()]
+            item[way] = [guesses(run, chances[b, at], ids[b, at]) for at in numbers_of(word_mask[b])]
+    whose = first_pieces(batch["words"]).cumsum(dim=1) - 1  # number of the word that a token is of
     for b, item in enumerate(found):
-        starts = first_pieces(batch["words"])[b].cumsum(dim=0) - 1  # the word that a token is of
-        item["tokens"] = [[run.tokenizer.id_to_token(ids[b, at]), int(starts[at])]
-                          for at in word_mask[b].nonzero()[:, 0].tolist()]  # fmt: skip
+        item["tokens"] = [[run.tokenizer.id_to_token(ids[b, at]), int(whose[b, at])] for at in numbers_of(word_mask[b])]
     if config.recipe == "syncmask" and config.mim_weight:
         visible, hidden = split_patches(patch_mask, config.mim_ratio)
         visible_embeds, texts = model.encode_image(images, visible), model.encode_text(ids, keep)

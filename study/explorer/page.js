@@ -1,0 +1,126 @@
+"use strict";
+// What all sections share: the data, the chosen photo, and a few ways to build the page. No library, no network.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const grid = data.run.grid;
+const knowsTruth = data.photos[0].words !== null;
+const chosen = { photo: 0 };
+const drawings = []; // what is drawn anew when another photo is chosen, a function a section
+
+const element = (id) => document.getElementById(id);
+const bytes = (packed) => Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+const floats = (packed) => new Float32Array(bytes(packed).buffer);
+const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
+const range = (count) => [...Array(count).keys()];
+
+/** An element with properties (text, className, dataset, …), attributes and children. Text is never read as markup. */
+function make(tag, { attributes = {}, dataset = {}, text, ...properties } = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  Object.assign(made.dataset, dataset);
+  if (text !== undefined) made.textContent = text;
+  made.append(...children);
+  return made;
+}
+
+/** The same in SVG, where everything is an attribute. */
+function draw(tag, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+function table(title, head, rows) {
+  const cells = (row, tag) => row.map((cell, column) => make(column ? tag : "th", { text: cell, scope: tag === "th" ? "col" : "row" }));
+  return make("table", {}, make("caption", { text: title }),
+    make("thead", {}, make("tr", {}, ...cells(head, "th"))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row, "td")))));
+}
+
+const image = (source, description) => make("img", { src: source, alt: description });
+
+/** A photo with a layer of patches above it; colour(patch) -> [red, green, blue, alpha], or nothing. */
+function showPatches(view, source, description, colour) {
+  const canvas = make("canvas", { width: grid, height: grid, attributes: { "aria-hidden": "true" } });
+  const pen = canvas.getContext("2d"), pixels = pen.createImageData(grid, grid);
+  for (let patch = 0; patch < grid * grid; patch++) pixels.data.set(colour(patch) || [0, 0, 0, 0], 4 * patch);
+  pen.putImageData(pixels, 0, 0);
+  view.replaceChildren(image(source, description), canvas);
+}
+
+/** Tab reaches a group once; arrow keys, Home and End move inside it. */
+function rove(group) {
+  group.addEventListener("keydown", (event) => {
+    const all = [...group.querySelectorAll("button")], at = all.indexOf(document.activeElement);
+    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 };
+    if (at < 0 || !(event.key in to)) return;
+    event.preventDefault();
+    all[(to[event.key] + all.length) % all.length].focus();
+  });
+  group.addEventListener("focusin", (event) => settle(group, event.target));
+}
+
+function settle(group, target) {
+  for (const button of group.querySelectorAll("button")) button.tabIndex = button === target ? 0 : -1;
+}
+
+/** Marks one button of a group as the chosen one. */
+function press(group, target) {
+  for (const button of group.querySelectorAll("button")) button.setAttribute("aria-pressed", button === target);
+  if (!group.contains(document.activeElement)) settle(group, target);
+}
+
+/** A text: build(string, number) makes what stands for a word that may be masked; the rest is plain. */
+function showText(target, photo, build) {
+  const parts = data.photos[photo].parts.map(([string, number]) => (number === null ? string : build(string, number)));
+  target.replaceChildren(...parts);
+}
+
+/** underlined: the photo shows what the word names; dashed: it names what the photo does not show. */
+function kindOf(photo, number) {
+  if (!knowsTruth) return "word";
+  const { named, shown } = data.photos[photo].words[number];
+  return shown ? "word shown" : named ? "word unshown" : "word";
+}
+
+const wordOf = (photo, number) => data.photos[photo].parts.find((part) => part[1] === number)[0];
+const wordCount = (photo) => data.photos[photo].parts.filter((part) => part[1] !== null).length;
+
+function choosePhoto(number) {
+  chosen.photo = number;
+  for (const strip of document.querySelectorAll(".strip")) press(strip, strip.children[number]);
+  for (const drawing of drawings) drawing();
+}
+
+function fillStrips() {
+  for (const strip of document.querySelectorAll(".strip")) {
+    strip.append(...data.photos.map((photo, number) => make("button",
+      { type: "button", onclick: () => choosePhoto(number), attributes: { "aria-label": `photo ${number + 1}` } },
+      image(photo.image, ""))));
+    rove(strip);
+  }
+}
+
+/** Options [value, text] of a menu. */
+function fillMenu(menu, options, value) {
+  menu.replaceChildren(...options.map(([of, text]) => make("option", { value: of, text })));
+  menu.value = value;
+}
+
+function start() {
+  const { recipe, data: photos, preset, step } = data.run;
+  element("about").textContent = `Recipe ${recipe}, preset ${preset}, ${photos} photos, ${step.toLocaleString("en")} steps. `
+    + `${data.photos.length} photos of products that were never trained on. All computed beforehand, in fp32; nothing leaves this page.`;
+  document.body.classList.toggle("no-truth", !knowsTruth);
+  document.body.classList.toggle("no-soft", data.soft === null);
+  fillStrips();
+  startWords();
+  startMasks();
+  startNegatives();
+  startRebuilt();
+  startRun();
+  choosePhoto(0);
+}
+
+document.addEventListener("DOMContentLoaded", start);

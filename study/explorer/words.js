@@ -1,0 +1,107 @@
+// Section 1: the attention of a word over the photo, and whether its brightest patch lies on what the word names.
+
+const SOURCES = {
+  hidden: "the word while it is hidden", attention: "the word as it stands there", gradcam: "Grad-CAM of the match",
+};
+// brightness, then red, green, blue: inferno, which reads the same without colour
+const HEAT = [[0, 0, 0, 4], [0.25, 87, 16, 110], [0.5, 188, 55, 84], [0.75, 249, 142, 9], [1, 252, 255, 164]];
+let shownWord = 0;
+
+function heatColour(value) {
+  const above = Math.max(1, HEAT.findIndex(([at]) => at >= value));
+  const [low, ...from] = HEAT[above - 1], [high, ...to] = HEAT[above];
+  const mix = from.map((channel, i) => channel + ((to[i] - channel) * (value - low)) / (high - low));
+  return [...mix, 70 + 150 * value];
+}
+
+const layerName = (layer) => (layer === 0 ? "what all agree on" : `layer ${layer}`);
+const readingOf = (source, layer) => data.readings.find((one) => one.source === source && one.layer === layer);
+const chosenReading = () => readingOf(element("source").value, Number(element("layer").value));
+
+/** Of the words that name a detail which its photo shows: how many point at it, and how many a random patch would. */
+function pointing(reading) {
+  let hits = 0, expected = 0, total = 0;
+  data.photos.forEach((photo, number) => photo.words.forEach(({ detail, shown, region }, word) => {
+    if (!detail || !shown) return;
+    total += 1;
+    hits += region.includes(reading.photos[number].peaks[word]);
+    expected += region.length / (grid * grid);
+  }));
+  return { hits, expected, total };
+}
+
+function fillLayers() {
+  const source = element("source").value, before = element("layer").value;
+  const layers = data.readings.filter((one) => one.source === source).map((one) => one.layer);
+  const wanted = layers.includes(Number(before)) && before !== "" ? before : Math.min(...layers);
+  fillMenu(element("layer"), layers.map((layer) => [layer, layerName(layer)]), wanted);
+}
+
+function showPeak(view, peak) {
+  const place = { x: (peak % grid) + 0.08, y: Math.floor(peak / grid) + 0.08, width: 0.84, height: 0.84, rx: 0.1 };
+  view.append(draw("svg", { viewBox: `0 0 ${grid} ${grid}`, "aria-hidden": "true" },
+    draw("rect", { class: "peak-edge", ...place }), draw("rect", { class: "peak", ...place })));
+  view.dataset.peak = peak;
+}
+
+function verdict(photo, word, peak) {
+  const at = `“${wordOf(photo, word)}” looks most at row ${Math.floor(peak / grid) + 1}, column ${(peak % grid) + 1}`;
+  if (!knowsTruth) return `${at}.`;
+  const { named, shown, region } = data.photos[photo].words[word];
+  if (!shown) return `${at}; ${named ? "this photo does not show it" : "it names nothing that a photo could show"}.`;
+  const hit = region.includes(peak) ? "on it: a hit" : "beside it: a miss";
+  return `${at}, ${hit}. A random patch would hit with ${percent(region.length / (grid * grid))}.`;
+}
+
+function showWord(word) {
+  shownWord = word;
+  const { photo } = chosen, { map, peaks } = chosenReading().photos[photo], source = data.photos[photo].image;
+  const heat = bytes(map).subarray(word * grid * grid, (word + 1) * grid * grid), peak = peaks[word];
+  showPatches(element("word-map"), source, `photo ${photo + 1}, attention of ${wordOf(photo, word)}`, (patch) => heatColour(heat[patch] / 255));
+  showPeak(element("word-map"), peak);
+  if (knowsTruth) showTruth(photo, word, source);
+  press(element("word-caption"), element("word-caption").querySelector(`[data-word="${word}"]`));
+  element("word-live").textContent = verdict(photo, word, peak);
+}
+
+function showTruth(photo, word, source) {
+  const { shown, region } = data.photos[photo].words[word];
+  const said = shown ? "its region" : "nowhere";
+  showPatches(element("word-truth"), source, `photo ${photo + 1}, ${said}`, (patch) => (region.includes(patch) ? null : [20, 20, 24, 190]));
+}
+
+function wordButton(string, number) {
+  return make("button", {
+    type: "button", className: kindOf(chosen.photo, number), text: string, dataset: { word: number },
+    onclick: () => showWord(number), onfocus: () => showWord(number), onpointerenter: () => showWord(number),
+  });
+}
+
+function drawWords() {
+  const { photo } = chosen;
+  showText(element("word-caption"), photo, wordButton);
+  const facts = data.photos[photo].words || [];
+  if (wordCount(photo)) showWord(Math.max(0, facts.findIndex((fact) => fact.shown && fact.detail)));
+}
+
+function answerWords() {
+  if (!knowsTruth) return;
+  const { source } = chosenReading(), layer = chosenReading().layer, { hits, expected, total } = pointing(chosenReading());
+  element("words-answer").textContent = `On these photos, for ${SOURCES[source]}, ${layerName(layer)}: the brightest patch of `
+    + `${hits} of ${total} visible details lies on the detail; random patches would hit ${expected.toFixed(1)}.`;
+}
+
+function startWords() {
+  const sources = [...new Set(data.readings.map((one) => one.source))];
+  const { mask_source: source, mask_layer: layer } = data.run;
+  fillMenu(element("source"), sources.map((name) => [name, SOURCES[name]]), sources.includes(source) ? source : sources[0]);
+  fillLayers();
+  if (readingOf(element("source").value, layer)) element("layer").value = layer;
+  element("word-map").classList.add("grey");
+  const changed = () => { answerWords(); if (wordCount(chosen.photo)) showWord(shownWord); };
+  element("source").onchange = () => { fillLayers(); changed(); };
+  element("layer").onchange = changed;
+  rove(element("word-caption"));
+  answerWords();
+  drawings.push(drawWords);
+}
