@@ -1,6 +1,6 @@
 """One page to look into a trained model with: where its words look, its masks, negatives, reconstructions and curves.
 
-python study/explore.py --checkpoint runs/…/last.pt      writes explore.html, which opens from the disk, without a network
+python study/explore.py --checkpoint runs/…/last.pt      writes explore.html, which opens from the disk, offline
 
 Everything is computed here, in fp32 (explored.py); the page (explorer/) draws, and chooses among what it was given. Its
 masks are made here for every share that its sliders offer. Negatives it chooses itself, from the cosines in full
@@ -75,10 +75,12 @@ def looked_into(run: Run, dataset: PhotoDataset, rows: list[int]) -> dict:
     images, words = normalise(batch["images"]), batch["words"]
     known = word_truth(batch, run.config.model.grid) if dataset.truths else None
     teacher = teach(run, batch | {"images": images})
-    photos = [{"row": row, "image": picture(batch["images"][b]), "parts": caption_parts(run, dataset.text(row), words[b]),
-               "words": word_facts(words, known, b) if known else None,
-               "named": numbers_of(known.regions[b].any(dim=0)) if known else None}
-              for b, row in enumerate(rows)]  # fmt: skip
+    photos = []
+    for b, row in enumerate(batch["rows"].tolist()):
+        parts = caption_parts(run, dataset.text(row), words[b])
+        photos.append({"row": row, "image": picture(batch["images"][b]), "parts": parts, "words": None})
+        if known:
+            photos[b] |= {"words": word_facts(words, known, b), "named": numbers_of(known.regions[b].any(dim=0))}
     read = [{"source": source, "layer": layer, "photos": [shown_map(*of) for of in zip(heat, words, strict=True)]}
             for source, layer, heat in readings(run, batch, teacher)]  # fmt: skip
     _, patch_mask, word_mask = shown_masks(run, batch, drawn_anew(run))

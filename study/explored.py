@@ -52,8 +52,8 @@ def packed(values: Tensor) -> str:
 def picture(pixels: Tensor) -> str:
     """A photo (3, S, S) uint8 as the address of an image."""
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "jpeg", quality=92, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def numbers_of(mask: Tensor) -> list[int]:
@@ -175,8 +175,9 @@ def negatives(run: Run, batch: dict, teacher: Teacher, dataset: PhotoDataset) ->
         false = [[dataset.describes(product, row) for product in products] for row in rows]
         false = packed(torch.tensor(false).to(run.device) & ~forbidden)
     photos, texts = ((feat @ axes.T).tolist() for feat in feats)
-    return {"sim": packed(teacher.image_feat @ teacher.text_feat.T), "forbidden": packed(forbidden), "false": false,
-            "photos": photos, "texts": texts, "margin": run.config.margin, "mode": run.config.itm_negatives}  # fmt: skip
+    pairs = {"sim": packed(teacher.image_feat @ teacher.text_feat.T), "forbidden": packed(forbidden), "false": false}
+    chosen_by = {"margin": run.config.margin, "mode": run.config.itm_negatives}
+    return pairs | {"photos": photos, "texts": texts} | chosen_by
 
 
 def guesses(run: Run, chances: Tensor, right: int) -> dict:

@@ -86,8 +86,7 @@ function drawCounts() {
     return [MASKS[kind], ...cells("words"), ...cells("patches")];
   });
   const head = ["", "words: this photo", "all photos", "skill", "patches: this photo", "all photos", "skill"];
-  element("mask-table").replaceChildren(table("Co-occurrence: of the hidden words that name something, how many the photo "
-    + "shows; of the hidden patches, how many lie on what the text names", head, rows));
+  element("mask-table").replaceChildren(table("co-occurrence and skill", head, rows));
   return rows;
 }
 
@@ -116,7 +115,7 @@ function answerMasks() {
 
 function startMasks() {
   const panels = Object.keys(data.masks).map((kind) => panel(kind, MASKS[kind]));
-  const soft = data.soft ? [panel("soft", "Soft, of one word")] : [];
+  const soft = data.soft ? [panel("soft", "Soft")] : [];
   panels.splice(2, 0, ...soft);
   element("panels").append(...panels);
   element("patch-share").value = nearestShare(data.run.patch_share);

@@ -87,6 +87,16 @@ function dot(kind, [x, y], role, title, number) {
   return shape;
 }
 
+/** Labels beside their places, the lower ones moved down where they would lie on each other. */
+function spread(labels) {
+  let free = 0;
+  return labels.sort((a, b) => a[1] - b[1]).map(([x, y, text]) => {
+    const at = Math.max(free, y + 1.2), left = x > 70;
+    free = at + 4.4;
+    return draw("text", { x: left ? x - 3 : x + 3, y: at, "text-anchor": left ? "end" : "start" }, text);
+  });
+}
+
 function drawMap(hard, semihard) {
   const placed = places(), own = asksPhoto() ? "photo" : "text", others = asksPhoto() ? "text" : "photo";
   const lines = [], dots = [], labels = [], [fromX, fromY] = placed[own][asked];
@@ -96,10 +106,10 @@ function drawMap(hard, semihard) {
     const roles = rolesOf(number, hard, semihard), at = placed[others][number];
     dots.push(dot(others, at, roles.join(" "), item.text, number));
     for (const role of roles.filter((role) => role !== "false")) line(role, at);
-    if (roles.length) labels.push(draw("text", { x: at[0] > 70 ? at[0] - 3 : at[0] + 3, y: at[1] + (roles[0] === "semihard" ? 5 : -2.2), "text-anchor": at[0] > 70 ? "end" : "start" }, roles.map((role) => TAGS[role]).join(", ")));
+    if (roles.length) labels.push([...at, roles.map((role) => TAGS[role]).join(", ")]);
   });
   dots.push(dot(own, [fromX, fromY], "asked", items[asked].text, asked));
-  element("map").replaceChildren(...lines, ...dots.sort((a, b) => a.classList.length - b.classList.length), ...labels);
+  element("map").replaceChildren(...lines, ...dots.sort((a, b) => a.classList.length - b.classList.length), ...spread(labels));
 }
 
 function drawAsked() {
@@ -147,5 +157,6 @@ function startNegatives() {
   element("way").onchange = () => ask(asked);
   element("margin").oninput = () => { drawNegatives(); sayNegatives(); };
   element("negatives-answer").textContent = answerNegatives();
+  asked = Math.max(0, range(items.length).findIndex((anchor) => hardNegative(anchor) >= 0 && isFalse(anchor, hardNegative(anchor))));
   drawNegatives();
 }

@@ -10,7 +10,7 @@ const drawings = []; // what is drawn anew when another photo is chosen, a funct
 const element = (id) => document.getElementById(id);
 const bytes = (packed) => Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
 const floats = (packed) => new Float32Array(bytes(packed).buffer);
-const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
+const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
 const range = (count) => [...Array(count).keys()];
 
 /** An element with properties (text, className, dataset, …), attributes and children. Text is never read as markup. */
@@ -31,11 +31,13 @@ function draw(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** In a box of its own, which scrolls where the page is narrow. */
 function table(title, head, rows) {
   const cells = (row, tag) => row.map((cell, column) => make(column ? tag : "th", { text: cell, scope: tag === "th" ? "col" : "row" }));
-  return make("table", {}, make("caption", { text: title }),
+  const made = make("table", { attributes: { "aria-label": title } },
     make("thead", {}, make("tr", {}, ...cells(head, "th"))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row, "td")))));
+  return make("div", { className: "scroll", tabIndex: 0, attributes: { role: "region", "aria-label": title } }, made);
 }
 
 const image = (source, description) => make("img", { src: source, alt: description });
@@ -73,8 +75,13 @@ function press(group, target) {
 
 /** A text: build(string, number) makes what stands for a word that may be masked; the rest is plain. */
 function showText(target, photo, build) {
-  const parts = data.photos[photo].parts.map(([string, number]) => (number === null ? string : build(string, number)));
-  target.replaceChildren(...parts);
+  const made = [];
+  for (const [string, number] of data.photos[photo].parts) {
+    const after = number === null && made.at(-1) instanceof Element ? string.match(/^[.,;:!?)]*/)[0] : "";
+    if (after) made.at(-1).append(after); // or a line could begin with it
+    made.push(number === null ? string.slice(after.length) : make("span", { className: string.length < 20 ? "unbroken" : "" }, build(string, number)));
+  }
+  target.replaceChildren(...made);
 }
 
 /** underlined: the photo shows what the word names; dashed: it names what the photo does not show. */

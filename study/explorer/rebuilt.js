@@ -25,8 +25,8 @@ function drawPainted() {
     : `Recipe ${data.run.recipe} has not learnt to paint; there is nothing to show.`;
   element("painted").replaceChildren(...(learnt ? [
     maskedPanel(photo),
-    paintedPanel("With its own text", own.image, "painted with its own text", `error ${own.error.toFixed(3)}`),
-    paintedPanel("With another text", elsewhere.image, "painted with another text", `error ${elsewhere.error.toFixed(3)}`),
+    paintedPanel("Own text", own.image, "painted with its own text", `error ${own.error.toFixed(3)}`),
+    paintedPanel("Another text", elsewhere.image, "painted with another text", `error ${elsewhere.error.toFixed(3)}`),
     paintedPanel("The photo", data.photos[photo].image, `photo ${photo + 1}`, "mean squared error of the hidden patches, in their own deviations"),
   ] : []));
 }

@@ -58,13 +58,13 @@ function numbers(title, curves) {
   const steps = [...new Set(curves.flatMap(([, points]) => points.map(([step]) => step)))].sort((a, b) => a - b);
   const byStep = curves.map(([, points]) => new Map(points));
   const rows = steps.map((step) => [step, ...byStep.map((values) => values.get(step) ?? "")]);
-  const box = make("div", { tabIndex: 0, attributes: { role: "region", "aria-label": `${title}, numbers` } }, table(title, ["step", ...curves.map(([key]) => nameOf(key))], rows));
-  return make("details", {}, make("summary", { text: "numbers" }), box);
+  const head = ["step", ...curves.map(([key]) => nameOf(key))];
+  return make("details", {}, make("summary", { text: "numbers" }), table(`${title}, numbers`, head, rows));
 }
 
 function figures() {
   const rows = data.figures.map(([name, , value, chance]) => [name, percent(value, 1), chance === null ? "not known" : percent(chance, 1)]);
-  return table("Held-out figures of the last validation", ["", "this run", "by chance, or random masks"], rows);
+  return table("Held-out figures of the last validation", ["held out, at the last validation", "this run", "by chance, or random masks"], rows);
 }
 
 function startRun() {

@@ -38,7 +38,7 @@ function fillLayers() {
 }
 
 function showPeak(view, peak) {
-  const place = { x: (peak % grid) + 0.08, y: Math.floor(peak / grid) + 0.08, width: 0.84, height: 0.84, rx: 0.1 };
+  const place = { x: (peak % grid) + 0.04, y: Math.floor(peak / grid) + 0.04, width: 0.92, height: 0.92, rx: 0.06 };
   view.append(draw("svg", { viewBox: `0 0 ${grid} ${grid}`, "aria-hidden": "true" },
     draw("rect", { class: "peak-edge", ...place }), draw("rect", { class: "peak", ...place })));
   view.dataset.peak = peak;
@@ -84,11 +84,14 @@ function drawWords() {
   if (wordCount(photo)) showWord(Math.max(0, facts.findIndex((fact) => fact.shown && fact.detail)));
 }
 
+/** How often each source is right, in what its layers agree on where there are several. */
 function answerWords() {
   if (!knowsTruth) return;
-  const { source } = chosenReading(), layer = chosenReading().layer, { hits, expected, total } = pointing(chosenReading());
-  element("words-answer").textContent = `On these photos, for ${SOURCES[source]}, ${layerName(layer)}: the brightest patch of `
-    + `${hits} of ${total} visible details lies on the detail; random patches would hit ${expected.toFixed(1)}.`;
+  const sources = [...new Set(data.readings.map((one) => one.source))];
+  const counts = sources.map((source) => [source, pointing(readingOf(source, 0) || readingOf(source, 1))]);
+  const said = counts.map(([source, { hits, total }]) => `${SOURCES[source]}: ${hits} of ${total}`);
+  element("words-answer").textContent = "Visible details on these photos whose word has its brightest patch on them, layers "
+    + `taken together: ${said.join("; ")}; random patches would hit ${counts[0][1].expected.toFixed(1)}.`;
 }
 
 function startWords() {
@@ -98,7 +101,7 @@ function startWords() {
   fillLayers();
   if (readingOf(element("source").value, layer)) element("layer").value = layer;
   element("word-map").classList.add("grey");
-  const changed = () => { answerWords(); if (wordCount(chosen.photo)) showWord(shownWord); };
+  const changed = () => { if (wordCount(chosen.photo)) showWord(shownWord); };
   element("source").onchange = () => { fillLayers(); changed(); };
   element("layer").onchange = changed;
   rove(element("word-caption"));
