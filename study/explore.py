@@ -60,7 +60,7 @@ def gather(run: Run, dataset: PhotoDataset, count: int, metrics: Path) -> dict:
     config, products = run.config, 1 + int(dataset.product_ids.max())
     facts = {key: getattr(config, key) for key in ("recipe", "preset", "data", "mask_source", "mask_layer")}
     facts |= {"step": run.step, "grid": config.model.grid, "patch_share": config.mim_ratio,
-              "word_share": config.mlm_ratio, "shares": SHARES, "pool": config.word_pool}  # fmt: skip
+              "word_share": config.mlm_ratio, "shares": list(SHARES), "pool": config.word_pool}  # fmt: skip
     return {
         "run": facts,
         **looked_into(run, dataset, [rows[number] for number in shown]),
