@@ -41,7 +41,7 @@ from harness.flags import ConfigError
 from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
 from harness.splits import hold_out, numbers_of, open_photos, open_statements, open_triplets
 from harness.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
-from losses import accuracy, cross_entropy, itc_loss, itc_targets
+from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
 from measures.pictures import draw_answers, draw_confusion
 from measures.scores import (
     Figures,
@@ -192,7 +192,8 @@ class TextGuided(Task):
         target_feat = run.model.image_feature(targets)
         with torch.autocast(run.device.type, enabled=False):
             sim = query @ target_feat.T / run.model.temp  # (B, B)
-            hard = itc_targets(batch["product_ids"], batch["product_ids"], sim.detach(), alpha=0.0)
+            right = same_pairs(batch["product_ids"], batch["caption_ids"])
+            hard = itc_targets(right, sim.detach(), alpha=0.0)
             loss = itc_loss(sim, sim.T, hard, hard)
         return {"itc": loss}, {"accuracy": accuracy(sim, torch.arange(len(sim), device=run.device))}
 

@@ -14,14 +14,13 @@ from torch import Tensor
 NegativeMode = Literal["random", "similar", "hard", "semihard"]
 
 
-def itc_targets(product_ids: Tensor, key_product_ids: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
+def itc_targets(right: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
     """Soft targets of ALBEF (§3.2): the momentum model's opinion mixed with the known pairs.
 
-    y = α·softmax(s_m) + (1 − α)·y_hard, with y_hard uniform over all keys of the row's product
-    product_ids (B,), key_product_ids (K,), sim_m (B, K) momentum logits -> (B, K), rows sum to 1.
+    y = α·softmax(s_m) + (1 − α)·y_hard, with y_hard uniform over all keys that are right for the row
+    right (B, K) as `same_pairs` says, one at least in each row; sim_m (B, K) momentum logits -> (B, K), rows sum to 1.
     """
-    same = (product_ids[:, None] == key_product_ids[None, :]).float()  # (B, K)
-    hard = same / same.sum(dim=1, keepdim=True)
+    hard = right / right.sum(dim=1, keepdim=True)
     return alpha * sim_m.float().softmax(dim=1) + (1 - alpha) * hard
 
 
@@ -42,11 +41,18 @@ def itc_loss(sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i:
     return (one_way(sim_i2t, targets_i2t) + one_way(sim_t2i, targets_t2i)) / 2
 
 
-def forbidden_negatives(product_ids: Tensor, caption_ids: Tensor) -> Tensor:
-    """Pairs (b, j) that may not serve as negatives: same product or identical caption. (B,), (B,) -> (B, B)."""
-    same_product = product_ids[:, None] == product_ids[None, :]
-    same_caption = caption_ids[:, None] == caption_ids[None, :]
-    return same_product | same_caption
+def same_pairs(
+    product_ids: Tensor, caption_ids: Tensor, key_product_ids: Tensor | None = None,
+    key_caption_ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Which keys are right answers, and so no negatives, of which rows: those of the same product, or whose caption is
+    the same to the letter, which nobody could tell apart (choice).
+
+    product_ids, caption_ids (B,), those of the keys (K,), by default the same -> (B, K) bool.
+    """
+    key_product_ids = product_ids if key_product_ids is None else key_product_ids
+    key_caption_ids = caption_ids if key_caption_ids is None else key_caption_ids
+    return (product_ids[:, None] == key_product_ids) | (caption_ids[:, None] == key_caption_ids)
 
 
 def pick_negatives(
@@ -57,7 +63,8 @@ def pick_negatives(
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
     semihard: the most similar one below `positive_sim` (B,), by default the diagonal, by at least `margin`; if none
-    is below, the least similar one (choice, after FaceNet; `sampler.chain` follows the same rule)
+    is below, the least similar one (choice; `sampler.chain` follows the same rule). FaceNet's semi-hard negatives are
+    less similar than the own pair, too, but by *less* than the margin; here the margin keeps away from false negatives
     Logits are masked before the softmax: masking probabilities can leave an all-zero row at low temperature.
     """
     sim = sim.detach().float()
@@ -78,12 +85,12 @@ def pick_negatives(
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Image-text matching, two-way cross-entropy (ALBEF eq. 3). logits (M, 2), labels (M,) 1 = match."""
+    """Image-text matching, two-way cross-entropy (ALBEF eq. 4). logits (M, 2), labels (M,) 1 = match."""
     return cross_entropy(logits, labels)
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """Masked language modelling with momentum soft targets (ALBEF eq. 4 and 7). -> scalar, 0 without labels.
+    """Masked language modelling with momentum soft targets (ALBEF eq. 3 and 7). -> scalar, 0 without labels.
 
     L = (1 − α)·CE(label) + α·CE(softmax(logits_m)), mean over the labelled rows
     logits, logits_m (M, V), labels (M,).

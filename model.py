@@ -552,13 +552,15 @@ class MomentumModel(nn.Module):
 
 
 class FeatureQueue(nn.Module):
-    """The last K momentum features of both modalities with their products, for more ITC negatives (MoCo, ALBEF)."""
+    """The last K momentum features of both modalities with their products and captions, for more ITC negatives (MoCo,
+    ALBEF)."""
 
     def __init__(self, length: int, embed_dim: int):
         super().__init__()
         self.register_buffer("image_feat", torch.zeros(length, embed_dim))
         self.register_buffer("text_feat", torch.zeros(length, embed_dim))
         self.register_buffer("product_ids", torch.full((length,), -1))
+        self.register_buffer("caption_ids", torch.full((length,), -1))
         self.pushed = 0  # counted here: asking the device would wait for it
 
     def get_extra_state(self) -> Tensor:
@@ -568,18 +570,20 @@ class FeatureQueue(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.pushed = int(state)
 
-    def filled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """image_feat (K', E), text_feat (K', E), product_ids (K',) of the entries pushed so far."""
-        count = min(self.pushed, len(self.product_ids))
-        return self.image_feat[:count], self.text_feat[:count], self.product_ids[:count]
+    @property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """image_feat (K, E), text_feat (K, E), product_ids (K,), caption_ids (K,)."""
+        return self.image_feat, self.text_feat, self.product_ids, self.caption_ids
+
+    def filled(self) -> list[Tensor]:
+        """`entries`, but only those pushed so far."""
+        return [entry[: self.pushed] for entry in self.entries]
 
     @torch.no_grad()
-    def push(self, image_feat: Tensor, text_feat: Tensor, product_ids: Tensor) -> None:
-        """Overwrite the oldest entries with a batch of (B, E), (B, E) and (B,)."""
+    def push(self, *batch: Tensor) -> None:
+        """Overwrite the oldest entries with a batch of (B, E), (B, E), (B,) and (B,)."""
         if length := len(self.product_ids):
-            at = (self.pushed + torch.arange(len(product_ids), device=product_ids.device)) % length
-            at, last = at[-length:], slice(-length, None)
-            self.image_feat[at] = image_feat[last].to(self.image_feat.dtype)
-            self.text_feat[at] = text_feat[last].to(self.text_feat.dtype)
-            self.product_ids[at] = product_ids[last]
-            self.pushed += len(product_ids)
+            at = (self.pushed + torch.arange(len(batch[0]), device=self.product_ids.device)) % length
+            for entry, new in zip(self.entries, batch, strict=True):
+                entry[at[-length:]] = new[-length:].to(entry.dtype)
+            self.pushed += len(batch[0])

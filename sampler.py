@@ -10,8 +10,9 @@ of the *next* epoch. The first epoch is random. "Most similar" depends on the mo
 
     random     no chains, every epoch
     hard       the most similar unused item (GRIT-VLP)
-    semihard   the most similar one of those *less* similar than the anchor's own pair (FaceNet's rule), against false
-               negatives; SyncMask's exact rule is not published where we could read it (choice)
+    semihard   the most similar one of those *less* similar than the anchor's own pair, by a margin at least, against
+               false negatives; FaceNet's lie inside its margin, not beyond it. SyncMask's exact rule is not published
+               where we could read it (choice)
 
 Letters: N items, B batch, E feature width, M search block.
 """
@@ -219,16 +220,20 @@ def sharing(groups: np.ndarray) -> list[set[int]]:
 
 def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> int:
     """Swap items of `order` (N,) between batches, in place, until no batch holds two with the same id in a row of
-    `groups` (G, N), each item with a random one of all that fit. -> how many found none.
+    `groups` (G, N), each item with a random one of all that fit. -> how many repeat an id of their batch in the end.
 
     batch_of (N,): the batch that each position of `order` belongs to.
     """
-    repeated = np.zeros(len(order), dtype=bool)
-    for ids in groups:
-        pairs = batch_of * (int(ids.max()) + 1) + ids[order]
-        again = np.ones(len(order), dtype=bool)
-        again[np.unique(pairs, return_index=True)[1]] = False
-        repeated |= again
+
+    def repeated() -> np.ndarray:
+        """Positions (N,) whose item shares an id with an earlier one of its batch."""
+        found = np.zeros(len(order), dtype=bool)
+        for ids in groups:
+            again = np.ones(len(order), dtype=bool)
+            again[np.unique(batch_of * (int(ids.max()) + 1) + ids[order], return_index=True)[1]] = False
+            found |= again
+        return found
+
     place = np.empty(groups.shape[1], dtype=np.int64)  # the position of each item
     place[order] = np.arange(len(order))
     by_id = [(np.argsort(ids, kind="stable"), np.sort(ids)) for ids in groups]
@@ -244,8 +249,7 @@ def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: n
                 next_one, past = next_one[more] + 1, past[more]
         return place[np.concatenate(found)]
 
-    stuck = 0
-    for position in repeated.nonzero()[0]:
+    for position in repeated().nonzero()[0]:
         start, stop = np.searchsorted(batch_of, [batch_of[position], batch_of[position] + 1])
         item, others = order[position], np.delete(order[start:stop], position - start)
         if not (groups[:, others] == groups[:, item, None]).any():
@@ -256,11 +260,10 @@ def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: n
             closed.append(np.arange(*np.searchsorted(batch_of, [batch, batch + 1])))
         closed = np.unique(np.concatenate(closed))
         if len(closed) == len(order):
-            stuck += 1
             continue
         # one of the open positions, by its number among them
         there = rng.choice(len(order) - len(closed))
         there += np.searchsorted(closed - np.arange(len(closed)), there, "right")
         order[position], order[there] = order[there], order[position]
         place[order[[position, there]]] = position, there
-    return stuck
+    return int(repeated().sum())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.run import Run
-from losses import accuracy, forbidden_negatives, itc_loss, itc_targets, itm_loss, mlm_loss
+from losses import accuracy, itc_loss, itc_targets, itm_loss, mlm_loss, same_pairs
 from masking import WordScore, hidden_words, momentum_attention, read_layer, sync_mask
 from model import MomentumModel, Photos
 
@@ -88,15 +88,16 @@ def contrast(run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, teach
     """
     temp, config, ranks = run.model.temp, run.config, run.ranks
     with torch.no_grad():
-        new = [ranks.gather(x) for x in (teacher.image_feat, teacher.text_feat, batch["product_ids"])]
-        image_keys, text_keys, products = map(torch.cat, zip(new, run.queue.filled(), strict=True))  # (K, E), …, (K,)
+        new = teacher.image_feat, teacher.text_feat, batch["product_ids"], batch["caption_ids"]
+        new = [ranks.gather(x) for x in new]
+        image_keys, text_keys, *ids = map(torch.cat, zip(new, run.queue.filled(), strict=True))  # (K, E), …, (K,)
+        right = same_pairs(batch["product_ids"], batch["caption_ids"], *ids)  # (B, K)
     # in full precision: at a temperature of 0.02, bf16 would round the logits to steps of a quarter
     with torch.autocast(run.device.type, enabled=False):
         sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
         with torch.no_grad():
-            targets = lambda sim_m: itc_targets(batch["product_ids"], products, sim_m, run.alpha)
-            targets_i2t = targets(teacher.image_feat @ text_keys.T / temp)
-            targets_t2i = targets(teacher.text_feat @ image_keys.T / temp)
+            targets_i2t = itc_targets(right, teacher.image_feat @ text_keys.T / temp, run.alpha)
+            targets_t2i = itc_targets(right, teacher.text_feat @ image_keys.T / temp, run.alpha)
         loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, config.focal_gamma)
     run.queue.push(*new)
     if run.sampler and config.sampler != "random":
@@ -126,7 +127,7 @@ def wrong_pairs(
     """ITM's negatives (2B), chosen by similarity among all ranks' photos and texts: each photo with a wrong text, each
     text with a wrong photo. photos: what `model.look` made of image_embeds (B, N, D)."""
     ranks, keep = run.ranks, batch["attention_mask"]
-    forbidden = forbidden_negatives(ranks.gather(batch["product_ids"]), ranks.gather(batch["caption_ids"]))
+    forbidden = same_pairs(ranks.gather(batch["product_ids"]), ranks.gather(batch["caption_ids"]))
     forbidden = forbidden[ranks.first :][: len(keep)]  # (B, K)
     text, photo = run.negatives(itc.sim_i2t, forbidden), run.negatives(itc.sim_t2i, forbidden)
     labels = torch.where(torch.cat([text, photo]) < 0, -100, 0)

@@ -13,7 +13,7 @@ from harness.batches import first_products
 from harness.config import TrainConfig
 from harness.run import Run, autocast
 from harness.wiring import synchronize, teach
-from losses import NegativeMode, forbidden_negatives, pick_negatives
+from losses import NegativeMode, pick_negatives, same_pairs
 from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, reduce_heads
 from measures.choice import choices
 from photos.dataset import PhotoDataset
@@ -112,7 +112,7 @@ def restored(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor,
     model, ids, keep, words = run.model, batch["token_ids"], batch["attention_mask"], batch["words"]
     third = torch.randint(3, words.shape, generator=generator, device=run.device)
     third = third.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
     other = pick_negatives(torch.zeros(forbidden.shape, device=run.device), forbidden, None, "random", generator)
     right = torch.zeros(2, *words.shape, dtype=torch.bool, device=run.device)
     with autocast(run):
@@ -174,7 +174,7 @@ def batch_negatives(
     run: Run, sim: Tensor, groups: np.ndarray, picking: NegativeMode, generator: torch.Generator
 ) -> list[tuple[int, int, float]]:
     """The negatives of a batch by its cosines (B, B): photo, text, cosine, of every photo and then of every text."""
-    forbidden, found = forbidden_negatives(*torch.from_numpy(groups)), []
+    forbidden, found = same_pairs(*torch.from_numpy(groups)), []
     for scores, by_text in ((sim, False), (sim.T, True)):
         logits = scores / run.model.temp.item() if picking == "similar" else scores
         wrong = pick_negatives(logits, forbidden, None, picking, generator, run.config.margin).tolist()

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from data import normalise, to_device
 from harness.batches import first_products, own_session, text_features, texts_to_search
 from harness.run import Run, autocast
-from losses import forbidden_negatives, pick_negatives
+from losses import pick_negatives, same_pairs
 from masking import random_word_mask
 from measures.scores import full_rankings, recalls_of
 from photos.dataset import DataError, PhotoDataset
@@ -34,7 +34,7 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
             continue
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         batch["masked"] = random_word_mask(batch["words"], config.mlm_ratio, generator)
-        forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+        forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
         batch["wrong"] = pick_negatives(torch.zeros(forbidden.shape), forbidden, None, "random", generator)
         batch = to_device(batch, run.device)
         with autocast(run):

@@ -17,7 +17,7 @@ from torch import Tensor
 from data import IMAGENET_MEAN, IMAGENET_STD, encode
 from harness.run import Run
 from harness.wiring import Teacher, mask_scores
-from losses import forbidden_negatives, mim_loss, pick_negatives
+from losses import mim_loss, pick_negatives, same_pairs
 from masking import (
     MaskSource,
     first_pieces,
@@ -167,7 +167,7 @@ def soft_masks(run: Run, batch: dict, teacher: Teacher) -> list[str] | None:
 def negatives(run: Run, batch: dict, teacher: Teacher, dataset: PhotoDataset) -> dict:
     """Cosines (B, B) of photos and texts; which pairs may not serve as negatives, and which would be false ones; and a
     map: the first two principal components of all features, photos and texts each about their own mean."""
-    forbidden, false = forbidden_negatives(batch["product_ids"], batch["caption_ids"]), None
+    forbidden, false = same_pairs(batch["product_ids"], batch["caption_ids"]), None
     feats = [feat - feat.mean(dim=0) for feat in (teacher.image_feat, teacher.text_feat)]
     axes = torch.linalg.svd(torch.cat(feats), full_matrices=False).Vh[:2]  # (2, E)
     if isinstance(dataset, Synthetic):
@@ -208,7 +208,7 @@ def rebuilt(run: Run, batch: dict, images: Tensor, patch_mask: Tensor, word_mask
     what MIM paints with the photo's own text and with another one. Another one: of the batch, drawn at random.
     images (B, 3, S, S), normalised"""
     model, config, ids, keep = run.model, run.config, batch["token_ids"], batch["attention_mask"]
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
     flat = torch.zeros(forbidden.shape, device=run.device)
     other = pick_negatives(flat, forbidden, None, "random", drawn_anew(run)).clamp(min=0)
     ways = {"own": torch.arange(len(ids), device=run.device), "elsewhere": other}

@@ -28,7 +28,7 @@ from data import normalise, to_device
 from harness.batches import first_products
 from harness.flags import ConfigError
 from harness.run import Run
-from losses import forbidden_negatives, pick_negatives
+from losses import pick_negatives, same_pairs
 from masking import (
     HeadReduction,
     MaskSource,
@@ -52,7 +52,7 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
     image_embeds = momentum.encode_image(normalise(batch["images"]))
     half, rest = random_word_mask(words, 0.5, generator), words > 0
     found = {}
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
     other = pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, None, "random", generator)
     average = image_embeds.mean(dim=0, keepdim=True).expand_as(image_embeds)
     contexts = {"own": image_embeds, "another": image_embeds[other], "the average": average,

@@ -219,13 +219,13 @@ def reference_step(run: Run, attention: str) -> Callable[[dict], Tensor]:
             image_embeds, text_embeds, image_feat, text_feat = model.encode(images, ids, keep)
             with torch.no_grad():
                 image_embeds_m, _, image_feat_m, text_feat_m = momentum.encode(images, ids, keep)
+                same = products[:, None] == products[None]
                 targets_i2t, targets_t2i = (
-                    itc_targets(products, products, a @ b.T / model.temp, run.alpha)
+                    itc_targets(same, a @ b.T / model.temp, run.alpha)
                     for a, b in ((image_feat_m, text_feat_m), (text_feat_m, image_feat_m))
                 )
             sim_i2t, sim_t2i = image_feat @ text_feat_m.T / model.temp, text_feat @ image_feat_m.T / model.temp
             itc = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i)
-            same = products[:, None] == products[None]
             wrong_text, wrong_image = negatives(sim_i2t, same), negatives(sim_t2i, same)
             matching = model.fuse(text_embeds, keep, image_embeds)
             others = model.fuse(

@@ -20,7 +20,7 @@ from data import build_dataset, build_tokenizer, normalise, telling_pieces
 from harness.config import parse_config
 from harness.run import build_run
 from harness.wiring import synchronize, teach
-from losses import forbidden_negatives, pick_negatives
+from losses import pick_negatives, same_pairs
 from masking import (
     cooccurrence,
     first_pieces,
@@ -169,7 +169,7 @@ def test_negatives_are_given_in_full_precision_and_false_ones_by_the_truth(made)
     with torch.no_grad():
         teacher = teach(made.run, batch | {"images": normalise(batch["images"])})
     assert torch.equal(unpacked(found["sim"], np.float32).view(count, count), teacher.image_feat @ teacher.text_feat.T)
-    forbidden = forbidden_negatives(batch["product_ids"], batch["caption_ids"])
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
     assert torch.equal(unpacked(found["forbidden"]).view(count, count).bool(), forbidden)
     false = unpacked(found["false"]).view(count, count)
     products = batch["product_ids"].tolist()

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from losses import (
     alignment_loss,
-    forbidden_negatives,
     itc_loss,
     itc_targets,
     itm_loss,
     mim_loss,
     mlm_loss,
     pick_negatives,
+    same_pairs,
 )
 
 
@@ -76,11 +76,11 @@ def test_alignment_loss_equals_a_loop():
 
 
 def test_itc_targets_spread_over_a_product_and_mix_in_momentum():
-    products, keys = torch.tensor([7, 8]), torch.tensor([7, 8, 7, 9])
+    right = torch.tensor([[True, False, True, False], [False, True, False, False]])
     sim_m = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3), 0.0, 0.0]])
-    hard = itc_targets(products, keys, sim_m, alpha=0.0)
+    hard = itc_targets(right, sim_m, alpha=0.0)
     assert hard.tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
-    soft = itc_targets(products, keys, sim_m, alpha=0.4)
+    soft = itc_targets(right, sim_m, alpha=0.4)
     torch.testing.assert_close(soft[0], torch.tensor([0.4, 0.1, 0.4, 0.1]))
     torch.testing.assert_close(soft[1], torch.tensor([0.4 / 6, 0.6 + 0.4 / 2, 0.4 / 6, 0.4 / 6]))
 
@@ -129,9 +129,11 @@ def test_losses_without_a_label_are_zero_not_nan():
     assert itm_loss(torch.randn(3, 2), torch.full((3,), -100)) == 0
 
 
-def test_forbidden_are_same_product_and_same_caption():
-    forbidden = forbidden_negatives(torch.tensor([1, 1, 2, 3]), torch.tensor([5, 6, 5, 7]))
-    assert forbidden.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+def test_what_is_right_and_no_negative_has_the_same_product_or_the_same_caption():
+    batch = torch.tensor([1, 1, 2, 3]), torch.tensor([5, 6, 5, 7])
+    assert same_pairs(*batch).int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    keys = torch.tensor([2, 9]), torch.tensor([0, 6])
+    assert same_pairs(*batch, *keys).int().tolist() == [[0, 0], [0, 1], [1, 0], [0, 0]]
 
 
 @given(
@@ -145,7 +147,7 @@ def test_negatives_are_always_allowed_or_absent(products, mode, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(products)
     sim = torch.randn(len(ids), len(ids), generator=generator) + torch.eye(len(ids))
-    forbidden = forbidden_negatives(ids, torch.arange(len(ids)))
+    forbidden = same_pairs(ids, torch.arange(len(ids)))
     chosen = pick_negatives(sim * scale, forbidden, mode=mode, generator=generator)
     for b, j in enumerate(chosen.tolist()):
         if forbidden[b].all():

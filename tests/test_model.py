@@ -296,17 +296,19 @@ def test_momentum_follows_by_the_decay_and_never_trains():
 def test_queue_keeps_the_newest_in_a_ring():
     queue = FeatureQueue(5, 2)
     features = torch.arange(16.0).reshape(8, 2)
-    queue.push(features[:3], -features[:3], torch.arange(3))
+    push = lambda features, numbers: queue.push(features, -features, numbers, numbers + 10)
+    push(features[:3], torch.arange(3))
     assert queue.filled()[2].tolist() == [0, 1, 2]
-    queue.push(features[3:7], -features[3:7], torch.arange(3, 7))
-    image_feat, text_feat, products = queue.filled()
+    push(features[3:7], torch.arange(3, 7))
+    image_feat, text_feat, products, captions = queue.filled()
     assert products.tolist() == [5, 6, 2, 3, 4]
     close(image_feat, features[products])
     close(text_feat, -features[products])
-    queue.push(features, features, torch.arange(8))  # more than fits: the last five stay
+    close(captions, products + 10)
+    push(features, torch.arange(8))  # more than fits: the last five stay
     assert sorted(queue.filled()[2].tolist()) == [3, 4, 5, 6, 7]
     empty = FeatureQueue(0, 2)
-    empty.push(features, features, torch.arange(8))
+    empty.push(features, features, torch.arange(8), torch.arange(8))
     assert len(empty.filled()[0]) == 0
 
 

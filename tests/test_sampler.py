@@ -46,6 +46,14 @@ def test_every_index_exactly_once_an_epoch(size, batch, search, pool, views, mod
         assert repeats <= sampler.conflicts
 
 
+def test_conflicts_count_what_is_repeated_in_the_end():
+    """One of these photos finds no other place at first, until another one's swap frees its batch."""
+    products, captions = np.array([2, 2, 0, 4, 4, 3]), np.array([3, 3, 1, 1, 5, 5])
+    sampler = GroupedBatchSampler(6, 5, 6, "random", products, captions, seed=3434)
+    repeats = sum(len(b) - len({ids[i] for i in b}) for b in sampler for ids in (products, captions))
+    assert repeats == sampler.conflicts == 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_deterministic_in_seed_epoch_and_features(mode):
     def batches(seed=0, feature_seed=0):

@@ -266,7 +266,8 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     _, state, batch = first_losses("--recipe", "fashionfine", "--queue", "6")
     generator = torch.Generator().manual_seed(1)
     unit = lambda n: torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1)
-    old = unit(6), unit(6), torch.tensor([0, 1, 1, 90, 91, 92])
+    captions = torch.tensor([90, 91, 92, 93, 94, int(batch["caption_ids"][3])])  # the last one's: product 92 has it too
+    old = unit(6), unit(6), torch.tensor([0, 1, 1, 90, 91, 92]), captions
     state.queue.pushed = 0
     state.queue.push(*old)
     image_feat, text_feat = unit(8).requires_grad_(), unit(8).requires_grad_()
@@ -275,12 +276,12 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     ours = (
         state.config.itc_weight * contrast(state, batch, image_feat, text_feat, Teacher(None, None, None, *keys)).loss
     )
-    naive, owners = 0, products + old[2].tolist()
+    naive, owners, texts = 0, products + old[2].tolist(), [*batch["caption_ids"].tolist(), *captions.tolist()]
     for queries, own, older in ((image_feat, keys[1], old[1]), (text_feat, keys[0], old[0])):
         for b, query in enumerate(queries):
             scores = [query.double() @ key.double() / state.model.temp.item() for key in [*own, *older]]
             total = sum(torch.exp(score) for score in scores)
-            right = [j for j, owner in enumerate(owners) if owner == products[b]]
+            right = [j for j, owner in enumerate(owners) if owner == products[b] or texts[j] == texts[b]]
             for j in right:
                 p = torch.exp(scores[j]) / total
                 naive = naive - 0.25 * (1 - p) ** 2 * torch.log(p) / len(right) / 8 / 2
