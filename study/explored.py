@@ -107,11 +107,13 @@ def readings(run: Run, batch: dict, teacher: Teacher) -> Iterator[tuple[MaskSour
 
 def shown_map(heat: Tensor, words: Tensor) -> dict:
     """The maps (L, P) of a photo's words, by their first pieces, as bytes (W, P): each up to its own most, which alone
-    is 255; and where that is."""
+    is 255; where that is, and how many times the average patch's it is."""
     heat = heat[first_pieces(words[None])[0]]  # (W, P)
     peaks = heat.argmax(dim=1, keepdim=True)
-    scaled = 255 * heat / heat.amax(dim=1, keepdim=True).clamp(min=1e-30)
-    return {"map": packed(scaled.floor().clamp(max=254).scatter(1, peaks, 255).byte()), "peaks": peaks[:, 0].tolist()}
+    most, average = heat.amax(dim=1), heat.mean(dim=1)
+    scaled = 255 * heat / most[:, None].clamp(min=1e-30)
+    shown = packed(scaled.floor().clamp(max=254).scatter(1, peaks, 255).byte())
+    return {"map": shown, "peaks": peaks[:, 0].tolist(), "times": (most / average.clamp(min=1e-30)).tolist()}
 
 
 def by_share(make: Callable[[float, float], Masks], words: Tensor) -> list[dict]:

@@ -6,20 +6,24 @@ const HIDDEN = [128, 129, 134, 255];
 let softWord = 0;
 
 const shareOf = (id) => Number(element(id).value);
-const nearestShare = (share) => data.run.shares.reduce((best, one) => (Math.abs(one - 100 * share) < Math.abs(best - 100 * share) ? one : best));
+const farFrom = (share) => (one) => Math.abs(one - 100 * share);
+const nearestShare = (share) => best(data.run.shares, (one) => -farFrom(share)(one));
 
 /** The words and the patches of a photo that masks of one kind hide. */
 function hiddenBy(kind, photo, patchShare, wordShare) {
   const { words, patches } = data.masks[kind][photo];
   const at = data.run.shares.indexOf(wordShare) * grid * grid;
   const upTo = (shares, limit) => [...shares.keys()].filter((number) => shares[number] <= limit);
-  return { words: upTo(bytes(words), wordShare), patches: upTo(bytes(patches).subarray(at, at + grid * grid), patchShare) };
+  const ofPatches = bytes(patches).subarray(at, at + grid * grid);
+  return { words: upTo(bytes(words), wordShare), patches: upTo(ofPatches, patchShare) };
 }
 
 /** Of some hidden words and patches: hits and of how many, as masking.cooccurrence counts. */
 function countHits(photo, hidden) {
-  const { words, named } = data.photos[photo], sum = (key) => hidden.words.reduce((total, word) => total + words[word][key], 0);
-  return { words: [sum("shown"), sum("named")], patches: [hidden.patches.filter((patch) => named.includes(patch)).length, hidden.patches.length] };
+  const { words, named } = data.photos[photo];
+  const sum = (key) => hidden.words.reduce((total, word) => total + words[word][key], 0);
+  const onNamed = hidden.patches.filter((patch) => named.includes(patch));
+  return { words: [sum("shown"), sum("named")], patches: [onNamed.length, hidden.patches.length] };
 }
 
 /** Over all photos of the page: the share that is right, of words and of patches. */
@@ -29,7 +33,8 @@ function shareRight(kind, patchShare, wordShare) {
     const counts = countHits(photo, hiddenBy(kind, photo, patchShare, wordShare));
     for (const what of ["words", "patches"]) sums[what] = sums[what].map((sum, i) => sum + counts[what][i]);
   });
-  return { words: sums.words[0] / Math.max(1, sums.words[1]), patches: sums.patches[0] / Math.max(1, sums.patches[1]) };
+  const share = ([hits, of]) => hits / Math.max(1, of);
+  return { words: share(sums.words), patches: share(sums.patches) };
 }
 
 function panel(kind, title) {
@@ -54,15 +59,17 @@ function drawMask(kind) {
 function drawSoft() {
   const { photo } = chosen, figure = element("panels").querySelector('[data-kind="soft"]');
   const soft = bytes(data.soft[photo]).subarray(softWord * grid * grid), strength = shareOf("strength") / 100;
-  showPatches(figure.querySelector(".view"), data.photos[photo].image, `photo ${photo + 1}, soft mask of ${wordOf(photo, softWord)}`,
+  const said = `photo ${photo + 1}, soft mask of ${wordOf(photo, softWord)}`;
+  showPatches(figure.querySelector(".view"), data.photos[photo].image, said,
     (patch) => [...HIDDEN.slice(0, 3), strength * soft[patch]]);
   press(figure.querySelector(".caption"), figure.querySelector(`[data-word="${softWord}"]`));
 }
 
-function chooseSoft(number, say) {
+function chooseSoft(number, aloud) {
   softWord = number;
   drawSoft();
-  if (say) element("mask-live").textContent = `Soft mask of “${wordOf(chosen.photo, number)}”: the more a patch has to do with it, the greyer.`;
+  const word = wordOf(chosen.photo, number);
+  if (aloud) say("mask-live", `Soft mask of “${word}”: the more a patch has to do with it, the greyer.`);
 }
 
 function drawSoftText() {
@@ -82,7 +89,9 @@ function drawCounts() {
   const shares = [shareOf("patch-share"), shareOf("word-share")], random = shareRight("random", ...shares);
   const rows = Object.keys(data.masks).map((kind) => {
     const here = countHits(chosen.photo, hiddenBy(kind, chosen.photo, ...shares)), all = shareRight(kind, ...shares);
-    const cells = (what) => [`${here[what][0]} of ${here[what][1]}`, percent(all[what], 1), skill(all[what], random[what]).toFixed(2)];
+    const cells = (what) => [
+      here[what].join(" of "), percent(all[what], 1), skill(all[what], random[what]).toFixed(2),
+    ];
     return [MASKS[kind], ...cells("words"), ...cells("patches")];
   });
   const head = ["", "words: this photo", "all photos", "skill", "patches: this photo", "all photos", "skill"];
@@ -91,26 +100,27 @@ function drawCounts() {
 }
 
 function drawMasks() {
-  element("patch-share-value").textContent = `${shareOf("patch-share")} %`;
-  element("word-share-value").textContent = `${shareOf("word-share")} %`;
+  say("patch-share-value", `${shareOf("patch-share")} %`);
+  say("word-share-value", `${shareOf("word-share")} %`);
   Object.keys(data.masks).forEach(drawMask);
   if (knowsTruth) drawCounts();
 }
 
 function sayMasks() {
-  const [of, all] = knowsTruth ? [drawCounts().map((row) => `${row[0].toLowerCase()} ${row[2]}`).join(", "), "shown by their photos: "] : ["", ""];
-  element("mask-live").textContent = `${shareOf("patch-share")} % of the patches, ${shareOf("word-share")} % of the words hidden. `
-    + (of && `Words ${all}${of}.`);
+  const counts = knowsTruth ? drawCounts().map((row) => `${row[0].toLowerCase()} ${row[2]}`).join(", ") : "";
+  say("mask-live", `${shareOf("patch-share")} % of the patches, ${shareOf("word-share")} % of the words hidden.`,
+    counts && `Words that their photos show: ${counts}.`);
 }
 
 function answerMasks() {
-  const random = knowsTruth ? shareRight("random", nearestShare(data.run.patch_share), nearestShare(data.run.word_share)) : null;
-  element("masks-answer").textContent = "A description tells of the whole product, a photo shows one side of it, or a part. "
-    + (random ? `On these photos random masks hit ${percent(random.words)} of the time; every other masked word is a guess. `
-      : "How much random masks miss is known only where the truth is, on synthetic photos. ")
-    + `This run hid ${percent(data.run.patch_share)} of the patches and ${percent(data.run.word_share)} of the words, `
-    + `and synchronized masks draw words among the best ${percent(Math.max(data.run.pool, data.run.word_share))}; true ones `
-    + "take the share of those words that the photo shows.";
+  const { patch_share: patchShare, word_share: wordShare, pool } = data.run;
+  const right = () => shareRight("random", nearestShare(patchShare), nearestShare(wordShare)).words;
+  say("masks-answer", "A description tells of the whole product, a photo shows one side of it, or a part.", knowsTruth
+    ? `On these photos ${percent(right())}; every other masked word that names something is a guess.`
+    : "How much random masks miss is known only where the truth is, on synthetic photos.",
+  `This run's shares are ${percent(patchShare)} of the patches and ${percent(wordShare)} of the words.`,
+  `Synchronized masks draw words among the best ${percent(Math.max(pool, wordShare))}.`,
+  knowsTruth ? "The words' share of true masks is that of the words which the photo shows." : "");
 }
 
 function startMasks() {
@@ -121,10 +131,13 @@ function startMasks() {
   element("patch-share").value = nearestShare(data.run.patch_share);
   element("word-share").value = nearestShare(data.run.word_share);
   for (const id of ["patch-share", "word-share"]) element(id).oninput = () => { drawMasks(); sayMasks(); };
-  const strength = () => { element("strength-value").textContent = `${shareOf("strength")} %`; if (wordCount(chosen.photo)) drawSoft(); };
+  const strength = () => {
+    say("strength-value", `${shareOf("strength")} %`);
+    if (wordCount(chosen.photo)) drawSoft();
+  };
   if (data.soft) {
     element("strength").oninput = strength;
-    element("strength-value").textContent = "100 %";
+    say("strength-value", "100 %");
     rove(panels[2].querySelector(".caption"));
     drawings.push(drawSoftText);
   }

@@ -11,7 +11,13 @@ const element = (id) => document.getElementById(id);
 const bytes = (packed) => Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
 const floats = (packed) => new Float32Array(bytes(packed).buffer);
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
+const say = (id, ...sentences) => { element(id).textContent = sentences.join(" "); };
 const range = (count) => [...Array(count).keys()];
+
+/** The first candidate with the highest score, or −1 where there is none. */
+function best(candidates, score) {
+  return candidates.reduce((top, one) => (top < 0 || score(one) > score(top) ? one : top), -1);
+}
 
 /** An element with properties (text, className, dataset, …), attributes and children. Text is never read as markup. */
 function make(tag, { attributes = {}, dataset = {}, text, ...properties } = {}, ...children) {
@@ -33,7 +39,8 @@ function draw(tag, attributes = {}, ...children) {
 
 /** In a box of its own, which scrolls where the page is narrow. */
 function table(title, head, rows) {
-  const cells = (row, tag) => row.map((cell, column) => make(column ? tag : "th", { text: cell, scope: tag === "th" ? "col" : "row" }));
+  const cells = (row, tag) => row.map((cell, column) =>
+    make(column ? tag : "th", { text: cell, scope: tag === "th" ? "col" : "row" }));
   const made = make("table", { attributes: { "aria-label": title } },
     make("thead", {}, make("tr", {}, ...cells(head, "th"))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row, "td")))));
@@ -55,7 +62,8 @@ function showPatches(view, source, description, colour) {
 function rove(group) {
   group.addEventListener("keydown", (event) => {
     const all = [...group.querySelectorAll("button")], at = all.indexOf(document.activeElement);
-    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 };
+    const next = at + 1, last = all.length - 1;
+    const to = { ArrowRight: next, ArrowDown: next, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: last };
     if (at < 0 || !(event.key in to)) return;
     event.preventDefault();
     all[(to[event.key] + all.length) % all.length].focus();
@@ -77,9 +85,13 @@ function press(group, target) {
 function showText(target, photo, build) {
   const made = [];
   for (const [string, number] of data.photos[photo].parts) {
-    const after = number === null && made.at(-1) instanceof Element ? string.match(/^[.,;:!?)]*/)[0] : "";
-    if (after) made.at(-1).append(after); // or a line could begin with it
-    made.push(number === null ? string.slice(after.length) : make("span", { className: string.length < 20 ? "unbroken" : "" }, build(string, number)));
+    if (number !== null) {
+      made.push(make("span", { className: string.length < 20 ? "unbroken" : "" }, build(string, number)));
+      continue;
+    }
+    const stop = made.at(-1) instanceof Element ? string.match(/^[.,;:!?)]*/)[0] : "";
+    if (stop) made.at(-1).append(stop); // or a line could begin with it
+    made.push(string.slice(stop.length));
   }
   target.replaceChildren(...made);
 }
@@ -102,9 +114,9 @@ function choosePhoto(number) {
 
 function fillStrips() {
   for (const strip of document.querySelectorAll(".strip")) {
-    strip.append(...data.photos.map((photo, number) => make("button",
-      { type: "button", onclick: () => choosePhoto(number), attributes: { "aria-label": `photo ${number + 1}` } },
-      image(photo.image, ""))));
+    strip.append(...data.photos.map((photo, number) => make("button", {
+      type: "button", onclick: () => choosePhoto(number), attributes: { "aria-label": `photo ${number + 1}` },
+    }, image(photo.image, ""))));
     rove(strip);
   }
 }
@@ -117,8 +129,9 @@ function fillMenu(menu, options, value) {
 
 function start() {
   const { recipe, data: photos, preset, step } = data.run;
-  element("about").textContent = `Recipe ${recipe}, preset ${preset}, ${photos} photos, ${step.toLocaleString("en")} steps. `
-    + `${data.photos.length} photos of products that were never trained on. All computed beforehand, in fp32; nothing leaves this page.`;
+  say("about", `Recipe ${recipe}, preset ${preset}, data ${photos}, ${step.toLocaleString("en")} steps.`,
+    `${data.photos.length} photos of products that were held out of training.`,
+    "All computed beforehand, in fp32; nothing leaves this page.");
   document.body.classList.toggle("no-truth", !knowsTruth);
   document.body.classList.toggle("no-soft", data.soft === null);
   fillStrips();

@@ -18,27 +18,31 @@ function maskedPanel(photo) {
 
 function drawPainted() {
   const { photo } = chosen, { painted_own: own, painted_elsewhere: elsewhere } = data.rebuilt[photo];
-  const learnt = own !== undefined;
-  element("painted-note").textContent = learnt
-    ? "It predicts each patch up to its brightness and contrast, which are here the photo's own, as in MAE: judge the shapes inside a patch. "
-      + `The other text is: “${textOf(otherOf(photo))}”`
-    : `Recipe ${data.run.recipe} has not learnt to paint; there is nothing to show.`;
-  element("painted").replaceChildren(...(learnt ? [
+  if (own === undefined) {
+    say("painted-note", `Recipe ${data.run.recipe} has not learnt to paint; there is nothing to show.`);
+    return;
+  }
+  const error = (found) => `mean squared error ${found.error.toFixed(3)}`;
+  element("painted").replaceChildren(
     maskedPanel(photo),
-    paintedPanel("Own text", own.image, "painted with its own text", `error ${own.error.toFixed(3)}`),
-    paintedPanel("Another text", elsewhere.image, "painted with another text", `error ${elsewhere.error.toFixed(3)}`),
-    paintedPanel("The photo", data.photos[photo].image, `photo ${photo + 1}`, "mean squared error of the hidden patches, in their own deviations"),
-  ] : []));
+    paintedPanel("Own text", own.image, "painted with its own text", error(own)),
+    paintedPanel("Another text", elsewhere.image, "painted with another text", error(elsewhere)),
+    paintedPanel("The photo", data.photos[photo].image, `photo ${photo + 1}`, "what is to be painted"),
+  );
+  say("painted-note", "The model predicts each patch up to mean and deviation of its pixels, which are here those of",
+    "the photo, as in MAE: judge colours and shapes inside a patch. The errors are of the hidden patches, each with a",
+    `deviation of 1. The other text is: “${textOf(otherOf(photo))}”`);
 }
 
 const textOf = (photo) => data.photos[photo].parts.map(([string]) => string).join("").trim();
 
-/** The five likeliest words; below them the right one where it is not among them. */
+/** The likeliest words; below them the right one where it is not among them. */
 function bars({ best: guesses, right }, word) {
-  const listed = guesses.some(([guess]) => guess === word) ? guesses : [...guesses, [word, right]];
-  return listed.map(([guess, chance]) => make("li", { className: guess === word ? "right" : "" },
+  const shown = guesses.some(([guess]) => guess === word) ? guesses : [...guesses, [word, right]];
+  return shown.map(([guess, chance]) => make("li", { className: guess === word ? "right" : "" },
     make("span", { text: guess === word ? `${guess} ✓` : guess }),
-    make("span", {}, make("i", { attributes: { style: `width:${100 * chance}%` } })), make("b", { text: percent(chance, 1) })));
+    make("span", {}, make("i", { attributes: { style: `width:${100 * chance}%` } })),
+    make("b", { text: percent(chance, 1) })));
 }
 
 function source(photo, said) {
@@ -53,8 +57,8 @@ function showToken(number) {
   element("own-guesses").replaceChildren(...bars(own[number], word));
   element("other-guesses").replaceChildren(...bars(elsewhere[number], word));
   press(element("rebuilt-caption"), element("rebuilt-caption").querySelector(`[data-token="${number}"]`));
-  element("rebuilt-live").textContent = `“${word}”: ${percent(own[number].right, 1)} with its own photo, `
-    + `${percent(elsewhere[number].right, 1)} with another one.`;
+  say("rebuilt-live", `“${word}”: ${percent(own[number].right, 1)} with its own photo,`,
+    `${percent(elsewhere[number].right, 1)} with another one.`);
 }
 
 /** The text with its masked words as buttons, one a piece. */
@@ -63,8 +67,9 @@ function maskedText(photo) {
   return (string, number) => {
     const pieces = [...tokens.keys()].filter((token) => tokens[token][1] === number);
     if (!pieces.length) return string;
-    return make("span", {}, ...pieces.map((token, place) => make("button", {
-      type: "button", className: kindOf(photo, number), dataset: { token }, text: pieces.length > 1 ? tokens[token][0] : string,
+    return make("span", {}, ...pieces.map((token) => make("button", {
+      type: "button", className: kindOf(photo, number), dataset: { token },
+      text: pieces.length > 1 ? tokens[token][0] : string,
       onclick: () => showToken(token), onfocus: () => showToken(token), onpointerenter: () => showToken(token),
     })));
   };
@@ -79,11 +84,14 @@ function drawRebuilt() {
 }
 
 function answerRebuilt() {
-  const tokens = data.rebuilt.flatMap(({ tokens: all, own, elsewhere }) => all.map(([word], i) => [word, own[i], elsewhere[i]]));
-  const right = (which) => tokens.filter((token) => token[which].best[0][0] === token[0]).length;
-  element("rebuilt-answer").textContent = "Those that name what one sees at once, such as colour, change most; what no photo "
-    + `shows stays a guess. Of ${tokens.length} masked tokens on this page the best guess is right for ${right(1)} with their own photo, `
-    + `for ${right(2)} with another one; the difference is what the photo adds.`;
+  const sum = (count) => data.rebuilt.reduce((total, found) => total + count(found), 0);
+  const hits = (found, way) => found.tokens.filter(([word], i) => found[way][i].best[0][0] === word).length;
+  const right = (way) => sum((found) => hits(found, way));
+  say("rebuilt-answer", "Those that name what one sees at once, such as colour, change most;",
+    "what no photo shows stays a guess.",
+    `Of ${sum((found) => found.tokens.length)} masked tokens on this page the best guess is right`,
+    `for ${right("own")} with their own photo, for ${right("elsewhere")} with another one;`,
+    "the difference is what the photo adds.");
 }
 
 function startRebuilt() {

@@ -11,7 +11,8 @@ function styles(curves) {
   let number = -1;
   return curves.map(([key]) => {
     if (!isRandom(key)) number += 1;
-    return { class: `c${Math.max(0, number) % 6}`, "stroke-dasharray": isRandom(key) ? "1 4" : DASHES[Math.max(0, number) % 6] };
+    const look = Math.max(0, number) % DASHES.length;
+    return { class: `c${look}`, "stroke-dasharray": isRandom(key) ? "1 4" : DASHES[look] };
   });
 }
 
@@ -31,26 +32,36 @@ function axes({ high, low, last, x, y }) {
     draw("line", { class: "axis", x1: PLOT.left, x2: PLOT.right, y1: y(value), y2: y(value) }),
     draw("text", { x: PLOT.left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toPrecision(2)),
   ]);
-  const steps = [0, last].map((step) => draw("text", { x: x(step), y: PLOT.bottom + 18, "text-anchor": step ? "end" : "start" }, step ? `step ${step}` : "0"));
+  const steps = [[0, "start", "0"], [last, "end", `step ${last}`]].map(([step, anchor, text]) =>
+    draw("text", { x: x(step), y: PLOT.bottom + 18, "text-anchor": anchor }, text));
   return [...ticks.flat(), ...steps];
+}
+
+function curve(points, look, key, { x, y }) {
+  const places = points.map(([step, value]) => `${x(step).toFixed(2)},${y(value).toFixed(2)}`);
+  const line = draw("polyline", { ...look, "data-key": key, points: places.join(" ") });
+  if (points.length >= 10) return [line];
+  // of few points each is marked: one alone makes no line
+  const mark = ([step, value]) => draw("circle", { class: look.class, cx: x(step), cy: y(value), r: 3 });
+  return [line, ...points.map(mark)];
 }
 
 function chart(title, curves) {
   const scale = scales(title, curves), looks = styles(curves);
-  const lines = curves.map(([key, points], number) => draw("polyline", {
-    ...looks[number], "data-key": key, points: points.map(([step, value]) => `${scale.x(step).toFixed(2)},${scale.y(value).toFixed(2)}`).join(" "),
-  }));
-  // of few points each is marked: with one alone there is no line
-  const marks = curves.flatMap(([, points], number) => (points.length < 10 ? points : []).map(([step, value]) => draw("circle",
-    { ...looks[number], "stroke-dasharray": "", "stroke-width": 2, fill: "none", cx: scale.x(step), cy: scale.y(value), r: 3 })));
-  const picture = draw("svg", { viewBox: "0 0 360 210", role: "img", "aria-label": `${title}; the numbers are below`, "data-range": [scale.last, scale.low, scale.high].join(" ") }, ...axes(scale), ...lines, ...marks);
+  const drawn = curves.flatMap(([key, points], number) => curve(points, looks[number], key, scale));
+  const picture = draw("svg", {
+    viewBox: "0 0 360 210", role: "img", "aria-label": `${title}; the numbers are below`,
+    "data-range": [scale.last, scale.low, scale.high].join(" "),
+  }, ...axes(scale), ...drawn);
   return make("figure", {}, make("h3", { text: title }), picture, keysOf(curves, looks), numbers(title, curves));
 }
 
 function keysOf(curves, looks) {
-  const entries = curves.map(([key, points], number) => make("li", {},
-    draw("svg", { viewBox: "0 0 30 10", "aria-hidden": "true" }, draw("line", { ...looks[number], x1: 0, x2: 30, y1: 5, y2: 5 })),
-    `${nameOf(key)} ${points.at(-1)[1].toPrecision(3)}`));
+  const entries = curves.map(([key, points], number) => {
+    const line = draw("line", { ...looks[number], x1: 0, x2: 30, y1: 5, y2: 5 });
+    const sample = draw("svg", { viewBox: "0 0 30 10", "aria-hidden": "true" }, line);
+    return make("li", {}, sample, `${nameOf(key)} ${points.at(-1)[1].toPrecision(3)}`);
+  });
   return make("ul", { className: "keys" }, ...entries);
 }
 
@@ -63,18 +74,21 @@ function numbers(title, curves) {
 }
 
 function figures() {
-  const rows = data.figures.map(([name, , value, chance]) => [name, percent(value, 1), chance === null ? "not known" : percent(chance, 1)]);
-  return table("Held-out figures of the last validation", ["held out, at the last validation", "this run", "by chance, or random masks"], rows);
+  const given = (share) => (share === null ? "not known" : percent(share, 1));
+  const rows = data.figures.map(([name, , value, chance]) => [name, given(value), given(chance)]);
+  const head = ["held out, at the last validation", "this run", "by chance, or random masks"];
+  return table("Held-out figures of the last validation", head, rows);
 }
 
 function startRun() {
   if (data.curves === null) {
-    element("charts").append(make("p", { text: "There is no metrics.jsonl beside the checkpoint, so there are no curves." }));
+    const none = "There is no metrics.jsonl beside the checkpoint, so there are no curves.";
+    element("charts").append(make("p", { text: none }));
     return;
   }
   if (data.figures.length) element("figures").append(figures());
   else element("figures").append(make("p", { text: "The run has not been validated yet." }));
   element("charts").append(...data.curves.map(([title, curves]) => chart(title, curves)));
   const gain = data.figures.find(([, key]) => key === "val_photo_gain");
-  if (gain) element("run-answer").textContent = `In this run it adds ${percent(gain[2], 1)} of the masked words.`;
+  if (gain) say("run-answer", `Here ${percent(gain[2], 1)} of held-out masked words are owed to it.`);
 }
