@@ -153,6 +153,15 @@ def page(found: dict) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda name: filled[name[1]], read("template.html"))
 
 
+def opened(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
+    """`open_run`, where weights that do not fit and parts that are not there are refused, too."""
+    try:
+        return open_run(checkpoint, root, device)
+    except (RuntimeError, KeyError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"{checkpoint}: saved by another version of this code ({why})") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -165,14 +174,12 @@ def main(argv: list[str] | None = None) -> None:
     if not 2 <= args.photos <= 64:
         parser.error(f"--photos {args.photos}: from 2 to 64")
     try:
-        run, dataset = open_run(args.checkpoint, args.root, args.device)
+        run, dataset = opened(args.checkpoint, args.root, args.device)
         with torch.no_grad():
             found = gather(run, dataset, args.photos, args.checkpoint.parent / "metrics.jsonl")
         args.file.write_text(page(found), encoding="utf-8")
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"explore.py: {error}")
-    except (RuntimeError, KeyError, TypeError) as error:  # weights that do not fit, a key that is not there
-        sys.exit(f"explore.py: {args.checkpoint}: saved by another version of this code ({str(error).splitlines()[0]})")
     print(f"{args.file}: {args.file.stat().st_size / 2**20:.1f} MiB, {len(found['photos'])} photos")
 
 

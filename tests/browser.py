@@ -4,6 +4,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")  # fmt: skip
+PATIENCE = 60  # seconds
 KEYS = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
@@ -27,12 +29,13 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="chromium-")
         (read, self.out), (self.into, write) = os.pipe(), os.pipe()
         # it reads from 3 and writes to 4, which must not be in the way of each other
-        read, write = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (read, write))
-        ends = [(os.POSIX_SPAWN_DUP2, read, 3), (os.POSIX_SPAWN_DUP2, write, 4)]
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (read, write)]
+        ends = [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(high, (3, 4), strict=True)]
         ends += [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
         command = [program, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self.process = os.posix_spawn(program, command, dict(os.environ), file_actions=ends, setpgroup=0)
-        os.close(read), os.close(write)
+        for end in (read, write, *high):  # its own alone, or its end would go unnoticed
+            os.close(end)
         self.session = None
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -43,6 +46,8 @@ class Browser:
         """End it and all that it started."""
         os.killpg(self.process, signal.SIGKILL)
         os.waitpid(self.process, 0)
+        os.close(self.into)
+        os.close(self.out)
         shutil.rmtree(self.profile, ignore_errors=True)
 
     def ask(self, method: str, **parameters) -> dict:
@@ -58,6 +63,8 @@ class Browser:
 
     def _next(self) -> dict:
         while b"\0" not in self.rest:
+            if not select.select([self.into], [], [], PATIENCE)[0]:
+                raise RuntimeError(f"the browser has not answered for {PATIENCE} seconds")
             part = os.read(self.into, 1 << 20)
             if not part:
                 raise RuntimeError("the browser has ended")

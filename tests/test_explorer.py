@@ -304,7 +304,10 @@ def test_refusals_are_one_line(made, tmp_path, capsys):
         (["--checkpoint", f"{tmp_path}/tuned.pt"], "the run is a fine-tuning"),
         (["--checkpoint", f"{tmp_path}/other.pt"], "saved by another version of this code"),
         (["--checkpoint", f"{tmp_path}/last.pt", "--photos", "2"], f"{tmp_path}/metrics.jsonl line 2: not a line of"),
-        (["--checkpoint", f"{made.out}/last.pt", "--photos", "2", "--file", "/nowhere/e.html"], "/nowhere/e.html"),
+        (
+            ["--checkpoint", f"{made.out}/last.pt", "--photos", "2", "--file", f"{tmp_path}/none/e.html"],
+            f"{tmp_path}/none/e.html",
+        ),
         (["--checkpoint", f"{made.out}/last.pt", "--photos", "1"], "--photos 1: from 2 to 64"),
     ):
         with pytest.raises(SystemExit) as caught:

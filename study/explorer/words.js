@@ -46,8 +46,8 @@ function showPeak(view, peak) {
 }
 
 function verdict(photo, word, peak, times) {
-  const at = `“${wordOf(photo, word)}” looks most at row ${Math.floor(peak / grid) + 1}, column ${(peak % grid) + 1}, `
-    + `${times.toFixed(1)} times as much as at the average patch`;
+  const place = `row ${Math.floor(peak / grid) + 1}, column ${(peak % grid) + 1}`;
+  const at = `“${wordOf(photo, word)}” looks most at ${place}, ${times.toFixed(1)} times as much as at the average patch`;
   if (!knowsTruth) return `${at}.`;
   const { named, shown, region } = data.photos[photo].words[word];
   if (!shown) return `${at}; ${named ? "this photo does not show it" : "it names nothing that a photo could show"}.`;
