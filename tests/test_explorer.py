@@ -140,6 +140,7 @@ def test_maps_are_what_the_momentum_model_attends_to(made):
             rows = heat[b][starts[b]]
             drawn = unpacked(shown["map"]).view(rows.shape).float()
             assert shown["peaks"] == rows.argmax(dim=1).tolist() == drawn.argmax(dim=1).tolist()
+            assert shown["times"] == pytest.approx((rows.amax(dim=1) / rows.mean(dim=1)).tolist())
             assert (drawn == 255).sum(dim=1).tolist() == [1] * len(rows)
             assert (drawn / 255 - rows / rows.amax(dim=1, keepdim=True)).abs().max() < 2 / 255
 
@@ -251,16 +252,16 @@ def hostile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     texts = [
         f"red shirt {HOSTILE}",
-        "blue <b>dress</b>, long",
-        "<!-- green hat",
+        "<!-- blue <b>dress</b>, long",
         "caf\u00e9 \u2028 shirt {{script}}",
+        "!!!",
         HOSTILE,
     ]
     write_photos(folder / "photos", texts)
     dataset = build_dataset("jsonl", folder / "photos", "val", 32)
     run = untrained(["--data", "jsonl", "--preset", "tiny", "--recipe", "albef", "--fusion-layers", "1"], dataset)
     with torch.no_grad():
-        found = explore.gather(run, dataset, 4, folder / "metrics.jsonl")
+        found = explore.gather(run, dataset, 5, folder / "metrics.jsonl")
     file = folder / "explore.html"
     file.write_text(explore.page(found), encoding="utf-8")
     return SimpleNamespace(file=file, found=found, texts=texts)
@@ -349,10 +350,11 @@ def test_the_page_fits_asks_for_nothing_and_complains_of_nothing(made, hostile, 
 
 def test_captions_run_nothing(hostile, browser):
     browser.open(hostile.file)
-    for number in range(4):
+    for number in range(5):
         browser.run(f"choosePhoto({number})")
         assert browser.run("element('word-caption').textContent.trim()") == hostile.texts[number]
-    assert browser.run("document.querySelectorAll('img[src=x]').length") == 0
+        assert browser.run("element('word-map').querySelector('img').alt").startswith(f"photo {number + 1}")
+    assert browser.run("wordCount(3)") == 0 and browser.run("document.querySelectorAll('img[src=x]').length") == 0
     assert browser.run("document.title") != "1" and browser.errors == []
     assert "There is no metrics.jsonl" in browser.run("element('run').textContent")
     assert browser.run("getComputedStyle(element('word-truth').parentElement).display") == "none"

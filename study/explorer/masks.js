@@ -6,8 +6,7 @@ const HIDDEN = [128, 129, 134, 255];
 let softWord = 0;
 
 const shareOf = (id) => Number(element(id).value);
-const farFrom = (share) => (one) => Math.abs(one - 100 * share);
-const nearestShare = (share) => best(data.run.shares, (one) => -farFrom(share)(one));
+const nearestShare = (share) => best(data.run.shares, (one) => -Math.abs(one - 100 * share));
 
 /** The words and the patches of a photo that masks of one kind hide. */
 function hiddenBy(kind, photo, patchShare, wordShare) {
@@ -73,13 +72,14 @@ function chooseSoft(number, aloud) {
 }
 
 function drawSoftText() {
-  const { photo } = chosen, facts = data.photos[photo].words || [];
+  const { photo } = chosen;
   const text = element("panels").querySelector('[data-kind="soft"] .caption');
   showText(text, photo, (string, number) => make("button", {
     type: "button", className: kindOf(photo, number), text: string, dataset: { word: number },
     onclick: () => chooseSoft(number, true), onfocus: () => chooseSoft(number, true),
   }));
-  if (wordCount(photo)) chooseSoft(Math.max(0, facts.findIndex((fact) => fact.shown && fact.detail)), false);
+  if (wordCount(photo)) chooseSoft(firstDetail(photo), false);
+  else showAlone(text.previousElementSibling);
 }
 
 /** Skill: how far on the way from random masks to perfect ones, (value − random) / (1 − random). */

@@ -106,6 +106,14 @@ function kindOf(photo, number) {
 const wordOf = (photo, number) => data.photos[photo].parts.find((part) => part[1] === number)[0];
 const wordCount = (photo) => data.photos[photo].parts.filter((part) => part[1] !== null).length;
 
+/** The word to begin with: the first for a detail that the photo shows, if there is one. */
+function firstDetail(photo) {
+  return Math.max(0, (data.photos[photo].words || []).findIndex(({ shown, detail }) => shown && detail));
+}
+
+/** The chosen photo with nothing above it. */
+const showAlone = (view) => view.replaceChildren(image(data.photos[chosen.photo].image, `photo ${chosen.photo + 1}`));
+
 function choosePhoto(number) {
   chosen.photo = number;
   for (const strip of document.querySelectorAll(".strip")) press(strip, strip.children[number]);

@@ -79,8 +79,12 @@ function drawRebuilt() {
   const { photo } = chosen, { tokens } = data.rebuilt[photo];
   drawPainted();
   showText(element("rebuilt-caption"), photo, maskedText(photo));
-  if (tokens.length) showToken(0);
-  else for (const id of ["own-photo", "other-photo", "own-guesses", "other-guesses"]) element(id).replaceChildren();
+  if (tokens.length) {
+    showToken(0);
+    return;
+  }
+  for (const id of ["own-photo", "other-photo", "own-guesses", "other-guesses"]) element(id).replaceChildren();
+  say("rebuilt-live", "No word of this text is masked.");
 }
 
 function answerRebuilt() {

@@ -83,8 +83,12 @@ function wordButton(string, number) {
 function drawWords() {
   const { photo } = chosen;
   showText(element("word-caption"), photo, wordButton);
-  const facts = data.photos[photo].words || [];
-  if (wordCount(photo)) showWord(Math.max(0, facts.findIndex((fact) => fact.shown && fact.detail)));
+  if (wordCount(photo)) {
+    showWord(firstDetail(photo));
+    return;
+  }
+  for (const view of ["word-map", "word-truth"]) showAlone(element(view));
+  say("word-live", "No word of this text is ever masked.");
 }
 
 /** How often each source is right, in what its layers agree on where there are several. */
