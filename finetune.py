@@ -14,7 +14,9 @@ best on products held out from the training split; results.json, that step on th
 picture: examples.png, or confusion.png with classes.tsv.
 """
 
+import harness.start  # noqa: F401  isort: skip
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from harness.batches import (
@@ -35,11 +36,13 @@ from harness.batches import (
     text_features,
     texts_to_search,
 )
-from harness.checkpoints import begin, load_checkpoint, load_weights
+from harness.checkpoints import begin, load_weights
 from harness.finetune_config import FinetuneConfig, check_flags, parse_config
-from harness.flags import ConfigError
+from harness.flags import ConfigError, in_one_line
+from harness.host import claimed
 from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
 from harness.splits import hold_out, numbers_of, open_photos, open_statements, open_triplets
+from harness.trust import load_checkpoint, read_tokenizer
 from harness.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
 from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
 from measures.pictures import draw_answers, draw_confusion
@@ -392,6 +395,12 @@ TASKS = {"retrieval": Retrieval, "tgir": TextGuided, "category": Recognition, "s
 
 def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | None:
     """Fine-tune, keep the step that does best on held-out products, and report it. -> results, None if stopped."""
+    with claimed(Path(config.out)):
+        return train_and_report(config, given, source)
+
+
+def train_and_report(config: FinetuneConfig, given: set[str], source: dict) -> dict | None:
+    """`finetune` in a folder that is its own."""
     state, out = None, Path(config.out)
     if not config.eval_only:
         config, state = begin(config, given, check_flags)
@@ -401,9 +410,8 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | No
     reported = task.open(config.split)
     print(f"{config.split}: {reported.report()}")
     if config.eval_only:
-        run, best = build_run(config, reported, Tokenizer.from_str(source["tokenizer"])), source
+        run, best = build_run(config, reported, read_tokenizer(source, config.checkpoint)), source
         load_weights(run, best, config.checkpoint)
-        out.mkdir(parents=True, exist_ok=True)
     else:
         whole = task.open("train")
         train_set, held_out = task.divide(whole)
@@ -421,7 +429,7 @@ def train_task(
     task: Task, train_set: PhotoDataset, held_out: PhotoDataset, source: dict, state: dict | None
 ) -> Run | None:
     """Train as train.py does, over the task's own losses and validation. -> the run; None if it was stopped."""
-    config, run = task.config, build_run(task.config, train_set, Tokenizer.from_str(source["tokenizer"]))
+    config, run = task.config, build_run(task.config, train_set, read_tokenizer(source, task.config.checkpoint))
     if state is None and not config.from_scratch:
         load_weights(run, source, config.checkpoint)
     name = f"{config.task} from {'scratch' if config.from_scratch else config.checkpoint}"
@@ -469,6 +477,7 @@ def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> di
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from harness.start
     try:
         if torch.distributed.is_torchelastic_launched():
             raise ConfigError("fine-tuning and search run in one process; start without torchrun")
@@ -478,7 +487,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             finetune(config, given, source)
     except (ConfigError, DataError, NonFiniteLoss, OSError) as error:
-        sys.exit(f"finetune.py: {error}")
+        sys.exit(f"finetune.py: {in_one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("finetune.py: stopped")
 

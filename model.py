@@ -24,7 +24,7 @@ from torch import Tensor, nn
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
-def setting(default, help: str, low: float = 1, high: float | None = None):
+def setting(default, help: str, low: float = 1, high: float = 4096):
     """A field of `ModelConfig` with its meaning and the range that it must lie in."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
@@ -51,13 +51,13 @@ class ModelConfig:
     embed_dim: int = setting(256, "width E of the contrastive space")
     max_length: int = setting(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
     dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.99)
-    vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6)  # a word at least
+    vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6, high=10**7)
     classes: int = 0  # of the recognition head; 0: there is none. No flag: the labels are counted
 
     def __post_init__(self):
         for spec in (spec for spec in fields(self) if spec.metadata):
             value, low, high = getattr(self, spec.name), spec.metadata["low"], spec.metadata["high"]
-            if not value >= low or (high is not None and value > high):  # nor what is not a number
+            if not low <= value <= high:  # nor what is not a number
                 bound = f"more than {high}" if value >= low else f"not {low} or more"
                 raise ValueError(f"{spec.name} {value} is {bound}")
         if self.image_size % self.patch_size:

@@ -12,9 +12,10 @@ step, in photos or captions; "to [CLS]" where the last fusion layer makes [CLS] 
 What a run leaves in --out: config.json, metrics.jsonl (its keys: harness/log.py), curves.png, masks.png, last.pt.
 """
 
-import contextlib
+import harness.start  # noqa: F401  isort: skip
 import json
 import os
+import signal
 import sys
 import time
 import zlib
@@ -24,18 +25,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import build_dataset, telling_pieces, word_regions
 from harness.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
-from harness.checkpoints import begin, claimed, restore, save_checkpoint
+from harness.checkpoints import begin, restore, save_checkpoint
 from harness.config import FREE_ON_RESUME, TrainConfig, check_flags, ema_decay, learning_rate, parse_config
-from harness.flags import ConfigError
+from harness.flags import ConfigError, in_one_line
+from harness.host import claimed
 from harness.log import Metrics, Progress, StopSignals
 from harness.precision import fitting_precision
 from harness.ranks import Ranks, speak_up
 from harness.run import FiniteWatch, Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run
+from harness.trust import read_tokenizer
 from harness.weights import WeightsError, load_pretrained
 from harness.wiring import (
     Teacher,
@@ -267,14 +269,19 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
     """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early.
 
     Under torchrun every process calls this; the lines of all but the first lack the validation."""
-    config, state = begin(config, given, check_flags)
+    with claimed(Path(config.out)):
+        return pretrain(*begin(config, given, check_flags))
+
+
+def pretrain(config: TrainConfig, state: dict | None) -> dict | None:
+    """`train` by a recipe, from the start or from a checkpoint's state."""
     ranks = Ranks.join(config.device)
     where = config.model.image_size, config.seed, config.products
     train_set, val_set = (build_dataset(config.data, config.root, split, *where) for split in ("train", "val"))
     if config.prompts:  # held-out texts as the downstream tasks give them: without what the prompts would tell
         train_set.prompts, val_set.lead = True, DESCRIPTION
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
-    tokenizer = Tokenizer.from_str(state["tokenizer"]) if state else learn_vocabulary(config, train_set)
+    tokenizer = read_tokenizer(state, f"{config.out}/last.pt") if state else learn_vocabulary(config, train_set)
     report_cut_texts(train_set, tokenizer)
     run = build_run(config, train_set, tokenizer, ranks)
     run.telling = telling_pieces(tokenizer, train_set.captions, config.frequent)
@@ -285,8 +292,8 @@ def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
         run.momentum.update(run.model, decay=0)
 
     def held_out(run: Run) -> tuple[dict[str, float], list[str]]:
-        figures, known = validate(run, val_set), truth(run, train_set, val_set) if ranks.leads else {}
-        return figures | known, truth_in_words(known)
+        (figures, chance), known = validate(run, val_set), truth(run, train_set, val_set) if ranks.leads else {}
+        return figures | known, [*chance, *truth_in_words(known)]
 
     job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
     final = work(run, job, train_set, state)
@@ -315,25 +322,24 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
     taken, why = fitting_precision(run.device)
     print(f"precision {config.precision}" + (f", {why}" if config.precision == taken else f"; auto takes {taken} here"))
-    with claimed(out) if ranks.leads else contextlib.nullcontext():
-        if resumed_step is None and (out / "last.pt").exists():  # made while this one read its photos
-            raise ConfigError(f"{out} holds a run already; choose another --out")
-        if ranks.leads:
-            (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        metrics = Metrics(out / "metrics.jsonl" if ranks.leads else Path(os.devnull), resumed_step)
-        try:
-            with StopSignals(second_stops=ranks.count == 1) as stop:
-                return loop(run, job, dataset, metrics, stop)
-        finally:
-            if ranks.leads and any("loss" in line for line in metrics.lines):
-                draw_curves(metrics.lines, out / "curves.png", job.panels)
+    if ranks.leads:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    metrics = Metrics(out / "metrics.jsonl" if ranks.leads else Path(os.devnull), resumed_step)
+    progress = Progress(run, metrics)
+    try:
+        with StopSignals(second_stops=ranks.count == 1) as stop:
+            return loop(run, job, dataset, progress, stop)
+    finally:
+        progress.bar.close()  # or an error would stand behind it
+        if ranks.leads and any("loss" in line for line in metrics.lines):
+            draw_curves(metrics.lines, out / "curves.png", job.panels)
 
 
-def loop(run: Run, job: Job, dataset: PhotoDataset, metrics: Metrics, stop: StopSignals) -> dict | None:
+def loop(run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: StopSignals) -> dict | None:
     """schedule → forward → backward → clip → step → EMA → log → save → validate, until the last step."""
     config, ranks, last = run.config, run.ranks, Path(run.config.out) / "last.pt"
     batches, forward = endless_batches(run, dataset), ranks.parallel(Step(run, job))
-    progress, watch = Progress(run, metrics), FiniteWatch(run, last)
+    metrics, watch = progress.metrics, FiniteWatch(run, last)
     validate_when_due(run, job, metrics, progress.say)  # a run may have been stopped between saving and validating
     while run.step < run.total_steps and not job.stalled(metrics.lines):  # only fine-tuning, in one process, stalls
         start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
@@ -398,12 +404,13 @@ def validate_when_due(run: Run, job: Job, metrics: Metrics, say: Callable[[str],
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from harness.start
     try:
         config, given = parse_config(argv)
         train(config, given)
     except (ConfigError, DataError, WeightsError, NonFiniteLoss, OSError) as error:
         speak_up()
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {in_one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")
     finally:

@@ -1,6 +1,5 @@
 """Photos and texts on their way into the model: endless batches to train on, whole data sets to encode."""
 
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
 from harness.config import TrainConfig
+from harness.host import own_session
 from harness.ranks import Ranks
 from harness.run import Run, autocast
 from photos.dataset import DataError, PhotoDataset
@@ -32,11 +32,6 @@ class Share:
         return map(self.ranks.part, self.sampler)
 
 
-def own_session(_worker: int) -> None:
-    """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
-    os.setsid()
-
-
 def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
     """This rank's share of the batches from the current step on, epoch after epoch, on its device."""
     loader = DataLoader(
@@ -53,8 +48,14 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
     while True:
         run.sampler.set_epoch(epoch, first_batch)
         run.ranks.check_same("batches", zlib.crc32(run.sampler.order))
-        for batch in loader:
-            yield run.ranks.agree(to_device(batch, run.device))
+        try:
+            for batch in loader:
+                yield run.ranks.agree(to_device(batch, run.device))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            died = "a data loading process died, for want of memory perhaps"
+            raise DataError(f"{died}; --resume goes on from {run.config.out}/last.pt, with fewer --workers") from None
         epoch, first_batch = epoch + 1, 0
 
 

@@ -1,9 +1,6 @@
-"""Checkpoints, last.pt and best.pt: what is in them, read without running code, gone on from."""
+"""Checkpoints, last.pt and best.pt: what is in them, how runs go on from them, how tasks start from them."""
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,27 +8,9 @@ import torch
 
 from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from harness.flags import ConfigError, flag_of
-from harness.run import NonFiniteLoss, Run
+from harness.run import NonFiniteLoss, Run, check_memory, way_back
+from harness.trust import check_finite, check_like, check_sampler, check_types, load_checkpoint
 from model import ModelConfig
-
-
-@contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """While two runs wrote into one folder, each would spoil the other's files: the second is refused. The claim, on a
-    file that stays, ends with the process that holds it, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, other than flock, loader workers do not inherit
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(f"{out} is being written by process {file.read()}; choose another --out") from None
-        except OSError:
-            print(f"{out}: this file system has no locks, so another run into it would go unnoticed")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -42,8 +21,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
     """
     if not torch.stack([weight.isfinite().all() for weight in run.model.parameters()]).all():
         run.writer.wait()
-        kept = f"{path} is the last good state" if path.exists() else "there is no checkpoint yet"
-        raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {kept}; try a lower --lr")
+        raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {way_back(path)}")
     sampler = run.sampler.state_dict()
     if not run.ranks.leads:
         return
@@ -63,21 +41,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "telling": run.telling,
         "worth": run.worth.state_dict(),
     }
-    run.writer.write(state, path)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint without running pickled code. Raises ConfigError when it is not one of ours."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such checkpoint") from None
-    except Exception:  # torch raises many kinds for a file that is not its own
-        raise ConfigError(f"{path}: not a checkpoint of train.py") from None
-    parts = {"model", "momentum", "queue", "optimizer", "sampler", "data", "config", "tokenizer", "step"}
-    if not isinstance(state, dict) or not parts <= state.keys():
-        raise ConfigError(f"{path}: not a checkpoint of train.py")
-    return state
+    run.writer.write(state, path, run.config.keep if path.name == "last.pt" else 1)
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
@@ -85,9 +49,11 @@ def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopC
     if kind is TrainConfig and saved.get("task"):
         raise ConfigError(f"the run is a fine-tuning, --task {saved['task']} of finetune.py; this is for pretraining")
     try:
-        return kind(**saved | {"model": ModelConfig(**saved["model"])})
+        config = kind(**saved | {"model": ModelConfig(**saved["model"])})
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"the run was saved by another version of this code ({error})") from None
+    check_types(config, "the saved config")
+    return config
 
 
 def resumed_config(
@@ -110,20 +76,43 @@ def resumed_config(
 
 
 def restore(run: Run, state: dict) -> None:
-    """Put a run where its checkpoint left off, and let go of the state, which is as large as the run itself."""
+    """Put a run where its checkpoint left off, and let go of the state, which is as large as the run itself. Raises
+    ConfigError for a state that is not one of this run."""
+    last = f"{run.config.out}/last.pt"
     if state["data"] != run.data:
-        raise ConfigError(f"{run.config.out}/last.pt was trained on other rows than the training split holds now")
-    try:
-        run.model.load_state_dict(state["model"])
-        run.momentum.model.load_state_dict(state["momentum"])
-        run.queue.load_state_dict(state["queue"])
-        run.worth.load_state_dict(state["worth"])
-    except RuntimeError:
-        raise ConfigError(f"{run.config.out}/last.pt was saved by another version of this code") from None
-    run.optimizer.load_state_dict(state["optimizer"])
+        raise ConfigError(f"{last} was trained on other rows than the training split holds now")
+    if state["step"] > run.total_steps:
+        raise ConfigError(f"{last} is at step {state['step']} of {run.total_steps}")
+    fill(run, state, last)
+    check_like(state["queue"], run.queue.state_dict(), f"{last}: queue")
+    run.queue.load_state_dict(state["queue"])
+    restore_optimizer(run.optimizer, state["optimizer"], f"{last}: optimizer")
+    check_sampler(state["sampler"], len(run.sampler), run.sampler.dataset_size, f"{last}: sampler")
     run.sampler.load_state_dict(state["sampler"])
     run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])
     state.clear()
+
+
+def fill(run: Run, state: dict, where: str | Path) -> None:
+    """A checkpoint's weights, of both models, and what photos are worth into a run. Raises ConfigError where they are
+    not of its sizes, or not finite."""
+    for name, part in {"model": run.model, "momentum": run.momentum.model, "worth": run.worth}.items():
+        check_like(state[name], part.state_dict(), f"{where}: {name}")
+        check_finite(state[name], f"{where}: {name}")
+        part.load_state_dict(state[name])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where: str) -> None:
+    """Its moments. What else a checkpoint has of it, such as betas, the config says."""
+    mine, found = optimizer.state_dict(), saved.get("state")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if found:  # nothing before the first step
+        names = ("exp_avg", "exp_avg_sq")
+        moments = lambda w: {"step": torch.tensor(0.0)} | {name: w.detach() for name in names}
+        check_like(found, {number: moments(weight) for number, weight in enumerate(weights)}, where)
+    elif found is None:
+        raise ConfigError(f"{where} has no state")
+    optimizer.load_state_dict(mine | {"state": found})
 
 
 def begin(
@@ -131,6 +120,7 @@ def begin(
 ) -> tuple[LoopConfig, dict | None]:
     """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten."""
     last = Path(config.out) / "last.pt"
+    check_memory(config)
     if config.resume:
         state = load_checkpoint(last)
         return resumed_config(config, given, state, check), state
@@ -141,12 +131,10 @@ def begin(
 
 def load_weights(run: Run, source: dict, where: str) -> None:
     """A checkpoint's weights into both models; the recognition head may be new, unused parts are left out."""
-    try:
-        report = run.model.load_state_dict(source["model"], strict=False)
-    except RuntimeError as error:
-        raise ConfigError(f"{where}: does not fit its own config ({str(error).splitlines()[-1].strip()})") from None
-    unused = ("class_head", "adapter", "phrases", "detector")
-    wrong = [name for name in report.missing_keys if not name.startswith("class_head")]
-    if wrong := wrong + [name for name in report.unexpected_keys if not name.startswith(unused)]:
-        raise ConfigError(f"{where}: does not fit its own config, {wrong[0]} and {len(wrong) - 1} more names")
+    unused, mine, found = ("class_head", "adapter", "phrases", "detector"), run.model.state_dict(), source["model"]
+    fills = {name: tensor for name, tensor in found.items() if name in mine or not str(name).startswith(unused)}
+    new = {name: tensor for name, tensor in mine.items() if name.startswith("class_head") and name not in fills}
+    check_like(fills, {name: tensor for name, tensor in mine.items() if name not in new}, f"{where}: model")
+    check_finite(fills, f"{where}: model")
+    run.model.load_state_dict(fills | new)
     run.momentum.update(run.model, decay=0)

@@ -61,11 +61,12 @@ class LoopConfig:
     device: str = always("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
     precision: Precision = always("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
     compile: bool = option(False, "torch.compile the layers")
-    workers: int = always(0, "data loading processes, for each process that trains", low=0)
+    workers: int = always(0, "data loading processes, for each process that trains", low=0, high=1024)
     log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
     val_every: int = option(200, "steps between validations", low=1)
     val_products: int = option(1000, "held-out products to validate on, at most", low=2)
     save_every: int = option(200, "steps between checkpoints; one is also saved before each validation", low=1)
+    keep: int = option(2, "checkpoints kept: last.pt, the one before as last-2.pt, …", low=1, high=1000)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -150,8 +151,9 @@ MODEL_FLAGS = {
     **dict.fromkeys(("local_image", "local_text", "alignment", "detector"), ("fashionfine",)),
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
-# What a resumed run may change: nothing that decides its result. (The number of processes decides what is drawn.)
-FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every"}
+# What a resumed run may change: nothing that decides its result, but for the learning rate, without which a run that
+# has diverged could not go on from an earlier checkpoint. (The number of processes decides what is drawn.)
+FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every", "keep", "lr"}
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:

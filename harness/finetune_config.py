@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from harness.checkpoints import load_checkpoint
 from harness.config import LoopConfig, always, check_loop
 from harness.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
+from harness.trust import load_checkpoint
 from model import ModelConfig
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]

@@ -10,9 +10,21 @@ from typing import Literal
 
 import torch
 
+from photos.dataset import legible
+
 
 class ConfigError(ValueError):
     """Flags that do not fit together, or a checkpoint that does not fit the flags."""
+
+    def __init__(self, message: str):
+        super().__init__(legible(message))
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says to the user; of the system's own, which file it is about and what is wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return str(error)
 
 
 def option(default, help: str, low: float | None = None, high: float | None = None, **metadata):
@@ -93,7 +105,9 @@ def check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device {name}: no such kind of device; try cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: cpu or cuda")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {name}: cpu, cuda or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")

@@ -55,15 +55,13 @@ The last line, with the last validation
 """
 
 import json
-import resource
 import signal
-import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from harness.host import peak_memory_mib
 from harness.run import Run
 
 LOSSES = ("itc", "itm", "mlm", "mim", "align", "rtd", "class")  # shown beside the bar
@@ -171,10 +169,3 @@ class StopSignals:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory this process held: on the GPU if it trains there, otherwise resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -13,6 +13,8 @@ def fitting_precision(device: torch.device) -> tuple[Precision, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "which this GPU multiplies itself"
         return "fp32", "since this GPU does not multiply bf16 itself"
+    if device.type == "mps":
+        return "fp32", "on a Mac's GPU, on which nothing here was ever tried"
     # every AVX-512 processor can compute in bf16, but only these instructions make it faster than fp32
     has = torch.cpu.get_capabilities()
     if torch.backends.mkldnn.is_available() and (has.get("amx_bf16") or has.get("avx512_bf16")):

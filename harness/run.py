@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from data import ANTONYMS, SYNONYMS, Collate, word_ids, word_pairs
 from harness.config import LoopConfig, TrainConfig
+from harness.flags import ConfigError
+from harness.host import memory_of
 from harness.precision import fitting_precision
 from harness.ranks import Ranks
 from harness.writer import Writer
@@ -155,8 +157,25 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
+def check_memory(config: LoopConfig) -> None:
+    """Raise ConfigError for sizes that this machine cannot hold: weights, gradients, AdamW's two moments and the
+    momentum model; the queue; the photos drawn. What a step needs beside is not reckoned."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in VisionLanguageModel(config.model).parameters())
+    needed = {
+        "the model": 5 * 4 * weights,
+        "--queue": config.queue * (2 * 4 * config.model.embed_dim + 16),
+        "--products": 12 * config.products * config.model.image_size**2 if config.data == "synthetic" else 0,
+    }
+    there, part = memory_of(torch.device(config.device)), max(needed, key=needed.get)
+    if there and sum(needed.values()) > there:
+        need, have = (f"{size / 2**30:,.0f} GiB" for size in (sum(needed.values()), there))
+        raise ConfigError(f"sizes need {need} at least, most of it {part}; {config.device} has {have}")
+
+
 def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
     """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
+    check_memory(config)
     torch.manual_seed(config.seed)
     ranks = ranks or Ranks(torch.device(config.device))
     if config.precision == "auto":
@@ -175,6 +194,15 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
     run = Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
     run.worth = PhotoWorth(config.model.vocab_size).to(ranks.device)
     return run
+
+
+def way_back(last: Path) -> str:
+    """What to do when a run has diverged."""
+    if not last.exists():
+        return "there is no checkpoint yet; try a lower --lr"
+    before = last.with_stem(f"{last.stem}-2")
+    older = f"; should it fail again, put {before.name} in its place" if before.exists() else ""
+    return f"{last} is the last good state: --resume with a lower --lr{older}"
 
 
 class FiniteWatch:
@@ -204,7 +232,8 @@ class FiniteWatch:
                 there.synchronize()
             if not answer:
                 self.run.writer.wait()
+                wrong = [key for key, value in values.items() if not value.isfinite() and key != "loss"]
                 parts = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
-                kept = f"{self.last} is the last good state" if self.last.exists() else "there is no checkpoint yet"
-                said = f"step {step}: the loss or its gradient is not finite ({parts}); {kept}; try a lower --lr"
-                raise NonFiniteLoss(said)
+                raise NonFiniteLoss(
+                    f"step {step}: {' and '.join(wrong) or 'loss'} not finite ({parts}); {way_back(self.last)}"
+                )

@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model import ModelConfig, VisionLanguageModel
+from photos.dataset import legible
 from photos.prompts import SYMBOLS
 
 
 class WeightsError(ValueError):
     """A weights file that cannot be read, or of which nothing fits the model."""
+
+    def __init__(self, message: str):
+        super().__init__(legible(message))
 
 
 @dataclass
@@ -40,22 +43,23 @@ class LoadReport:
         return "\n".join(lines)
 
 
-# Their names, made ours by the first rule that matches; \1 is a layer number.
-LAYER = r"(?:blocks|encoder\.layer|layers)\.(\d+)\."
+# Their names, made ours by the first rule that matches; \1 is a layer number. Of several spellings that of Hugging
+# Face's files comes first: study/export.py turns the rules round.
+LAYER = r"(?:encoder\.layer|blocks|layers)\.(\d+)\."
 VISION_RULES = [
     (r"(?:embeddings\.)?cls_token", "cls_token"),
-    (r"pos_embed|embeddings\.position_embeddings", "position_embed"),
-    (r"(?:patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.", "patch_embed."),
+    (r"(?:embeddings\.position_embeddings|pos_embed)", "position_embed"),
+    (r"(?:embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.", "patch_embed."),
     (LAYER + r"attn\.qkv\.", r"layers.\1.attention.qkv."),
     (LAYER + r"(?:attention\.attention\.query|attention\.q_proj)\.", r"layers.\1.attention.query."),
     (LAYER + r"(?:attention\.attention\.key|attention\.k_proj)\.", r"layers.\1.attention.key."),
     (LAYER + r"(?:attention\.attention\.value|attention\.v_proj)\.", r"layers.\1.attention.value."),
-    (LAYER + r"(?:attn\.proj|attention\.output\.dense|attention\.o_proj)\.", r"layers.\1.attention.output."),
-    (LAYER + r"(?:norm1|layernorm_before)\.", r"layers.\1.norm1."),
-    (LAYER + r"(?:norm2|layernorm_after)\.", r"layers.\1.norm2."),
-    (LAYER + r"(?:mlp\.fc1|intermediate\.dense)\.", r"layers.\1.mlp.0."),
-    (LAYER + r"(?:mlp\.fc2|output\.dense)\.", r"layers.\1.mlp.2."),
-    (r"(?:norm|layernorm)\.", "norm."),
+    (LAYER + r"(?:attention\.output\.dense|attn\.proj|attention\.o_proj)\.", r"layers.\1.attention.output."),
+    (LAYER + r"(?:layernorm_before|norm1)\.", r"layers.\1.norm1."),
+    (LAYER + r"(?:layernorm_after|norm2)\.", r"layers.\1.norm2."),
+    (LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.", r"layers.\1.mlp.0."),
+    (LAYER + r"(?:output\.dense|mlp\.fc2)\.", r"layers.\1.mlp.2."),
+    (r"(?:layernorm|norm)\.", "norm."),
 ]
 TEXT_RULES = [
     (r"embeddings\.word_embeddings\.", "text.word_embeddings."),
@@ -84,7 +88,8 @@ def load_pretrained(
 
     vision: a ViT in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated.
     text: a BERT in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder.
-    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads).
+    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads), or what
+    study/export.py wrote (`vit.*`, `bert.*`, `cls.*`, and under our names what has no counterpart there).
     Raises WeightsError when a file cannot be read or none of its tensors fits.
     """
     report = LoadReport([], {}, [])
@@ -94,6 +99,9 @@ def load_pretrained(
             continue
         renamed = {}
         for name, tensor in _read_weights(Path(path)).items():
+            if reason := unfit(tensor):
+                report.skipped[name] = reason
+                continue
             parts = rename(name, tensor, model.config)
             renamed.update(parts)
             if not parts:
@@ -106,6 +114,13 @@ def load_pretrained(
     return report
 
 
+def unfit(tensor: Tensor) -> str | None:
+    """Why a tensor can be nobody's weights, if so."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+        return "no dense tensor of real numbers"
+    return None if tensor.isfinite().all() else "not finite"
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -115,15 +130,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such weights file") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"{path}: holds more than plain tensors, pickled code it may be, which is never run"
+        ) from None
+    except Exception as error:  # forged and damaged files raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path}: cannot be read as .safetensors or plain tensors ({reason})") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
-    return {name.removeprefix("module."): t for name, t in state.items() if isinstance(t, Tensor)}
+    named = {legible(str(name)): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name.removeprefix("module."): tensor for name, tensor in named.items()}
 
 
 def _apply(rules: list[tuple[str, str]], name: str) -> str | None:
@@ -137,7 +157,7 @@ def _rename_vision(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, 
     ours = _apply(VISION_RULES, re.sub(r"^(vit|deit|model)\.", "", name))
     if ours is None:
         return {}
-    if ".qkv." in ours:  # timm keeps the three projections in one matrix
+    if ".qkv." in ours and tensor.ndim:  # timm keeps the three projections in one matrix
         parts = zip(("query", "key", "value"), tensor.chunk(3))
         return {"vision." + ours.replace("qkv", part): t for part, t in parts}
     if ours == "position_embed":
@@ -147,8 +167,10 @@ def _rename_vision(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, 
 
 def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
     """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] < 2:
+        return table
     side = round((table.shape[1] - 1) ** 0.5)
-    if table.ndim != 3 or side == grid or 1 + side**2 != table.shape[1]:
+    if side == grid or 1 + side**2 != table.shape[1]:
         return table
     patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
@@ -159,11 +181,11 @@ def _rename_text(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
     name = name.removeprefix("bert.")
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # TensorFlow
     if name == "embeddings.token_type_embeddings.weight":
-        return {"token_type": tensor}
+        return {"token_type": tensor} if tensor.ndim and len(tensor) else {}
     ours = _apply(TEXT_RULES, name)
     if ours is None:
         return {}
-    if ours == "text.position_embeddings":
+    if ours == "text.position_embeddings" and tensor.ndim:
         tensor = tensor[: config.max_length]
     if match := re.match(r"layers\.(\d+)\.", ours):
         number, rest = int(match[1]), ours[match.end() :]
@@ -173,20 +195,20 @@ def _rename_text(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Te
 
 
 def _rename_whole(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    if name.startswith("visual_encoder."):
+    if name.startswith(("visual_encoder.", "vit.")):
         return _rename_vision(name.removeprefix("visual_encoder."), tensor, config)
-    if name.startswith("text_encoder."):
+    if name.startswith(("text_encoder.", "bert.", "cls.")):
         return _rename_text(name.removeprefix("text_encoder."), tensor, config)
-    if re.match(r"(vision_proj|text_proj|itm_head)\.|temp$", name):
+    if re.match(r"(vision_proj|text_proj|itm_head|vision|decoder|class_head|adapter|phrases|detector)\.|temp$", name):
         return {name: tensor}
     return {}  # momentum copies, queues, pointers
 
 
 def _fold_token_types(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
     """BERT adds token type 0 at every position: add it to the position embeddings once and for all."""
-    token_type = renamed.pop("token_type", None)
-    if token_type is not None and "text.position_embeddings" in renamed:
-        renamed["text.position_embeddings"] = renamed["text.position_embeddings"] + token_type[0]
+    token_type, places = renamed.pop("token_type", None), renamed.get("text.position_embeddings")
+    if token_type is not None and places is not None and token_type[0].shape == places.shape[1:]:
+        renamed["text.position_embeddings"] = places + token_type[0]
     return renamed
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from data import encode, normalise, to_device
 from harness.run import Run, autocast
 from harness.wiring import teach
+from harness.writer import whole_file
 from masking import momentum_attention, random_patch_mask, random_word_mask, soft_mask
 from measures.scores import most_confused
 from measures.truth import shown_masks
@@ -46,7 +47,8 @@ def draw_curves(lines: list[dict], path: Path, panels: dict[str, list[str]] = PA
         axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 
@@ -80,7 +82,7 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, sid
     masks = [
         ("random", random_patch_mask(len(images), grid**2, run.config.mim_ratio, generator, run.device),
          random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
-        ("synchronized", patches, words),
+        ("synchronized" + ", in training not yet" * (run.step <= run.config.mask_warmup), patches, words),
         *shown_soft_masks(run, batch, generator),
     ]  # fmt: skip
     font, text_left = letters(14), (len(masks) + 1) * (side + 10) + 10
@@ -124,19 +126,26 @@ def draw_text(
     pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: Text, tokenizer: Tokenizer, mask: list[bool],
     corner: tuple[int, int], width: int,
 ) -> int:  # fmt: skip
-    """The text from `corner` on, broken at `width` pixels, its masked tokens blacked out but legible. -> its foot"""
-    (x, y), end, encoding = corner, (1, 0), encode(tokenizer, [text])[0]
+    """The text from `corner` on, broken between words at `width` pixels, its masked tokens blacked out but legible, and
+    … where it goes on beyond what the model reads. -> its foot"""
+    (x, y), encoding, words = corner, encode(tokenizer, [text])[0], []
     for piece, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, mask, strict=False):
         if piece is None:  # [CLS], [SEP]
             continue
-        x += 5 if (piece, start) > end else 0
-        size = font.getlength(text[piece][start:stop])
-        if x + size > corner[0] + width:
+        if not words or (piece, start) != words[-1][0]:
+            words.append([None, []])
+        words[-1][0] = (piece, stop)
+        words[-1][1].append((text[piece][start:stop], masked))
+    for _, pieces in [*words, *([(None, [("…", False)])] if encoding.overflowing else [])]:
+        if x + font.getlength("".join(piece for piece, _ in pieces)) > corner[0] + width and x > corner[0]:
             x, y = corner[0], y + 22
-        if masked:
-            pen.rectangle((x - 1, y, x + size + 1, y + 19), INK)
-        pen.text((x, y), text[piece][start:stop], PAPER if masked else INK, font)
-        x, end = x + size + 1, (piece, stop)
+        for piece, masked in pieces:
+            size = font.getlength(piece)
+            if masked:
+                pen.rectangle((x - 1, y, x + size + 1, y + 19), INK)
+            pen.text((x, y), piece, PAPER if masked else INK, font)
+            x += size + 1
+        x += 5
     return y + 22
 
 

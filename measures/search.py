@@ -17,15 +17,16 @@ from harness.checkpoints import load_weights
 from harness.finetune_config import FOUND, FinetuneConfig
 from harness.run import Run, autocast, build_run
 from harness.splits import lead_of, open_photos
+from harness.trust import read_tokenizer
 from harness.wiring import compose
 from measures.pictures import draw_answers
-from photos.dataset import DataError, PhotoDataset, square
+from photos.dataset import DataError, PhotoDataset, legible, square
 from photos.files import open_photo
 
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     """The best photos for words, for a photo, or for a photo changed by words, on a sheet. -> rows and scores."""
-    photo, tokenizer = None, Tokenizer.from_str(source["tokenizer"])
+    photo, tokenizer = None, read_tokenizer(source, config.checkpoint)
     if config.image:
         try:
             photo = square(open_photo(Path(config.image), config.model.image_size), config.model.image_size)
@@ -50,7 +51,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
         scores, best = matched.sigmoid(), best[order]
     found = [(int(rows[i]), s) for i, s in zip(best.tolist(), scores.tolist(), strict=True)][:FOUND]
     for row, score in found:
-        print(f"  {score:.3f}  {dataset.name_of(row)}  {dataset.captions[row]}")
+        print(f"  {score:.3f}  {legible(dataset.name_of(row))}  {dataset.captions[row]}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     words = "-".join(re.findall(r"\w+", f"found {config.query or ''} {Path(config.image or '').stem}".lower()))

@@ -6,7 +6,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import normalise, to_device
-from harness.batches import first_products, own_session, text_features, texts_to_search
+from harness.batches import first_products, text_features, texts_to_search
+from harness.host import own_session
 from harness.run import Run, autocast
 from losses import pick_negatives, same_pairs
 from masking import random_word_mask
@@ -15,9 +16,10 @@ from photos.dataset import DataError, PhotoDataset
 
 
 @torch.no_grad()
-def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
+def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[str]]:
     """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped. Every rank
-    takes its share of the batches, and the first one, to whom the figures are given, ranks photos and texts."""
+    takes its share of the batches, and the first one, to whom the figures are given, ranks photos and texts.
+    -> figures, and in a line what chance would give."""
     config, ranks = run.config, run.ranks
     run.model.eval()
     shown = first_products(dataset, config.val_products)
@@ -41,18 +43,21 @@ def validate(run: Run, dataset: PhotoDataset) -> dict[str, float]:
             found[number][1].extend(part.cpu() for part in (batch["rows"], *held_out_batch(run, batch)))
     merged = ranks.merge(found)
     if not ranks.leads:
-        return {}
+        return {}, []
     if not any(parts for _, parts in merged):
         raise DataError("no photo of the validation split could be read")
     parts = zip(*(parts for _, parts in merged if parts), strict=True)
     rows, image_feat, mlm, elsewhere, itm = map(torch.cat, parts)
     texts, *owners = texts_to_search(dataset, rows.numpy())
-    recalls = recalls_of([*full_rankings(image_feat, text_features(run, texts).cpu(), *owners)])
+    rankings = [*full_rankings(image_feat, text_features(run, texts).cpu(), *owners)]
+    recalls = recalls_of(rankings)
     figures = {key.removeprefix("full_"): value for key, value in recalls.items() if key != "full_mean"}
     share = lambda hits: hits.float().mean().item()
     figures |= {"mlm_accuracy": share(mlm), "photo_gain": share(mlm) - share(elsewhere), "itm_accuracy": share(itm)}
     figures["unreadable"] = sum(unreadable for unreadable, _ in merged)
-    return {f"val_{key}": value for key, value in figures.items()}
+    chance = {key: value for ranking in rankings for key, value in ranking.chance().items()}
+    by_chance = "  ".join(f"{key.removeprefix('full_')} {chance[key]:.3f}" for key in recalls if key in chance)
+    return {f"val_{key}": value for key, value in figures.items()}, [f"by chance: {by_chance}"]
 
 
 def held_out_batch(run: Run, batch: dict) -> tuple[Tensor, ...]:

@@ -15,8 +15,19 @@ from photos.prompts import Text, prompted, symbol_of
 Split = Literal["train", "val"]
 
 
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for blank in "\t\n\r"}
+
+
+def legible(text: str) -> str:
+    """A text from outside without control characters, which could move a terminal's cursor or change its colours."""
+    return text.translate(CONTROLS)
+
+
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the key or line, and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(legible(message))
 
 
 @dataclass
@@ -24,6 +35,9 @@ class Unreadable:
     """Stands for a photo that could not be decoded; `Collate` leaves it out and counts it."""
 
     reason: str
+
+    def __post_init__(self):
+        self.reason = legible(self.reason)
 
 
 @dataclass
@@ -60,8 +74,10 @@ class PhotoDataset(Dataset):
     def __init__(
         self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
     ):
-        self.captions, self.categories, self.subcategories = captions, categories, subcategories
-        self.product_ids, self.caption_ids = numbered(products), numbered(captions)
+        self.captions, self.categories, self.subcategories = (
+            [legible(text) for text in texts] for texts in (captions, categories, subcategories)
+        )
+        self.product_ids, self.caption_ids = numbered(products), numbered(self.captions)
         self.image_size = image_size
         self.problems: list[str] = []
         self.dropped: list[str] = []
@@ -133,7 +149,7 @@ class PhotoDataset(Dataset):
     def _left_out(self) -> str:
         shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
         named = [f"{len(self.problems):,} left out ({shown})"] if self.problems else []
-        return "".join(f", {what}" for what in [*named, *self.dropped])
+        return legible("".join(f", {what}" for what in [*named, *self.dropped]))
 
 
 class Part(PhotoDataset):

@@ -1,6 +1,7 @@
 """FashionGen's two HDF5 files, read as distributed; and synthetic photos written in the same layout."""
 
 import functools
+import math
 import os
 import re
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from photos.dataset import DataError, PhotoDataset, Split
-from photos.files import version_of
+from photos.files import MOST_PIXELS, version_of
 from photos.synthetic import Synthetic
 
 SEASONS = {"SS": "spring summer ", "FW": "fall winter "}
+# Small files can declare, or unpack to, more than memory holds. FashionGen has 325,000 rows.
+MOST_ROWS, MOST_BYTES = 5_000_000, 2**30  # of a column; of what is read at once
 
 
 class FashionGen(PhotoDataset):
@@ -33,7 +36,7 @@ class FashionGen(PhotoDataset):
         with self._open() as file:
             rows = self._check(file)
             captions, categories, subcategories = (self._text(file, key) for key in self.TEXT_KEYS)
-            products = file["input_productID"][:].reshape(rows).tolist()
+            products = self._read(file["input_productID"]).tolist()
         self.source = [row for row in range(rows) if captions[row]]
         if not self.source:
             raise DataError(f"{self.path}: key input_description: every row is empty")
@@ -61,28 +64,48 @@ class FashionGen(PhotoDataset):
 
     def _check(self, file: h5py.File) -> int:
         for key in ("input_image", "input_productID", *self.TEXT_KEYS):
-            if isinstance(file.get(key, getlink=True), h5py.ExternalLink):
-                raise DataError(f"{self.path}: key {key}: leads out of the file")
-            if not isinstance(file.get(key), h5py.Dataset):
-                raise DataError(f"{self.path}: no key {key}; is it a FashionGen file?")
-            if file[key].external:
-                raise DataError(f"{self.path}: key {key}: is stored outside the file")
+            self._check_column(file, key)
+        for key in self.PROMPT_KEYS.values():
+            if file.get(key, getlink=True) is not None:
+                self._check_column(file, key)
         images = file["input_image"]
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             found = f"{images.dtype} {images.shape}"
             raise DataError(f"{self.path}: key input_image: expected uint8 (rows, height, width, 3), found {found}")
-        if 0 in images.shape:
-            raise DataError(f"{self.path}: key input_image: nothing in it, {images.shape}")
+        if 0 in images.shape or math.prod(images.shape[1:3]) > MOST_PIXELS:
+            raise DataError(f"{self.path}: key input_image: nothing in it, or photos too large, {images.shape}")
         for key in ("input_productID", *self.TEXT_KEYS, *(key for key in self.PROMPT_KEYS.values() if key in file)):
             if file[key].shape not in ((len(images),), (len(images), 1)):
                 raise DataError(f"{self.path}: key {key}: shape {file[key].shape} beside {len(images)} images")
         return len(images)
 
-    def _text(self, file: h5py.File, key: str) -> list[str]:
+    def _check_column(self, file: h5py.File, key: str) -> None:
+        """Raise DataError unless a key is a column inside this file, of a size that can be read."""
         try:
-            values = np.asarray(file[key][:]).reshape(-1)
-        except OSError as error:
-            raise DataError(f"{self.path}: key {key}: cannot be read ({error}); copy the file again") from None
+            link, column = file.get(key, getlink=True), file.get(key)
+        except (KeyError, OSError, RuntimeError):  # a link to itself
+            link = column = None
+        if isinstance(link, h5py.ExternalLink):
+            raise DataError(f"{self.path}: key {key}: leads out of the file")
+        if not isinstance(column, h5py.Dataset) or not column.ndim:
+            raise DataError(f"{self.path}: no key {key} with a column; is it a FashionGen file?")
+        if column.external or column.is_virtual:
+            raise DataError(f"{self.path}: key {key}: is stored outside the file")
+        if len(column) > MOST_ROWS:
+            raise DataError(f"{self.path}: key {key}: {len(column):,} rows, more than {MOST_ROWS:,}")
+        at_once = column.chunks if column.chunks and column.ndim == 4 else column.shape[column.ndim == 4 :]
+        if math.prod(at_once) * column.dtype.itemsize > MOST_BYTES:
+            raise DataError(f"{self.path}: key {key}: {at_once} of {column.dtype} are read at once, more than 1 GiB")
+
+    def _read(self, column: h5py.Dataset) -> np.ndarray:
+        """All values (rows,) of a column."""
+        try:
+            return np.asarray(column[:]).reshape(-1)
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"{self.path}: key {column.name}: cannot be read ({error}); copy the file again") from None
+
+    def _text(self, file: h5py.File, key: str) -> list[str]:
+        values = self._read(file[key])
         if values.dtype.kind not in "SO" or not all(isinstance(v, bytes) for v in values[:1].tolist()):
             raise DataError(f"{self.path}: key {key} row 0: {values.dtype} where byte strings are expected")
         return [" ".join(value.decode("iso-8859-1").split()) for value in values.tolist()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from photos.dataset import DataError, PhotoDataset, Split
+from photos.dataset import DataError, PhotoDataset, Split, legible
 from photos.files import open_photo, parse_json, read_text, version_of
 from photos.prompts import ATTRIBUTES
 
@@ -62,7 +62,7 @@ class Jsonl(PhotoDataset):
         if not self.both:
             return super().report()
         named = ", ".join(self.both[:3]) + (", …" if len(self.both) > 3 else "")
-        return f"{super().report()}\n  {len(self.both):,} of these products are in train.jsonl too: {named}"
+        return f"{super().report()}\n  {len(self.both):,} of these products are in train.jsonl too: {legible(named)}"
 
     def _read(self, path: Path) -> tuple[list[dict], list[str]]:
         hint = "one JSON object a line with image, caption, product_id"

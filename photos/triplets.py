@@ -15,7 +15,7 @@ class Triplets(PhotoDataset):
     captions: the texts · product_ids: the targets · families (T,): triplets that may share photos
     subsets: what figures are averaged over, such as FashionIQ's dress, shirt, toptee
     galleries: for each subset the candidates, by protocol: `original`, all photos of its split; `union`, those that
-    occur in its pairs
+    occur in its pairs, where targets are known
     """
 
     def __init__(
@@ -29,8 +29,9 @@ class Triplets(PhotoDataset):
         self.galleries: Galleries = {}
         for subset in dict.fromkeys(subsets):
             rows = np.array([named == subset for named in subsets])
-            pairs = np.concatenate([self.references[rows], self.targets[rows]])
-            self.galleries[subset] = {"union": np.unique(pairs[pairs >= 0])}
+            self.galleries[subset] = {}
+            if (self.targets[rows] >= 0).all():  # otherwise the union would be of references alone
+                self.galleries[subset]["union"] = np.unique([self.references[rows], self.targets[rows]])
             if originals:
                 self.galleries[subset]["original"] = np.array(originals[subset], np.int64)
 

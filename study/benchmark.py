@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data import Collate, augment, build_dataset, build_tokenizer, random_crops, to_device
 from harness.config import TrainConfig, parse_config
 from harness.flags import ConfigError
-from harness.log import peak_memory_mib
+from harness.host import peak_memory_mib
 from harness.run import Run
 from masking import random_word_mask
 from photos.dataset import DataError

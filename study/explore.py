@@ -153,15 +153,6 @@ def page(found: dict) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda name: filled[name[1]], read("template.html"))
 
 
-def opened(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
-    """`open_run`, where weights that do not fit and parts that are not there are refused, too."""
-    try:
-        return open_run(checkpoint, root, device)
-    except (RuntimeError, KeyError) as error:
-        why = str(error).splitlines()[0]
-        raise ConfigError(f"{checkpoint}: saved by another version of this code ({why})") from None
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -174,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 2 <= args.photos <= 64:
         parser.error(f"--photos {args.photos}: from 2 to 64")
     try:
-        run, dataset = opened(args.checkpoint, args.root, args.device)
+        run, dataset = open_run(args.checkpoint, args.root, args.device)
         with torch.no_grad():
             found = gather(run, dataset, args.photos, args.checkpoint.parent / "metrics.jsonl")
         args.file.write_text(page(found), encoding="utf-8")

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from tokenizers import Tokenizer
 
 from data import DataName, build_dataset, encode, to_device
-from harness.checkpoints import config_from_dict, load_checkpoint
+from harness.checkpoints import config_from_dict, fill
 from harness.config import TrainConfig
 from harness.flags import ConfigError, check_device
 from harness.run import Run, build_run
+from harness.trust import load_checkpoint, read_tokenizer
 from masking import MaskSource, reduce_heads
 from measures.pictures import draw_masks, first_photos
 from measures.truth import shown_masks
@@ -93,10 +93,8 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
     dataset.lead = DESCRIPTION if config.prompts else ""
-    run = build_run(config, dataset, Tokenizer.from_str(state["tokenizer"]))
-    run.momentum.model.load_state_dict(state["momentum"])
-    run.model.load_state_dict(state["model"])
-    run.worth.load_state_dict(state["worth"])
+    run = build_run(config, dataset, read_tokenizer(state, checkpoint))
+    fill(run, state, checkpoint)
     run.telling, run.step = tuple(state["telling"]), state["step"]
     return run, dataset
 

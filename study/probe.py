@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import DataName, build_dataset, normalise
-from harness.checkpoints import load_checkpoint
 from harness.flags import ConfigError
+from harness.trust import load_checkpoint
 from model import ModelConfig, VisionLanguageModel
 from photos.dataset import DataError, PhotoDataset
 from photos.synthetic import Synthetic

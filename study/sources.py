@@ -13,6 +13,7 @@ column "attributes %" says how many of the masked words name one.
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import normalise, to_device
@@ -42,6 +43,8 @@ from measures.truth import mask_truth, skill, word_truth
 from photos.dataset import DataError
 from photos.synthetic import Synthetic
 from study.figures import open_run
+
+Scores = Callable[[Run, dict, torch.Generator], dict[str, Tensor]]  # of a batch -> name: scores of its words (B, L)
 
 
 @torch.no_grad()
@@ -69,17 +72,19 @@ def predictions(run: Run, batch: dict, generator: torch.Generator) -> dict[str, 
     return {"log p(word)": found["own"]} | gains
 
 
-def prediction_skills(run: Run, dataset: Synthetic, products: int) -> dict[str, dict[str, float]]:
-    """For each of `predictions`, the co-occurrence of the words that it would mask, and of random words."""
+def prediction_skills(run: Run, photos: Subset, scores: Scores = predictions) -> dict[str, dict[str, float]]:
+    """For each of the scores of words, the co-occurrence of the words that it would mask, and of random words.
+
+    photos: of a synthetic data set"""
     generator, sums = torch.Generator(run.device).manual_seed(run.config.seed), {}
-    dataset.truths = True
-    loader = DataLoader(first_products(dataset, products), run.config.batch_size, collate_fn=run.collate)
+    photos.dataset.truths = True
+    loader = DataLoader(photos, run.config.batch_size, collate_fn=run.collate)
     for batch in tqdm(loader, "predictions", leave=False):
         batch = to_device(batch, run.device)
         known = word_truth(batch, run.config.model.grid)
         attribute, detail, visible = known.attribute, known.detail, known.visible
         random = random_word_mask(batch["words"], run.config.mlm_ratio, generator)
-        for name, score in predictions(run, batch, generator).items():
+        for name, score in scores(run, batch, generator).items():
             for suffix, mask in (("", mask_words(score, batch["words"], run.config.mlm_ratio)), ("_random", random)):
                 for key, words, hits in (("word_cooccurrence", attribute, visible),
                                          ("detail_cooccurrence", attribute & detail, visible),
@@ -127,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{100 * found['attribute_share']:.0f} | "
             f"{words:.2f} | {details:.2f} | {patches:.2f} | {found['pointing'] / found['pointing_random']:.1f} |"
         )
-    for name, found in prediction_skills(run, dataset, args.products).items():
+    for name, found in prediction_skills(run, first_products(dataset, args.products)).items():
         words, details = skill(found, "word_cooccurrence"), skill(found, "detail_cooccurrence")
         lines.append(f"| {name} | | | | | {100 * found['attribute_share']:.0f} | {words:.2f} | {details:.2f} | | |")
     print("\n".join(lines))

@@ -1,14 +1,16 @@
 """Small runs and files that several tests share."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 import train
-from harness.checkpoints import load_checkpoint
 from harness.config import parse_config
+from harness.trust import load_checkpoint
 
 PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
 
@@ -86,3 +88,29 @@ def same_state(one, two):
     for mine, theirs in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert str(one["sampler"]) == str(two["sampler"]) and one["step"] == two["step"]
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def unresolved(page):
+    """Of the `file.py:name` and `file.py:Class.name` in a page's text, those that the code does not have. -> names, and
+    how many there were."""
+    asked = re.findall(r"`([\w/]+\.py):([\w.]+)`", page)
+    return [f"{file}:{name}" for file, name in asked if not _defines(ROOT / file, name.split("."))], len(asked)
+
+
+def _defines(file, path):
+    body = ast.parse(file.read_text()).body if file.exists() else []
+    for name in path:
+        named = [node for node in body if name in _names(node)]
+        if not named:
+            return False
+        body = getattr(named[0], "body", [])
+    return True
+
+
+def _names(node):
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [getattr(node, "name", ""), getattr(getattr(node, "target", None), "id", "")]

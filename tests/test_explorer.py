@@ -303,7 +303,7 @@ def test_refusals_are_one_line(made, tmp_path, capsys):
         (["--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
         (["--checkpoint", f"{tmp_path}/text.pt"], "not a checkpoint of train.py"),
         (["--checkpoint", f"{tmp_path}/tuned.pt"], "the run is a fine-tuning"),
-        (["--checkpoint", f"{tmp_path}/other.pt"], "saved by another version of this code"),
+        (["--checkpoint", f"{tmp_path}/other.pt"], f"{tmp_path}/other.pt: model has other parts"),
         (["--checkpoint", f"{tmp_path}/last.pt", "--photos", "2"], f"{tmp_path}/metrics.jsonl line 2: not a line of"),
         (
             ["--checkpoint", f"{made.out}/last.pt", "--photos", "2", "--file", f"{tmp_path}/none/e.html"],

@@ -16,12 +16,13 @@ import finetune
 import train
 from harness import finetune_config
 from harness.batches import match_scores, photo_features
-from harness.checkpoints import load_checkpoint, load_weights
+from harness.checkpoints import load_weights
 from harness.config import parse_config
 from harness.finetune_config import FOUND
 from harness.flags import ConfigError
 from harness.run import build_run
 from harness.splits import open_photos
+from harness.trust import load_checkpoint
 from measures.search import search
 from photos.dataset import DataError
 from photos.prompts import DESCRIPTION, DIFFERENCE

@@ -325,7 +325,7 @@ def test_a_checkpoint_is_of_the_moment_and_what_fails_in_writing_is_told(tmp_pat
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
-    script = "import sys, time; from pathlib import Path; from harness.checkpoints import claimed\n"
+    script = "import sys, time; from pathlib import Path; from harness.host import claimed\n"
     script += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(train.__file__).parent, text=True) as other:
@@ -424,7 +424,7 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
         (["--seed", str(2**64)], "--seed 18446744073709551616: must be between 0 and"),
         (["--device", "cuda:99"], "no such GPU"),
         (["--device", "gpu"], "--device gpu"),
-        (["--device", "meta"], "--device meta: cpu or cuda"),
+        (["--device", "meta"], "--device meta: cpu, cuda or mps"),
         (["--vision-layers", "1", "--products", "1"], "--products 1: must be at least 2"),  # not: patch_layer 2
         (["--patch-layer", "5"], "patch_layer 5: there are 4 ViT layers"),
         (["--clip", "0"], "--clip 0.0: must be at least"),
@@ -469,8 +469,8 @@ def test_precedence_defaults_preset_recipe_flags():
 
 def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritten(tmp_path):
     run(tmp_path, "--steps", "2")
-    with pytest.raises(ConfigError, match="--lr 0.5 contradicts the run to resume"):
-        resume(tmp_path, "--lr", "0.5")
+    with pytest.raises(ConfigError, match="--clip 0.5 contradicts the run to resume"):
+        resume(tmp_path, "--clip", "0.5")
     with pytest.raises(ConfigError, match="--width 64 contradicts"):
         resume(tmp_path, "--width", "64")
     before = lines(tmp_path)[-1]

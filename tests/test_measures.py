@@ -383,7 +383,7 @@ def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
     look = state.model.look
     monkeypatch.setattr(state.model, "look", lambda image_embeds: look(torch.zeros_like(image_embeds)))
     assert torch.equal(*restored_logits(state, batch))
-    figures = mask_truth(state, dataset) | validate(state, dataset)
+    figures = mask_truth(state, dataset) | validate(state, dataset)[0]
     for key in ("photo_gain", "photo_gain_detail", "photo_gain_whole", "val_photo_gain"):
         assert figures[key] == 0, key
 

@@ -25,8 +25,8 @@ import finetune  # noqa: E402
 import masking  # noqa: E402
 import train  # noqa: E402
 from harness import config as run_config  # noqa: E402
-from harness.checkpoints import load_checkpoint  # noqa: E402
 from harness.config import parse_config  # noqa: E402
+from harness.trust import load_checkpoint  # noqa: E402
 from measures import truth  # noqa: E402
 from sampler import GroupedBatchSampler  # noqa: E402
 

@@ -40,7 +40,7 @@ def synchronized_from_the_first_step(monkeypatch):
 
 def test_a_run_leaves_what_it_promises(tmp_path):
     final = run(tmp_path, "--steps", "4", "--val-every", "2", "--log-every", "1")
-    left = [".lock", "config.json", "curves.png", "last.pt", "masks.png", "metrics.jsonl"]
+    left = [".lock", "config.json", "curves.png", "last-2.pt", "last.pt", "masks.png", "metrics.jsonl"]
     assert sorted(p.name for p in tmp_path.iterdir()) == left
     written = lines(tmp_path)
     training = [line for line in written if "loss" in line]

@@ -1,0 +1,80 @@
+"""What machines differ in: memory, locks, sessions. Where a system has none of these, the run goes on without."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from harness.flags import ConfigError
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """While two runs wrote into one folder, each would spoil the other's files: the second is refused. The claim, on a
+    file that stays, ends with the process that holds it, however that ends; under torchrun the first process has it."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(out / ".lock", "a+") as file:
+            _lock(file, out)
+            yield
+    finally:
+        if made and [path.name for path in out.iterdir()] == [".lock"]:  # of a run that was refused nothing is left
+            (out / ".lock").unlink()
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(file: TextIO, out: Path) -> None:
+    try:
+        if fcntl is None:
+            raise OSError("no locks")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, other than flock, loader workers do not inherit
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ConfigError(f"{out} is being written by process {file.read()}; choose another --out") from None
+    except OSError:
+        print(f"{out}: this file system has no locks, so another run into it would go unnoticed")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+
+
+def own_session(_worker: int) -> None:
+    """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """All memory of a GPU, or of the machine, in bytes; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Most memory this process held: on the GPU if it trains there, otherwise resident; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

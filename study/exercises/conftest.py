@@ -1,0 +1,24 @@
+"""python -m pytest study/exercises -k exN: what is begun and asked for, up to the first failure."""
+
+import re
+
+import pytest
+from hypothesis import settings
+
+from study.exercises.catalogue import EXERCISES, Mistake, file_of, written
+
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
+
+
+def pytest_configure(config):
+    """In one line what to do where there is nothing to check. By -k ex1 the first alone is meant, not the tenth."""
+    asked = re.fullmatch(r"ex(\d+)", config.option.keyword)
+    numbers = [int(asked[1])] if asked else [number for number in EXERCISES if file_of(number).exists()] or [1]
+    if numbers[0] not in EXERCISES:
+        raise pytest.UsageError(f"-k ex{numbers[0]}: the exercises are 1 to {len(EXERCISES)}")
+    try:
+        config.exercises = {number: written(number) for number in numbers}
+    except Mistake as mistake:
+        raise pytest.UsageError(str(mistake)) from None
+    config.option.maxfail = config.option.maxfail or 1

@@ -1,0 +1,68 @@
+"""Ten exercises that check themselves: study/exercises/README.md.
+
+python study/exercises/start.py 3              writes the stub of exercise 3 into study/exercises/mine/ex3.py
+python -m pytest study/exercises -k ex3        checks what you wrote there
+python study/exercises/start.py 3 --hint       the idea; --hint 2 pseudo-code, --hint 3 where the solution stands
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from harness.flags import OneLineParser
+from study.exercises import catalogue
+from study.exercises.catalogue import EXERCISES, HELPERS, file_of
+
+HEAD = '''"""Exercise {number}: study/exercises/README.md. Check it: python -m pytest study/exercises -k ex{number}"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+{given}
+'''
+
+
+def stub(number: int) -> str:
+    """Signature and docstring of the real functions, and nothing in them."""
+    parts = [HEAD.format(number=number, given=HELPERS.get(number, "")).rstrip() + "\n"]
+    for function in EXERCISES[number].solution.values():
+        source = textwrap.dedent(inspect.getsource(function))
+        docstring = ast.parse(source).body[0].body[0]
+        parts.append("\n".join(source.splitlines()[: docstring.end_lineno]) + "\n    raise NotImplementedError\n")
+    return "\n\n".join(parts)
+
+
+def hint(number: int, level: int) -> str:
+    """The text under its heading in hints.md."""
+    text = (Path(__file__).parent / "hints.md").read_text()
+    return re.search(rf"^## {number}\.{level} .*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0].strip()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = OneLineParser("start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", type=int, choices=EXERCISES, metavar="N", help=f"exercise, 1 to {len(EXERCISES)}")
+    parser.add_argument("--again", action="store_true", help="write the stub anew, over what you wrote")
+    parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help="idea, pseudo-code, place")
+    args = parser.parse_args(argv)
+    if args.hint:
+        print(hint(args.number, args.hint))
+        return
+    path = file_of(args.number)
+    if path.exists() and not args.again:
+        sys.exit(f"start.py: {path} is there already; --again writes the stub over it")
+    catalogue.MINE.mkdir(exist_ok=True)
+    path.write_text(stub(args.number))
+    names = ", ".join(name.rsplit(".", 1)[1] for name in EXERCISES[args.number].solves)
+    print(f"{path}: write {names}; then python -m pytest study/exercises -k ex{args.number}")
+
+
+if __name__ == "__main__":
+    main()

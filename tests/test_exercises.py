@@ -1,0 +1,203 @@
+"""Exercises: solutions pass, stubs fail, mistakes fail with what is wrong; the command lines."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import FAST, run
+
+from measures.truth import WordTruth
+from study.exercises import catalogue, measure, start
+from study.exercises.catalogue import EXERCISES, Mistake, own_tests, usable, written
+from study.exercises.checks import check
+
+HERE = Path(catalogue.__file__).parent
+OWN_TESTS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 5, 8: 2, 9: 0, 10: 0}  # of the project's tests, how many
+RANKED = "mask_words(torch.rand(words.shape, device=words.device, generator=generator), words, ratio)"
+MASKED_LOGITS = """logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)  # rows without any keep finite logits
+        chosen = torch.multinomial(logits.softmax(dim=1), 1"""
+DRAWN = "chosen = torch.multinomial(logits.softmax(dim=1) * ~forbidden, 1"
+# exercise, function, what of it becomes what, the message
+MISTAKES = [
+    (1, "random_word_mask", {RANKED: "(torch.rand(words.shape, generator=generator) < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "a coin for each word: "),
+    (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape, generator=generator), torch.ones_like(words) > 0, ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
+    (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape, generator=generator), words > 0, ratio)"}, "one piece of a word is hidden"),
+    (2, "corrupt_words", {"token_ids.masked_fill(~mask, -100)": "token_ids"}, "words that are not masked have labels"),
+    (2, "corrupt_words", {"dice < 0.8": "dice < 1"}, r"become \[MASK\] and 0% stay"),
+    (2, "corrupt_words", {"token_ids.masked_fill(mask": "token_ids.masked_fill_(mask"}, "token_ids itself is written into"),
+    (3, "cooccurrence", {"mask & candidates": "mask"}, "only masked candidates count"),
+    (3, "cooccurrence", {"(masked & shared).sum(), masked.sum()": "(masked & shared).sum() / masked.sum()"}, "two counts"),
+    (3, "pointing", {"regions.float().mean(dim=2)[words].sum()": "words.sum() / regions.shape[2]"}, "as often as the region is large"),
+    (4, "same_pairs", {" | (caption_ids[:, None] == key_caption_ids)": ""}, "same caption to the letter counts as wrong"),
+    (4, "same_pairs", {"product_ids[:, None] == key_product_ids": "torch.eye(len(product_ids), len(key_product_ids)) > 0"}, "second photo of a product counts as wrong"),
+    (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "right"}, "sum to 2.0, not to 1"),
+    (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "torch.eye(*right.shape)"}, "right answers share"),
+    (4, "itc_targets", {"return alpha * ": "return (1 - alpha) * ", "+ (1 - alpha) *": "+ alpha *"}, "momentum model's share"),
+    (5, "pick_negatives", {MASKED_LOGITS: DRAWN}, "Mask the logits before the softmax"),
+    (5, "pick_negatives", {MASKED_LOGITS: DRAWN.replace("forbidden", "forbidden + 1e-9")}, "itself is drawn"),
+    (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden & False", "masked_fill(forbidden, ": "masked_fill(forbidden & False, "}, "a pair itself is drawn"),
+    (5, "pick_negatives", {"torch.where(possible, chosen, -1)": "chosen"}, "the answer is −1"),
+    (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden"}, "a softmax of nothing but −∞ is NaN"),
+    (6, "pick_negatives", {"limit - margin": "limit + margin"}, "margin is on the wrong side"),
+    (6, "pick_negatives", {"sim < limit - margin": "sim > limit - margin"}, "more similar than the own pair"),
+    (6, "pick_negatives", {", -sim)": ", sim)"}, "then the least similar one"),
+    (6, "pick_negatives", {"sim.masked_fill(~below": "-sim.masked_fill(~below", "-torch.inf), -sim": "torch.inf), -sim"}, "is the easiest"),
+    (7, "sync_mask", {"a.amax(dim=2)": "a.sum(dim=2)"}, "A row of a softmax sums to 1"),
+    (7, "sync_mask", {"reduce_heads(attention, heads)": "attention.mean(dim=1)"}, "drop the image CLS"),
+    (7, "sync_mask", {"heads), word_mask, word_mask > 0": "heads), torch.ones_like(word_mask) > 0, word_mask > 0"}, r"\[CLS\], \[SEP\] or padding is masked"),
+    (7, "sync_mask", {'masked_words if patch_score == "masked" else word_mask': "word_mask"}, "only the attention of the words just masked"),
+    (7, "sync_mask", {"(a + 1e-12)": "a"}, "0 · log 0 is NaN"),
+    (7, "sync_mask", {".clamp(min=1)": ""}, "a text without a word has the same patches"),
+    (8, "soft_mask", {"gradient.clamp(min=0)": "gradient"}, "the ReLU of Grad-CAM"),
+    (8, "soft_mask", {"gradient.clamp(min=0)": "gradient", ".mean(dim=1)  #": ".mean(dim=1).clamp(min=0)  #"}, "ReLU comes before the mean over heads"),
+    (8, "soft_mask", {"word_index, 1:]": "word_index]"}, "without the image CLS"),
+    (8, "soften", {"(run.config.mask_layer or (len(attentions) + 1) // 2) - 1": "-1"}, "In the last fusion layer only"),
+]  # fmt: skip
+
+
+def mistaken(number, name, edits):
+    """The solution of an exercise with something of one function changed."""
+    functions = EXERCISES[number].solution
+    source = inspect.getsource(functions[name])
+    for right, wrong in edits.items():
+        assert right in source, right
+        source = source.replace(right, wrong)
+    module = dict(vars(inspect.getmodule(functions[name])))
+    exec(source, module)
+    return usable(number, functions | {name: module[name]})
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A student's folder."""
+    monkeypatch.setattr(catalogue, "MINE", tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_solutions_pass_and_stubs_fail(number, mine, capsys):
+    solution = usable(number, EXERCISES[number].solution)
+    check(number, solution)
+    tests = own_tests(number, solution)
+    assert len(tests) == OWN_TESTS[number]
+    for test in tests.values():
+        test()
+    start.main([str(number)])
+    assert f"ex{number}.py: write {', '.join(solution)}; then python -m pytest" in capsys.readouterr().out
+    stub = written(number)
+    assert all(inspect.getdoc(stub[name]) == inspect.getdoc(EXERCISES[number].solution[name]) for name in stub)
+    with pytest.raises(Mistake, match=f"exercise {number} is not written yet"):
+        check(number, usable(number, stub))
+
+
+@pytest.mark.parametrize("number, name, edits, message", MISTAKES, ids=[f"{m[0]}-{m[3][:30]}" for m in MISTAKES])
+def test_mistakes_are_told_in_words(number, name, edits, message):
+    with pytest.raises(Mistake, match=message):
+        check(number, mistaken(number, name, edits))
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_the_projects_own_tests_are_run_against_the_students_function(number):
+    name, edits = next(mistake[1:3] for mistake in MISTAKES if mistake[0] == number)
+    functions = mistaken(number, name, edits)
+    before = EXERCISES[number].solution
+    with pytest.raises((AssertionError, RuntimeError)):
+        for test in own_tests(number, functions).values():
+            test()
+    assert EXERCISES[number].solution == before
+
+
+def test_stubs_are_not_overwritten_and_hints_go_from_the_idea_to_the_place(mine, capsys):
+    start.main(["5"])
+    (mine / "ex5.py").write_text("mine = 1")
+    with pytest.raises(SystemExit, match="is there already; --again writes the stub over it"):
+        start.main(["5"])
+    assert (mine / "ex5.py").read_text() == "mine = 1"
+    with pytest.raises(Mistake, match="defines no pick_negatives"):
+        written(5)
+    start.main(["5", "--again"])
+    assert "raise NotImplementedError" in (mine / "ex5.py").read_text()
+    hints = set()
+    for number, exercise in EXERCISES.items():
+        for level in (1, 2, 3):
+            capsys.readouterr()
+            start.main([str(number), "--hint", str(level)])
+            hints.add(said := capsys.readouterr().out)
+            assert said.startswith(f"## {number}.{level} ") and len(said) > 80
+        assert all(name.rsplit(".", 1)[1] in said for name in exercise.solves)
+    assert len(hints) == 3 * len(EXERCISES)
+    with pytest.raises(SystemExit):
+        start.main(["11"])
+    assert "start.py: argument N: invalid choice" in capsys.readouterr().err
+
+
+def checked(capsys, *flags):
+    """What `python -m pytest study/exercises` says. -> exit code, output."""
+    for name in ("test_mine", "conftest"):
+        sys.modules.pop(name, None)
+    code = pytest.main([str(HERE), "-p", "no:cacheprovider", *flags])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_one_command_checks_what_is_begun(mine, capsys):
+    code, said = checked(capsys)
+    assert code == 4 and "ERROR: exercise 1 is not begun: python study/exercises/start.py 1 writes its stub" in said
+    start.main(["10"])
+    code, said = checked(capsys, "-k", "ex1")
+    assert code == 4 and "exercise 1 is not begun" in said and "Traceback" not in said
+    start.main(["4"])
+    code, said = checked(capsys, "-k", "ex4")
+    assert code == 1 and "exercise 4 is not written yet: same_pairs, itc_targets" in said and "Traceback" not in said
+    (mine / "ex4.py").write_text("from losses import itc_targets, same_pairs")
+    code, said = checked(capsys, "-k", "ex4")
+    assert code == 0 and "3 passed" in said
+    (mine / "ex4.py").write_text("def itc_targets(:")
+    code, said = checked(capsys, "-k", "ex4")
+    assert code == 4 and "ex4.py, line 1: " in said and "Traceback" not in said
+
+
+def test_a_word_is_told_apart_between_photos_of_one_product():
+    """Two photos of product 7 and one of product 8. Of three words both show the first; the second and the third are
+    on the first photo alone, and scored 2 : 1 and 1 : 1."""
+    shown = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    known = WordTruth(torch.ones(3, 3, dtype=torch.long), shown[..., None].bool())
+    score = torch.tensor([[0.0, 2.0, 1.0], [9.0, 1.0, 1.0], [9.0, 9.0, 9.0]])
+    assert measure.told_apart(score, known, torch.tensor([7, 7, 8])).tolist() == [1.5, 2]
+
+
+def test_a_word_score_of_ones_own_is_measured_on_products_to_try_and_on_the_rest(mine, tmp_path, monkeypatch, capsys):
+    run(tmp_path / "run", "--steps", "2")
+    monkeypatch.setattr(measure, "TO_TRY", 6)
+    mine.mkdir()
+    (mine / "ex9.py").write_text("from study.exercises.solutions import word_score")
+    found = []
+    for more in ([], ["--final"]):
+        capsys.readouterr()
+        measure.main(["score", "--checkpoint", str(tmp_path / "run/last.pt"), *more])
+        found.append(capsys.readouterr().out.splitlines())
+        assert [line.split(" | ")[0] for line in found[-1][2:]] == ["| default", "| mine", "| random"]
+    assert found[0] != found[1]
+    (mine / "ex9.py").write_text("word_score = lambda run, batch, generator: batch['regions']")
+    with pytest.raises(KeyError):  # the truth is not given
+        measure.main(["score", "--checkpoint", str(tmp_path / "run/last.pt")])
+    with pytest.raises(SystemExit, match="measure.py: /nowhere.pt: no such checkpoint"):
+        measure.main(["score", "--checkpoint", "/nowhere.pt"])
+
+
+def test_masks_of_ones_own_are_trained_with_beside_those_of_syncmask(mine, tmp_path, capsys):
+    mine.mkdir()
+    (mine / "ex10.py").write_text("from study.exercises.solutions import choose_masks")
+    command = ["masks", "--seeds", "1", "--out", str(tmp_path / "runs"), *FAST, "--steps", "3", "--mask-warmup", "1"]
+    measure.main(command)
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| syncmask", "| mine"] and rows[0][10:] != rows[1][6:]
+    measure.main(command)  # all done
+    assert capsys.readouterr().out.splitlines()[-2:] == rows
+    (mine / "ex10.py").write_text("from train import choose_masks")
+    with pytest.raises(SystemExit, match=r"holds runs of another mine/ex10.py; give another --out"):
+        measure.main(command)
+    with pytest.raises(SystemExit, match="measure.py: --recipe is set here; drop it"):
+        measure.main(["masks", "--recipe", "albef", "--out", str(tmp_path / "other")])

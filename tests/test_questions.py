@@ -1,0 +1,60 @@
+"""docs/questions.md: what it names is in the code, and its example runs as it stands there."""
+
+import re
+import urllib.parse
+
+import pytest
+import torch
+
+from data import normalise
+from harness.batches import text_features
+from study.figures import open_run
+from tests.small import ROOT, run, unresolved
+
+PAGE = (ROOT / "docs/questions.md").read_text()
+ANSWERS = re.split(r"(?m)^\*\*(?=\S)", PAGE)[1:]
+
+
+def test_every_name_is_in_the_code():
+    missing, asked = unresolved(PAGE)
+    assert not missing and asked > 20
+    assert all((ROOT / path).exists() for path in re.findall(r"`([\w/]+\.py)`", PAGE))
+
+
+def test_every_answer_has_a_thread_and_something_that_shows_it():
+    assert len(ANSWERS) > 12
+    for answer in ANSWERS:
+        links = re.findall(r"\]\((https://[^)]+)\)", answer)
+        assert links, answer
+        for link in links:
+            assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/issues/\d+", link), link
+            number, repository = link.rsplit("/", 1)[1], urllib.parse.urlparse(link).path.split("/")[2]
+            assert re.search(rf"\[(\S*{re.escape(repository)})?#{number}\]", answer, re.I), link
+        assert re.search(r"`--|\.py:|\.md\)|\.py`", answer), answer
+
+
+def test_flags_are_flags(capsys):
+    known = {}
+    for script in ("train", "finetune"):
+        with pytest.raises(SystemExit):
+            __import__(script).main(["--help"])
+        known[script] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    known["study"] = {"--checkpoint", "--file", "--source", "--rows"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", PAGE)) <= set.union(*known.values())
+
+
+def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", PAGE)
+    assert len(code.split("\n\n", 3)[-1].strip().splitlines()) <= 13
+    folder = tmp_path / "runs/synthetic-syncmask-tiny"
+    run(folder, "--steps", "1")
+    state, dataset = open_run(folder / "last.pt", None, "cpu")
+    dataset.photos[3].save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(code, "questions.md", "exec"), {})
+    said = float(re.fullmatch(r"cosine (-?\d\.\d{3})\n", capsys.readouterr().out)[1])
+    with torch.no_grad():
+        photo = state.model.eval().encode_image(normalise(dataset[3]["image"][None]))
+        cosine = state.model.image_feature(photo) @ text_features(state, [("", "green straight trousers")]).T
+    assert said == pytest.approx(cosine.item(), abs=0.001)
