@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.run import Run
 from losses import accuracy, itc_loss, itc_targets, itm_loss, mlm_loss, same_pairs
-from masking import hidden_words, momentum_attention, read_layer, sync_mask
+from masking import WordScore, hidden_words, momentum_attention, read_layer, sync_mask
 from model import MomentumModel, Photos
 
 
@@ -43,11 +43,11 @@ def teach(run: Run, batch: dict) -> Teacher:
     return Teacher(run.momentum, image_embeds, text_embeds, *feats)
 
 
-def synchronize(
+def mask_scores(
     run: Run, batch: dict, teacher: Teacher, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Synchronized masks as the config says. -> the attention (B, h, L, N) that they are made of, patch mask (B, P),
-    word mask (B, L)."""
+) -> tuple[Tensor, Tensor | WordScore]:
+    """What synchronized masks are made of, as the config says: attention (B, h, L, N), and what makes a word worth
+    masking, as `sync_mask` takes it."""
     config, score = run.config, run.config.word_score
     if score == "gain":
         attentions, gains = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator, gains=True)
@@ -57,7 +57,16 @@ def synchronize(
     else:
         clean = teacher.photos, teacher.text_embeds
         attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)
-    attention = read_layer(attentions, config.mask_layer, config.mask_heads)
+    return read_layer(attentions, config.mask_layer, config.mask_heads), score
+
+
+def synchronize(
+    run: Run, batch: dict, teacher: Teacher, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Synchronized masks as the config says. -> the attention (B, h, L, N) that they are made of, patch mask (B, P),
+    word mask (B, L)."""
+    config = run.config
+    attention, score = mask_scores(run, batch, teacher, generator)
     return attention, *sync_mask(
         attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, score,
         config.patch_score, config.word_pool, generator,
