@@ -1,6 +1,7 @@
 """Files on their way to the disk: whole or not at all; checkpoints in a thread of their own, while training goes on."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,8 +36,10 @@ def whole_file(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
         os.replace(scratch, path)
     except OSError as error:  # which often does not say of which file it speaks
         raise OSError(error.errno, f"{error.strerror or error}; what was there before is whole", str(path)) from None
-    except RuntimeError as error:  # what torch makes of one
-        raise OSError(None, f"{str(error).splitlines()[0]}; what was there before is whole", str(path)) from None
+    except RuntimeError as error:  # what torch makes of a full disk
+        full = shutil.disk_usage(path.parent).free < 2**20
+        reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+        raise OSError(None, f"{reason}; what was there before is whole", str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
 
