@@ -4,14 +4,15 @@ import base64
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from browser import Browser, installed
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from small import FAST_FOR, lines
 from small import run as train_small
 
@@ -319,57 +320,83 @@ def test_refusals_are_one_line(made, tmp_path, capsys):
 
 # In the browser
 
+PATIENCE = 60_000  # milliseconds, for a slow machine
+
 
 @pytest.fixture(scope="module")
-def browser():
-    if not installed():
+def chromium():
+    """The machine's own browser, without a window."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not program:
         if os.environ.get("BROWSER_REQUIRED"):
             pytest.fail("there is no Chromium to test the explorer's page in; apt-get install chromium")
         pytest.skip("needs Chromium: apt-get install chromium")
-    window = Browser(installed())
-    yield window
-    window.close()
+    flags = ["--disable-gpu", "--disable-quic", "--disable-sync"]  # besides those that Playwright gives of itself
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=flags, timeout=PATIENCE)
+        yield browser
+        browser.close()
 
 
-def set_slider(browser, name, value):
-    browser.run(f"element('{name}').value = {value}; element('{name}').dispatchEvent(new Event('input'))")
+@pytest.fixture
+def page(chromium):
+    """A page for one test, which may complain of nothing."""
+    page, complaints = chromium.new_page(viewport={"width": 1280, "height": 900}), []
+
+    def listen(message):
+        if message.type in ("error", "assert", "warning"):
+            complaints.append(message.text)
+
+    page.set_default_timeout(PATIENCE)
+    page.on("console", listen)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def set_slider(page, name, value):
+    page.locator(f"#{name}").fill(str(value))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_fits_asks_for_nothing_and_complains_of_nothing(made, hostile, browser, width, scheme):
-    for file in (made.file, hostile.file):
-        browser.open(file, width, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
-        browser.run("for (const one of document.querySelectorAll('details')) one.open = true")
-        assert browser.run("document.documentElement.scrollWidth") <= width
-        assert browser.errors == []
-        assert [url for url in browser.requests if not url.startswith("data:")] == [file.as_uri()]
-        lightness = browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
+def test_the_page_fits_asks_for_nothing_and_complains_of_nothing(made, hostile, page, width, scheme):
+    requests, files = [], (made.file, hostile.file)
+    page.on("request", lambda request: requests.append(request.url))
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    for file in files:
+        page.goto(file.as_uri())
+        page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        lightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
         assert (int(lightness) > 127) == (scheme == "light")
+    assert requests == [file.as_uri() for file in files]
 
 
-def test_captions_run_nothing(hostile, browser):
-    browser.open(hostile.file)
+def test_captions_run_nothing(hostile, page):
+    page.goto(hostile.file.as_uri())
     for number in range(5):
-        browser.run(f"choosePhoto({number})")
-        assert browser.run("element('word-caption').textContent.trim()") == hostile.texts[number]
-        assert browser.run("element('word-map').querySelector('img').alt").startswith(f"photo {number + 1}")
-    assert browser.run("wordCount(3)") == 0 and browser.run("document.querySelectorAll('img[src=x]').length") == 0
-    assert browser.run("document.title") != "1" and browser.errors == []
-    assert "There is no metrics.jsonl" in browser.run("element('run').textContent")
-    assert browser.run("getComputedStyle(element('word-truth').parentElement).display") == "none"
+        page.evaluate(f"choosePhoto({number})")
+        assert page.text_content("#word-caption").strip() == hostile.texts[number]
+        assert page.get_attribute("#word-map img", "alt").startswith(f"photo {number + 1}")
+    assert page.evaluate("wordCount(3)") == 0 and page.locator("img[src=x]").count() == 0
+    assert page.title() != "1"
+    assert "There is no metrics.jsonl" in page.text_content("#run")
+    assert page.evaluate("getComputedStyle(element('word-truth').parentElement).display") == "none"
 
 
-def test_the_brightest_cell_is_pythons(made, browser):
-    browser.open(made.file)
-    assert (browser.run("element('source').value"), browser.run("element('layer').value")) == ("hidden", "0")
+def test_the_brightest_cell_is_pythons(made, page):
+    page.goto(made.file.as_uri())
+    assert (page.input_value("#source"), page.input_value("#layer")) == ("hidden", "0")
     starts, different = first_pieces(made.batch["words"]), 0
     for (source, layer), heat in maps_by_python(made).items():
-        for menu, value in (("source", source), ("layer", layer)):
-            browser.run(f"element('{menu}').value = '{value}'; element('{menu}').dispatchEvent(new Event('change'))")
+        page.select_option("#source", source)
+        page.select_option("#layer", str(layer))
         for b in range(PHOTOS):
-            browser.run(f"choosePhoto({b})")
-            found = browser.run("""[...element('word-caption').querySelectorAll('button')].map((word) => {
+            page.evaluate(f"choosePhoto({b})")
+            found = page.evaluate("""[...element('word-caption').querySelectorAll('button')].map((word) => {
                 word.dispatchEvent(new Event('pointerenter'));
                 const canvas = element('word-map').querySelector('canvas');
                 const pixels = canvas.getContext('2d').getImageData(0, 0, grid, grid).data;
@@ -380,36 +407,38 @@ def test_the_brightest_cell_is_pythons(made, browser):
             assert found == [[peak, peak] for peak in peaks]
             different += len(set(peaks))
         hits, expected, total = pointing(heat, made.known.regions, made.known.visible & made.known.detail & starts)
-        counted = browser.run("pointing(chosenReading())")
+        counted = page.evaluate("pointing(chosenReading())")
         assert (counted["hits"], counted["total"]) == (hits, total)
         assert counted["expected"] == pytest.approx(expected.item())
     assert different > 5 * PHOTOS  # words of a photo look at different patches, or this would show little
 
 
 @torch.no_grad()
-def test_sliders_choose_the_sets_of_python(made, browser):
-    browser.open(made.file)
+def test_sliders_choose_the_sets_of_python(made, page):
+    page.goto(made.file.as_uri())
     named, everywhere = made.known.regions.any(dim=1), torch.ones(1, dtype=torch.bool)
     for patch_share, word_share in ((50, 30), (5, 95), (75, 15), (35, 60)):
-        set_slider(browser, "patch-share", patch_share)
-        set_slider(browser, "word-share", word_share)
+        set_slider(page, "patch-share", patch_share)
+        set_slider(page, "word-share", word_share)
         right = {}
         for kind in ("random", "sync", "true"):
             patch_mask, word_mask = python_masks(made, kind, patch_share, word_share)
             words = masked_words(made, word_mask)
             for b in range(PHOTOS):
-                browser.run(f"choosePhoto({b})")
+                page.evaluate(f"choosePhoto({b})")
                 figure = f"document.querySelector('[data-kind={kind}]')"
                 assert (
-                    browser.run(f"{figure}.dataset.patches.split(' ').map(Number)")
+                    page.evaluate(f"{figure}.dataset.patches.split(' ').map(Number)")
                     == patch_mask[b].nonzero()[:, 0].tolist()
                 )
-                marked = browser.run(f"[...{figure}.querySelectorAll('mark')].map((mark) => Number(mark.dataset.word))")
+                marked = page.evaluate(
+                    f"[...{figure}.querySelectorAll('mark')].map((mark) => Number(mark.dataset.word))"
+                )
                 assert marked == words[b]
             hits = [cooccurrence(word_mask, made.known.attribute, made.known.visible),
                     cooccurrence(patch_mask, everywhere.expand_as(named), named)]  # fmt: skip
             right[kind] = [(hit / of.clamp(min=1)).item() for hit, of in hits]
-        rows = browser.run(
+        rows = page.evaluate(
             "[...element('mask-table').querySelectorAll('tbody tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
         )
         for row, shares in zip(rows, right.values(), strict=True):
@@ -418,16 +447,16 @@ def test_sliders_choose_the_sets_of_python(made, browser):
                 assert float(row[at + 1]) == pytest.approx((share - chance) / max(1e-9, 1 - chance), abs=0.006)
 
 
-def test_negatives_are_those_of_pick_negatives(made, browser):
-    browser.open(made.file)
+def test_negatives_are_those_of_pick_negatives(made, page):
+    page.goto(made.file.as_uri())
     count = 3 * PHOTOS
     sim = unpacked(made.found["negatives"]["sim"], np.float32).view(count, count)
     forbidden = unpacked(made.found["negatives"]["forbidden"]).view(count, count).bool()
     for way, scores in (("photo", sim), ("text", sim.T)):
-        browser.run(f"element('way').value = '{way}'; element('way').dispatchEvent(new Event('change'))")
+        page.select_option("#way", way)
         for margin in (0, 1, 20, 37, 80):
-            set_slider(browser, "margin", margin)
-            found = browser.run("""range(items.length).map((anchor) => {
+            set_slider(page, "margin", margin)
+            found = page.evaluate("""range(items.length).map((anchor) => {
                 ask(anchor);
                 return [element('neighbours').dataset.hard, element('neighbours').dataset.semihard].map(Number);
             })""")
@@ -435,15 +464,15 @@ def test_negatives_are_those_of_pick_negatives(made, browser):
                 pick_negatives(scores, forbidden, None, mode, None, margin / 100) for mode in ("hard", "semihard")
             ]
             assert found == torch.stack(chosen, dim=1).tolist()
-    roles = browser.run(
+    roles = page.evaluate(
         "[...element('neighbours').querySelectorAll('[data-roles*=hard]')].map((one) => one.dataset.roles)"
     )
     assert any("hard" in role for role in roles)
 
 
-def test_curves_are_drawn_at_their_points(made, browser):
-    browser.open(made.file)
-    drawn = browser.run("""[...document.querySelectorAll('#charts svg[data-range]')].flatMap((chart) => {
+def test_curves_are_drawn_at_their_points(made, page):
+    page.goto(made.file.as_uri())
+    drawn = page.evaluate("""[...document.querySelectorAll('#charts svg[data-range]')].flatMap((chart) => {
         const [last, low, high] = chart.dataset.range.split(' ').map(Number);
         return [...chart.querySelectorAll('polyline')].map((line) => [line.dataset.key, line.getAttribute('points').split(' ').map((point) => {
             const [x, y] = point.split(',').map(Number);
@@ -457,43 +486,43 @@ def test_curves_are_drawn_at_their_points(made, browser):
         assert np.abs(np.array(points) - expected).max(axis=0) == pytest.approx([0, 0], abs=0.001 * max(height, 4))
 
 
-def tab_through(browser):
+def tab_through(page):
     """Tab from the start of the page to its end. -> numbers of what was focused, among all elements."""
-    browser.run(
+    page.evaluate(
         "document.activeElement.blur(); window.scrollTo(0, 0); globalThis.every = [...document.querySelectorAll('*')]"
     )
     reached = []
     for _ in range(200):
-        browser.press("Tab")
-        at = browser.run("document.activeElement === document.body ? -1 : every.indexOf(document.activeElement)")
+        page.keyboard.press("Tab")
+        at = page.evaluate("document.activeElement === document.body ? -1 : every.indexOf(document.activeElement)")
         if at < 0 or at in reached:
             return reached
         reached.append(at)
     raise AssertionError("Tab does not come to an end")
 
 
-def test_keyboard_alone_reaches_every_control_and_word(made, browser):
-    browser.open(made.file)
-    reached = tab_through(browser)
-    wanted = browser.run("""every.filter((one) => one.matches('a, button, select, input, summary, [tabindex]')
+def test_keyboard_alone_reaches_every_control_and_word(made, page):
+    page.goto(made.file.as_uri())
+    reached = tab_through(page)
+    wanted = page.evaluate("""every.filter((one) => one.matches('a, button, select, input, summary, [tabindex]')
         && one.tabIndex >= 0 && one.checkVisibility()).map((one) => every.indexOf(one))""")
     assert set(wanted) <= set(reached) and len(wanted) > 30
     # words: into the text by Tab, from word to word by the arrow keys
-    browser.run("element('word-caption').querySelector('[tabindex=\"0\"]').focus()")
-    browser.press("Home")
-    count, visited = browser.run("wordCount(0)"), []
+    page.evaluate("element('word-caption').querySelector('[tabindex=\"0\"]').focus()")
+    page.keyboard.press("Home")
+    count, visited = page.evaluate("wordCount(0)"), []
     for _ in range(count):
-        visited.append(browser.run("[Number(document.activeElement.dataset.word), shownWord]"))
-        browser.press("ArrowRight")
+        visited.append(page.evaluate("[Number(document.activeElement.dataset.word), shownWord]"))
+        page.keyboard.press("ArrowRight")
     assert visited == [[word, word] for word in range(count)]
-    assert browser.run("element('word-live').textContent.length") > 20
+    assert len(page.text_content("#word-live")) > 20
     # a slider, and another photo
-    browser.run("element('patch-share').focus()")
-    browser.press("ArrowRight")
-    assert browser.run("element('patch-share-value').textContent") == "55 %"
-    assert browser.run("element('mask-live').textContent").startswith("55 % of the patches")
-    browser.run("document.querySelector('.strip [tabindex=\"0\"]').focus()")
-    browser.press("ArrowRight")
-    browser.press("Enter")
-    assert browser.run("chosen.photo") == 1
-    assert browser.run("document.querySelectorAll('.strip [aria-pressed=true]').length") == 3
+    page.focus("#patch-share")
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#patch-share-value") == "55 %"
+    assert page.text_content("#mask-live").startswith("55 % of the patches")
+    page.evaluate("document.querySelector('.strip [tabindex=\"0\"]').focus()")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.evaluate("chosen.photo") == 1
+    assert page.locator(".strip [aria-pressed=true]").count() == 3
