@@ -69,6 +69,15 @@ def run(out, *flags):
     return train.train(config, given)
 
 
+OF_FILES = FAST[: FAST.index("--products")] + FAST[FAST.index("--products") + 2 :]
+
+
+def run_files(out, folder, *flags):
+    """A small run on the photos of a folder."""
+    config, given = parse_config([*OF_FILES, "--data", "jsonl", "--root", str(folder), "--out", str(out), *flags])
+    return train.train(config, given)
+
+
 def resume(out, *flags):
     config, given = parse_config(["--resume", "--out", str(out), *flags])
     return train.train(config, given)

@@ -17,9 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import write_fashioniq
+from small import run_files, write_fashioniq
 from test_model import make_model
-from test_reliability import run_files
 
 from data import Collate, build_tokenizer, telling_pieces
 from harness.config import TrainConfig, parse_config

@@ -16,7 +16,7 @@ import h5py
 import pytest
 import torch
 from PIL import Image
-from small import FAST, checkpoint, lines, resume, run, same_state, write_fashioniq
+from small import FAST, checkpoint, lines, resume, run, run_files, same_state, write_fashioniq
 from test_model import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,13 +35,6 @@ from photos.jsonl import Jsonl
 from photos.synthetic import Synthetic
 
 ROOT = Path(train.__file__).parent
-OF_FILES = FAST[: FAST.index("--products")] + FAST[FAST.index("--products") + 2 :]
-
-
-def run_files(out, folder, *flags):
-    """A small run on the photos of a folder."""
-    config, given = parse_config([*OF_FILES, "--data", "jsonl", "--root", str(folder), "--out", str(out), *flags])
-    return train.train(config, given)
 
 
 def said(error):

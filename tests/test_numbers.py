@@ -1,0 +1,105 @@
+"""Numbers stay finite on the worst data that is legal, and the same seed gives the same numbers.
+
+`STEPS=2000 python -m pytest tests/test_numbers.py` trains so long."""
+
+import json
+import os
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+from small import OF_FILES, checkpoint, run, same_state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from harness.config import parse_config
+
+STEPS = os.environ.get("STEPS", "6")
+EXTREME = {
+    "syncmask": ["--mlm-ratio", "1", "--mim-ratio", "1", "--word-pool", "1", "--mask-hint", "0", "--margin", "2"],
+    "softmask": ["--focal-gamma", "0.01", "--distort", "1", "--alpha", "1", "--fusion-layers", "2"],
+    "fashionfine": ["--focal-gamma", "8", "--local-image", "1", "--local-text", "1", "--mlm-ratio", "0.9"],
+    "albef": ["--queue", "64", "--itm-negatives", "hard", "--alpha", "1", "--mlm-ratio", "0"],
+}
+
+
+def worst_photos(folder):
+    """White photos, all alike; two products; a word, five hundred words, and the same words again."""
+    Image.new("RGB", (32, 32), "white").save(folder / "white.png")
+    captions = ["tee", "tee", "red " * 500, " ".join(f"w{i}" for i in range(500)), "tee", "?!", "tee tee", "été 服"]
+    records = [{"image": "white.png", "caption": text, "product_id": i % 2} for i, text in enumerate(captions)]
+    for split in ("train", "val"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", EXTREME)
+def test_the_worst_data_and_extreme_flags_stay_finite(tmp_path, recipe, precision):
+    worst_photos(tmp_path)
+    flags = ["--recipe", recipe, *EXTREME[recipe], "--crop-scale", "0.01", "--lr", "0.003", "--dropout", "0.9"]
+    flags += ["--data", "jsonl", "--root", str(tmp_path), "--workers", "0", "--steps", STEPS, "--precision", precision]
+    small = [flag for flag in OF_FILES if flag not in ("--precision", "fp32")]
+    config, given = parse_config([*small, *flags, "--out", str(tmp_path / "out")])
+    assert train.train(config, given)["step"] == int(STEPS)
+    assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "out")["model"].values())
+
+
+class Trace(TorchDispatchMode):
+    """Every operation, with a checksum of what it gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in (result if isinstance(result, list | tuple) else [result]) if isinstance(x, torch.Tensor)]
+        if "empty" not in str(function):
+            values = [x.detach().float().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors if x.numel()]
+            self.done.append((str(function), zlib.crc32(b"".join(values))))
+        return result
+
+
+def traced(out, monkeypatch, *flags):
+    """All operations of the losses of a run's steps."""
+    trace = Trace()
+
+    def watched(self, batch, forward=train.Step.forward):
+        with trace:
+            return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Step, "forward", watched)
+        run(out, "--steps", "2", "--val-every", "9", *flags)
+    return trace.done
+
+
+def first_difference(one, two):
+    """Number and name of the first operation that two traces disagree on."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next(((number, a[0]) for number, (a, b) in pairs if a != b), None)
+
+
+@pytest.mark.parametrize("recipe", EXTREME)
+def test_every_operation_of_two_runs_gives_the_same(tmp_path, recipe, monkeypatch):
+    flags = ["--recipe", recipe, "--fusion-layers", "2"]
+    one, two = (traced(tmp_path / name, monkeypatch, *flags) for name in "ab")
+    assert len(one) > 500 and len(one) == len(two) and first_difference(one, two) is None
+    same_state(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_what_differs_is_named(tmp_path, monkeypatch):
+    one = traced(tmp_path / "a", monkeypatch)
+    unseeded, own = torch.Generator(), train.random_patch_mask
+    unseeded.seed()
+    monkeypatch.setattr(train, "random_patch_mask", lambda *a, generator, device: own(*a, unseeded, device))
+    number, name = first_difference(one, traced(tmp_path / "b", monkeypatch))
+    assert name == "aten.rand.generator" and number > 10
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_change_no_tensor(tmp_path, workers):
+    for name, flags in (("none", []), ("some", ["--workers", str(workers)])):
+        run(tmp_path / name, "--steps", "3", "--val-every", "9", *flags)
+    same_state(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "some"))
