@@ -50,7 +50,7 @@ class ModelConfig:
     detector: bool = setting(False, "head that tells replaced words", low=0)
     embed_dim: int = setting(256, "width E of the contrastive space")
     max_length: int = setting(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
-    dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.99)
+    dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.5)
     vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6, high=10**7)
     classes: int = 0  # of the recognition head; 0: there is none. No flag: the labels are counted
 
@@ -552,8 +552,7 @@ class MomentumModel(nn.Module):
 
 
 class FeatureQueue(nn.Module):
-    """The last K momentum features of both modalities with their products and captions, for more ITC negatives (MoCo,
-    ALBEF)."""
+    """The last K momentum features with their products and captions, for more ITC negatives (MoCo, ALBEF)."""
 
     def __init__(self, length: int, embed_dim: int):
         super().__init__()
