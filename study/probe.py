@@ -2,9 +2,9 @@
 
 python study/probe.py --checkpoint runs/…/last.pt      of a pretraining or a fine-tuning; --root where files have moved
 
-Ridge regression from the frozen CLS to one-hot labels, fitted on the photos (synthetic: front and back) of two of three
-training products, accuracy on those of every third; beside it a model with random weights, and the answer
-that is most often right. Photos without a label are left out.
+Ridge regression from the frozen CLS to one-hot labels, fitted on photos of the training split (synthetic: fronts and
+backs), accuracy on those of the validation split, which pretraining has not seen; beside it a model with random
+weights, and the answer that is most often right. Photos without a label are left out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import DataName, build_dataset, normalise
 from harness.flags import ConfigError
-from harness.trust import load_checkpoint
+from harness.trust import check_like, load_checkpoint
 from model import ModelConfig, VisionLanguageModel
 from photos.dataset import DataError, PhotoDataset
 from photos.synthetic import Synthetic
@@ -36,21 +36,25 @@ ATTRIBUTES = {
 
 def open_probe(
     checkpoint: str | Path, root: str | None, products: int, progress: bool
-) -> tuple[VisionLanguageModel, PhotoDataset, list[int]]:
-    """A trained model, its training photos, and the rows of those to look at. Raises ConfigError or DataError."""
+) -> tuple[VisionLanguageModel, list[tuple[PhotoDataset, list[int]]]]:
+    """A trained model; the photos to fit on and those to test on, each with the rows to look at. Raises ConfigError or
+    DataError."""
     state = load_checkpoint(checkpoint)
     config, seed = state["config"], state["config"].get("data_seed", state["config"]["seed"])
     if config["data"] not in get_args(DataName):
         raise ConfigError(f"trained on {config['data']}, whose photos have no categories")
     model = VisionLanguageModel(ModelConfig(**config["model"]))
+    check_like(state["model"], model.state_dict(), "model")
     model.load_state_dict(state["model"])
-    dataset = build_dataset(
-        config["data"], root or config["root"], "train", config["model"]["image_size"], seed, products, progress
-    )
-    rows = np.flatnonzero(dataset.product_ids < products).tolist()
-    if isinstance(dataset, Synthetic):
-        rows = [row for row in rows if dataset.rows[row][1] in ("front", "back")]
-    return model, dataset, rows
+    parts = []
+    for split in ("train", "val"):
+        where = config["data"], root or config["root"], split, config["model"]["image_size"]
+        dataset = build_dataset(*where, seed, products, progress)
+        rows = np.flatnonzero(dataset.product_ids < products).tolist()
+        if isinstance(dataset, Synthetic):
+            rows = [row for row in rows if dataset.rows[row][1] in ("front", "back")]
+        parts.append((dataset, rows))
+    return model, parts
 
 
 @torch.no_grad()
@@ -91,25 +95,36 @@ def probe(features: Tensor, labels: Tensor, fit: Tensor, penalty: float = 50.0) 
     return ((x @ weights).argmax(dim=1) == labels)[~fit].float().mean().item()
 
 
-def accuracies(dataset: PhotoDataset, rows: list[int], features: list[Tensor]) -> dict[str, list[float]]:
-    """For each kind of label that there is: accuracy from each of some features (n, D), and of the commonest answer."""
-    owners, found = torch.from_numpy(dataset.product_ids[rows]), {}
-    fit = owners % 3 < 2
-    for name, values in labels_of(dataset, rows).items():
+def look(
+    models: list[VisionLanguageModel], parts: list[tuple[PhotoDataset, list[int]]], progress: bool
+) -> tuple[dict[str, list[str]], list[Tensor], Tensor]:
+    """Of the photos to fit on, then those to test on: labels (n) by kind; features (n, D) by each of the models; which
+    are to fit on (n,)."""
+    looked = [cls_features(models, *part, progress) for part in parts]
+    features = [torch.cat(both) for both in zip(*(feats for _, feats in looked), strict=True)]
+    first, second = (labels_of(dataset, rows) for (dataset, _), (rows, _) in zip(parts, looked, strict=True))
+    labels = {name: values + second[name] for name, values in first.items()}
+    return labels, features, torch.arange(len(features[0])) < len(looked[0][0])
+
+
+def accuracies(labels: dict[str, list[str]], features: list[Tensor], fit: Tensor) -> dict[str, list[float]]:
+    """For each kind of label that there is: accuracy from each of some features (n, D), fitted where `fit` (n,) says
+    and tested elsewhere, and of the commonest answer."""
+    found = {}
+    for name, values in labels.items():
         known = torch.tensor([value != "" for value in values])
         if known[fit].any() and known[~fit].any():
-            labels = torch.from_numpy(np.unique([value for value in values if value], return_inverse=True)[1])
+            numbers = torch.from_numpy(np.unique([value for value in values if value], return_inverse=True)[1])
             part = fit[known]
-            most = labels[~part].bincount().max() / (~part).sum()
-            found[name] = [*(probe(x[known], labels, part) for x in features), most.item()]
+            most = numbers[~part].bincount().max() / (~part).sum()
+            found[name] = [*(probe(x[known], numbers, part) for x in features), most.item()]
     return found
 
 
 def category_accuracy(checkpoint: str | Path, root: str | None = None) -> float | None:
     """Accuracy of the linear probe for the category, None where the photos have none."""
-    model, dataset, rows = open_probe(checkpoint, root, PRODUCTS, progress=False)
-    rows, features = cls_features([model], dataset, rows, progress=False)
-    return accuracies(dataset, rows, features).get("category", [None])[0]
+    model, parts = open_probe(checkpoint, root, PRODUCTS, progress=False)
+    return accuracies(*look([model], parts, progress=False)).get("category", [None])[0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,22 +132,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("probe.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--root", help="folder of the data set (default: where it was in training)")
-    parser.add_argument("--products", type=int, default=PRODUCTS, help=f"products to look at (default {PRODUCTS})")
+    parser.add_argument(
+        "--products",
+        type=int,
+        default=PRODUCTS,
+        help=f"products of each split to look at, at most (default {PRODUCTS})",
+    )
     args = parser.parse_args(argv)
     if args.products < 30:
         parser.error(f"--products {args.products}: at least 30")
     try:
         torch.manual_seed(0)
-        trained, dataset, rows = open_probe(args.checkpoint, args.root, args.products, progress=True)
-        untrained = VisionLanguageModel(trained.config)
-        rows, features = cls_features([trained, untrained], dataset, rows, progress=True)
+        trained, parts = open_probe(args.checkpoint, args.root, args.products, progress=True)
+        shares = accuracies(*look([trained, VisionLanguageModel(trained.config)], parts, progress=True))
     except (ConfigError, DataError, TypeError, RuntimeError) as error:
         sys.exit(f"probe.py: {args.checkpoint}: {str(error).splitlines()[0]}")
-    kind = "synthetic photos" if isinstance(dataset, Synthetic) else "photos"
-    print(f"{len(rows):,} {kind} of {len(set(dataset.product_ids[rows])):,} products; accuracy in %")
+    counts = [f"{len(rows):,} photos of {len(set(dataset.product_ids[rows])):,} products" for dataset, rows in parts]
+    print(f"fitted on {counts[0]}, accuracy in % on {counts[1]} held out")
     print("| | this model | random weights | most frequent |\n|---|---|---|---|")
-    for name, shares in accuracies(dataset, rows, features).items():
-        print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
+    for name, row in shares.items():
+        print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in row) + " |")
 
 
 if __name__ == "__main__":

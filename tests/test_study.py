@@ -22,7 +22,6 @@ from harness.flags import ConfigError
 from harness.run import build_run
 from masking import random_word_mask
 from measures.pictures import INK, PAPER, draw_text
-from photos.dataset import PhotoDataset
 from photos.synthetic import Synthetic
 from study import ablate, benchmark, figures, probe, sources, steps
 from study.steps import Waits
@@ -405,13 +404,14 @@ def test_probe_finds_what_is_linearly_there_and_nothing_else():
 
 
 def test_labels_that_were_never_fitted_are_errors_and_none_is_no_label():
-    """30 products whose features tell all labels apart, but of those left to test, every third, four have a new one."""
+    """30 photos whose features tell all labels apart, but of those left to test, every third, four have a new one."""
     names = ["", *["red", "blue"] * 14, "red"]
     names[2:12:3] = ["new"] * 4
-    dataset = PhotoDataset(["text"] * 30, list(range(30)), names, [""] * 30, 32)
     kinds = torch.tensor([["", "red", "blue", "new"].index(name) for name in names])
     features = torch.nn.functional.one_hot(kinds).float()
-    assert probe.accuracies(dataset, list(range(30)), [features])["category"] == pytest.approx([0.6, 0.4])
+    fit = torch.arange(30) % 3 < 2
+    found = probe.accuracies({"category": names, "sub-category": [""] * 30}, [features], fit)
+    assert found == {"category": pytest.approx([0.6, 0.4])}
 
 
 def test_probe_of_a_checkpoint(tmp_path, capsys, monkeypatch):
@@ -421,7 +421,7 @@ def test_probe_of_a_checkpoint(tmp_path, capsys, monkeypatch):
     checkpoint = tmp_path / "last.pt"
     probe.main(["--checkpoint", str(checkpoint), "--products", "30"])
     head, _, _, *table = capsys.readouterr().out.splitlines()
-    assert head == "60 synthetic photos of 30 products; accuracy in %"
+    assert head == "fitted on 60 photos of 30 products, accuracy in % on 60 photos of 30 products held out"
     rows = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in table)}
     assert list(rows) == ["category", "sub-category", *probe.ATTRIBUTES]
     assert all(0 <= float(cell) <= 100 for cells in rows.values() for cell in cells)
@@ -449,6 +449,7 @@ def test_probe_of_files(tmp_path, capsys):
         capsys.readouterr()
         probe.main([*flags, "--root", str(tmp_path / "moved")])
         head, _, _, category = capsys.readouterr().out.splitlines()
-        assert head == f"{count - 1} photos of 36 products; accuracy in %" and category.startswith("| category | ")
+        fitted, tested = map(int, re.findall(r"(\d+) photos", head))
+        assert fitted == count - 1 and tested and "held out" in head and category.startswith("| category | ")
     write_files(tmp_path / "bare", lambda product: "")
     assert probe.category_accuracy(tmp_path / "run" / "last.pt", str(tmp_path / "bare")) is None
