@@ -144,13 +144,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         torch.manual_seed(0)
         trained, parts = open_probe(args.checkpoint, args.root, args.products, progress=True)
-        shares = accuracies(*look([trained, VisionLanguageModel(trained.config)], parts, progress=True))
+        labels, features, fit = look([trained, VisionLanguageModel(trained.config)], parts, progress=True)
     except (ConfigError, DataError, TypeError, RuntimeError) as error:
         sys.exit(f"probe.py: {args.checkpoint}: {str(error).splitlines()[0]}")
-    counts = [f"{len(rows):,} photos of {len(set(dataset.product_ids[rows])):,} products" for dataset, rows in parts]
-    print(f"fitted on {counts[0]}, accuracy in % on {counts[1]} held out")
+    print(f"fitted on {fit.sum():,} photos, accuracy in % on {(~fit).sum():,} of products held out of pretraining")
     print("| | this model | random weights | most frequent |\n|---|---|---|---|")
-    for name, row in shares.items():
+    for name, row in accuracies(labels, features, fit).items():
         print(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in row) + " |")
 
 
