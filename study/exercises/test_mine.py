@@ -23,11 +23,14 @@ def test_mine(number, request):
         for name, test in tests.items():
             try:
                 test()
+                continue
+            except Mistake as mistake:
+                said = mistake
             except Exception as error:
-                if request.config.option.verbose > 0 and not isinstance(error, Mistake):
+                if request.config.option.verbose > 0:
                     raise
-                said = error if isinstance(error, Mistake) else shortly(name, error)
-                pytest.fail(f"ex{number}: {said}", pytrace=False)
+                said = shortly(name, error)
+            pytest.fail(f"ex{number}: {said}", pytrace=False)
 
 
 def shortly(name: str, error: Exception) -> str:
