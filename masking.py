@@ -228,11 +228,11 @@ def sync_mask(
         # Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],  q = A[w, p] / Σ_p A[w, p]
         q = (a + 1e-12) / (a + 1e-12).sum(dim=2, keepdim=True)
         word_scores = (q * (a + 1e-12).log()).sum(dim=2)
-    best = mask_words(_untied(word_scores, generator), words, max(pool, word_ratio))
+    best = mask_words(untied(word_scores, generator), words, max(pool, word_ratio))
     draws = torch.rand(best.shape, device=best.device, generator=generator)
     masked_words = mask_words(best + draws, words, word_ratio)
     patch_scores = mean_over(masked_words if patch_score == "masked" else word_mask)  # (B, P)
-    return mask_top(_untied(patch_scores, generator), everything, patches), masked_words
+    return mask_top(untied(patch_scores, generator), everything, patches), masked_words
 
 
 def true_mask(
@@ -265,7 +265,7 @@ def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor
     return (heat - low) / (high - low + 1e-7)
 
 
-def _untied(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+def untied(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     """Exact ties must not always fall to the first: with noise far below any real difference. (B, X) -> (B, X)."""
     floor = (1e-7 * scores.abs().amax(dim=1, keepdim=True)).clamp(min=1e-30)
     return scores + floor * torch.randn(scores.shape, device=scores.device, generator=generator)

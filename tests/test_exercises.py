@@ -18,12 +18,22 @@ OWN_TESTS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 5, 8: 2, 9: 0, 10: 0}  # of 
 RANKED = "mask_words(torch.rand(words.shape, device=words.device, generator=generator), words, ratio)"
 MASKED_LOGITS = """logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)  # rows without any keep finite logits
         chosen = torch.multinomial(logits.softmax(dim=1), 1"""
+ONE_ARGSORT = """scores = torch.rand(words.shape, generator=generator).masked_fill(~first_pieces(words), -1)
+    first = (scores.argsort(dim=1, descending=True) < word_counts(words, ratio)) & first_pieces(words)
+    words_of = lambda *_: first.gather(1, (words - 1).clamp(min=0)) & (words > 0)
+    """
+IN_TOKENS = """mask_top(
+        untied(word_scores, generator), word_mask,
+        (word_mask.sum(1, keepdim=True) * max(pool, word_ratio)).round().minimum(word_mask.sum(1, keepdim=True)))"""
 DRAWN = "chosen = torch.multinomial(logits.softmax(dim=1) * ~forbidden, 1"
 # exercise, function, what of it becomes what, the message
 MISTAKES = [
-    (1, "random_word_mask", {RANKED: "(torch.rand(words.shape, generator=generator) < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "a coin for each word: "),
+    (1, "random_word_mask", {RANKED: "(torch.rand(words.shape, generator=generator) < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "a coin for each word"),
     (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape, generator=generator), torch.ones_like(words) > 0, ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
     (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape, generator=generator), words > 0, ratio)"}, "one piece of a word is hidden"),
+    (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape[1:], generator=generator).expand(words.shape), words, ratio)"}, "the same random numbers"),
+    (1, "random_word_mask", {"return mask_words": f"{ONE_ARGSORT}return words_of"}, "or one argsort"),
+    (1, "random_word_mask", {"return mask_words": "words = words * 1\n    return mask_words"}, "a boolean `words`"),
     (2, "corrupt_words", {"token_ids.masked_fill(~mask, -100)": "token_ids"}, "words that are not masked have labels"),
     (2, "corrupt_words", {"dice < 0.8": "dice < 1"}, r"become \[MASK\] and 0% stay"),
     (2, "corrupt_words", {"token_ids.masked_fill(mask": "token_ids.masked_fill_(mask"}, "token_ids itself is written into"),
@@ -36,6 +46,12 @@ MISTAKES = [
     (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "torch.eye(*right.shape)"}, "right answers share"),
     (4, "itc_targets", {"return alpha * ": "return (1 - alpha) * ", "+ (1 - alpha) *": "+ alpha *"}, "momentum model's share"),
     (5, "pick_negatives", {MASKED_LOGITS: DRAWN}, "Mask the logits before the softmax"),
+    (5, "pick_negatives", {'"random" else sim': '"random" else -sim'}, "the least similar is drawn"),
+    (5, "pick_negatives", {", generator=generator": ""}, "one generator, two draws"),
+    (5, "pick_negatives", {"masked_fill(forbidden, -torch.inf).argmax": "masked_fill(forbidden, 0).argmax"}, "hard: a pair itself .* −∞ where forbidden"),
+    (5, "pick_negatives", {'torch.zeros_like(sim) if mode == "random" else sim': "sim"}, "random always draws the same"),
+    (5, "pick_negatives", {'torch.zeros_like(sim) if mode == "random" else sim': "torch.zeros_like(sim)"}, r"not drawn ∝ exp\(sim\)"),
+    (5, "pick_negatives", {"scores.masked_fill(": "scores.masked_fill_("}, "sim itself is written into"),
     (5, "pick_negatives", {MASKED_LOGITS: DRAWN.replace("forbidden", "forbidden + 1e-9")}, "itself is drawn"),
     (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden & False", "masked_fill(forbidden, ": "masked_fill(forbidden & False, "}, "a pair itself is drawn"),
     (5, "pick_negatives", {"torch.where(possible, chosen, -1)": "chosen"}, "the answer is −1"),
@@ -46,10 +62,21 @@ MISTAKES = [
     (6, "pick_negatives", {"sim.masked_fill(~below": "-sim.masked_fill(~below", "-torch.inf), -sim": "torch.inf), -sim"}, "is the easiest"),
     (7, "sync_mask", {"a.amax(dim=2)": "a.sum(dim=2)"}, "A row of a softmax sums to 1"),
     (7, "sync_mask", {"reduce_heads(attention, heads)": "attention.mean(dim=1)"}, "drop the image CLS"),
-    (7, "sync_mask", {"heads), word_mask, word_mask > 0": "heads), torch.ones_like(word_mask) > 0, word_mask > 0"}, r"\[CLS\], \[SEP\] or padding is masked"),
+    (7, "sync_mask", {"heads), word_mask, word_mask > 0": "heads), torch.ones_like(word_mask) > 0, word_mask > 0"}, r"no words, where `words` is 0: \[CLS\]"),
     (7, "sync_mask", {'masked_words if patch_score == "masked" else word_mask': "word_mask"}, "only the attention of the words just masked"),
     (7, "sync_mask", {"(a + 1e-12)": "a"}, "0 · log 0 is NaN"),
     (7, "sync_mask", {".clamp(min=1)": ""}, "a text without a word has the same patches"),
+    (7, "sync_mask", {"reduce_heads(attention, heads)": "attention[..., :-1].mean(dim=1)"}, "the last column that is dropped"),
+    (7, "sync_mask", {"untied(patch_scores, generator)": "-patch_scores"}, "the least attended patches"),
+    (7, "sync_mask", {"untied(patch_scores, generator)": "patch_scores"}, "always the same patches: `untied`"),
+    (7, "sync_mask", {"untied(word_scores, generator)": "word_scores"}, "always the same word: `untied`"),
+    (7, "sync_mask", {"mask_words(best + draws": "mask_words(draws"}, "words are drawn from all of the text"),
+    (7, "sync_mask", {"max(pool, word_ratio)": "word_ratio"}, "the pool is ignored"),
+    (7, "sync_mask", {"max(pool, word_ratio)": "pool"}, r"max\(pool, word_ratio\)"),
+    (7, "sync_mask", {"mask_words(untied(word_scores, generator), words, max(pool, word_ratio))": IN_TOKENS}, "not of the tokens"),
+    (7, "sync_mask", {"mask_words(best + draws, words, word_ratio)": "mask_top(best + draws, word_mask, word_counts(words, word_ratio))"}, "one piece of a word"),
+    (7, "sync_mask", {"(q * (a + 1e-12).log())": "(q * q.log())"}, r"−H\(q\) alone"),
+    (7, "sync_mask", {"word_scores = word_score\n": "word_scores = -word_score\n"}, "the highest are masked"),
     (8, "soft_mask", {"gradient.clamp(min=0)": "gradient"}, "the ReLU of Grad-CAM"),
     (8, "soft_mask", {"gradient.clamp(min=0)": "gradient", ".mean(dim=1)  #": ".mean(dim=1).clamp(min=0)  #"}, "ReLU comes before the mean over heads"),
     (8, "soft_mask", {"word_index, 1:]": "word_index]"}, "without the image CLS"),
@@ -153,7 +180,15 @@ def test_one_command_checks_what_is_begun(mine, capsys):
     assert code == 1 and "exercise 4 is not written yet: same_pairs, itc_targets" in said and "Traceback" not in said
     (mine / "ex4.py").write_text("from losses import itc_targets, same_pairs")
     code, said = checked(capsys, "-k", "ex4")
-    assert code == 0 and "3 passed" in said
+    assert code == 0 and "1 passed" in said
+    (mine / "ex4.py").write_text("from losses import itc_targets\nsame_pairs = lambda *ids: ids[9]")
+    code, said = checked(capsys, "-k", "ex4")
+    assert code == 1 and "mine/ex4.py, line 2:\n    same_pairs =" in said and len(said.splitlines()) < 10
+    start.main(["1"])
+    assert "# def word_counts" in (mine / "ex1.py").read_text() and "Leave masking.py closed" in capsys.readouterr().out
+    (mine / "ex1.py").write_text("from masking import mask_words, random_word_mask")
+    code, said = checked(capsys, "-k", "ex1")
+    assert code == 4 and "mask_words is the whole solution" in said
     (mine / "ex4.py").write_text("def itc_targets(:")
     code, said = checked(capsys, "-k", "ex4")
     assert code == 4 and "ex4.py, line 1: " in said and "Traceback" not in said

@@ -20,37 +20,58 @@ Functions = dict[str, Callable]
 @dataclass(frozen=True)
 class Exercise:
     """solves: the functions to write, as module.name, which is where their solution stands · tests: the project's own,
-    as file:pattern of names · modes: of pick_negatives, those that are asked for"""
+    as file:pattern of names · modes: of pick_negatives, those that are asked for · reads: what is to be read first and
+    stands near the solution, as module.name; the stub shows it"""
 
     solves: tuple[str, ...]
     tests: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     @property
     def solution(self) -> Functions:
         """The project's own functions."""
-        parts = (path.rsplit(".", 1) for path in self.solves)
-        return {name: getattr(importlib.import_module(module), name) for module, name in parts}
+        return named(self.solves)
+
+
+def named(paths: tuple[str, ...]) -> Functions:
+    """The project's functions at module.name, by name."""
+    parts = (path.rsplit(".", 1) for path in paths)
+    return {name: getattr(importlib.import_module(module), name) for module, name in parts}
 
 
 HELPERS = {
     1: "from masking import first_pieces, word_counts",
-    7: "from masking import _untied, mask_top, mask_words, patch_count, reduce_heads",
-    9: "from masking import hidden_words, read_layer, reduce_heads\nfrom study.sources import predictions",
-    10: "from masking import hidden_words, mask_words, random_patch_mask, random_word_mask",
+    5: "from losses import NegativeMode",
+    6: "from losses import NegativeMode",
+    7: """from masking import (
+    HeadReduction, PatchScore, WordScore, mask_top, mask_words, patch_count, reduce_heads, untied
+)""",
+    8: "from harness.run import Run",
+    9: """from harness.run import Run
+from masking import hidden_words, read_layer, reduce_heads
+from study.sources import predictions""",
+    10: """from harness.run import Run
+from harness.wiring import Teacher
+from masking import hidden_words, mask_words, random_patch_mask, random_word_mask""",
 }
 EXERCISES = {
-    1: Exercise(("masking.random_word_mask",), ("test_masking:random_word_mask|all_pieces",)),
+    1: Exercise(("masking.random_word_mask",), ("test_masking:random_word_mask|all_pieces",),
+                reads=("masking.which_words", "masking.first_pieces", "masking.word_counts")),
     2: Exercise(("masking.corrupt_words",), ("test_masking:corruption|replaced_words",)),
     3: Exercise(("masking.cooccurrence", "masking.pointing"), ("test_masking:(cooccurrence|pointing)_by_hand",)),
     4: Exercise(("losses.same_pairs", "losses.itc_targets"), ("test_losses:itc_targets|what_is_right",)),
-    5: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|hard_takes",), ("random", "similar", "hard")),
+    5: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|hard_takes",), ("random", "similar", "hard"),
+                reads=("losses.same_pairs",)),
     6: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|semihard",), ("semihard",)),
-    7: Exercise(("masking.sync_mask",), ("test_masking:sync_mask|masked_words_are|exact_ties|all_pieces",)),
-    8: Exercise(("masking.soft_mask", "train.soften"), ("test_masking:soft_mask_equals", "test_train:masks_suppress")),
+    7: Exercise(("masking.sync_mask",), ("test_masking:sync_mask|masked_words_are|exact_ties|all_pieces",),
+                reads=("masking.momentum_attention", "masking.read_layer", "masking.reduce_heads",
+                       "masking.patch_count", "masking.mask_top", "masking.mask_words", "masking.untied")),
+    8: Exercise(("masking.soft_mask", "train.soften"), ("test_masking:soft_mask_equals", "test_train:masks_suppress"),
+                reads=("train.softmask",)),
     9: Exercise(("study.exercises.solutions.word_score",)),
     10: Exercise(("study.exercises.solutions.choose_masks",)),
-}
+}  # fmt: skip
 
 
 class Mistake(Exception):
@@ -73,11 +94,13 @@ def written(number: int) -> Functions:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise Mistake(f"{path}, line {error.lineno}: {error.msg}") from None
-    except (ImportError, NameError) as error:
-        raise Mistake(f"{path}: {error}") from None
+    except Exception as error:
+        raise Mistake(f"{path}: {type(error).__name__}: {error}") from None
     names = [name.rsplit(".", 1)[1] for name in EXERCISES[number].solves]
     if missing := [name for name in names if not hasattr(module, name)]:
         raise Mistake(f"{path} defines no {missing[0]}; start.py {number} --again writes the stub anew")
+    if number == 1 and hasattr(module, "mask_words"):
+        raise Mistake(f"{path}: mask_words is the whole solution; write what it does yourself")
     return {name: getattr(module, name) for name in names}
 
 

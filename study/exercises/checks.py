@@ -56,12 +56,21 @@ def check_1(random_word_mask) -> None:
     for mask in masks:
         only_words(mask, WORDS)
     of_six = {(mask & first_pieces(WORDS))[0].sum().item() for mask in masks}
-    want(len(of_six) == 1, f"a coin for each word: {min(of_six)} to {max(of_six)} of six words are masked from draw to "
-         "draw. Rank one random number a word and take the first `word_counts`")  # fmt: skip
+    want(len(of_six) == 1, f"a coin for each word, or one argsort, which gives places, not ranks: {min(of_six)} to "
+         f"{max(of_six)} of six words are masked from draw to draw. Rank one random number a word and take the first "
+         "`word_counts`")  # fmt: skip
     right_counts(masks[0], WORDS, 0.5)
     want(len({str(mask) for mask in masks}) > 1, "the same words are masked whatever the generator")
     want(torch.equal(masks[3], random_word_mask(WORDS, 0.5, seeded(3))),
          "one generator, two masks: give it to torch.rand")  # fmt: skip
+    want(len(random_word_mask(WORDS[:1].expand(9, -1), 0.5, seeded()).unique(dim=0)) > 1, "all texts get the same "
+         "random numbers: draw (B, L) of them, not (L,)")  # fmt: skip
+    try:
+        counts = random_word_mask(WORDS > 0, 0.5, seeded()).sum(1).tolist()
+    except RuntimeError:
+        counts = None
+    want(counts == [4, 1, 0], "a boolean `words`, in which every token is a word of its own, has to be numbered first: "
+         "words * torch.arange(1, L + 1)")  # fmt: skip
 
 
 def check_2(corrupt_words) -> None:
@@ -118,27 +127,38 @@ def check_4(same_pairs, itc_targets) -> None:
 
 def check_5(pick_negatives) -> None:
     forbidden = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]).bool()
-    sim, best = torch.tensor([[9.0, 8, 2, 1], [8, 9, 1, 2], [0, 1, 9, 3], [1, 2, 3, 9]]), torch.tensor([2, 3, 3])
+    sim = torch.tensor([[9.0, 8, 2, 1], [8, 9, 1, 2], [0, 1, 9, 3], [1, 2, 3, 9]]) - 10
+    best, least = torch.tensor([[2, 3, 3], [3, 2, 0]])
     cold = "at a low temperature the softmax is 1 for the own pair and 0 elsewhere; once that is zeroed, nothing is "
     cold += "left to draw by. Mask the logits before the softmax"
     nothing = "where every column is forbidden the answer is −1; a softmax of nothing but −∞ is NaN"
 
     def draws(rows: int, mode: str, scale: int, broken: str) -> torch.Tensor:
-        asked = sim[:rows] * scale, forbidden[:rows]
+        asked, clean = (sim[:rows] * scale, forbidden[:rows]), sim[:rows] * scale
         try:
-            return torch.stack([pick_negatives(*asked, mode=mode, generator=seeded(s)) for s in range(20)])
+            drawn = torch.stack([pick_negatives(*asked, mode=mode, generator=seeded(s)) for s in range(20)])
         except RuntimeError as error:
             want("prob" not in str(error), f"{mode}: {broken}")  # as torch.multinomial says it
             raise
+        want(torch.equal(asked[0], clean), f"{mode}: sim itself is written into; it is still needed: masked_fill")
+        return drawn
 
-    for mode, scale in (("hard", 1), ("random", 1), ("similar", 1), ("similar", 1000)):
-        drawn = draws(3, mode, scale, cold)
-        want(not (drawn == torch.arange(3)).any(), f"{mode}: a pair itself is drawn as its negative")
+    for mode, scale in (("hard", 1), ("random", 1000), ("similar", 1), ("similar", 1000)):
+        drawn = draws(3, mode, scale, cold if scale > 1 else "there is NaN in the softmax, or nothing above 0")
+        want(not (drawn == torch.arange(3)).any(), f"{mode}: a pair itself is drawn as its negative. −∞ where "
+             "forbidden; 0 is much where all logits are negative")  # fmt: skip
         want(not forbidden[:3].gather(1, drawn.T).any(), f"{mode}: a forbidden column is drawn: another photo of the "
              "product, or the same caption")  # fmt: skip
+        want(torch.equal(drawn, draws(3, mode, scale, cold)), f"{mode}: one generator, two draws: give it to "
+             "torch.multinomial")  # fmt: skip
         want(mode != "hard" or (drawn == best).all(), "hard is the most similar allowed one")
-        want(scale == 1 or (drawn == best).all(), f"{mode}: {cold}")
-        want(mode == "hard" or scale > 1 or len(drawn[:, 0].unique()) > 1, f"{mode} is drawn, not always the same")
+        always = len(drawn[:, 0].unique()) == 1
+        want(mode != "random" or not always, "random always draws the same: it is uniform, whatever `sim` says")
+        if mode == "similar":
+            want(scale == 1 or not (drawn == least).all(), "similar: the least similar is drawn; ∝ exp(sim), not "
+                 "exp(−sim)")  # fmt: skip
+            want(scale > 1 or not always, "similar is drawn, not always the same")
+            want(scale == 1 or (drawn == best).all(), f"similar: not drawn ∝ exp(sim); or {cold}")
     for mode in ("hard", "random", "similar"):
         want((draws(4, mode, 1, nothing)[:, 3] == -1).all(), f"{mode}: {nothing}")
 
@@ -159,30 +179,71 @@ def check_6(pick_negatives) -> None:
 
 
 def check_7(sync_mask) -> None:
-    attention = torch.zeros(1, 2, 6, 5)
+    words_by_score(sync_mask)
+    patches_by_attention(sync_mask)
+
+
+def words_by_score(sync_mask) -> None:
+    """Three words with scores of their own, the first of three pieces."""
+    words, attention = torch.tensor([[0, 2, 2, 2, 5, 6, 0]]), torch.full((1, 2, 7, 5), 0.2)
+    own = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
+
+    def masked(ratio: float, pool: float, scores=own) -> list[int]:
+        masks = [
+            sync_mask(attention, words, 0.25, ratio, "mean", scores, "masked", pool, seeded(s))[1] for s in range(20)
+        ]
+        for mask in masks:
+            only_words(mask, words)
+            right_counts(mask, words, ratio)
+        return torch.cat(masks)[:, [1, 4, 5]].sum(0).tolist()  # how often each word
+
+    best, _, second = masked(0.67, 0.0)
+    want(best, "word_score may be a tensor of scores: the highest are masked")
+    want(best == 20, "words are drawn from all of the text: first the best, then a draw among these alone. best + "
+         "draws is above 1 in the mask `best`, and below 1 elsewhere")  # fmt: skip
+    want(second == 20, "with a pool below word_ratio the best word_ratio are masked: max(pool, word_ratio), and "
+         "that of the words, not of the tokens")  # fmt: skip
+    best, worst, second = masked(0.34, 0.67)
+    want(not worst, "a word is masked that is not in the pool, the best max(pool, word_ratio) of the words")
+    want(best and second, "the pool is ignored: of the best two of three words one is to be drawn, and it is "
+         "always the same")  # fmt: skip
+    want(max(masked(0.34, 0.0, torch.ones(1, 7))) < 20, "of equal scores it is always the same word: `untied` first")
+
+
+def patches_by_attention(sync_mask) -> None:
+    """Three words, of which the second looks at one patch alone."""
+    words, attention = torch.tensor([[0, 2, 3, 4, 0, 0]]), torch.zeros(1, 2, 6, 5)
+    ask = lambda attention, words, score="max", whose="masked", seed=0: sync_mask(
+        attention, words, 0.25, 0.34, word_score=score, patch_score=whose, generator=seeded(seed))  # fmt: skip
+    attention[0, :, 1] = torch.tensor([0.0, 0.4, 0.3, 0.2, 0.1])
+    patches = ask(attention, words * torch.tensor([0, 1, 0, 0, 0, 0]))[0]
+    want(patches.shape == (1, 4), f"the patch mask has {patches.shape[1]} columns, the photo 4 patches: drop the "
+         "image CLS, column 0, before anything else")  # fmt: skip
+    want(patches.sum() == 1, "counts are exact: round(ratio · patches)")
+    want(not patches[0, 1], "the second best patch is masked: is it the last column that is dropped? CLS is the first")
+    want(patches[0, 0], "the least attended patches are masked instead of the most attended")
+
     attention[..., 4] = 9.0  # special tokens look at the last patch
     attention[0, :, 1] = torch.tensor([0.0, 0.45, 0.45, 0.1, 0.0])
     attention[0, :, 2] = torch.tensor([0.4, 0.0, 0.0, 0.6, 0.0])
     attention[0, :, 3] = torch.tensor([0.0, 0.45, 0.45, 0.0, 0.1])
-    words = torch.tensor([[0, 2, 3, 4, 0, 0]])
     for score in ("max", "entropy"):
-        patches, masked = sync_mask(attention, words, 0.25, 0.34, word_score=score, generator=seeded())
-        want(patches.shape == (1, 4), f"the patch mask has {patches.shape[1]} columns, the photo 4 patches: drop the "
-             "image CLS, column 0, before anything else")  # fmt: skip
-        want(not (masked & (words == 0)).any(), "[CLS], [SEP] or padding is masked: only where `words` > 0")
+        patches, masked = ask(attention, words, score)
         want(masked[0, 2] or score == "max", "word_score entropy: the third token looks at one patch and has to be "
              "masked. Σ_p q log A, q = A / Σ A, and 1e-12 added to A, since 0 · log 0 is NaN")  # fmt: skip
         want(masked[0, 2], f"word_score {score}: the third token looks at one patch and has to be masked. A row of a "
              "softmax sums to 1, so a row's sum over patches only says how little falls on the image CLS")  # fmt: skip
-        want(masked.sum() == 1 and patches.sum() == 1, "counts are exact: round(ratio · words), round(ratio · patches)")
         want(patches[0, 2], "patch_score masked: only the attention of the words just masked counts")
-    own = torch.tensor([[99.0, 3, 1, 2, 99, 99]])
-    want(sync_mask(attention, words, 0.25, 0.34, word_score=own)[1][0, 1], "word_score may be a tensor of scores")
-    patches = sync_mask(attention, words, 0.25, 0.34, word_score=own, patch_score="all", generator=seeded())[0]
-    none = [sync_mask(attention, words * 0, 0.25, 0.34, word_score=own, generator=seeded(s))[0] for s in range(20)]
-    want(len(torch.cat(none).unique(dim=0)) > 1, "a text without a word has the same patches masked each time: 0 / 0 "
-         "is NaN; divide by 1 at least, and give equal scores to _untied")  # fmt: skip
-    want(patches[0, :2].any(), "patch_score all: the mean over all words, without the rows of [CLS], [SEP] and padding")
+    want(ask(attention, words, whose="all")[0][0, :2].any(),
+         "patch_score all: the mean over all words, without the rows of [CLS], [SEP] and padding")  # fmt: skip
+    on_cls = attention.clone()
+    on_cls[0, :, 2] = torch.tensor([0.98, 0.0, 0.0, 0.02, 0.0])
+    want(not ask(on_cls, words, "entropy")[1][0, 2], "word_score entropy: a word is masked that looks at hardly any "
+         "patch, but at one: −H(q) alone; add log Σ A, the penalty for what falls on no patch")  # fmt: skip
+    varied = lambda *asked: len({str(ask(*asked, seed=seed)[0]) for seed in range(20)}) > 1
+    want(varied(torch.ones_like(attention), words), "of equal scores it is always the same patches: `untied` first")
+    want(varied(attention, words * 0), "a text without a word has the same patches masked each time: 0 / 0 is NaN; "
+         "divide by 1 at least")  # fmt: skip
 
 
 def check_8(soft_mask, soften) -> None:

@@ -1,4 +1,4 @@
-"""python -m pytest study/exercises -k exN: what is begun and asked for, up to the first failure."""
+"""python -m pytest study/exercises -k exN: of each exercise that is begun and asked for its first failure, in words."""
 
 import re
 
@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from study.exercises.catalogue import EXERCISES, Mistake, file_of, written
 
-settings.register_profile("project", deadline=None, derandomize=True)
+settings.register_profile("project", deadline=None, derandomize=True, report_multiple_bugs=False)
 settings.load_profile("project")
 
 
@@ -21,4 +21,11 @@ def pytest_configure(config):
         config.exercises = {number: written(number) for number in numbers}
     except Mistake as mistake:
         raise pytest.UsageError(str(mistake)) from None
-    config.option.maxfail = config.option.maxfail or 1
+    if config.option.verbose < 1:  # with -v pytest says all that it has to say
+        config.option.verbose, config.option.tbstyle, config.option.reportchars = -1, "no", ""
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.config.option.tbstyle == "no":
+        for report in terminalreporter.stats.get("failed", []):
+            terminalreporter.write_line(report.longrepr.reprcrash.message.removeprefix("Failed: "))

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from harness.flags import OneLineParser
 from study.exercises import catalogue
-from study.exercises.catalogue import EXERCISES, HELPERS, file_of
+from study.exercises.catalogue import EXERCISES, HELPERS, file_of, named
 
 HEAD = '''"""Exercise {number}: study/exercises/README.md. Check it: python -m pytest study/exercises -k ex{number}"""
 
@@ -30,12 +30,16 @@ from torch import Tensor
 
 
 def stub(number: int) -> str:
-    """Signature and docstring of the real functions, and nothing in them."""
+    """Signature and docstring of the real functions, and nothing in them; below, as comments, what is to be read."""
     parts = [HEAD.format(number=number, given=HELPERS.get(number, "")).rstrip() + "\n"]
     for function in EXERCISES[number].solution.values():
         source = textwrap.dedent(inspect.getsource(function))
         docstring = ast.parse(source).body[0].body[0]
         parts.append("\n".join(source.splitlines()[: docstring.end_lineno]) + "\n    raise NotImplementedError\n")
+    if reads := EXERCISES[number].reads:
+        parts.append("# To read; do not open the file that it is from, the solution stands beside it.")
+        sources = "\n\n".join(map(inspect.getsource, named(reads).values()))
+        parts.append(textwrap.indent(sources, "# ", lambda line: True).replace("# \n", "#\n"))
     return "\n\n".join(parts)
 
 
@@ -60,8 +64,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"start.py: {path} is there already; --again writes the stub over it")
     catalogue.MINE.mkdir(exist_ok=True)
     path.write_text(stub(args.number))
-    names = ", ".join(name.rsplit(".", 1)[1] for name in EXERCISES[args.number].solves)
+    exercise = EXERCISES[args.number]
+    names = ", ".join(exercise.solution)
     print(f"{path}: write {names}; then python -m pytest study/exercises -k ex{args.number}")
+    files = sorted({path.rsplit(".", 1)[0].replace(".", "/") + ".py" for path in exercise.solves})
+    shown = " What is to be read of it stands in the stub." if exercise.reads else ""
+    print(f"Leave {' and '.join(files)} closed: the solution is there.{shown}")
 
 
 if __name__ == "__main__":
