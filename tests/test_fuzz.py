@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import run_files, write_fashioniq
+from small import checkpoint, run, run_files, write_fashioniq
 from test_model import make_model
 
 from data import Collate, build_tokenizer, telling_pieces
@@ -106,6 +106,34 @@ def test_flags_are_taken_or_refused_in_one_line(data):
             assert config.model.width % config.model.heads == 0
         except (ConfigError, SystemExit) as error:
             assert "\n" not in (complained.getvalue().strip() or str(error)), argv
+
+
+NOT_TRIED = {
+    "out",
+    "resume",
+    "stop_at",
+    "device",
+    "compile",
+    "workers",
+    "steps",
+    "epochs",
+}  # slow, or of the test itself
+TRIED = [spec for spec in SWITCHES if spec.name not in NOT_TRIED]
+
+
+@settings(fuzzed, max_examples=max(6, CASES // 50))
+@given(st.data())
+def test_pairs_of_flags_run_a_step_or_are_refused(tmp_path_factory, data):
+    pair = data.draw(st.lists(st.sampled_from(TRIED), min_size=2, max_size=2, unique_by=lambda spec: spec.name))
+    argv = list(itertools.chain.from_iterable(given_flag(spec, data) for spec in pair))
+    out = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch, seconds(60):
+        patch.setattr("sys.stderr", io.StringIO())
+        try:
+            run(out / "run", "--steps", "9", "--stop-at", "1", *argv)
+            assert checkpoint(out / "run")["step"] == 1, argv
+        except (*REFUSALS, OSError, SystemExit) as error:
+            assert "\n" not in str(error), argv
 
 
 @fuzzed
