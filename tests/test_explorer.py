@@ -70,8 +70,8 @@ def made(tmp_path_factory):
         flags = ["--fusion-layers", "2", "--steps", "4", "--log-every", "1", "--val-every", "2", "--mask-warmup", "1"]
         train_small(out, *flags, "--products", "30")
         sharpen(out / "last.pt")
-        file = out / "explore.html"
-        explore.main(["--checkpoint", str(out / "last.pt"), "--file", str(file), "--photos", str(PHOTOS)])
+        file = out / "explore.html"  # where it is put by default
+        explore.main(["--checkpoint", str(out / "last.pt"), "--photos", str(PHOTOS)])
         run, dataset = explore.open_run(out / "last.pt", None, "cpu")
     run.config, dataset.truths = replace(run.config, precision="fp32"), True
     run.model.eval()
@@ -220,6 +220,8 @@ def test_curves_and_figures_are_those_of_metrics_jsonl(made):
     figures = {key: (value, chance) for _, key, value, chance in made.found["figures"]}
     assert figures["val_i2t_r1"] == (logged[-1]["val_i2t_r1"], 1 / 10)  # --val-products 10
     assert figures["pointing"] == (logged[-1]["pointing"], logged[-1]["pointing_random"])
+    chance = logged[-1]["false_negative_rate_random"]
+    assert figures["false_negative_rate_hard"] == (logged[-1]["false_negative_rate_hard"], chance)
 
 
 def test_the_page_of_the_default_size_is_small(made):
@@ -438,13 +440,12 @@ def test_sliders_choose_the_sets_of_python(made, page):
             hits = [cooccurrence(word_mask, made.known.attribute, made.known.visible),
                     cooccurrence(patch_mask, everywhere.expand_as(named), named)]  # fmt: skip
             right[kind] = [(hit / of.clamp(min=1)).item() for hit, of in hits]
-        rows = page.evaluate(
-            "[...element('mask-table').querySelectorAll('tbody tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
-        )
-        for row, shares in zip(rows, right.values(), strict=True):
-            for share, chance, at in zip(shares, right["random"], (2, 5), strict=True):
-                assert row[at].endswith("\u00a0%") and float(row[at][:-2]) == pytest.approx(100 * share, abs=0.051)
-                assert float(row[at + 1]) == pytest.approx((share - chance) / max(1e-9, 1 - chance), abs=0.006)
+        tables = page.evaluate("""[...element('mask-tables').querySelectorAll('tbody')].map((body) =>
+            [...body.rows].map((row) => [...row.cells].map((cell) => cell.textContent)))""")
+        for rows, shares, chance in zip(tables, zip(*right.values(), strict=True), right["random"], strict=True):
+            for (_, _, all_photos, skill), share in zip(rows, shares, strict=True):
+                assert all_photos.endswith("\u00a0%") and float(all_photos[:-2]) == pytest.approx(100 * share, abs=0.051)
+                assert float(skill) == pytest.approx((share - chance) / max(1e-9, 1 - chance), abs=0.006)
 
 
 def test_negatives_are_those_of_pick_negatives(made, page):
