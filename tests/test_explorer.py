@@ -443,9 +443,30 @@ def test_sliders_choose_the_sets_of_python(made, page):
         tables = page.evaluate("""[...element('mask-tables').querySelectorAll('tbody')].map((body) =>
             [...body.rows].map((row) => [...row.cells].map((cell) => cell.textContent)))""")
         for rows, shares, chance in zip(tables, zip(*right.values(), strict=True), right["random"], strict=True):
-            for (_, _, all_photos, skill), share in zip(rows, shares, strict=True):
-                assert all_photos.endswith("\u00a0%") and float(all_photos[:-2]) == pytest.approx(100 * share, abs=0.051)
+            for (_, _, percent, skill), share in zip(rows, shares, strict=True):
+                assert percent.endswith("\u00a0%") and float(percent[:-2]) == pytest.approx(100 * share, abs=0.051)
                 assert float(skill) == pytest.approx((share - chance) / max(1e-9, 1 - chance), abs=0.006)
+
+
+def test_a_soft_mask_says_of_which_word_and_hides_none(made, page):
+    page.goto(made.file.as_uri())
+    soft = page.locator("[data-kind=soft]")
+    word = soft.locator("button[data-word='1']")
+    word.click()
+    assert soft.locator(".how").text_content() == f"of “{word.text_content()}”; choose another word"
+    style = "(one) => [getComputedStyle(one).backgroundColor, getComputedStyle(one).color]"
+    other = soft.locator("button[data-word='0']")
+    page.mouse.move(0, 0)
+    assert word.get_attribute("aria-pressed") == "true" and word.evaluate(style) == other.evaluate(style)
+
+
+def test_why_so_many_hard_negatives_are_false_here(made, page):
+    page.goto(made.file.as_uri())
+    count = 3 * PHOTOS
+    false = unpacked(made.found["negatives"]["false"]).view(count, count).bool()
+    said, hard = page.text_content("#negatives-answer"), lines(made.out)[-1]["false_negative_rate_hard"]
+    assert f"for {int(false.any(dim=1).sum())} of the photos there is a text here of another product" in said
+    assert f"there {100 * hard:.2f}\u00a0% are false" in said
 
 
 def test_negatives_are_those_of_pick_negatives(made, page):

@@ -2,7 +2,7 @@
 // what a slider hides is looked up, not computed.
 
 const MASKS = { random: "Random", sync: "Synchronized", true: "True" };
-const MADE = { random: "drawn", sync: "by attention", true: "by what the photo shows" };
+const MADE = { random: "drawn at random", sync: "by attention", true: "by what the photo shows" };
 const HIDDEN = [128, 129, 134, 255];
 let softWord = 0;
 
