@@ -114,8 +114,8 @@ def truth(w: Walk) -> Iterator[str]:
     yield at("images", w.batch["images"], "the photo: product 0 from the front; then its back, 14 others")
     yield at("token_ids", w.ids, f"its text: {int(w.keep[0].sum())} tokens with [CLS] and [SEP], the rest [PAD]")
     words = len(set(w.words[0].tolist()) - {0})
-    often = f"those in no more than {w.run.config.frequent:.0%} of the descriptions (--frequent)"
-    yield at("words", w.words, f"{words} of its words may be masked: {often}")
+    rare = f"in no more than {w.run.config.frequent:.0%} of the descriptions (--frequent)"
+    yield at("words", w.words, f"{words} of its words may be masked: {rare}")
     yield at("regions", w.known.regions, "where the photo shows what a token names, by patches")
     yield at("shown", w.spoken(visible))
     yield at("named, not shown", w.spoken(attribute & ~visible))
@@ -182,7 +182,7 @@ def negatives(w: Walk) -> Iterator[str]:
         yield at(mode, cosines[0, chosen], f"cosine; {w.begins(chosen)}")
     config = w.run.config
     rising = f"; none until step {config.itm_warmup}, then rising to step {2 * config.itm_warmup}"
-    remark = f"of the negatives are {config.itm_negatives}, the rest random"
+    remark = f"are {config.itm_negatives}, the others random"
     yield at("hard_share", w.run.hard_share, remark + rising * (config.itm_warmup > 0))
 
 
@@ -263,14 +263,14 @@ def batches(w: Walk) -> Iterator[str]:
     yield at("sim", similar, f"cosines of a search block: {len(rows)} photos of {PRODUCTS} products")
     for mode in get_args(SamplerMode):
         made = grouped(similar, groups, mode, replace(w.run.config, batch_size=BATCH))
-        if mode == "hard":
-            begun = [w.dataset.captions[rows[item]].split(".")[0] for item in made[0][:4]]
-            yield at("a hard chain", " → ".join(map(repr, begun)))
         found = []
         for items in made:
             found += batch_negatives(w.run, similar[items][:, items], groups[:, items], "hard", w.draws())
         mean = sum(cosine for *_, cosine in found) / len(found)
         yield at(mode, mean, f"cosine of the nearest negative, mean over {len(made)} batches")
+        if mode == "hard":
+            begun = [w.dataset.captions[rows[item]].split(".")[0] for item in made[0][:4]]
+            yield at("its chain begins", " → ".join(map(repr, begun)))
 
 
 def soft(w: Walk) -> Iterator[str]:
