@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--photos", type=int, default=16, help="photos to look into (default 16)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    args.file = args.file or args.checkpoint.with_name("explore.html")
+    args.file = args.file or args.checkpoint.parent / "explore.html"
     if not 2 <= args.photos <= 64:
         parser.error(f"--photos {args.photos}: from 2 to 64")
     try:
