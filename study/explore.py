@@ -1,6 +1,6 @@
 """One page to look into a trained model with: where its words look, its masks, negatives, reconstructions and curves.
 
-python study/explore.py --checkpoint runs/…/last.pt      writes explore.html, which opens from the disk, offline
+python study/explore.py --checkpoint runs/…/last.pt      writes runs/…/explore.html, which opens from the disk, offline
 
 Everything is computed here, in fp32 (explored.py); the page (explorer/) draws, and chooses among what it was given. Its
 masks are made here for every share that its sliders offer. Negatives it chooses itself, from the cosines in full
@@ -137,7 +137,8 @@ def beside_chance(line: dict, products: int) -> list[list]:
         ("masked attribute words that the photo shows", "word_cooccurrence", random("word_cooccurrence")),
         ("masked patches on what the text names", "patch_cooccurrence", random("patch_cooccurrence")),
         ("brightest patch of a detail's word lies on it", "pointing", random("pointing")),
-        ("chosen negatives that are false", "false_negative_rate", random("false_negative_rate")),
+        ("chosen negatives that are false, in training", "false_negative_rate", random("false_negative_rate")),
+        ("the same, of the hardest in hard batches", "false_negative_rate_hard", random("false_negative_rate")),
     ]
     return [[name, key, line[key], chance] for name, key, chance in named if key in line]
 
@@ -158,10 +159,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="last.pt of a pretraining, of any recipe")
     parser.add_argument("--root", help="folder of the data set (default: where it was in training)")
-    parser.add_argument("--file", type=Path, default=Path("explore.html"), help="page to write (default explore.html)")
+    parser.add_argument("--file", type=Path, help="page to write (default explore.html beside the checkpoint)")
     parser.add_argument("--photos", type=int, default=16, help="photos to look into (default 16)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    args.file = args.file or args.checkpoint.parent / "explore.html"
     if not 2 <= args.photos <= 64:
         parser.error(f"--photos {args.photos}: from 2 to 64")
     try:

@@ -113,7 +113,9 @@ def truth(w: Walk) -> Iterator[str]:
     attribute, visible = w.known.attribute[0], w.known.visible[0]
     yield at("images", w.batch["images"], "the photo: product 0 from the front; then its back, 14 others")
     yield at("token_ids", w.ids, f"its text: {int(w.keep[0].sum())} tokens with [CLS] and [SEP], the rest [PAD]")
-    yield at("words", w.words, f"{len(set(w.words[0].tolist()) - {0})} of its words may be masked")
+    words = len(set(w.words[0].tolist()) - {0})
+    rare = f"in no more than {w.run.config.frequent:.0%} of the descriptions (--frequent)"
+    yield at("words", w.words, f"{words} of its words may be masked: {rare}")
     yield at("regions", w.known.regions, "where the photo shows what a token names, by patches")
     yield at("shown", w.spoken(visible))
     yield at("named, not shown", w.spoken(attribute & ~visible))
@@ -148,7 +150,8 @@ def momentum(w: Walk) -> Iterator[str]:
     """The average of the model's weights, and how it follows."""
     ours, theirs = (torch.cat([x.flatten() for x in m.parameters()]) for m in (w.model, w.teacher.model.model))
     cosine = (w.teacher.image_feat * w.model.project_image(w.image_embeds)).sum(dim=1).mean()
-    yield at("weights", f"{len(ours):,}", "as many again in the momentum model")
+    vocabulary = f"of a vocabulary of {w.run.config.model.vocab_size}"
+    yield at("weights", f"{len(ours):,}", f"{vocabulary}; as many again in the momentum model")
     for step in (0, 100, 10_000):
         yield at(f"decay, step {step:,}", ema_decay(step, w.run.config.ema_decay))
     distance = (ours - theirs).norm() / ours.norm()
@@ -178,8 +181,9 @@ def negatives(w: Walk) -> Iterator[str]:
         chosen = int(pick_negatives(w.itc.sim_i2t, forbidden, None, mode, w.draws(), margin)[0])
         yield at(mode, cosines[0, chosen], f"cosine; {w.begins(chosen)}")
     config = w.run.config
-    remark = f"of them are chosen as {config.itm_negatives}, none before step {config.itm_warmup}"
-    yield at("hard_share", w.run.hard_share, remark)
+    rising = f"; none until step {config.itm_warmup}, then rising to step {2 * config.itm_warmup}"
+    remark = f"are {config.itm_negatives}, the others random"
+    yield at("hard_share", w.run.hard_share, remark + rising * (config.itm_warmup > 0))
 
 
 def mlm(w: Walk) -> Iterator[str]:
@@ -236,7 +240,7 @@ def sync(w: Walk) -> Iterator[str]:
         ("right words", words, random[1], w.known.attribute, w.known.visible),
     ):
         chance = f"of a random mask {share(drawn, of, right):.3f}"
-        yield at(name, share(mask, of, right), f"of the masked are in both, photo and text; {chance}")
+        yield at(name, share(mask, of, right), f"of those masked in the {BATCH} photos are in both; {chance}")
 
 
 def mim(w: Walk) -> Iterator[str]:
@@ -264,17 +268,22 @@ def batches(w: Walk) -> Iterator[str]:
             found += batch_negatives(w.run, similar[items][:, items], groups[:, items], "hard", w.draws())
         mean = sum(cosine for *_, cosine in found) / len(found)
         yield at(mode, mean, f"cosine of the nearest negative, mean over {len(made)} batches")
+        if mode == "hard":
+            begun = [w.dataset.captions[rows[item]].split(".")[0] for item in made[0][:4]]
+            yield at("its chain begins", " → ".join(map(repr, begun)))
 
 
 def soft(w: Walk) -> Iterator[str]:
     """A soft mask: Grad-CAM of one word suppresses what it is about."""
     matching, maps = w.model.fusion(w.text_embeds, w.keep, w.image_embeds, return_attention=True)
-    (gradient,) = torch.autograd.grad(w.model.itm_logits(matching)[:, 1].sum(), maps[0])
+    layer = (len(maps) + 1) // 2  # as train.soften reads it
+    (gradient,) = torch.autograd.grad(w.model.itm_logits(matching)[:, 1].sum(), maps[layer - 1])
     word = w.known.visible.byte().argmax(dim=1)  # the first word of each text that its photo shows
-    mask = soft_mask(maps[0], gradient, word)
+    mask = soft_mask(maps[layer - 1], gradient, word)
     tokens = w.image_embeds[:, 1:] * (1 - mask[..., None])
     about = w.known.regions[torch.arange(BATCH), word]
-    yield at("gradient", gradient, "of the match logit by the attention of the middle layer")
+    middle = f"of the middle layer: of {len(maps)}, number {layer}"
+    yield at("gradient", gradient, f"of the match logit by the attention {middle}")
     yield at("M", mask, f"of {w.word(word[0])}; from {mask[0].min():.3f} to {mask[0].max():.3f}")
     yield at("on what it names", mask[about].mean(), f"mean of M there; elsewhere {mask[~about].mean():.3f}")
     yield at("patch tokens", tokens, "(1 - M) times what they were; the CLS stays")
@@ -282,12 +291,13 @@ def soft(w: Walk) -> Iterator[str]:
 
 def works(w: Walk) -> Iterator[str]:
     """What masks are worth, on the photos of half of the products."""
-    found = mask_truth(w.run, w.dataset)
-    for key, remark in (("patch_cooccurrence", "of masked patches, on something named"),
-                        ("word_cooccurrence", "of masked attribute words, shown"),
-                        ("pointing", "of detail words the most attended patch is right")):  # fmt: skip
-        yield at(key, found[key], f"{remark}; by chance {found[key + '_random']:.3f}")
-    yield at("photo_gain", found["photo_gain"], "words restored, over those with a wrong photo")
+    found, products = mask_truth(w.run, w.dataset), w.run.config.val_products
+    of = f"of {(w.dataset.product_ids < products).sum()} photos"
+    for key, remark in (("patch_cooccurrence", "masked patches, on something named"),
+                        ("word_cooccurrence", "masked attribute words, shown"),
+                        ("pointing", "detail words whose most attended patch is right")):  # fmt: skip
+        yield at(key, found[key], f"{of}: {remark}; by chance {found[key + '_random']:.3f}")
+    yield at("photo_gain", found["photo_gain"], f"{of}: words restored, over those with a wrong photo")
 
 
 STOPS: list[tuple[str, Callable[[Walk], Iterator[str]]]] = [

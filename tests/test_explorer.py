@@ -70,8 +70,8 @@ def made(tmp_path_factory):
         flags = ["--fusion-layers", "2", "--steps", "4", "--log-every", "1", "--val-every", "2", "--mask-warmup", "1"]
         train_small(out, *flags, "--products", "30")
         sharpen(out / "last.pt")
-        file = out / "explore.html"
-        explore.main(["--checkpoint", str(out / "last.pt"), "--file", str(file), "--photos", str(PHOTOS)])
+        file = out / "explore.html"  # where it is put by default
+        explore.main(["--checkpoint", str(out / "last.pt"), "--photos", str(PHOTOS)])
         run, dataset = explore.open_run(out / "last.pt", None, "cpu")
     run.config, dataset.truths = replace(run.config, precision="fp32"), True
     run.model.eval()
@@ -220,6 +220,8 @@ def test_curves_and_figures_are_those_of_metrics_jsonl(made):
     figures = {key: (value, chance) for _, key, value, chance in made.found["figures"]}
     assert figures["val_i2t_r1"] == (logged[-1]["val_i2t_r1"], 1 / 10)  # --val-products 10
     assert figures["pointing"] == (logged[-1]["pointing"], logged[-1]["pointing_random"])
+    chance = logged[-1]["false_negative_rate_random"]
+    assert figures["false_negative_rate_hard"] == (logged[-1]["false_negative_rate_hard"], chance)
 
 
 def test_the_page_of_the_default_size_is_small(made):
@@ -438,13 +440,33 @@ def test_sliders_choose_the_sets_of_python(made, page):
             hits = [cooccurrence(word_mask, made.known.attribute, made.known.visible),
                     cooccurrence(patch_mask, everywhere.expand_as(named), named)]  # fmt: skip
             right[kind] = [(hit / of.clamp(min=1)).item() for hit, of in hits]
-        rows = page.evaluate(
-            "[...element('mask-table').querySelectorAll('tbody tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
-        )
-        for row, shares in zip(rows, right.values(), strict=True):
-            for share, chance, at in zip(shares, right["random"], (2, 5), strict=True):
-                assert row[at].endswith("\u00a0%") and float(row[at][:-2]) == pytest.approx(100 * share, abs=0.051)
-                assert float(row[at + 1]) == pytest.approx((share - chance) / max(1e-9, 1 - chance), abs=0.006)
+        tables = page.evaluate("""[...element('mask-tables').querySelectorAll('tbody')].map((body) =>
+            [...body.rows].map((row) => [...row.cells].map((cell) => cell.textContent)))""")
+        for rows, shares, chance in zip(tables, zip(*right.values(), strict=True), right["random"], strict=True):
+            for (_, _, percent, skill), share in zip(rows, shares, strict=True):
+                assert percent.endswith("\u00a0%") and float(percent[:-2]) == pytest.approx(100 * share, abs=0.051)
+                assert float(skill) == pytest.approx((share - chance) / max(1e-9, 1 - chance), abs=0.006)
+
+
+def test_a_soft_mask_says_of_which_word_and_hides_none(made, page):
+    page.goto(made.file.as_uri())
+    soft = page.locator("[data-kind=soft]")
+    word = soft.locator("button[data-word='1']")
+    word.click()
+    assert soft.locator(".how").text_content() == f"of “{word.text_content()}”; choose another word"
+    style = "(one) => [getComputedStyle(one).backgroundColor, getComputedStyle(one).color]"
+    other = soft.locator("button[data-word='0']")
+    page.mouse.move(0, 0)
+    assert word.get_attribute("aria-pressed") == "true" and word.evaluate(style) == other.evaluate(style)
+
+
+def test_why_so_many_hard_negatives_are_false_here(made, page):
+    page.goto(made.file.as_uri())
+    count = 3 * PHOTOS
+    false = unpacked(made.found["negatives"]["false"]).view(count, count).bool()
+    said, hard = page.text_content("#negatives-answer"), lines(made.out)[-1]["false_negative_rate_hard"]
+    assert f"for {int(false.any(dim=1).sum())} of the photos there is a text here of another product" in said
+    assert f"there {100 * hard:.2f}\u00a0% are false" in said
 
 
 def test_negatives_are_those_of_pick_negatives(made, page):

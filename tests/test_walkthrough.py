@@ -39,6 +39,8 @@ def test_the_page_has_what_the_program_prints(capsys):
         assert re.sub(NUMBER, "#", there).split() == re.sub(NUMBER, "#", ours).split()
         theirs, mine = (torch.tensor([float(x) for x in re.findall(NUMBER, part)]) for part in (there, ours))
         torch.testing.assert_close(theirs, mine, atol=0.005, rtol=0.01)
+        for trained in re.findall(r"(?s)```text trained\n(.*?)\n```", text):  # of a checkpoint that no test has
+            assert [line[:20] for line in trained.split("\n")] == [line[:20] for line in ours.split("\n")]
         assert "\n> " in text and "`:" not in text and text.count("<details>") == text.count("</details>") == 1
 
 

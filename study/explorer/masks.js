@@ -2,6 +2,7 @@
 // what a slider hides is looked up, not computed.
 
 const MASKS = { random: "Random", sync: "Synchronized", true: "True" };
+const MADE = { random: "drawn at random", sync: "by attention", true: "by what the photo shows" };
 const HIDDEN = [128, 129, 134, 255];
 let softWord = 0;
 
@@ -36,9 +37,10 @@ function shareRight(kind, patchShare, wordShare) {
   return { words: share(sums.words), patches: share(sums.patches) };
 }
 
-function panel(kind, title) {
+function panel(kind, title, how) {
   const view = make("div", { className: "view" }), text = make("p", { className: "caption" });
-  return make("figure", { dataset: { kind } }, make("h3", { text: title }), view, text);
+  return make("figure", { dataset: { kind } },
+    make("h3", { text: title }), make("p", { className: "note how", text: how }), view, text);
 }
 
 function maskedWord(photo, hidden) {
@@ -61,6 +63,7 @@ function drawSoft() {
   const said = `photo ${photo + 1}, soft mask of ${wordOf(photo, softWord)}`;
   showPatches(figure.querySelector(".view"), data.photos[photo].image, said,
     (patch) => [...HIDDEN.slice(0, 3), strength * soft[patch]]);
+  figure.querySelector(".how").textContent = `of “${wordOf(photo, softWord)}”; choose another word`;
   press(figure.querySelector(".caption"), figure.querySelector(`[data-word="${softWord}"]`));
 }
 
@@ -73,30 +76,32 @@ function chooseSoft(number, aloud) {
 
 function drawSoftText() {
   const { photo } = chosen;
-  const text = element("panels").querySelector('[data-kind="soft"] .caption');
+  const figure = element("panels").querySelector('[data-kind="soft"]'), text = figure.querySelector(".caption");
   showText(text, photo, (string, number) => make("button", {
     type: "button", className: kindOf(photo, number), text: string, dataset: { word: number },
     onclick: () => chooseSoft(number, true), onfocus: () => chooseSoft(number, true),
   }));
   if (wordCount(photo)) chooseSoft(firstDetail(photo), false);
-  else showAlone(text.previousElementSibling);
+  else {
+    figure.querySelector(".how").textContent = "of no word: none may be masked";
+    showAlone(figure.querySelector(".view"));
+  }
 }
 
 /** Skill: how far on the way from random masks to perfect ones, (value − random) / (1 − random). */
 const skill = (value, random) => (value - random) / Math.max(1e-9, 1 - random);
 
+/** A table for words and one for patches, which fit a narrow screen. -> the rows of both. */
 function drawCounts() {
   const shares = [shareOf("patch-share"), shareOf("word-share")], random = shareRight("random", ...shares);
-  const rows = Object.keys(data.masks).map((kind) => {
+  const rows = (what) => Object.keys(data.masks).map((kind) => {
     const here = countHits(chosen.photo, hiddenBy(kind, chosen.photo, ...shares)), all = shareRight(kind, ...shares);
-    const cells = (what) => [
-      here[what].join(" of "), percent(all[what], 1), skill(all[what], random[what]).toFixed(2),
-    ];
-    return [MASKS[kind], ...cells("words"), ...cells("patches")];
+    return [MASKS[kind], here[what].join(" of "), percent(all[what], 1), skill(all[what], random[what]).toFixed(2)];
   });
-  const head = ["", "words: this photo", "all photos", "skill", "patches: this photo", "all photos", "skill"];
-  element("mask-table").replaceChildren(table("co-occurrence and skill", head, rows));
-  return rows;
+  const made = { words: rows("words"), patches: rows("patches") };
+  element("mask-tables").replaceChildren(...Object.entries(made).map(([what, found]) =>
+    table(`${what}, co-occurrence and skill`, [what, "this photo", "all photos", "skill"], found)));
+  return made;
 }
 
 function drawMasks() {
@@ -107,7 +112,7 @@ function drawMasks() {
 }
 
 function sayMasks() {
-  const counts = knowsTruth ? drawCounts().map((row) => `${row[0].toLowerCase()} ${row[2]}`).join(", ") : "";
+  const counts = knowsTruth ? drawCounts().words.map((row) => `${row[0].toLowerCase()} ${row[2]}`).join(", ") : "";
   say("mask-live", `${shareOf("patch-share")} % of the patches, ${shareOf("word-share")} % of the words hidden.`,
     counts && `Words that their photos show: ${counts}.`);
 }
@@ -119,13 +124,12 @@ function answerMasks() {
     ? `On these photos ${percent(right())}; every other masked word that names something is a guess.`
     : "How much random masks miss is known only where the truth is, on synthetic photos.",
   `This run's shares are ${percent(patchShare)} of the patches and ${percent(wordShare)} of the words.`,
-  `Synchronized masks draw words among the best ${percent(Math.max(pool, wordShare))}.`,
-  knowsTruth ? "The words' share of true masks is that of the words which the photo shows." : "");
+  `Synchronized masks draw words among the best ${percent(Math.max(pool, wordShare))}.`);
 }
 
 function startMasks() {
-  const panels = Object.keys(data.masks).map((kind) => panel(kind, MASKS[kind]));
-  const soft = data.soft ? [panel("soft", "Soft")] : [];
+  const panels = Object.keys(data.masks).map((kind) => panel(kind, MASKS[kind], MADE[kind]));
+  const soft = data.soft ? [panel("soft", "Soft", "")] : [];
   panels.splice(2, 0, ...soft);
   element("panels").append(...panels);
   element("patch-share").value = nearestShare(data.run.patch_share);

@@ -89,7 +89,7 @@ function spread(labels, from) {
   let free = 0;
   return labels.sort((a, b) => a[1] - b[1]).map(([x, y, text]) => {
     const at = Math.max(free, y + 1.2), left = x > 76 || (x < from && x > 24);
-    free = at + 4.4;
+    free = at + 5.6;
     return draw("text", { x: left ? x - 3 : x + 3, y: at, "text-anchor": left ? "end" : "start" }, text);
   });
 }
@@ -149,9 +149,14 @@ function answerNegatives() {
   const { mode, margin } = data.negatives;
   const said = `This run chose them by the mode ${mode}${mode === "semihard" ? `, with a margin of ${margin}` : ""}.`;
   if (!wouldBeFalse) return say("negatives-answer", said);
-  const count = (pick) => range(items.length).filter((anchor) => takesFalse(pick, anchor)).length;
+  const all = range(items.length), count = (pick) => all.filter((anchor) => takesFalse(pick, anchor)).length;
+  const trapped = all.filter((anchor) => all.some((other) => isFalse(anchor, other))).length;
+  const whole = data.figures.find(([, key]) => key === "false_negative_rate_hard");
   return say("negatives-answer", `Here ${count(hardNegative)} of ${items.length} hard negatives are false,`,
-    `and ${count(semihardNegative)} of the semi-hard ones.`, said);
+    `and ${count(semihardNegative)} of the semi-hard ones.`, said,
+    "So many, since these are neighbouring products, one photo of each, and neighbours are sisters, which differ in one",
+    `thing: for ${trapped} of the photos there is a text here of another product that describes them, too.`,
+    whole ? `In a batch few sisters meet, even in hard ones: there ${percent(whole[2], 2)} are false (part 5).` : "");
 }
 
 function startNegatives() {

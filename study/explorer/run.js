@@ -4,7 +4,7 @@ const PLOT = { left: 42, right: 350, top: 10, bottom: 180 }; // of a chart 360 b
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "12 4"];
 
 const isRandom = (key) => key.endsWith("_random");
-const nameOf = (key) => key.replace(/^val_/, "").replace(/_random$/, ", random masks").replaceAll("_", " ");
+const nameOf = (key) => key.replace(/^val_/, "").replace(/_random$/, ", random").replaceAll("_", " ");
 
 /** The look of each curve; a random counterpart has the colour of the one before it, dotted. */
 function styles(curves) {
@@ -60,7 +60,7 @@ function keysOf(curves, looks) {
   const entries = curves.map(([key, points], number) => {
     const line = draw("line", { ...looks[number], x1: 0, x2: 30, y1: 5, y2: 5 });
     const sample = draw("svg", { viewBox: "0 0 30 10", "aria-hidden": "true" }, line);
-    return make("li", {}, sample, `${nameOf(key)} ${points.at(-1)[1].toPrecision(3)}`);
+    return make("li", {}, sample, make("span", { text: `${nameOf(key)} ${points.at(-1)[1].toPrecision(3)}` }));
   });
   return make("ul", { className: "keys" }, ...entries);
 }
@@ -68,14 +68,17 @@ function keysOf(curves, looks) {
 function numbers(title, curves) {
   const steps = [...new Set(curves.flatMap(([, points]) => points.map(([step]) => step)))].sort((a, b) => a - b);
   const byStep = curves.map(([, points]) => new Map(points));
-  const rows = steps.map((step) => [step, ...byStep.map((values) => values.get(step) ?? "")]);
-  const head = ["step", ...curves.map(([key]) => nameOf(key))];
+  const digits = (value) => (value === undefined ? "" : value.toPrecision(3));
+  const byKey = curves.map(([key], at) => [nameOf(key), ...steps.map((step) => digits(byStep[at].get(step)))]);
+  const long = [["step", ...steps], ...byKey]; // a row a curve, or where there are more steps than curves, a row a step
+  const [head, ...rows] = steps.length > curves.length ? long[0].map((_, at) => long.map((row) => row[at])) : long;
   return make("details", {}, make("summary", { text: "numbers" }), table(`${title}, numbers`, head, rows));
 }
 
 function figures() {
-  const given = (share) => (share === null ? "not known" : percent(share, 1));
-  const rows = data.figures.map(([name, , value, chance]) => [name, given(value), given(chance)]);
+  const given = (share, digits) => (share === null ? "not known" : percent(share, digits));
+  const rows = data.figures.map(([name, key, ...both]) =>
+    [name, ...both.map((share) => given(share, key.startsWith("false") ? 2 : 1))]); // of these there are few
   const head = ["held out, at the last validation", "this run", "by chance, or random masks"];
   return table("Held-out figures of the last validation", head, rows);
 }

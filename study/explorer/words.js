@@ -98,7 +98,9 @@ function answerWords() {
   const counts = sources.map((source) => [source, pointing(readingOf(source, 0) || readingOf(source, 1))]);
   const said = counts.map(([source, { hits, total }]) => `${SOURCES[source]}: ${hits} of ${total}`);
   say("words-answer", "Visible details on these photos whose word looks most at them, layers taken together:",
-    `${said.join("; ")}; random patches would hit ${counts[0][1].expected.toFixed(1)}.`);
+    `${said.join("; ")}; random patches would hit ${counts[0][1].expected.toFixed(1)}.`,
+    "Pointing asks for one patch a word. A mask is of many, for several words at once: what points well can still mask",
+    "little better than chance, see part 2.");
 }
 
 function startWords() {
