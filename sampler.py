@@ -3,10 +3,10 @@
 While an epoch runs, the features of its photos are collected. Whenever a pool of them is full, it is shuffled and cut
 into search blocks, in a thread beside training and shared out among processes; inside a block a greedy chain
 
-    photo → the most similar unused text → the photo of that text → its most similar unused …
+    photo of an item → the most similar text of an unused one → the most similar photo of an unused one → …
 
-(photo to text and text to photo in turn) orders the items, and consecutive members of the chains become the batches
-of the *next* epoch. The first epoch is random. "Most similar" depends on the mode:
+orders the items, and consecutive members of the chains become the batches of the *next* epoch. The first epoch is
+random. "Most similar" depends on the mode:
 
     random     no chains, every epoch
     hard       the most similar unused item (GRIT-VLP)
