@@ -1,9 +1,11 @@
 """FashionGen's two HDF5 files, read as distributed; and synthetic photos written in the same layout."""
 
+import contextlib
 import functools
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -33,7 +35,7 @@ class FashionGen(PhotoDataset):
     def __init__(self, folder: Path, split: Split, image_size: int):
         self.path = folder / self.FILES[split]
         self._handle: tuple[int, h5py.File] | None = None
-        with self._open() as file:
+        with self._reading() as file:
             rows = self._check(file)
             captions, categories, subcategories = (self._text(file, key) for key in self.TEXT_KEYS)
             products = self._read(file["input_productID"]).tolist()
@@ -46,7 +48,7 @@ class FashionGen(PhotoDataset):
 
     def report(self) -> str:
         """Also whether the file is packed in a way that makes single photos slow to read."""
-        with self._open() as file:
+        with self._reading() as file:
             images = file["input_image"]
             together, shape = images.chunks[0] if images.chunks else 1, "x".join(map(str, (1, *images.shape[1:])))
         if together == 1:
@@ -61,6 +63,18 @@ class FashionGen(PhotoDataset):
             return h5py.File(self.path, "r")
         except OSError as error:
             raise DataError(f"{self.path}: not a whole HDF5 file ({error}); copy it again") from None
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[h5py.File]:
+        """The file, for reading what is beside its photos."""
+        with self._open() as file:
+            try:
+                yield file
+            except DataError:
+                raise
+            except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # h5py's, of a damaged file
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise DataError(f"{self.path}: damaged ({reason}); copy it again") from None
 
     def _check(self, file: h5py.File) -> int:
         for key in ("input_image", "input_productID", *self.TEXT_KEYS):
@@ -112,7 +126,7 @@ class FashionGen(PhotoDataset):
 
     @functools.cached_property
     def _prompted(self) -> dict[str, list[str]]:
-        with self._open() as file:
+        with self._reading() as file:
             found = {name: self._text(file, key) for name, key in self.PROMPT_KEYS.items() if key in file}
         return {name: [values[row] for row in self.source] for name, values in found.items()}
 
