@@ -201,12 +201,11 @@ def fashiongen(tmp_path_factory):
 @fuzzed
 @given(st.data())
 def test_damaged_hdf5(fashiongen, data):
-    """In a child: of all libraries that read files HDF5's alone may end the process where a file is damaged."""
+    """In a child, which a fault in HDF5's library would end, and not the tests."""
     path = fashiongen / FashionGen.FILES["val"]
     path.write_bytes(damage(data, (fashiongen / FashionGen.FILES["train"]).read_bytes()))
     if child := os.fork():
-        status = os.waitpid(child, 0)[1]
-        assert status == 0 or os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
+        assert os.waitpid(child, 0)[1] == 0
         return
     try:
         dataset = read_or_refused(lambda: FashionGen(fashiongen, "val", 8))
