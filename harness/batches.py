@@ -52,7 +52,7 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
             for batch in loader:
                 yield run.ranks.agree(to_device(batch, run.device))
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):
                 raise
             died = "a data loading process died, for want of memory perhaps"
             raise DataError(f"{died}; --resume goes on from {run.config.out}/last.pt, with fewer --workers") from None

@@ -85,6 +85,7 @@ def restore(run: Run, state: dict) -> None:
         raise ConfigError(f"{last} is at step {state['step']} of {run.total_steps}")
     fill(run, state, last)
     check_like(state["queue"], run.queue.state_dict(), f"{last}: queue")
+    check_finite(state["queue"], f"{last}: queue")
     run.queue.load_state_dict(state["queue"])
     restore_optimizer(run.optimizer, state["optimizer"], f"{last}: optimizer")
     check_sampler(state["sampler"], len(run.sampler), run.sampler.dataset_size, f"{last}: sampler")
@@ -103,15 +104,16 @@ def fill(run: Run, state: dict, where: str | Path) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where: str) -> None:
-    """Its moments. What else a checkpoint has of it, such as betas, the config says."""
+    """Its moments, of the weights that have had a gradient. What else a checkpoint has of it, such as betas, the config
+    says."""
     mine, found = optimizer.state_dict(), saved.get("state")
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if found:  # nothing before the first step
-        names = ("exp_avg", "exp_avg_sq")
-        moments = lambda w: {"step": torch.tensor(0.0)} | {name: w.detach() for name in names}
-        check_like(found, {number: moments(weight) for number, weight in enumerate(weights)}, where)
-    elif found is None:
-        raise ConfigError(f"{where} has no state")
+    weights = dict(enumerate(weight.detach() for group in optimizer.param_groups for weight in group["params"]))
+    if not isinstance(found, dict) or not found.keys() <= weights.keys():
+        raise ConfigError(f"{where} is not one of this run")
+    for number, moments in found.items():
+        weight = weights[number]
+        check_like(moments, {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}, f"{where}.{number}")
+        check_finite(moments, f"{where}.{number}")
     optimizer.load_state_dict(mine | {"state": found})
 
 
@@ -120,10 +122,10 @@ def begin(
 ) -> tuple[LoopConfig, dict | None]:
     """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten."""
     last = Path(config.out) / "last.pt"
-    check_memory(config)
     if config.resume:
         state = load_checkpoint(last)
         return resumed_config(config, given, state, check), state
+    check_memory(config)
     if last.exists():
         raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
     return config, None
@@ -134,7 +136,8 @@ def load_weights(run: Run, source: dict, where: str) -> None:
     unused, mine, found = ("class_head", "adapter", "phrases", "detector"), run.model.state_dict(), source["model"]
     fills = {name: tensor for name, tensor in found.items() if name in mine or not str(name).startswith(unused)}
     new = {name: tensor for name, tensor in mine.items() if name.startswith("class_head") and name not in fills}
-    check_like(fills, {name: tensor for name, tensor in mine.items() if name not in new}, f"{where}: model")
+    theirs = {name: tensor for name, tensor in mine.items() if name not in new}
+    check_like(fills, theirs, f"{where}: does not fit its own config, model")
     check_finite(fills, f"{where}: model")
     run.model.load_state_dict(fills | new)
     run.momentum.update(run.model, decay=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+import torch.distributed as dist
 
 from harness.flags import ConfigError
 
@@ -23,20 +24,21 @@ except ImportError:  # Windows
 def claimed(out: Path) -> Iterator[None]:
     """While two runs wrote into one folder, each would spoil the other's files: the second is refused. The claim, on a
     file that stays, ends with the process that holds it, however that ends; under torchrun the first process has it."""
-    if os.environ.get("RANK", "0") != "0":
+    if dist.is_torchelastic_launched() and os.environ.get("RANK") != "0":
         yield
         return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(out / ".lock", "a+") as file:
-            _lock(file, out)
+    with open(out / ".lock", "a+") as file:
+        _lock(file, out)
+        try:
             yield
-    finally:
-        if made and [path.name for path in out.iterdir()] == [".lock"]:  # of a run that was refused nothing is left
-            (out / ".lock").unlink()
-            for folder in made:
-                folder.rmdir()
+        finally:  # of a run that was refused nothing is left; an OSError: others have written there meanwhile
+            with contextlib.suppress(OSError):
+                if made and [path.name for path in out.iterdir()] == [".lock"]:
+                    (out / ".lock").unlink()
+                    for folder in made:
+                        folder.rmdir()
 
 
 def _lock(file: TextIO, out: Path) -> None:

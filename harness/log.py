@@ -55,6 +55,7 @@ The last line, with the last validation
 """
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -62,9 +63,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.host import peak_memory_mib
-from harness.run import Run
-
-LOSSES = ("itc", "itm", "mlm", "mim", "align", "rtd", "class")  # shown beside the bar
+from harness.run import LOSSES, Run
+from harness.writer import whole_file
 
 
 class Metrics:
@@ -76,7 +76,9 @@ class Metrics:
             lines = [line for line in map(_json_or_none, path.read_text().splitlines()) if line]
             lines = [line for line in lines if line["step"] <= resumed_step and not line.get("final")]
         self.path, self.lines = path, lines
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if path != Path(os.devnull):
+            with whole_file(path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def validation(self, step: int) -> dict[str, float]:
         """The held-out figures written for `step`, or nothing."""

@@ -22,6 +22,7 @@ from model import FeatureQueue, MomentumModel, VisionLanguageModel
 from photos.dataset import PhotoDataset
 from sampler import GroupedBatchSampler
 
+LOSSES = ("itc", "itm", "mlm", "mim", "align", "rtd", "class")
 Losses = dict[str, Tensor]
 Logged = dict[str, Tensor]  # figures of a step, to be written down
 
@@ -158,19 +159,20 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
 
 
 def check_memory(config: LoopConfig) -> None:
-    """Raise ConfigError for sizes that this machine cannot hold: weights, gradients, AdamW's two moments and the
-    momentum model; the queue; the photos drawn. What a step needs beside is not reckoned."""
+    """Raise ConfigError for sizes that this machine cannot hold: the weights and their average, the queue, a photo a
+    product that is drawn. What training needs beside is not reckoned."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in VisionLanguageModel(config.model).parameters())
     needed = {
-        "the model": 5 * 4 * weights,
+        "the model": 2 * 4 * weights,
         "--queue": config.queue * (2 * 4 * config.model.embed_dim + 16),
-        "--products": 12 * config.products * config.model.image_size**2 if config.data == "synthetic" else 0,
     }
-    there, part = memory_of(torch.device(config.device)), max(needed, key=needed.get)
-    if there and sum(needed.values()) > there:
-        need, have = (f"{size / 2**30:,.0f} GiB" for size in (sum(needed.values()), there))
-        raise ConfigError(f"sizes need {need} at least, most of it {part}; {config.device} has {have}")
+    drawn = {"--products": 3 * config.products * config.model.image_size**2 if config.data == "synthetic" else 0}
+    for device, sizes in ((config.device, needed), ("cpu", drawn)):  # photos wait in the machine's own memory
+        there, part = memory_of(torch.device(device)), max(sizes, key=sizes.get)
+        if there and sum(sizes.values()) > there:
+            need, have = (f"{size / 2**30:,.0f} GiB" for size in (sum(sizes.values()), there))
+            raise ConfigError(f"sizes need {need} at least, most of it {part}; {device} has {have}")
 
 
 def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
@@ -232,8 +234,7 @@ class FiniteWatch:
                 there.synchronize()
             if not answer:
                 self.run.writer.wait()
-                wrong = [key for key, value in values.items() if not value.isfinite() and key != "loss"]
-                parts = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
-                raise NonFiniteLoss(
-                    f"step {step}: {' and '.join(wrong) or 'loss'} not finite ({parts}); {way_back(self.last)}"
-                )
+                parts = [key for key in values if key in (*LOSSES, "grad_norm")]
+                wrong = [key for key in parts if not values[key].isfinite()]
+                told = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
+                raise NonFiniteLoss(f"step {step}: {' and '.join(wrong)} not finite ({told}); {way_back(self.last)}")

@@ -105,8 +105,8 @@ def check_types(config, where: str) -> None:
 def _is_a(value, kind) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(map(is_text, value))
+    if typing.get_origin(kind) is tuple:  # which JSON makes a list
+        return isinstance(value, tuple | list) and all(map(is_text, value))
     return type(value) is kind or (kind is float and type(value) is int)
 
 

@@ -131,9 +131,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such weights file") from None
     except pickle.UnpicklingError:
-        raise WeightsError(
-            f"{path}: holds more than plain tensors, pickled code it may be, which is never run"
-        ) from None
+        raise WeightsError(f"{path}: not plain tensors, or damaged; pickled code is never run") from None
     except Exception as error:  # forged and damaged files raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path}: cannot be read as .safetensors or plain tensors ({reason})") from None

@@ -36,10 +36,6 @@ def whole_file(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
         os.replace(scratch, path)
     except OSError as error:  # which often does not say of which file it speaks
         raise OSError(error.errno, f"{error.strerror or error}; what was there before is whole", str(path)) from None
-    except RuntimeError as error:  # what torch makes of a full disk
-        full = shutil.disk_usage(path.parent).free < 2**20
-        reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
-        raise OSError(None, f"{reason}; what was there before is whole", str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -51,17 +47,23 @@ def keep_older(path: Path, keep: int) -> None:
         if newer.exists():
             os.replace(newer, older)
     if keep > 1 and path.exists():
-        names[1].unlink(missing_ok=True)
+        scratch = names[1].with_name(f".{names[1].name}.part")
+        scratch.unlink(missing_ok=True)
         try:
-            os.link(path, names[1])
-        except OSError:  # a file system without links
-            shutil.copyfile(path, names[1])
+            os.link(path, scratch)
+        except (OSError, AttributeError):  # a file system, or a system, without links
+            shutil.copyfile(path, scratch)
+        os.replace(scratch, names[1])
 
 
 def write_whole(state: dict, path: Path, keep: int = 1) -> None:
     """A checkpoint, by `whole_file`."""
     with whole_file(path, keep) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            full = shutil.disk_usage(path.parent).free < 2**20
+            raise OSError(errno.ENOSPC if full else None, None if full else str(error).splitlines()[0]) from None
 
 
 class Writer:

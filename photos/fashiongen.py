@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from photos.dataset import DataError, PhotoDataset, Split
+from photos.dataset import DataError, PhotoDataset, Split, legible
 from photos.files import MOST_PIXELS, version_of
 from photos.synthetic import Synthetic
 
@@ -107,7 +107,9 @@ class FashionGen(PhotoDataset):
             raise DataError(f"{self.path}: key {key}: is stored outside the file")
         if len(column) > MOST_ROWS:
             raise DataError(f"{self.path}: key {key}: {len(column):,} rows, more than {MOST_ROWS:,}")
-        at_once = column.chunks if column.chunks and column.ndim == 4 else column.shape[column.ndim == 4 :]
+        if column.ndim < 4 and column.size * column.dtype.itemsize > 4 * MOST_BYTES:
+            raise DataError(f"{self.path}: key {key}: {column.shape} of {column.dtype}, more than 4 GiB")
+        at_once = column.chunks or column.shape[column.ndim == 4 :]
         if math.prod(at_once) * column.dtype.itemsize > MOST_BYTES:
             raise DataError(f"{self.path}: key {key}: {at_once} of {column.dtype} are read at once, more than 1 GiB")
 
@@ -122,7 +124,7 @@ class FashionGen(PhotoDataset):
         values = self._read(file[key])
         if values.dtype.kind not in "SO" or not all(isinstance(v, bytes) for v in values[:1].tolist()):
             raise DataError(f"{self.path}: key {key} row 0: {values.dtype} where byte strings are expected")
-        return [" ".join(value.decode("iso-8859-1").split()) for value in values.tolist()]
+        return [" ".join(legible(value.decode("iso-8859-1")).split()) for value in values.tolist()]
 
     @functools.cached_property
     def _prompted(self) -> dict[str, list[str]]:

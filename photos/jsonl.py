@@ -76,7 +76,7 @@ class Jsonl(PhotoDataset):
                 raise DataError(f"{path} line {number}: {wrong}")
             if not (self.folder / record["image"]).is_file():
                 problems.append(f"line {number}: no photo {record['image']}")
-            elif not record["caption"].strip():
+            elif not legible(record["caption"]).strip():
                 problems.append(f"line {number}: empty caption")
             else:
                 records.append(record)

@@ -145,7 +145,7 @@ def walk(state):
 
 
 def spoil_disks(folder: Path) -> None:
-    """A disk of 3 MB that fills up during a run, and one that cannot be written to at all."""
+    """A disk of 5 MB that fills up during a run, and one that cannot be written to at all."""
     for name, options in (("full", "size=5m"), ("read-only", "size=4m")):
         disk, said = folder / name, folder / f"{name}.log"
         disk.mkdir()

@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         trained, parts = open_probe(args.checkpoint, args.root, args.products, progress=True)
         labels, features, fit = look([trained, VisionLanguageModel(trained.config)], parts, progress=True)
-    except (ConfigError, DataError, TypeError, RuntimeError) as error:
+    except (ConfigError, DataError, TypeError, ValueError, KeyError, RuntimeError) as error:
         sys.exit(f"probe.py: {args.checkpoint}: {str(error).splitlines()[0]}")
     print(f"fitted on {fit.sum():,} photos, accuracy in % on {(~fit).sum():,} of products held out of pretraining")
     print("| | this model | random weights | most frequent |\n|---|---|---|---|")

@@ -1,6 +1,10 @@
 """One profile for the property tests: no time limit on an example, and the same examples every time. Fewer held-out
 synthetic products than a run has, which it would draw and measure anew in every test."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models as small as these, threads would only wait for each other
+
 import pytest
 from hypothesis import settings
 

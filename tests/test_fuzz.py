@@ -68,7 +68,7 @@ def read_or_refused(read, *more):
 
 
 def damage(data, whole: bytes) -> bytes:
-    """Some bits flipped, the end cut off, or a stretch of it repeated."""
+    """Some bits flipped, the end cut off."""
     broken = bytearray(whole)
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] ^= 1 << data.draw(st.integers(0, 7))
