@@ -79,7 +79,7 @@ def test_match_scores_equal_pair_by_pair(pretrained):
         assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
 
 
-LEFT = {".lock", "config.json", "metrics.jsonl", "curves.png", "last.pt", "best.pt", "results.json"}
+LEFT = {".lock", "config.json", "metrics.jsonl", "curves.png", "last-2.pt", "last.pt", "best.pt", "results.json"}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_tasks_of_a_fashionfine_checkpoint(tmp_path, capsys):
     damaged = torch.load(source, weights_only=True)
     damaged["model"].pop("adapter.score.2.weight")
     torch.save(damaged, tmp_path / "damaged.pt")
-    with pytest.raises(ConfigError, match="does not fit its own config, adapter.score.2.weight"):
+    with pytest.raises(ConfigError, match="does not fit its own config, .*adapter.score.2.weight"):
         command("--task", "retrieval", "--eval-only", "--checkpoint", tmp_path / "damaged.pt", "--out", tmp_path / "d")
 
 

@@ -400,7 +400,7 @@ def test_a_step_without_a_readable_photo_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(
         data.Collate, "__call__", lambda self, items: empty(items) if items[0]["row"] % 3 == 0 else collate(self, items)
     )
-    monkeypatch.setattr(train, "validate", lambda run, dataset: {"val_i2t_r1": 0.5})
+    monkeypatch.setattr(train, "validate", lambda run, dataset: ({"val_i2t_r1": 0.5}, []))
     monkeypatch.setattr(train, "truth", lambda run, train_set, val_set: {})
     final = run(tmp_path, "--steps", "6", "--log-every", "1")
     assert final["step"] == 6 and final["val_i2t_r1"] == 0.5
@@ -415,7 +415,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         return losses | {"itm": losses["itm"] * (float("nan") if state.step == 3 else 1)}, figures
 
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"step 4: the loss or its gradient is not finite .*itm nan.*last.pt"):
+    with pytest.raises(NonFiniteLoss, match=r"step 4: itm and grad_norm not finite .*itm nan.*last.pt"):
         run(tmp_path, "--steps", "6", "--save-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
