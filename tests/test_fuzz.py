@@ -108,16 +108,8 @@ def test_flags_are_taken_or_refused_in_one_line(data):
             assert "\n" not in (complained.getvalue().strip() or str(error)), argv
 
 
-NOT_TRIED = {
-    "out",
-    "resume",
-    "stop_at",
-    "device",
-    "compile",
-    "workers",
-    "steps",
-    "epochs",
-}  # slow, or of the test itself
+# slow, or of the test itself
+NOT_TRIED = {"out", "resume", "stop_at", "device", "compile", "workers", "steps", "epochs"}
 TRIED = [spec for spec in SWITCHES if spec.name not in NOT_TRIED]
 
 
