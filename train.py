@@ -315,7 +315,7 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     if state:
         restore(run, state)
         resumed_step = run.step
-        decides = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME - {"lr"}}
+        decides = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
         ranks.check_same("flags or checkpoints", zlib.crc32(repr((run.step, decides)).encode()))
     size = f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters"
     where = f"{run.device}" + (f", {ranks.count} processes" if ranks.count > 1 else "")

@@ -61,14 +61,15 @@ def resumed_config(
 ) -> LoopConfig:
     """The checkpoint's config; a flag that would change the result is refused. `check` is the script's check_flags."""
     saved = config_from_dict(state["config"], type(config))
-    for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is what training it came to
+    free = FREE_ON_RESUME | {"lr"}  # or a run that has diverged could not go on from an earlier checkpoint
+    for name in sorted(given - free - {"vocab_size"}):  # the saved size is what training it came to
         mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
         theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
         if mine != theirs and (name, mine) != ("precision", "auto"):  # what it took at the start is kept
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
-    free = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out", "stop_at"}}
-    merged = replace(saved, **(free | {"resume": True}))
+    given_now = {name: getattr(config, name) for name in (given & free) | {"out", "stop_at"}}
+    merged = replace(saved, **(given_now | {"resume": True}))
     check(merged, set())
     if merged.stop_at and merged.stop_at <= state["step"]:
         raise ConfigError(f"--stop-at {merged.stop_at}: the run is at step {state['step']} already")

@@ -151,9 +151,8 @@ MODEL_FLAGS = {
     **dict.fromkeys(("local_image", "local_text", "alignment", "detector"), ("fashionfine",)),
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
-# What a resumed run may change: nothing that decides its result, but for the learning rate, without which a run that
-# has diverged could not go on from an earlier checkpoint. (The number of processes decides what is drawn.)
-FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every", "keep", "lr"}
+# What decides nothing of a run's result, and a resumed run may change. (The number of processes decides what is drawn.)
+FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every", "keep"}
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
