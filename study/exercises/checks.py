@@ -52,6 +52,7 @@ def right_counts(mask, words, ratio: float) -> None:
 
 
 def check_1(random_word_mask) -> None:
+    """Exact counts, whole words, drawn uniformly and anew in each row."""
     masks = [random_word_mask(WORDS, 0.5, seeded(seed)) for seed in range(30)]
     for mask in masks:
         only_words(mask, WORDS)
@@ -74,6 +75,7 @@ def check_1(random_word_mask) -> None:
 
 
 def check_2(corrupt_words) -> None:
+    """80/10/10, labels where something is masked."""
     ids = torch.randint(5, 1000, (100, 100), generator=seeded())
     clean, mask, allowed = ids.clone(), torch.rand(ids.shape, generator=seeded(1)) < 0.5, torch.arange(500, 1000)
     corrupted, labels = corrupt_words(ids, mask, 4, allowed, seeded())
@@ -91,6 +93,7 @@ def check_2(corrupt_words) -> None:
 
 
 def check_3(cooccurrence, pointing) -> None:
+    """Shares and chances worked out by hand."""
     mask, candidates, shared = torch.tensor([[[1, 1, 1, 0, 0]], [[1, 1, 0, 1, 0]], [[1, 0, 1, 0, 1]]]).bool()
     found = cooccurrence(mask, candidates, shared)
     two = "cooccurrence returns two counts, hits and of how many: shares of batches of different size do not add up"
@@ -107,6 +110,7 @@ def check_3(cooccurrence, pointing) -> None:
 
 
 def check_4(same_pairs, itc_targets) -> None:
+    """Right answers by product or caption; rows that sum to 1."""
     products, captions, keys = torch.tensor([7, 8]), torch.tensor([3, 4]), torch.tensor([[7, 8, 7, 9], [3, 4, 5, 4]])
     right = same_pairs(products, captions, *keys)
     want(right.shape == (2, 4) and right.dtype == torch.bool, f"right keys are (B, K) bool, not {tuple(right.shape)}")
@@ -126,6 +130,7 @@ def check_4(same_pairs, itc_targets) -> None:
 
 
 def check_5(pick_negatives) -> None:
+    """Never a forbidden column, also at low temperatures."""
     forbidden = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]).bool()
     sim = torch.tensor([[9.0, 8, 2, 1], [8, 9, 1, 2], [0, 1, 9, 3], [1, 2, 3, 9]]) - 10
     best, least = torch.tensor([[2, 3, 3], [3, 2, 0]])
@@ -164,6 +169,7 @@ def check_5(pick_negatives) -> None:
 
 
 def check_6(pick_negatives) -> None:
+    """Below the own pair, by the margin."""
     semihard = lambda row, **more: pick_negatives(
         torch.tensor([row] * 5), torch.tensor([[True] + [False] * 4] * 5), torch.full((5,), row[0]), mode="semihard",
         **more)[0]  # fmt: skip
@@ -179,6 +185,7 @@ def check_6(pick_negatives) -> None:
 
 
 def check_7(sync_mask) -> None:
+    """Words by their score, patches by their attention."""
     words_by_score(sync_mask)
     patches_by_attention(sync_mask)
 
@@ -247,6 +254,7 @@ def patches_by_attention(sync_mask) -> None:
 
 
 def check_8(soft_mask, soften) -> None:
+    """Scaled Grad-CAM of one word, of the middle layer."""
     attention, word = torch.rand(2, 2, 4, 6, generator=seeded()) + 0.1, torch.tensor([1, 2])
     gradient = torch.randn(attention.shape, generator=seeded(1))
     found = soft_mask(attention, gradient, word)
@@ -269,6 +277,7 @@ def check_8(soft_mask, soften) -> None:
 
 
 def check_9(word_score) -> None:
+    """A score for every word, which reads no truth."""
     run, batch = small_run()
     score = word_score(run, batch | {"images": batch["pixels"]}, seeded())
     want(score.shape == batch["words"].shape, f"a score for every token: {tuple(batch['words'].shape)}")
@@ -278,6 +287,7 @@ def check_9(word_score) -> None:
 
 
 def check_10(choose_masks) -> None:
+    """Masks of the shares asked for, of words that may be masked."""
     run, batch = small_run()
     words, patches = batch["words"], run.config.model.grid**2
     for step in (0, run.config.mask_warmup):
