@@ -21,7 +21,8 @@ def save_checkpoint(run: Run, path: Path) -> None:
     """
     if not torch.stack([weight.isfinite().all() for weight in run.model.parameters()]).all():
         run.writer.wait()
-        raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {way_back(path)}")
+        advice = way_back(path.with_name("last.pt"))
+        raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {advice}")
     sampler = run.sampler.state_dict()
     if not run.ranks.leads:
         return

@@ -17,6 +17,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_mine(number, request):
+    """An exercise's typical mistakes first, then the project's tests; the first failure is told."""
     functions = usable(number, request.config.exercises[number])
     tests = {"typical_mistakes": lambda: check(number, functions)} | own_tests(number, functions)
     with in_place(number, functions):
