@@ -14,6 +14,7 @@ published weights load.
 
 import contextlib
 import copy
+import re
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -169,13 +170,15 @@ def initialise(model: "VisionLanguageModel") -> None:
     """Zero biases, and weights that let narrow models learn too (choice; BERT's 0.02 everywhere suits width 768, and
     at width 128 makes the contrastive loss stand still for hundreds of steps).
 
-    Encoders: Xavier-uniform, as the original ViT and MAE. Fusion, MLM head, detector: normal(0.02), as BERT; a
-    post-norm layer that starts near the identity passes the masked words on. Adapter: normal(0.02), so that at first
-    local tokens weigh alike. Words: normal(1/√D), so that the tied MLM decoder starts with logits of unit variance.
+    Encoders and fusion: Xavier-uniform, as the original ViT and MAE; the photo then counts at once when words are
+    restored. Queries and keys of fusion, adapter: normal(0.02), as BERT; at first all patches weigh alike, and what is
+    looked at later was learnt. MLM head, detector: normal(0.02). Words: normal(1/√D), so that the tied MLM decoder
+    starts with logits of unit variance.
     """
+    small = re.compile(r"fusion.*\.(query|key)$|(mlm_head|adapter|detector)\b")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            if name.startswith(("fusion", "mlm_head", "adapter", "detector")):
+            if small.match(name):
                 nn.init.normal_(module.weight, std=NARROW_STD)
             else:
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix

@@ -122,9 +122,9 @@ class TrainConfig(LoopConfig):
 SCHEDULES = {
     # in so few steps soft targets only slow MLM down, and ITM negatives drawn by similarity, of which many are false,
     # undo what the random ones have taught
-    "tiny": dict(steps=680, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.99, alpha=0.0, mlm_ratio=0.5,
+    "tiny": dict(steps=680, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.95, alpha=0.0, mlm_ratio=0.5,
                  itm_negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
-                 crop_scale=0.8),
+                 itc_weight=2.0, crop_scale=0.8),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000,
                   mask_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000,
@@ -133,7 +133,7 @@ SCHEDULES = {
 # What a recipe sets over its preset, and what it sets for one preset alone. All of syncmask's are choices, those of the
 # model and of the masks made on the truth of the synthetic photos; no queue beside grouped batches, as GRIT-VLP.
 RECIPE_DEFAULTS = {
-    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.4, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
+    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.2, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2),
     "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam",  # for the truth's measures

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from photos.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Product
+from photos.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Product, pick
 
 SUPERSAMPLING = 3
 ZOOMS = {"close-up": (2.0, 2.6), "half": (1.4, 1.8)}  # other views show the whole garment
@@ -12,11 +12,11 @@ ZOOMS = {"close-up": (2.0, 2.6), "half": (1.4, 1.8)}  # other views show the who
 class Canvas:
     """A supersampled photo under way, and for every attribute the mask of where it was painted."""
 
-    def __init__(self, size: int, view: str, rng: np.random.Generator, focus: tuple[float, float], fit: float):
+    def __init__(self, size: int, view: str, rng: np.random.Generator, focus: float, fit: float):
         self.size = size
         angle = np.deg2rad(rng.uniform(-7, 7))
         zoom = rng.uniform(*ZOOMS[view]) if view in ZOOMS else fit * rng.uniform(0.78, 1.02)
-        centre = np.array(focus) + rng.uniform(-0.08, 0.08, 2) / zoom
+        centre = np.array([0.0, focus]) + rng.uniform(-0.08, 0.08, 2) / zoom
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         self.place = lambda points: ((np.asarray(points, float) - centre) @ turn * zoom + 1) * size / 2
         self.unit = zoom * size / 2  # pixels of one garment unit
@@ -52,37 +52,36 @@ class Canvas:
         if box := mask.getbbox():  # pasting is the costly part: only where there is something
             self.image.paste(fill if isinstance(fill, tuple) else fill.crop(box), box, mask.crop(box))
 
-    def cloth(self, colour: tuple, pattern: tuple[str, tuple] | None) -> Image.Image:
-        """A texture as large as the photo; the period of the pattern grows with the zoom."""
+    def cloth(self, colour: tuple, weave: str | None = None, ink: tuple = (), period: float = 0.24) -> Image.Image:
+        """A texture as large as the photo, of a pattern or a detail; `period` is in garment units."""
         image = Image.new("RGB", (self.size, self.size), colour)
-        if pattern is None:
-            return image
-        draw, (kind, ink), size = ImageDraw.Draw(image), pattern, self.size
-        step = 0.2 * self.unit
-        for i in range(int(size / step) + 2):
-            for j in range(int(size / step) + 2) if kind in ("dotted", "zigzag", "argyle") else (0,):
-                a, b = i * step, j * step
-                if kind in ("striped", "checked"):
-                    draw.rectangle((0, a, size, a + step * 0.4), fill=ink)
-                if kind == "checked":
-                    draw.rectangle((a, 0, a + step * 0.3, size), fill=ink)
-                if kind == "pinstriped":
-                    draw.rectangle((a * 0.7, 0, a * 0.7 + step * 0.16, size), fill=ink)
-                if kind == "dotted":
-                    x = a + (j % 2) * step / 2
-                    draw.ellipse((x, b, x + step * 0.45, b + step * 0.45), fill=ink)
-                if kind == "zigzag":
-                    corners = [(a, b), (a + step / 2, b + step / 2), (a + step, b)]
-                    draw.line(corners, fill=ink, width=int(step * 0.22))
-                if kind == "argyle":
-                    r = step * 0.42
-                    draw.polygon([(a, b - r), (a + r, b), (a, b + r), (a - r, b)], fill=ink)
+        draw, size, step = ImageDraw.Draw(image), self.size, period * self.unit
+        starts = np.arange(0, size, step).tolist()
+        for a in starts:
+            if weave in ("striped", "checked", "stripes"):
+                draw.rectangle((0, a, size, a + 0.42 * step), fill=ink)
+            if weave in ("pinstriped", "checked", "pleats"):
+                draw.rectangle((a, 0, a + 0.42 * step, size), fill=ink)
+            if weave in ("dotted", "eyelets"):
+                for row, b in enumerate(starts):
+                    x = a + row % 2 * step / 2
+                    draw.ellipse((x, b, x + 0.55 * step, b + 0.55 * step), fill=ink)
+            if weave == "quilting":
+                for x in (1.4 * a - size, 1.4 * a):
+                    draw.line([(x, 0), (x + size, size)], fill=ink, width=int(0.35 * step))
+                    draw.line([(x + size, 0), (x, size)], fill=ink, width=int(0.35 * step))
         return image
 
 
 def shade(colour: tuple, by: float) -> tuple:
     """A colour, by some share of the way to white, or if negative to black."""
     return tuple(int(c + (255 - c) * by if by > 0 else c * (1 + by)) for c in colour)
+
+
+def detail_tones(colour: tuple, look: str) -> tuple[tuple, tuple]:
+    """The two colours of a detail on a garment of some colour: its ground, and of what is drawn on it."""
+    ground = shade(colour, LOOKS[look][1])
+    return ground, shade(ground, -0.55 if np.mean(ground) > 100 else 0.55)
 
 
 def _shift(mask: Image.Image, by: int) -> Image.Image:
@@ -92,8 +91,8 @@ def _shift(mask: Image.Image, by: int) -> Image.Image:
     return moved
 
 
-def _disc(x: float, y: float, rx: float, ry: float | None = None, corners: int = 24, start: float = 0.0) -> list:
-    angles = start + np.linspace(0, 2 * np.pi, corners, endpoint=False)
+def _disc(x: float, y: float, rx: float, ry: float | None = None, corners: int = 24) -> list:
+    angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     return [(x + rx * np.cos(a), y + (ry or rx) * np.sin(a)) for a in angles]
 
 
@@ -101,59 +100,40 @@ def _box(x: float, y: float, half_width: float, half_height: float) -> list:
     return [(x + sx * half_width, y + sy * half_height) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
-def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple, inside: tuple) -> None:
+def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple) -> None:
     dark = tuple(int(c * 0.62) if sum(tone) > 200 else int(c * 0.5 + 70) for c in tone)
+    inside = tuple(int(c * 0.45 + 20) for c in tone)
     if neck == "hooded":  # seen from both sides
         canvas.paint("neck", canvas.mask([_disc(0, -0.66, 0.27, 0.2)], False), dark)
         if front:
             canvas.paint("neck", canvas.mask([_disc(0, -0.64, 0.17, 0.13)], False), inside)
     elif neck == "high":
-        canvas.paint("neck", canvas.mask([_box(0, -0.64, 0.17, 0.09)], False), dark)
+        canvas.paint("neck", canvas.mask([_box(0, -0.66, 0.19, 0.13)], False), dark)
     elif front and neck == "collared":
-        canvas.paint("neck", canvas.mask([[(0.02, -0.52), (0.15, -0.66), (0.27, -0.46), (0.1, -0.34)]]), dark)
+        canvas.paint("neck", canvas.mask([[(0.0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3)]]), shade(tone, 0.75))
     elif front:
         corners = 12 if neck == "crew" else 3  # a half ellipse, or a triangle
-        for width, depth, fill in ((0.21, 1.0, dark), (0.14, 0.66, inside)):
-            depth *= {"crew": 0.17, "v": 0.36}[neck]
+        for width, depth, fill in ((0.26, 1.0, dark), (0.2, 0.8, inside)):
+            depth *= {"crew": 0.16, "v": 0.5}[neck]
             angles = np.linspace(0, np.pi, corners)
             opening = [(width * np.cos(a), -0.61 + depth * np.sin(a)) for a in angles]
             canvas.paint("neck", canvas.mask([opening], False), fill)
 
 
-def _place(garment: Garment, place: str) -> tuple[float, float]:
-    """The middle of a detail."""
-    if place == "back":
-        return 0.0, (garment.outline[0][1] + garment.hem) / 2 + 0.08
-    return garment.places[place]
+def _paint_detail(canvas: Canvas, key: str, detail: Detail, y: float, tone: tuple, body: Image.Image) -> None:
+    """A band across the garment, lighter or darker than it, of a texture of its own."""
+    band = canvas.mask([_box(0, y, 1, LOOKS[detail.look][0])], mirrored=False, clip=body)
+    ground, ink = detail_tones(tone, detail.look)
+    canvas.paint(key, band, canvas.cloth(ground, detail.noun, ink, period=0.16))
 
 
-def _detail(detail: Detail, x: float, y: float) -> list:
-    """The polygons of a detail; of a pocket the edge, all around."""
-    r, _ = LOOKS[detail.look]
-    match detail.noun:
-        case "badge":
-            return [_disc(x, y, r)]
-        case "star":
-            tips = zip(
-                _disc(x, y, 1.25 * r, corners=5, start=-np.pi / 2), _disc(x, y, r / 2, corners=5, start=-0.3 * np.pi)
-            )
-            return [[p for pair in tips for p in pair]]
-        case "cross":
-            return [_box(x, y, r, r * 0.3), _box(x, y, r * 0.3, r)]
-        case "stripe":
-            return [_box(0, y, 1, r * 0.4)]
-    rim = 0.3 * r  # pocket
-    sides = [_box(x + s * (r - rim / 2), y, rim / 2, r) for s in (1, -1)]
-    return [*sides, _box(x, y + r - rim / 2, r, rim / 2), _box(x, y - r + rim, r, rim)]
-
-
-def _closure(canvas: Canvas, closure: str, garment: Garment, fill: tuple, body: Image.Image) -> None:
+def _paint_closure(canvas: Canvas, closure: str, garment: Garment, tone: tuple, body: Image.Image) -> None:
     top, bottom = -0.42, garment.hem
     if closure == "buttoned":
-        polygons = [_disc(0, h, 0.045) for h in np.linspace(top + 0.06, bottom - 0.12, 5)]
+        polygons = [_disc(0, h, 0.07) for h in np.linspace(top + 0.06, bottom - 0.12, 5)]
     else:
-        polygons = [_box(0, (top + bottom) / 2, 0.03, (bottom - top) / 2), _box(0.05, top + 0.06, 0.03, 0.06)]
-    canvas.paint("closure", canvas.mask(polygons, mirrored=False, clip=body), fill)
+        polygons = [_box(0, (top + bottom) / 2, 0.04, (bottom - top) / 2)]
+    canvas.paint("closure", canvas.mask(polygons, mirrored=False, clip=body), shade(tone, -0.85))
 
 
 def render(product: Product, view: str, size: int, rng: np.random.Generator) -> tuple[Image.Image, dict]:
@@ -163,15 +143,12 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
     """
     garment = GARMENTS[product.garment]
     front = view != "back"
-    spots = list(garment.places.values())
-    if view == "half":
-        spots = [(0.0, garment.outline[0][1] + 0.25), (0.0, garment.hem - 0.3)]
     middle = (garment.outline[0][1] + garment.hem) / 2
-    focus = spots[int(rng.integers(len(spots)))] if view in ZOOMS else (0.0, middle)
+    heights = {"close-up": list(garment.places.values()), "half": [garment.outline[0][1] + 0.25, garment.hem - 0.3]}
+    focus = pick(rng, tuple(heights.get(view, [middle])))
     canvas = Canvas(size * SUPERSAMPLING, view, rng, focus, fit=0.84 / max(0.55, garment.hem - middle))
     tone = tuple(int(np.clip(c + rng.uniform(-9, 9), 0, 255)) for c in COLOURS[product.colour])
-    cloth = canvas.cloth(tone, product.pattern and (product.pattern, shade(tone, 0.3)))
-    inside = tuple(int(c * 0.45 + 20) for c in tone)
+    cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6))
 
     if garment.extras:
         canvas.paint("garment", canvas.mask(list(garment.extras)), tone)
@@ -180,14 +157,13 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
         canvas.paint("sleeve", sleeves, cloth)
     body = canvas.mask([garment.outline])
     canvas.paint("garment", body, cloth)
-    if product.neck:
-        _paint_neck(canvas, product.neck, front, tone, inside)
-    if product.closure and front:
-        _closure(canvas, product.closure, garment, shade(tone, -0.55), body)
     for place, detail in product.details.items():
         if place != "inside" and front == (place != "back"):
-            polygons = _detail(detail, *_place(garment, place))
-            canvas.paint(place, canvas.mask(polygons, False, body), shade(tone, LOOKS[detail.look][1]))
+            _paint_detail(canvas, place, detail, garment.places.get(place, middle + 0.08), tone, body)
+    if product.neck:
+        _paint_neck(canvas, product.neck, front, tone)
+    if product.closure and front:
+        _paint_closure(canvas, product.closure, garment, tone, body)
     canvas.regions["garment"] = ImageChops.lighter(canvas.regions["garment"], sleeves)
     canvas.regions["colour"] = canvas.regions["garment"]
     if product.pattern:

@@ -19,7 +19,7 @@ COLOURS = {
     "red": (196, 52, 52), "green": (62, 140, 80), "blue": (62, 112, 200), "purple": (134, 78, 170),
     "grey": (126, 128, 132),
 }  # fmt: skip
-PATTERNS = ("striped", "pinstriped", "checked", "dotted", "zigzag", "argyle")
+PATTERNS = ("striped", "pinstriped", "checked", "dotted")
 SLEEVES = {
     "sleeveless": [],
     "short": [(0.33, -0.56), (0.62, -0.27), (0.48, -0.12), (0.33, -0.26)],
@@ -27,9 +27,9 @@ SLEEVES = {
 }
 NECKS = ("crew", "v", "collared", "high", "hooded")
 CLOSURES = ("zipped", "buttoned")
-NOUNS = ("badge", "pocket", "star", "cross", "stripe")
+NOUNS = ("stripes", "pleats", "quilting", "eyelets")
 # of a detail: half of its height; its way from the garment's colour to white, or if negative to black
-LOOKS = {"small": (0.11, -0.35), "large": (0.22, -0.35), "light": (0.16, 0.75), "dark": (0.16, -0.7)}
+LOOKS = {"narrow": (0.1, -0.4), "wide": (0.28, -0.4), "light": (0.18, 0.8), "dark": (0.18, -0.8)}
 WHOLE = ("garment", "colour", "pattern", "sleeve")  # what one sees from afar; the other kinds are details
 KINDS = (*WHOLE, "neck", "closure", "look", "noun", "place", "unseen")  # what words are about
 UNSEEN = {  # what no photo shows
@@ -47,8 +47,8 @@ class Garment:
 
     category: str
     outline: tuple
-    places: dict[str, tuple[float, float]]  # where at the front a detail can be
-    hem: float  # its height (y)
+    places: dict[str, float]  # where at the front a detail can be: the height (y) of its middle
+    hem: float  # its height
     sleeves: tuple = ()
     necks: tuple = ()
     closures: tuple = ()
@@ -82,11 +82,11 @@ _POMPOM = ((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56))
 
 
 def _upper(hem: float) -> dict:
-    return {"chest": (0.17, -0.24), "waist": (-0.14, (hem - 0.37) / 2), "hem": (0.15, hem - 0.14)}
+    return {"chest": -0.24, "waist": (hem - 0.37) / 2, "hem": hem - 0.14}
 
 
-def _lower(top: float, hem: float, x: float) -> dict:
-    return {"hip": (x, top), "knee": (-x, (top + hem - 0.14) / 2), "hem": (x, hem - 0.14)}
+def _lower(top: float, hem: float) -> dict:
+    return {"hip": top, "knee": (top + hem - 0.14) / 2, "hem": hem - 0.14}
 
 
 _ANY, _ROUND, _LONG = tuple(SLEEVES), ("crew", "v"), ("long",)
@@ -104,21 +104,21 @@ GARMENTS = {
     "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _upper(0.72), 0.72, necks=("hooded", "high"), **_OPEN),
     "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _upper(0.52), 0.52, _ANY, _ROUND),
     "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _upper(0.9), 0.9, _ANY, _ROUND),
-    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), {"hip": (0.12, -0.4), "hem": (-0.14, -0.04)}, 0.12),
-    "maxi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), _lower(-0.36, 0.72, 0.13), 0.72),
-    "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _lower(-0.5, 0.88, 0.17), 0.88),
-    "flared trousers": Garment("PANTS", _legs(0.31, 0.46, 0.9), _lower(-0.5, 0.9, 0.2), 0.9),
-    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), {"hip": (0.16, -0.54), "hem": (-0.2, -0.1)}, 0.08),
-    "tote": Garment("BAGS", _TOTE, {"top": (0.2, 0.0), "base": (-0.16, 0.42)}, 0.62, extras=(_HANDLE,)),
-    "backpack": Garment("BAGS", _PACK, {"top": (0.1, -0.34), "base": (-0.12, 0.36)}, 0.6, extras=(_STRAP,)),
-    "cap": Garment("HATS", _CROWN, {"front": (0.0, -0.18)}, 0.3, extras=(_BRIM,)),
-    "beanie": Garment("HATS", _BEANIE, {"front": (0.1, -0.22), "hem": (-0.1, 0.16)}, 0.3, extras=(_POMPOM,)),
+    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), {"hip": -0.4, "hem": -0.04}, 0.12),
+    "maxi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), _lower(-0.36, 0.72), 0.72),
+    "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _lower(-0.5, 0.88), 0.88),
+    "flared trousers": Garment("PANTS", _legs(0.31, 0.46, 0.9), _lower(-0.5, 0.9), 0.9),
+    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), {"hip": -0.54, "hem": -0.1}, 0.08),
+    "tote": Garment("BAGS", _TOTE, {"top": 0.0, "base": 0.42}, 0.62, extras=(_HANDLE,)),
+    "backpack": Garment("BAGS", _PACK, {"top": -0.34, "base": 0.36}, 0.6, extras=(_STRAP,)),
+    "cap": Garment("HATS", _CROWN, {"front": -0.18}, 0.3, extras=(_BRIM,)),
+    "beanie": Garment("HATS", _BEANIE, {"front": -0.22, "hem": 0.16}, 0.3, extras=(_POMPOM,)),
 }
 
 
 @dataclass(frozen=True)
 class Detail:
-    """Something on a garment: a look and a noun, LOOKS and NOUNS, neither of which tells the other."""
+    """A band of its own on a garment: a look and a noun, LOOKS and NOUNS, neither of which tells the other."""
 
     look: str
     noun: str

@@ -264,11 +264,11 @@ class Oracle:
 
 
 def test_false_negatives_are_counted_by_hand():
-    """Four products seen from the front. 0: a blue shirt with a star. 1: the same without it, so its text fits photo 0,
+    """Four products seen from the front. 0: a blue shirt with stripes. 1: the same without it, so its text fits photo 0,
     but not the other way round. 2: the shirt in red. 3: a bag. Similarities are chosen so that the hardest negatives
     are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
-    star = {"chest": Detail("light", "star")}
-    shirt = Product("shirt", "blue", None, "long", "collared", "buttoned", star, {})
+    stripes = {"chest": Detail("light", "stripes")}
+    shirt = Product("shirt", "blue", None, "long", "collared", "buttoned", stripes, {})
     bag = Product("tote", "red", None, None, None, None, {}, {})
     products = [shirt, replace(shirt, details={}), replace(shirt, colour="red"), bag]
     dataset = Synthetic("train", 4, 64, progress=False)
@@ -287,7 +287,7 @@ def test_false_negatives_are_counted_by_hand():
     state.momentum = Oracle(dataset, sim, torch.eye(4))
     state.momentum.tokenizer = state.tokenizer
     figures = negative_truth(state, dataset)
-    # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no star), 2 and 3 each other's;
+    # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no stripes), 2 and 3 each other's;
     # texts the same way round: text 1 gets photo 0 (false)
     assert figures["false_negative_rate_hard"] == pytest.approx(2 / 8)
     assert figures["negative_similarity_hard"] == pytest.approx(above)

@@ -23,7 +23,8 @@ from harness.run import build_run
 from masking import random_word_mask
 from measures.pictures import INK, PAPER, draw_text
 from photos.synthetic import Synthetic
-from study import ablate, benchmark, figures, probe, sources, steps
+from photos.wardrobe import COLOURS, NOUNS
+from study import ablate, benchmark, figures, probe, sources, steps, told
 from study.steps import Waits
 
 ROOT = Path(__file__).parent.parent
@@ -391,6 +392,34 @@ def test_sampler_benchmark_composes_every_photo(capsys):
     benchmark.main(["sampler", *sizes, "--mode", "hard", "semihard"])
     out = capsys.readouterr().out
     assert "500 photos, hard" in out and "700 photos, semihard" in out and "growth of hard" in out
+
+
+def test_what_is_told_is_what_the_photo_shows(wardrobe):
+    options = {}
+    for row in range(len(wardrobe)):
+        for question, value in told.shown(wardrobe, row).items():
+            options.setdefault(question, []).append(value)
+    options = {question: sorted(set(values)) for question, values in options.items()}
+    assert options["colour", "colour"] == sorted(COLOURS) and options["noun", "hem"] == sorted(NOUNS)
+    assert not any(attribute == "inside" or kind == "unseen" for kind, attribute in options)
+    answers = told.labels(wardrobe, options)
+    for row in range(len(wardrobe)):
+        product = wardrobe.products[wardrobe.rows[row][0]]
+        said = {question: options[question][number] for question, column in answers.items()
+                if (number := column[row].item()) >= 0}  # fmt: skip
+        assert said == told.shown(wardrobe, row) and said["garment", "garment"] == product.garment
+        visible = {place for place in product.details if place in wardrobe.truth(row).regions}
+        assert {place for kind, place in said if kind == "look"} == visible
+        assert all(said["look", place] == product.details[place].look for place in visible)
+
+
+def test_told_reads_colours_at_once(capsys):
+    told.main(["--steps", "30", "--products", "120"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {cells[0].strip("| "): [float(cells[1]), float(cells[2])] for cells in rows[1:]}
+    assert found["colour"][0] > 60 > 30 > found["colour"][1] and {"garment", "look", "noun", "neck"} <= found.keys()
+    with pytest.raises(SystemExit):
+        told.main(["--steps", "0"])
 
 
 def test_probe_finds_what_is_linearly_there_and_nothing_else():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from photos.camera import shade
+from photos.camera import detail_tones
 from photos.dataset import DataError
 from photos.families import FAMILY, synthetic_triplets
 from photos.synthetic import Synthetic
-from photos.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
+from photos.wardrobe import COLOURS, STYLE_COLOURS, Detail, Product
 
 
 def test_synthetic_is_deterministic_and_seeded(wardrobe):
@@ -126,8 +126,8 @@ def test_less_than_half_of_the_attribute_words_are_visible(wardrobe):
 
 def test_a_description_fits_a_photo_that_shows_nothing_against_it():
     """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
-    star, cross, badge = Detail("light", "star"), Detail("dark", "cross"), Detail("small", "badge")
-    places = {"chest": star, "back": cross, "inside": badge}
+    stripes, pleats, eyelets = Detail("light", "stripes"), Detail("dark", "pleats"), Detail("narrow", "eyelets")
+    places = {"chest": stripes, "back": pleats, "inside": eyelets}
     shirt = Product("shirt", "blue", None, "long", "collared", "buttoned", places, {"fabric": "wool"})
     others = {
         "itself": (shirt, [True, True]),
@@ -137,13 +137,13 @@ def test_a_description_fits_a_photo_that_shows_nothing_against_it():
         "striped": (replace(shirt, pattern="striped"), [False, False]),
         "another neck": (replace(shirt, neck="v"), [False, True]),  # a collar is not seen from behind
         "another closure": (replace(shirt, closure="zipped"), [False, True]),
-        "another look": (replace(shirt, details=places | {"chest": Detail("dark", "star")}), [False, True]),
-        "another noun": (replace(shirt, details=places | {"chest": Detail("light", "pocket")}), [False, True]),
-        "another place": (replace(shirt, details={"hem": star, "back": cross, "inside": badge}), [False, True]),
-        "one more": (replace(shirt, details=places | {"hem": star}), [False, True]),
-        "nothing at the chest": (replace(shirt, details={"back": cross}), [True, True]),  # true; it only says less
-        "another back": (replace(shirt, details=places | {"back": star}), [True, False]),
-        "another inside": (replace(shirt, details=places | {"inside": star}), [True, True]),
+        "another look": (replace(shirt, details=places | {"chest": Detail("dark", "stripes")}), [False, True]),
+        "another noun": (replace(shirt, details=places | {"chest": Detail("light", "quilting")}), [False, True]),
+        "another place": (replace(shirt, details={"hem": stripes, "back": pleats, "inside": eyelets}), [False, True]),
+        "one more": (replace(shirt, details=places | {"hem": stripes}), [False, True]),
+        "nothing at the chest": (replace(shirt, details={"back": pleats}), [True, True]),  # true; it only says less
+        "another back": (replace(shirt, details=places | {"back": stripes}), [True, False]),
+        "another inside": (replace(shirt, details=places | {"inside": stripes}), [True, True]),
         "another fabric": (replace(shirt, unseen={"fabric": "silk"}), [True, True]),
     }
     dataset = Synthetic("train", 1, 64, progress=False)
@@ -153,19 +153,23 @@ def test_a_description_fits_a_photo_that_shows_nothing_against_it():
 
 
 def test_truth_regions_are_where_the_tone_is(wardrobe):
-    """On plain cloth the pixels of a light or dark detail are nearer to its tone, those around to the garment's."""
+    """On plain cloth the pixels of a detail are nearer to one of its tones, those around to the garment's."""
     found = []
     for row, (index, _) in enumerate(wardrobe.rows):
         product, truth = wardrobe.products[index], wardrobe.truth(row)
         pixels, whole = np.asarray(wardrobe.photos[row], float), ("garment", "colour", "sleeve")
         around = truth.region("garment") & ~np.any([truth.region(key) for key in truth.regions.keys() - whole], axis=0)
         for key, detail in product.details.items():
-            if product.pattern or key not in truth.regions:
+            if product.pattern or key not in truth.regions or not around.any():
                 continue
-            own, cloth = shade(COLOURS[product.colour], LOOKS[detail.look][1]), COLOURS[product.colour]
-            nearer = np.abs(pixels - own).sum(-1) < np.abs(pixels - cloth).sum(-1)
+            colour = COLOURS[product.colour]
+            own, cloth = (
+                np.min([np.abs(pixels - tone).sum(-1) for tone in tones], axis=0)
+                for tones in (detail_tones(colour, detail.look), [colour])
+            )
+            nearer = own < cloth
             found.append(nearer[truth.region(key)].mean() > 0.6 and nearer[around].mean() < 0.35)
-    assert len(found) > 100 and np.mean(found) > 0.95
+    assert len(found) > 100 and np.mean(found) > 0.9
 
 
 def test_any_image_size():
