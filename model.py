@@ -14,7 +14,6 @@ published weights load.
 
 import contextlib
 import copy
-import re
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -175,10 +174,10 @@ def initialise(model: "VisionLanguageModel") -> None:
     looked at later was learnt. MLM head, detector: normal(0.02). Words: normal(1/√D), so that the tied MLM decoder
     starts with logits of unit variance.
     """
-    small = re.compile(r"fusion.*\.(query|key)$|(mlm_head|adapter|detector)\b")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            if small.match(name):
+            asks = name.startswith("fusion") and name.endswith(("query", "key"))
+            if asks or name.startswith(("mlm_head", "adapter", "detector")):
                 nn.init.normal_(module.weight, std=NARROW_STD)
             else:
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix

@@ -3,9 +3,9 @@
 python study/walkthrough.py                                  a model with random weights, seconds on a CPU
 python study/walkthrough.py --checkpoint runs/…/last.pt      a trained one (of synthetic photos), the same photos
 
-Random weights by default: every loss then has a value that one can reckon beforehand, on any machine.
+Random weights by default: every loss is then near what knowing nothing costs, which one can reckon, or above it.
 The batch of sixteen: the photo, another photo of its product (its twin), and the fronts of the next fourteen products,
-of which the first five differ from it in colour or in one detail (its sisters).
+of which the first five differ from it in colour, in one detail or in both (its sisters).
 """
 
 import argparse
@@ -205,7 +205,8 @@ def recipe(w: Walk, name: str) -> Iterator[str]:
     w.draws()
     losses, figures = RECIPES[name](w.run, w.batch)
     counting = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
-    remarks = {"itc": "stop 5", "mlm": "stop 7, with the words of this step",
+    weight = w.run.config.itc_weight
+    remarks = {"itc": "stop 5" + f", times {weight:g}" * (weight != 1), "mlm": "stop 7, with the words of this step",
                "itm": f"undecided {math.log(2):.3f}; knowing only that two in three are wrong {counting:.3f}",
                "mim": f"stop 11, times {w.run.config.mim_weight}"}  # fmt: skip
     for key, loss in losses.items():
