@@ -120,8 +120,8 @@ class TrainConfig(LoopConfig):
 
 
 SCHEDULES = {
-    # in so few steps soft targets only slow MLM down, and ITM negatives drawn by similarity, of which many are false,
-    # undo what the random ones have taught
+    # in so few steps soft targets only slow MLM down, ITM negatives drawn by similarity, of which many are false, undo
+    # what the random ones have taught, the momentum model must follow closely, and retrieval wants more weight
     "tiny": dict(steps=680, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.95, alpha=0.0, mlm_ratio=0.5,
                  itm_negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
                  itc_weight=2.0, crop_scale=0.8),

@@ -38,7 +38,7 @@ class WordTruth:
 
     @property
     def detail(self) -> Tensor:
-        """(B, L): names a small attribute, which one does not see from afar."""
+        """(B, L): names a detail, which one does not see from afar."""
         return self.kinds > len(WHOLE)
 
     @property

@@ -33,20 +33,15 @@ class Canvas:
                 draw.polygon([tuple(p) for p in self.place([(side * x, y) for x, y in polygon])], fill=255)
         return ImageChops.darker(mask, clip) if clip else mask
 
-    def paint(self, key: str, mask: Image.Image, fill: tuple | Image.Image, edge: float = 0.72) -> None:
+    def paint(self, key: str, mask: Image.Image, fill: tuple | Image.Image) -> None:
         """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`."""
         rim = max(1, round(0.018 * self.unit))
         tone = fill if isinstance(fill, tuple) else fill.resize((1, 1)).getpixel((0, 0))
-        dark = tuple(int(c * edge) for c in tone)
+        dark = shade(tone, -0.28)
         self._fill(dark, ImageChops.lighter(mask, _shift(mask, rim)))
         self._fill(fill, ImageChops.darker(mask, _shift(mask, -rim)))
         known = self.regions.get(key)
         self.regions[key] = ImageChops.lighter(known, mask) if known else mask
-
-    def colour_at(self, x: float, y: float) -> tuple:
-        """The colour of the photo at a place of the garment, or at the nearest pixel inside."""
-        at = self.place([(x, y)])[0].clip(0, self.size - 1).astype(int)
-        return self.image.getpixel(tuple(at.tolist()))
 
     def _fill(self, fill: tuple | Image.Image, mask: Image.Image) -> None:
         if box := mask.getbbox():  # pasting is the costly part: only where there is something
@@ -91,8 +86,8 @@ def _shift(mask: Image.Image, by: int) -> Image.Image:
     return moved
 
 
-def _disc(x: float, y: float, rx: float, ry: float | None = None, corners: int = 24) -> list:
-    angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
+def _disc(x: float, y: float, rx: float, ry: float | None = None) -> list:
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     return [(x + rx * np.cos(a), y + (ry or rx) * np.sin(a)) for a in angles]
 
 

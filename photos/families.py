@@ -44,7 +44,7 @@ NOUN_OF = {"pattern": "pattern", "sleeve": "sleeves", "neck": "neckline", "closu
 
 
 def clause(product: Product, key: str) -> str:
-    """What one attribute of a product is: "is red", "has long sleeves", "has dark star at chest"."""
+    """What one attribute of a product is: "is red", "has long sleeves", "has dark stripes at chest"."""
     value = product.attributes()[key]
     if isinstance(value, Detail):
         return f"has {value.look} {value.noun} at {key}"

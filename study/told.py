@@ -1,10 +1,10 @@
 """Could it be read at all? The ViT of `tiny`, told what synthetic photos show: the first thing to ask of a data set.
 
-python study/told.py                  as many steps as the default run, with its batches and its schedule
+python study/told.py                  as many steps as the default run, with its batch size and its schedule
 
 In pretraining words are all there is to learn from. Here they are labels: for every attribute that a photo shows, of
-details for every place, a linear head on CLS says which of its values it has. What is not read by then, no choice of
-masks will teach in that time.
+details for every place, a linear head on CLS says which of its values it has. What is not read by then, masks will
+hardly teach in that time.
 """
 
 import argparse
@@ -50,9 +50,14 @@ def labels(dataset: Synthetic, options: dict[Question, list[str]]) -> dict[Quest
     return {question: torch.tensor([number(question, said) for said in answers]) for question in options}
 
 
-def photos(dataset: Synthetic) -> Tensor:
+def all_photos(dataset: Synthetic) -> Tensor:
     """All of them, uint8 (rows, 3, S, S)."""
     return torch.stack([torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in dataset.photos])
+
+
+def by_question(logits: Tensor, options: dict[Question, list[str]]) -> tuple[Tensor, ...]:
+    """Logits of all questions, side by side, as those of each, in the order of `options`."""
+    return logits.split([len(values) for values in options.values()], dim=1)
 
 
 def train(config: TrainConfig, dataset: Synthetic, options: dict[Question, list[str]]) -> tuple[nn.Module, nn.Linear]:
@@ -60,7 +65,7 @@ def train(config: TrainConfig, dataset: Synthetic, options: dict[Question, list[
     vision = VisionLanguageModel(config.model).vision
     head = nn.Linear(config.model.width, sum(map(len, options.values())))
     optimizer = build_optimizer(nn.ModuleList([vision, head]), config)
-    images, known = photos(dataset), labels(dataset, options)
+    images, known = all_photos(dataset), labels(dataset, options)
     generator = torch.Generator().manual_seed(config.seed)
     for step in tqdm(range(config.steps), "telling", unit=" steps", disable=None):
         for group in optimizer.param_groups:
@@ -69,10 +74,9 @@ def train(config: TrainConfig, dataset: Synthetic, options: dict[Question, list[
         batch = augment(images[rows], random_crops(len(rows), config.crop_scale, generator), generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             cls = vision(batch)[:, 0].float()
-        logits = head(cls).split([len(values) for values in options.values()], dim=1)
         loss = sum(
             F.cross_entropy(scores, answers[rows], ignore_index=-100, reduction="sum")
-            for scores, answers in zip(logits, known.values(), strict=True)
+            for scores, answers in zip(by_question(head(cls), options), known.values(), strict=True)
         ) / len(rows)  # fmt: skip
         optimizer.zero_grad()
         loss.backward()
@@ -81,33 +85,39 @@ def train(config: TrainConfig, dataset: Synthetic, options: dict[Question, list[
     return vision.eval(), head
 
 
-@torch.no_grad()
 def read(
-    vision: nn.Module, head: nn.Linear, dataset: Synthetic, options: dict[Question, list[str]]
+    logits: Tensor, known: dict[Question, Tensor], options: dict[Question, list[str]]
 ) -> dict[str, tuple[float, float, int]]:
-    """By kind: the share rightly read, that of the answer which is most often right, how many were asked."""
-    cls = torch.cat([vision(normalise(part))[:, 0] for part in photos(dataset).split(128)])
-    logits = head(cls).split([len(values) for values in options.values()], dim=1)
-    found: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-    for (kind, _), scores, answers in zip(options, logits, labels(dataset, options).values(), strict=True):
-        asked = answers[answers >= 0]
-        if len(asked):
+    """By kind: the share rightly read, that of the answer which is most often right, how many were asked.
+
+    logits (rows, options of all questions) · known: what `labels` gives; −100 is not asked."""
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3, dtype=int))
+    for (kind, attribute), scores in zip(options, by_question(logits, options), strict=True):
+        answers = known[kind, attribute]
+        if len(asked := answers[answers >= 0]):
             right = (scores[answers >= 0].argmax(dim=1) == asked).sum().item()
-            found[kind].append((right, asked.bincount().max().item(), len(asked)))
-    sums = {kind: tuple(map(sum, zip(*parts, strict=True))) for kind, parts in found.items()}
-    return {kind: (sums[kind][0] / sums[kind][2], sums[kind][1] / sums[kind][2], sums[kind][2]) for kind in KINDS
-            if kind in sums}  # fmt: skip
+            sums[kind] += [right, asked.bincount().max().item(), len(asked)]
+    return {kind: (right / asked, most / asked, asked) for kind in KINDS if kind in sums
+            for right, most, asked in [sums[kind].tolist()]}  # fmt: skip
+
+
+@torch.no_grad()
+def answer(vision: nn.Module, head: nn.Linear, dataset: Synthetic) -> Tensor:
+    """Logits of all photos, neither cropped nor flipped. -> (rows, options of all questions)"""
+    return head(torch.cat([vision(normalise(part))[:, 0] for part in all_photos(dataset).split(128)]))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("told.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     default = parse_config([])[0]
-    for name in ("steps", "products", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="(default %(default)s)")
+    flags = {"steps": (1, "of training"), "products": (2, "to train on"), "seed": (0, "of everything random")}
+    for name, (_, help) in flags.items():
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=help + " (default %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.steps, args.products - 1) < 1 or args.seed < 0:
-        parser.error("--steps: at least 1; --products: at least 2; --seed: at least 0")
+    for name, (low, _) in flags.items():
+        if getattr(args, name) < low:
+            parser.error(f"--{name} {getattr(args, name)}: at least {low}")
     config = replace(default, **vars(args), precision=fitting_precision(torch.device("cpu"))[0])
     torch.manual_seed(config.seed)
     where = config.model.image_size, config.seed, config.products
@@ -118,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             for question, value in shown(dataset, row).items():
                 values[question].add(value)
     options = {question: sorted(values[question]) for question in sorted(values)}
-    found = read(*train(config, train_set, options), val_set, options)
+    found = read(answer(*train(config, train_set, options), val_set), labels(val_set, options), options)
     print(
         f"told what {len(train_set):,} photos show for {config.steps} steps, asked about {len(val_set):,} held-out ones"
     )

@@ -27,6 +27,22 @@ def make_model(config=SMALL, seed=0):
     return randomise(VisionLanguageModel(config))
 
 
+def test_at_the_start_fusion_asks_evenly_and_answers_at_full_strength():
+    torch.manual_seed(0)
+    model = VisionLanguageModel(replace(PRESETS["tiny"], local_image=0.1, detector=True))
+    seen = set()
+    for name, weight in model.named_parameters():
+        part, matrix = name.split(".")[0], weight.ndim == 2 and not name.startswith(("text.word", "text.position"))
+        if name.endswith("bias"):
+            assert not weight.any()
+        elif part in ("fusion", "mlm_head", "adapter", "detector") and matrix and len(weight) > 1:
+            small = part != "fusion" or name.split(".")[-2] in ("query", "key")
+            expected = 0.02 if small else (2 / sum(weight.shape)) ** 0.5  # or Xavier's
+            assert abs(weight.std() / expected - 1) < 0.15, name
+            seen.add((part, small))
+    assert seen == {("fusion", True), ("fusion", False), ("mlm_head", True), ("adapter", True), ("detector", True)}
+
+
 def hf_vit(config=SMALL):
     return randomise(
         ViTModel(

@@ -275,7 +275,7 @@ def test_what_no_machine_can_do_is_refused_before_anything_is_drawn(tmp_path, fl
     with pytest.raises(SystemExit) as refused:
         train.main([*flags, "--out", str(tmp_path / "out")])
     assert "train.py: " in (str(refused.value) + capsys.readouterr().err) and "\n" not in str(refused.value)
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 60
 
 
 def test_it_trains_on_a_system_without_unix(tmp_path):

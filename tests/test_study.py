@@ -413,6 +413,15 @@ def test_what_is_told_is_what_the_photo_shows(wardrobe):
         assert all(said["look", place] == product.details[place].look for place in visible)
 
 
+def test_what_was_read_is_counted_over_all_places():
+    options = {("look", "hem"): ["dark", "light"], ("look", "chest"): ["dark", "light"], ("colour", "colour"): ["red"]}
+    known = {("look", "hem"): torch.tensor([0, 1, 1]), ("look", "chest"): torch.tensor([0, -100, 0]),
+             ("colour", "colour"): torch.tensor([-100, -100, -100])}  # fmt: skip
+    dark, light, red = [1.0, 0.0], [0.0, 1.0], [1.0]
+    logits = torch.tensor([dark + dark + red, dark + light + red, light + light + red])
+    assert told.read(logits, known, options) == {"look": (3 / 5, 4 / 5, 5)}  # right: hem 2 of 3, chest 1 of 2
+
+
 def test_told_reads_colours_at_once(capsys):
     told.main(["--steps", "30", "--products", "120"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -420,6 +429,7 @@ def test_told_reads_colours_at_once(capsys):
     assert found["colour"][0] > 60 > 30 > found["colour"][1] and {"garment", "look", "noun", "neck"} <= found.keys()
     with pytest.raises(SystemExit):
         told.main(["--steps", "0"])
+    assert "--steps 0: at least 1" in capsys.readouterr().err
 
 
 def test_probe_finds_what_is_linearly_there_and_nothing_else():
