@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data import augment, build_dataset, normalise, random_crops
 from harness.config import TrainConfig, learning_rate, parse_config
+from harness.flags import ConfigError, check_ranges
 from harness.precision import fitting_precision
-from harness.run import build_optimizer
+from harness.run import build_optimizer, check_memory
 from model import VisionLanguageModel
 from photos.synthetic import Synthetic
 from photos.wardrobe import KINDS, Detail
@@ -111,14 +112,15 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("told.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     default = parse_config([])[0]
-    flags = {"steps": (1, "of training"), "products": (2, "to train on"), "seed": (0, "of everything random")}
-    for name, (_, help) in flags.items():
+    for name, help in {"steps": "of training", "products": "to train on", "seed": "of everything random"}.items():
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=help + " (default %(default)s)")
-    args = parser.parse_args(argv)
-    for name, (low, _) in flags.items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name} {getattr(args, name)}: at least {low}")
-    config = replace(default, **vars(args), precision=fitting_precision(torch.device("cpu"))[0])
+    given = vars(parser.parse_args(argv))
+    config = replace(default, **given, device="cpu", precision=fitting_precision(torch.device("cpu"))[0])
+    try:
+        check_ranges(config)
+        check_memory(config)
+    except ConfigError as error:
+        parser.error(str(error))
     torch.manual_seed(config.seed)
     where = config.model.image_size, config.seed, config.products
     train_set, val_set = (build_dataset(config.data, config.root, split, *where) for split in ("train", "val"))

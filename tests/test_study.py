@@ -429,7 +429,7 @@ def test_told_reads_colours_at_once(capsys):
     assert found["colour"][0] > 60 > 30 > found["colour"][1] and {"garment", "look", "noun", "neck"} <= found.keys()
     with pytest.raises(SystemExit):
         told.main(["--steps", "0"])
-    assert "--steps 0: at least 1" in capsys.readouterr().err
+    assert "--steps 0: must be at least 1" in capsys.readouterr().err
 
 
 def test_probe_finds_what_is_linearly_there_and_nothing_else():
