@@ -187,11 +187,12 @@ def initialise(model: "VisionLanguageModel") -> None:
 
 
 def waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of the row and of the column of each patch (MAE, He et al. 2022). -> (P, D)
+    """Sines and cosines of the row and of the column of each patch (after MAE, He et al. 2022). -> (P, D)
 
-    choice: what patches' position embeddings start as, before they are learnt. Shapes are then known sooner.
+    choice: what patches' position embeddings start as, before they are learnt, and that the longest wave spans the
+    photo: of MAE's (10,000 instead of `grid`) two thirds hardly change over 8 patches. Shapes are then known sooner.
     """
-    frequencies = 10_000 ** (-torch.arange(width // 4) / (width // 4))
+    frequencies = grid ** (-torch.arange(width // 4) / (width // 4))
     row, column = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)  # (P,)
     angles = [place[:, None] * frequencies for place in (row, column)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)

@@ -6,7 +6,7 @@ from PIL import Image, ImageChops, ImageDraw
 from photos.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Product, pick
 
 SUPERSAMPLING = 3
-ZOOMS = {"close-up": (2.0, 2.6), "half": (1.4, 1.8)}  # other views show the whole garment
+ZOOMS = {"close-up": (1.7, 2.2), "half": (1.3, 1.6)}  # other views show the whole garment
 
 
 class Canvas:
@@ -34,14 +34,15 @@ class Canvas:
         return ImageChops.darker(mask, clip) if clip else mask
 
     def paint(self, key: str, mask: Image.Image, fill: tuple | Image.Image) -> None:
-        """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`."""
+        """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`; of what was
+        there before it is no longer seen."""
         rim = max(1, round(0.018 * self.unit))
         tone = fill if isinstance(fill, tuple) else fill.resize((1, 1)).getpixel((0, 0))
         dark = shade(tone, -0.28)
         self._fill(dark, ImageChops.lighter(mask, _shift(mask, rim)))
         self._fill(fill, ImageChops.darker(mask, _shift(mask, -rim)))
-        known = self.regions.get(key)
-        self.regions[key] = ImageChops.lighter(known, mask) if known else mask
+        self.regions = {what: ImageChops.subtract(seen, mask) for what, seen in self.regions.items()}
+        self.regions[key] = ImageChops.lighter(self.regions[key], mask) if key in self.regions else mask
 
     def _fill(self, fill: tuple | Image.Image, mask: Image.Image) -> None:
         if box := mask.getbbox():  # pasting is the costly part: only where there is something
@@ -61,22 +62,15 @@ class Canvas:
                 for row, b in enumerate(starts):
                     x = a + row % 2 * step / 2
                     draw.ellipse((x, b, x + 0.55 * step, b + 0.55 * step), fill=ink)
-            if weave == "quilting":
-                for x in (1.4 * a - size, 1.4 * a):
-                    draw.line([(x, 0), (x + size, size)], fill=ink, width=int(0.35 * step))
-                    draw.line([(x + size, 0), (x, size)], fill=ink, width=int(0.35 * step))
+        for x in np.arange(-size, size, 1.4 * step).tolist() if weave == "quilting" else ():
+            draw.line([(x, 0), (x + size, size)], fill=ink, width=int(0.35 * step))
+            draw.line([(x + size, 0), (x, size)], fill=ink, width=int(0.35 * step))
         return image
 
 
 def shade(colour: tuple, by: float) -> tuple:
     """A colour, by some share of the way to white, or if negative to black."""
     return tuple(int(c + (255 - c) * by if by > 0 else c * (1 + by)) for c in colour)
-
-
-def detail_tones(colour: tuple, look: str) -> tuple[tuple, tuple]:
-    """The two colours of a detail on a garment of some colour: its ground, and of what is drawn on it."""
-    ground = shade(colour, LOOKS[look][1])
-    return ground, shade(ground, -0.55 if np.mean(ground) > 100 else 0.55)
 
 
 def _shift(mask: Image.Image, by: int) -> Image.Image:
@@ -99,9 +93,9 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple) -> None:
     dark = tuple(int(c * 0.62) if sum(tone) > 200 else int(c * 0.5 + 70) for c in tone)
     inside = tuple(int(c * 0.45 + 20) for c in tone)
     if neck == "hooded":  # seen from both sides
-        canvas.paint("neck", canvas.mask([_disc(0, -0.66, 0.27, 0.2)], False), dark)
+        canvas.paint("neck", canvas.mask([_disc(0, -0.72, 0.3, 0.26)], False), dark)
         if front:
-            canvas.paint("neck", canvas.mask([_disc(0, -0.64, 0.17, 0.13)], False), inside)
+            canvas.paint("neck", canvas.mask([_disc(0, -0.7, 0.19, 0.17)], False), inside)
     elif neck == "high":
         canvas.paint("neck", canvas.mask([_box(0, -0.66, 0.19, 0.13)], False), dark)
     elif front and neck == "collared":
@@ -117,9 +111,10 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple) -> None:
 
 def _paint_detail(canvas: Canvas, key: str, detail: Detail, y: float, tone: tuple, body: Image.Image) -> None:
     """A band across the garment, lighter or darker than it, of a texture of its own."""
-    band = canvas.mask([_box(0, y, 1, LOOKS[detail.look][0])], mirrored=False, clip=body)
-    ground, ink = detail_tones(tone, detail.look)
-    canvas.paint(key, band, canvas.cloth(ground, detail.noun, ink, period=0.16))
+    half_height, *tones = LOOKS[detail.look]
+    ground, ink = (shade(tone, by) for by in tones)
+    band = canvas.mask([_box(0, y, 1, half_height)], mirrored=False, clip=body)
+    canvas.paint(key, band, canvas.cloth(ground, detail.noun, ink, period=0.18))
 
 
 def _paint_closure(canvas: Canvas, closure: str, garment: Garment, tone: tuple, body: Image.Image) -> None:
@@ -152,17 +147,18 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
         canvas.paint("sleeve", sleeves, cloth)
     body = canvas.mask([garment.outline])
     canvas.paint("garment", body, cloth)
+    whole = ImageChops.lighter(canvas.regions["garment"], sleeves)
+    if product.pattern:
+        canvas.regions["pattern"] = ImageChops.lighter(body, sleeves)
+    inner = canvas.mask([[(0.8 * x, y) for x, y in garment.outline]])  # bands would hide the outline
     for place, detail in product.details.items():
         if place != "inside" and front == (place != "back"):
-            _paint_detail(canvas, place, detail, garment.places.get(place, middle + 0.08), tone, body)
+            _paint_detail(canvas, place, detail, garment.places.get(place, middle + 0.08), tone, inner)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
         _paint_closure(canvas, product.closure, garment, tone, body)
-    canvas.regions["garment"] = ImageChops.lighter(canvas.regions["garment"], sleeves)
-    canvas.regions["colour"] = canvas.regions["garment"]
-    if product.pattern:
-        canvas.regions["pattern"] = ImageChops.lighter(body, sleeves)
+    canvas.regions["garment"] = canvas.regions["colour"] = whole  # whatever lies on it: the shape shows, and the colour
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
         canvas.regions["sleeve"] = canvas.mask([_box(0.38, -0.42, 0.08, 0.15)])
 

@@ -50,7 +50,7 @@ class Synthetic(PhotoDataset):
 
     def _views(self, index: int) -> list[str]:
         rng = self._rng(1, index)
-        return ["front", "back", "close-up", pick(rng, ("close-up", "half"))][: 3 + int(rng.integers(2))]
+        return ["front", "back", pick(rng, ("close-up", "half")), "close-up"][: 3 + int(rng.integers(2))]
 
     def _render(self, row: int) -> tuple[Image.Image, dict]:
         index, view = self.rows[row]

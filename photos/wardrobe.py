@@ -22,14 +22,14 @@ COLOURS = {
 PATTERNS = ("striped", "pinstriped", "checked", "dotted")
 SLEEVES = {
     "sleeveless": [],
-    "short": [(0.33, -0.56), (0.62, -0.27), (0.48, -0.12), (0.33, -0.26)],
-    "long": [(0.33, -0.56), (0.66, 0.30), (0.50, 0.36), (0.33, -0.16)],
+    "short": [(0.33, -0.56), (0.68, -0.3), (0.56, -0.1), (0.33, -0.24)],
+    "long": [(0.33, -0.56), (0.9, 0.16), (0.76, 0.28), (0.33, -0.2)],
 }
 NECKS = ("crew", "v", "collared", "high", "hooded")
 CLOSURES = ("zipped", "buttoned")
 NOUNS = ("stripes", "pleats", "quilting", "eyelets")
-# of a detail: half of its height; its way from the garment's colour to white, or if negative to black
-LOOKS = {"narrow": (0.1, -0.4), "wide": (0.28, -0.4), "light": (0.18, 0.8), "dark": (0.18, -0.8)}
+# of a detail: half of its height; how far its ground, and what is on it, are from the garment's colour (`shade`)
+LOOKS = {"narrow": (0.11, -0.4, 0.3), "wide": (0.28, -0.4, 0.3), "light": (0.18, 0.8, -0.3), "dark": (0.18, -0.8, 0.3)}
 WHOLE = ("garment", "colour", "pattern", "sleeve")  # what one sees from afar; the other kinds are details
 KINDS = (*WHOLE, "neck", "closure", "look", "noun", "place", "unseen")  # what words are about
 UNSEEN = {  # what no photo shows
@@ -92,23 +92,23 @@ def _lower(top: float, hem: float) -> dict:
 _ANY, _ROUND, _LONG = tuple(SLEEVES), ("crew", "v"), ("long",)
 _OPEN = {"sleeves": _LONG, "closures": CLOSURES}
 GARMENTS = {
-    "tee": Garment("TOPS", _torso(0.36, 0.37, 0.5), _upper(0.5), 0.5, ("short",), _ROUND),
-    "tank": Garment("TOPS", _torso(0.33, 0.35, 0.5), _upper(0.5), 0.5, ("sleeveless",), _ROUND),
-    "shirt": Garment("SHIRTS", _torso(0.34, 0.38, 0.58), _upper(0.58), 0.58, _ANY[1:], ("collared",), CLOSURES),
+    "tee": Garment("TOPS", _torso(0.38, 0.38, 0.46), _upper(0.46), 0.46, ("short",), _ROUND),
+    "tank": Garment("TOPS", _torso(0.3, 0.3, 0.5), _upper(0.5), 0.5, ("sleeveless",), _ROUND),
+    "shirt": Garment("SHIRTS", _torso(0.36, 0.32, 0.66), _upper(0.66), 0.66, _ANY[1:], ("collared",), CLOSURES),
     "polo": Garment("SHIRTS", _torso(0.36, 0.37, 0.5), _upper(0.5), 0.5, _ANY[1:], ("collared",)),
-    "sweater": Garment("KNITWEAR", _torso(0.38, 0.34, 0.48), _upper(0.48), 0.48, _LONG, ("crew", "v", "high")),
-    "cardigan": Garment("KNITWEAR", _torso(0.38, 0.36, 0.55), _upper(0.55), 0.55, necks=_ROUND, **_OPEN),
-    "hoodie": Garment("SWEATSHIRTS", _torso(0.4, 0.35, 0.52), _upper(0.52), 0.52, _LONG, ("hooded",)),
-    "bomber": Garment("JACKETS", _torso(0.42, 0.33, 0.4), _upper(0.4), 0.4, necks=("crew", "high"), **_OPEN),
-    "coat": Garment("COATS", _torso(0.36, 0.46, 0.86), _upper(0.86), 0.86, necks=("collared", "high"), **_OPEN),
+    "sweater": Garment("KNITWEAR", _torso(0.44, 0.42, 0.42), _upper(0.42), 0.42, _LONG, ("crew", "v", "high")),
+    "cardigan": Garment("KNITWEAR", _torso(0.4, 0.46, 0.66), _upper(0.66), 0.66, necks=_ROUND, **_OPEN),
+    "hoodie": Garment("SWEATSHIRTS", _torso(0.42, 0.38, 0.56), _upper(0.56), 0.56, _LONG, ("hooded",)),
+    "bomber": Garment("JACKETS", _torso(0.54, 0.28, 0.32), _upper(0.32), 0.32, necks=("crew", "high"), **_OPEN),
+    "coat": Garment("COATS", _torso(0.36, 0.54, 0.86), _upper(0.86), 0.86, necks=("collared", "high"), **_OPEN),
     "parka": Garment("COATS", _torso(0.42, 0.44, 0.72), _upper(0.72), 0.72, necks=("hooded", "high"), **_OPEN),
-    "mini dress": Garment("DRESSES", _torso(0.25, 0.44, 0.52), _upper(0.52), 0.52, _ANY, _ROUND),
-    "maxi dress": Garment("DRESSES", _torso(0.25, 0.56, 0.9), _upper(0.9), 0.9, _ANY, _ROUND),
-    "mini skirt": Garment("SKIRTS", _skirt(0.34, 0.44, 0.12), {"hip": -0.4, "hem": -0.04}, 0.12),
-    "maxi skirt": Garment("SKIRTS", _skirt(0.34, 0.5, 0.72), _lower(-0.36, 0.72), 0.72),
+    "mini dress": Garment("DRESSES", _torso(0.2, 0.6, 0.5), _upper(0.5), 0.5, _ANY, _ROUND),
+    "maxi dress": Garment("DRESSES", _torso(0.2, 0.66, 0.9), _upper(0.9), 0.9, _ANY, _ROUND),
+    "mini skirt": Garment("SKIRTS", _skirt(0.4, 0.6, 0.12), {"hip": -0.4, "hem": -0.04}, 0.12),
+    "maxi skirt": Garment("SKIRTS", _skirt(0.36, 0.56, 0.8), _lower(-0.36, 0.8), 0.8),
     "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _lower(-0.5, 0.88), 0.88),
-    "flared trousers": Garment("PANTS", _legs(0.31, 0.46, 0.9), _lower(-0.5, 0.9), 0.9),
-    "shorts": Garment("SHORTS", _legs(0.36, 0.42, 0.08), {"hip": -0.54, "hem": -0.1}, 0.08),
+    "flared trousers": Garment("PANTS", _legs(0.28, 0.5, 0.9), _lower(-0.5, 0.9), 0.9),
+    "shorts": Garment("SHORTS", _legs(0.4, 0.52, 0.08), {"hip": -0.54, "hem": -0.1}, 0.08),
     "tote": Garment("BAGS", _TOTE, {"top": 0.0, "base": 0.42}, 0.62, extras=(_HANDLE,)),
     "backpack": Garment("BAGS", _PACK, {"top": -0.34, "base": 0.36}, 0.6, extras=(_STRAP,)),
     "cap": Garment("HATS", _CROWN, {"front": -0.18}, 0.3, extras=(_BRIM,)),

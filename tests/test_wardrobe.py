@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from photos.camera import detail_tones
+from photos.camera import shade
 from photos.dataset import DataError
 from photos.families import FAMILY, synthetic_triplets
 from photos.synthetic import Synthetic
-from photos.wardrobe import COLOURS, STYLE_COLOURS, Detail, Product
+from photos.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
 
 
 def test_synthetic_is_deterministic_and_seeded(wardrobe):
@@ -116,6 +116,17 @@ def test_truth_regions_follow_the_view(wardrobe):
             assert "closure" not in regions and (product.neck in ("hooded", "high")) == ("neck" in regions)
 
 
+def test_what_is_covered_is_not_seen(wardrobe):
+    """Bands overlap, collars and closures lie on them; and all lie on the pattern."""
+    covered = 0
+    for row, (index, _) in enumerate(wardrobe.rows):
+        truth, product = wardrobe.truth(row), wardrobe.products[index]
+        on_top = {"pattern", "neck", "closure", *product.details} & truth.regions.keys()
+        assert sum((truth.region(key).astype(int) for key in on_top), np.zeros((64, 64), int)).max() <= 1
+        covered += len(on_top) > 1
+    assert covered > 20
+
+
 def test_less_than_half_of_the_attribute_words_are_visible(wardrobe):
     shares = []
     for row in range(len(wardrobe)):
@@ -165,7 +176,7 @@ def test_truth_regions_are_where_the_tone_is(wardrobe):
             colour = COLOURS[product.colour]
             own, cloth = (
                 np.min([np.abs(pixels - tone).sum(-1) for tone in tones], axis=0)
-                for tones in (detail_tones(colour, detail.look), [colour])
+                for tones in ([shade(colour, by) for by in LOOKS[detail.look][1:]], [colour])
             )
             nearer = own < cloth
             found.append(nearer[truth.region(key)].mean() > 0.6 and nearer[around].mean() < 0.35)
