@@ -172,7 +172,7 @@ def initialise(model: "VisionLanguageModel") -> None:
     Encoders and fusion: Xavier-uniform, as the original ViT and MAE; the photo then counts at once when words are
     restored. Queries and keys of fusion, adapter: normal(0.02), as BERT; at first all patches weigh alike, and what is
     looked at later was learnt. MLM head, detector: normal(0.02). Words: normal(1/√D), so that the tied MLM decoder
-    starts with logits of unit variance.
+    starts with logits of unit variance. Positions: `waves`.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
@@ -186,16 +186,21 @@ def initialise(model: "VisionLanguageModel") -> None:
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
 
 
-def waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of the row and of the column of each patch (after MAE, He et al. 2022). -> (P, D)
+def waves(count: int, width: int) -> Tensor:
+    """Sines and cosines of places in a row (Vaswani et al. 2017, §3.5). -> (count, D)
 
-    choice: what patches' position embeddings start as, before they are learnt, and that the longest wave spans the
-    photo: of MAE's (10,000 instead of `grid`) two thirds hardly change over 8 patches. Shapes are then known sooner.
+    choice: what position embeddings start as, before they are learnt; and that the longest waves are about as long as
+    the row, since of theirs (10,000 instead of `count`) most hardly change over 8 patches or 64 words. From noise, as
+    BERT's, words find their neighbours only after hundreds of steps, and until then MLM learns no language.
     """
-    frequencies = grid ** (-torch.arange(width // 4) / (width // 4))
-    row, column = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)  # (P,)
-    angles = [place[:, None] * frequencies for place in (row, column)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    angles = torch.arange(count)[:, None] * count ** (-torch.arange(width // 2) / (width // 2))
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+def patch_waves(grid: int, width: int) -> Tensor:
+    """Waves of the row, then of the column of each patch (after MAE, He et al. 2022). -> (P, D)"""
+    side = waves(grid, width // 2)
+    return torch.cat([side.repeat_interleave(grid, dim=0), side.repeat(grid, 1)], dim=1)
 
 
 class VisionLayer(nn.Module):
@@ -233,7 +238,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        places = torch.cat([torch.randn(1, config.width) * NARROW_STD, waves(config.grid, config.width)])
+        places = torch.cat([torch.randn(1, config.width) * NARROW_STD, patch_waves(config.grid, config.width)])
         self.position_embed = nn.Parameter(places[None])  # (1, 1 + P, D)
         self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * NARROW_STD)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
@@ -298,7 +303,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.position_embeddings = nn.Parameter(torch.randn(config.max_length, config.width) * NARROW_STD)
+        places = (2 / config.width) ** 0.5 * waves(config.max_length, config.width)  # as large as words
+        self.position_embeddings = nn.Parameter(places)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
@@ -362,7 +368,7 @@ class PatchDecoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        self.position_embed = nn.Parameter(waves(config.grid, config.width)[None])  # (1, P, D)
+        self.position_embed = nn.Parameter(patch_waves(config.grid, config.width)[None])  # (1, P, D)
         self.layers = nn.ModuleList(VisionLayer(config, cross=True) for _ in range(config.mim_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)

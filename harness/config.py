@@ -124,7 +124,7 @@ SCHEDULES = {
     # what the random ones have taught, the momentum model must follow closely, and retrieval wants more weight
     "tiny": dict(steps=680, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.95, alpha=0.0, mlm_ratio=0.5,
                  itm_negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
-                 itc_weight=2.0, crop_scale=0.8),
+                 itc_weight=2.0, crop_scale=0.8, val_every=340),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000,
                   mask_warmup=1000, workers=4),
     "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000,
