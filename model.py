@@ -172,7 +172,7 @@ def initialise(model: "VisionLanguageModel") -> None:
     Encoders and fusion: Xavier-uniform, as the original ViT and MAE; the photo then counts at once when words are
     restored. Queries and keys of fusion, adapter: normal(0.02), as BERT; at first all patches weigh alike, and what is
     looked at later was learnt. MLM head, detector: normal(0.02). Words: normal(1/√D), so that the tied MLM decoder
-    starts with logits of unit variance. Positions: `waves`.
+    starts with logits of unit variance.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
@@ -189,9 +189,9 @@ def initialise(model: "VisionLanguageModel") -> None:
 def waves(count: int, width: int) -> Tensor:
     """Sines and cosines of places in a row (Vaswani et al. 2017, §3.5). -> (count, D)
 
-    choice: what position embeddings start as, before they are learnt; and that the longest waves are about as long as
-    the row, since of theirs (10,000 instead of `count`) most hardly change over 8 patches or 64 words. From noise, as
-    BERT's, words find their neighbours only after hundreds of steps, and until then MLM learns no language.
+    choice: what position embeddings start as, before they are learnt; and that the slowest turns by about 1 over the
+    row. Of the waves of Vaswani et al. (10,000 instead of `count`) most hardly change over 8 patches or 64 words; from
+    noise, as BERT's, words find their neighbours only after hundreds of steps, and until then MLM learns no language.
     """
     angles = torch.arange(count)[:, None] * count ** (-torch.arange(width // 2) / (width // 2))
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)

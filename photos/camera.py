@@ -6,7 +6,7 @@ from PIL import Image, ImageChops, ImageDraw
 from photos.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Product, pick
 
 SUPERSAMPLING = 3
-ZOOMS = {"close-up": (1.7, 2.2), "half": (1.3, 1.6)}  # other views show the whole garment
+ZOOMS = {"close-up": (1.7, 2.2), "half": (1.3, 1.6)}  # other views fit the height of the garment
 
 
 class Canvas:
@@ -34,8 +34,8 @@ class Canvas:
         return ImageChops.darker(mask, clip) if clip else mask
 
     def paint(self, key: str, mask: Image.Image, fill: tuple | Image.Image) -> None:
-        """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`; of what was
-        there before it is no longer seen."""
+        """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`; what it
+        covers is no longer seen."""
         rim = max(1, round(0.018 * self.unit))
         tone = fill if isinstance(fill, tuple) else fill.resize((1, 1)).getpixel((0, 0))
         dark = shade(tone, -0.28)
@@ -62,9 +62,10 @@ class Canvas:
                 for row, b in enumerate(starts):
                     x = a + row % 2 * step / 2
                     draw.ellipse((x, b, x + 0.55 * step, b + 0.55 * step), fill=ink)
-        for x in np.arange(-size, size, 1.4 * step).tolist() if weave == "quilting" else ():
-            draw.line([(x, 0), (x + size, size)], fill=ink, width=int(0.35 * step))
-            draw.line([(x + size, 0), (x, size)], fill=ink, width=int(0.35 * step))
+        if weave == "quilting":
+            for x in np.arange(-size, size, 1.4 * step).tolist():
+                draw.line([(x, 0), (x + size, size)], fill=ink, width=int(0.35 * step))
+                draw.line([(x + size, 0), (x, size)], fill=ink, width=int(0.35 * step))
         return image
 
 
@@ -109,11 +110,11 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple) -> None:
             canvas.paint("neck", canvas.mask([opening], False), fill)
 
 
-def _paint_detail(canvas: Canvas, key: str, detail: Detail, y: float, tone: tuple, body: Image.Image) -> None:
+def _paint_detail(canvas: Canvas, key: str, detail: Detail, y: float, tone: tuple, clip: Image.Image) -> None:
     """A band across the garment, lighter or darker than it, of a texture of its own."""
     half_height, *tones = LOOKS[detail.look]
     ground, ink = (shade(tone, by) for by in tones)
-    band = canvas.mask([_box(0, y, 1, half_height)], mirrored=False, clip=body)
+    band = canvas.mask([_box(0, y, 1, half_height)], mirrored=False, clip=clip)
     canvas.paint(key, band, canvas.cloth(ground, detail.noun, ink, period=0.18))
 
 
@@ -147,18 +148,19 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
         canvas.paint("sleeve", sleeves, cloth)
     body = canvas.mask([garment.outline])
     canvas.paint("garment", body, cloth)
-    whole = ImageChops.lighter(canvas.regions["garment"], sleeves)
+    silhouette = ImageChops.lighter(canvas.regions["garment"], sleeves)
     if product.pattern:
         canvas.regions["pattern"] = ImageChops.lighter(body, sleeves)
-    inner = canvas.mask([[(0.8 * x, y) for x, y in garment.outline]])  # bands would hide the outline
-    for place, detail in product.details.items():
+    inner = canvas.mask([[(0.8 * x, y) for x, y in garment.outline]], clip=body)  # so that the outline shows
+    widest_first = sorted(product.details.items(), key=lambda item: (-LOOKS[item[1].look][0], item[0]))
+    for place, detail in widest_first:  # or they would cover the others
         if place != "inside" and front == (place != "back"):
             _paint_detail(canvas, place, detail, garment.places.get(place, middle + 0.08), tone, inner)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
         _paint_closure(canvas, product.closure, garment, tone, body)
-    canvas.regions["garment"] = canvas.regions["colour"] = whole  # whatever lies on it: the shape shows, and the colour
+    canvas.regions["garment"] = canvas.regions["colour"] = silhouette  # whatever lies on it
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
         canvas.regions["sleeve"] = canvas.mask([_box(0.38, -0.42, 0.08, 0.15)])
 

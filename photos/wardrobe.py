@@ -168,8 +168,9 @@ class Product:
     @property
     def style(self) -> str:
         """All that photos can show of it but the colour."""
-        seen = {place: detail for place, detail in self.details.items() if place != "inside"}
-        return repr((self.garment, self.pattern, self.sleeve, self.neck, self.closure, seen))
+        seen = [item for item in self.details.items() if item[0] != "inside"]
+        seen.sort(key=lambda item: (item[0] == "back", item[0]))  # however it was made
+        return repr((self.garment, self.pattern, self.sleeve, self.neck, self.closure, dict(seen)))
 
     def attributes(self) -> dict[str, object]:
         """What is true of it: a value for every key it has."""
