@@ -228,7 +228,7 @@ def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, 
     assert "1 of 3 classes have a single product, trained on and not held out: HATS" in printed
     assert ", 2 photos without a category" in printed
     assert found["left_out"] == 0
-    assert found["metrics"]["unseen_share"] == pytest.approx(0.4) and found["metrics"]["accuracy"] <= 0.6
+    assert found["metrics"]["unseen_share"] == pytest.approx(0.4) and found["metrics"]["accuracy"] < 0.601
     table = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
     assert "(unseen in training)\t2\t0.0000\t0.0000\t0.0000" in table
     assert load_checkpoint(tmp_path / "out" / "best.pt")["config"]["classes"] == ("BAGS", "HATS", "TOPS")
