@@ -8,7 +8,17 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
 
 from harness.weights import load_pretrained
-from model import PRESETS, Attention, FeatureQueue, ModelConfig, MomentumModel, VisionLanguageModel, VisionTransformer
+from model import (
+    PRESETS,
+    Attention,
+    FeatureQueue,
+    ModelConfig,
+    MomentumModel,
+    VisionLanguageModel,
+    VisionTransformer,
+    patch_waves,
+    waves,
+)
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2,
                     embed_dim=16, max_length=20, vocab_size=60)  # fmt: skip
@@ -25,6 +35,20 @@ def randomise(module):
 def make_model(config=SMALL, seed=0):
     torch.manual_seed(seed)
     return randomise(VisionLanguageModel(config))
+
+
+def test_at_the_start_places_are_alike_to_their_neighbours_and_as_large_as_words():
+    text = VisionLanguageModel(ModelConfig()).text
+    places, words = text.position_embeddings, text.word_embeddings.weight
+    torch.testing.assert_close(places.norm(dim=1), torch.ones(len(places)))
+    assert words.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+    alike = places @ places.T
+    assert all(alike[10, 10 + step] > alike[10, 11 + step] for step in range(3)) and alike[10].argmax() == 10
+    torch.testing.assert_close(alike.diagonal(5), alike[0, 5].expand(len(places) - 5))  # only the distance counts
+    grid = patch_waves(4, 16).view(4, 4, 2, 8)  # row, column, of which
+    for place in range(4):
+        assert torch.equal(grid[place, :, 0], waves(4, 8)[place].expand(4, 8))
+        assert torch.equal(grid[:, place, 1], waves(4, 8)[place].expand(4, 8))
 
 
 def test_at_the_start_fusion_asks_evenly_and_answers_at_full_strength():
