@@ -43,8 +43,9 @@ On synthetic photos also the truth: of masks, each with its value for random mas
                                 words of one kind, such as garment, neck, or look, noun and place of a detail
     choice_<kind>               of photos with their own text and one in which one value of this kind, which the photo
                                 shows, is wrong: the share whose own text has the higher similarity; chance is 0.5
-    choice_<kind>_matching      the same by the matching head
-    detail_choice, …_matching   means over the kinds that are details
+    choice_<kind>_matching      the same by the matching head; …_restoring: by how well the photo and the other words
+                                restore those that differ
+    detail_choice, …_matching, …_restoring   means over the kinds that are details
     false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
     negative_similarity         mean cosine of the chosen ITM negatives: their hardness
 

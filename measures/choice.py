@@ -1,13 +1,18 @@
 """Does a photo tell its own text from one that differs in one thing that the photo shows?"""
 
 from collections import defaultdict
+from difflib import SequenceMatcher
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from harness.batches import match_scores, photo_features, text_features
-from harness.run import Run
+from data import tokenize
+from harness.batches import batches_of, match_scores, photo_features, text_features
+from harness.run import Run, autocast
+from photos.dataset import PhotoDataset
+from photos.prompts import Text
 from photos.synthetic import Synthetic
 from photos.wardrobe import WHOLE
 
@@ -15,9 +20,10 @@ from photos.wardrobe import WHOLE
 @torch.no_grad()
 def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     """By kind of attribute the share of the photos, of the first `products` products, whose own text scores higher than
-    one that differs in a single value; by cosine similarity, and by the matching head. Chance is 0.5, ties are wrong.
+    one that differs in a single value; by cosine similarity, by the matching head, and by the MLM head, which is to
+    restore the words that differ. Chance is 0.5, ties are wrong.
 
-    choice_<kind>, choice_<kind>_matching, and their means over the kinds that are details: detail_choice(_matching).
+    choice_<kind>, choice_<kind>_matching and _restoring, and as means over the kinds that are details detail_choice(…).
     """
     part = dataset.part((dataset.product_ids < products).nonzero()[0])
     kinds, rows, others = trials(dataset, part.source)
@@ -27,9 +33,13 @@ def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     own, other = torch.tensor(rows), torch.arange(len(others)) + len(part)
     image_feat, text_feat = photo_features(run, part)[1], text_features(run, texts)
     cosine = lambda text: (image_feat[own] * text_feat[text]).sum(dim=1)
+    similar = cosine(own) > cosine(other)
     pairs = torch.stack([own.repeat(2), torch.cat([own, other])], dim=1)
     matched = match_scores(run, part, texts, pairs).chunk(2)
-    return _shares(kinds, cosine(own) > cosine(other), "") | _shares(kinds, matched[0] > matched[1], "_matching")
+    own, other = [texts[row] for row in rows], texts[len(part) :]
+    restored = restoring_scores(run, part, own + other, other + own, rows * 2).chunk(2)
+    shares = _shares(kinds, similar, "") | _shares(kinds, matched[0] > matched[1], "_matching")
+    return shares | _shares(kinds, restored[0] > restored[1], "_restoring")
 
 
 def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], list[str]]:
@@ -44,6 +54,35 @@ def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], l
         for kind, variants in options.items():
             found.append((kind, number, variants[int(rng.integers(len(variants)))].caption_and_spans()[0]))
     return tuple(map(list, zip(*found, strict=True))) if found else ([], [], [])
+
+
+@torch.no_grad()
+def restoring_scores(run: Run, photos: PhotoDataset, texts: list[Text], rivals: list[Text], rows: list[int]) -> Tensor:
+    """How well a photo and the rest of a text restore the words that its rival has not: their mean log-probability when
+    all of them are hidden at once (masked language models as judges: Salazar et al. 2020).
+
+    texts, rivals: n each · rows: which of `photos`, n -> (n,); 0 where nothing differs
+    """
+    encoded, other = (tokenize(run.tokenizer, said) for said in (texts, rivals))
+    unpadded = ([ids[keep].tolist() for ids, keep in zip(e["token_ids"], e["attention_mask"].bool(), strict=True)]
+                for e in (encoded, other))  # fmt: skip
+    hidden = torch.zeros_like(encoded["token_ids"], dtype=torch.bool)  # (n, L)
+    for text, (mine, others) in enumerate(zip(*unpadded, strict=True)):
+        for what, start, end, _, _ in SequenceMatcher(None, mine, others, autojunk=False).get_opcodes():
+            hidden[text, start:end] = what != "equal"
+    tensors = encoded["token_ids"], encoded["attention_mask"], hidden, torch.tensor(rows)
+    ids, keep, hidden, which = (x.to(run.device) for x in tensors)
+    scores, first = torch.zeros(len(texts), device=run.device), 0
+    for batch in batches_of(run, photos, "restoring"):
+        at = torch.where((first <= which) & (which < first + len(batch["rows"])))[0]
+        with autocast(run):
+            photo = run.model.look(run.model.encode_image(batch["images"]))
+            text_embeds = run.model.encode_text(ids[at].masked_fill(hidden[at], run.mask_id), keep[at])
+            fused = run.model.fuse(text_embeds, keep[at], photo, which[at] - first)[hidden[at]]
+            log_p = -F.cross_entropy(run.model.mlm_logits(fused).float(), ids[at][hidden[at]], reduction="none")
+        scores.index_add_(0, at[hidden[at].nonzero()[:, 0]], log_p)
+        first += len(batch["rows"])
+    return scores / hidden.sum(dim=1).clamp(min=1)
 
 
 def _shares(kinds: list[str], right: Tensor, end: str) -> dict[str, float]:

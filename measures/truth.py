@@ -21,7 +21,7 @@ from photos.synthetic import Synthetic
 from photos.wardrobe import KINDS, WHOLE
 from sampler import SamplerMode, chain
 
-CHOICE_PRODUCTS = 60  # held-out products whose photos choose between texts
+CHOICE_PRODUCTS = 120  # held-out products whose photos choose between texts
 
 
 @dataclass
@@ -206,8 +206,9 @@ def truth_in_words(figures: dict[str, float]) -> list[str]:
     percent = lambda key: f"{100 * figures[key]:.1f}"
     return [
         f"the photo adds {percent('photo_gain_detail')} % to restored words for details, "
-        f"{percent('photo_gain_whole')} % to those for garment, colour, pattern, sleeve; details rightly chosen "
-        f"{percent('detail_choice')} %, by the matching head {percent('detail_choice_matching')} % (chance 50)",
+        f"{percent('photo_gain_whole')} % to those for garment, colour, pattern, sleeve",
+        f"details rightly chosen {percent('detail_choice')} %, by the matching head "
+        f"{percent('detail_choice_matching')} %, by restoring words {percent('detail_choice_restoring')} % (chance 50)",
         f"masks, skill over random ones: patches {patches:.2f}, words {words:.2f}, of details {details:.2f}; "
         f"pointing to details {times('pointing'):.1f} x chance, to the rest {times('pointing_whole'):.1f} x",
         f"negatives, chosen / random / hard: false {three('false_negative_rate')}, "

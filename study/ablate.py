@@ -129,6 +129,7 @@ CEILING_COLUMNS: Columns = [
     ("unseen words %", percent("unseen_word_accuracy"), 1),
     ("details chosen %", percent("detail_choice"), 1),
     ("by the matching head %", percent("detail_choice_matching"), 1),
+    ("by restoring words %", percent("detail_choice_restoring"), 1),
     ("R@1 i2t %", percent("val_i2t_r1"), 1),
     ("R@1 t2i %", percent("val_t2i_r1"), 1),
     ("ITM %", percent("val_itm_accuracy"), 1),
@@ -228,7 +229,7 @@ CURVES = {
     "photo_gain_detail": "what the photo adds: details",
     "unseen_word_accuracy": "restored though not on the photo",
     "detail_choice": "right text by similarity, details",
-    "detail_choice_matching": "right text by the matching head, details",
+    "detail_choice_restoring": "right text by restoring words, details",
     "val_i2t_r1": "R@1, photo to text",
 }
 

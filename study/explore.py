@@ -134,6 +134,7 @@ def beside_chance(line: dict, products: int) -> list[list]:
         ("the same, words for details", "photo_gain_detail", 0.0),
         ("own text told from one with a wrong detail", "detail_choice", 0.5),
         ("the same by the matching head", "detail_choice_matching", 0.5),
+        ("the same by restoring words", "detail_choice_restoring", 0.5),
         ("masked attribute words that the photo shows", "word_cooccurrence", random("word_cooccurrence")),
         ("masked patches on what the text names", "patch_cooccurrence", random("patch_cooccurrence")),
         ("brightest patch of a detail's word lies on it", "pointing", random("pointing")),

@@ -324,9 +324,10 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
     for key in ("patch_cooccurrence", "word_cooccurrence", "detail_cooccurrence", "pointing", "pointing_whole"):
         assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
     rest = [f"{key}{end}" for key in ("false_negative_rate", "negative_similarity") for end in ("", "_random", "_hard")]
-    said = truth_in_words(figures | dict.fromkeys([*rest, "detail_choice", "detail_choice_matching"], 0.25))
+    rest += [f"detail_choice{end}" for end in ("", "_matching", "_restoring")]
+    said = truth_in_words(figures | dict.fromkeys(rest, 0.25))
     assert any(line.startswith("masks, skill over random ones: patches 1.00, words 1.00, of details 1.00")
-               for line in said) and "details rightly chosen 25.0 %" in said[0]  # fmt: skip
+               for line in said) and "details rightly chosen 25.0 %" in said[1]  # fmt: skip
 
 
 class Reader:
@@ -427,21 +428,45 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
         wrong = [9.0 if kind == "neck" else worse for kind in kinds]
         return torch.tensor([better] * len(kinds) + wrong)
 
+    def restoring_scores(run, photos, texts, rivals, rows):
+        own = [photos.text(row) for row in rows[: len(kinds)]]
+        assert rows == [*rows[: len(kinds)]] * 2 and own == texts[: len(kinds)] == rivals[len(kinds) :]
+        return match_scores(run, photos, texts, torch.tensor([*zip(rows, range(len(rows)), strict=True)]))
+
     features = lambda run, photos: (np.arange(len(photos)), torch.ones(len(photos), 1))
     for name, stand_in in (("photo_features", features), ("text_features", text_features),
-                           ("match_scores", match_scores)):  # fmt: skip
+                           ("match_scores", match_scores), ("restoring_scores", restoring_scores)):  # fmt: skip
         monkeypatch.setattr(choice, name, stand_in)
     figures = choice.choices(None, dataset, products)
     assert asked == [[part.text(row) for row in range(len(part))] + [("", text) for text in others]]
-    assert figures.keys() == {f"{name}{end}" for end in ("", "_matching")
+    assert figures.keys() == {f"{name}{end}" for end in ("", "_matching", "_restoring")
                               for name in ("detail_choice", *(f"choice_{kind}" for kind in kinds))}  # fmt: skip
     details = set(kinds) - {*WHOLE}
-    for end in ("", "_matching"):
+    for end in ("", "_matching", "_restoring"):
         for kind in set(kinds):
             assert figures[f"choice_{kind}{end}"] == (0 if kind == "neck" else share)
         assert figures["detail_choice" + end] == pytest.approx(share * (len(details) - 1) / len(details))
     dataset.regions = [{} for _ in dataset.regions]  # nothing is shown, so there is nothing to choose
     assert choice.choices(None, dataset, products) == {}
+
+
+def test_a_text_is_judged_by_the_words_that_its_rival_has_not():
+    dataset = Synthetic("train", 6, 32, progress=False)
+    state, _ = reading_run(dataset)
+    state.model.eval()
+    texts = [("", "Tote in grey. Gentle wash. Dark quilting at top."), ("", "Red backpack. Hand wash."), ("", "Tote.")]
+    rivals = [("", "Tote in red. Wash. Dark quilting at top."), ("", "Red backpack. Gentle cold wash."), ("", "Tote.")]
+    scores = choice.restoring_scores(state, dataset, texts, rivals, [9, 4, 0])
+    assert scores[2] == 0  # nothing to tell them apart by
+    for number, row, missing in ((0, 9, {"grey", "gentle"}), (1, 4, {"hand"})):
+        encoded = data.tokenize(state.tokenizer, [texts[number]])
+        ids, keep = encoded["token_ids"], encoded["attention_mask"]
+        hidden = torch.tensor([[state.tokenizer.id_to_token(i) in missing for i in ids[0].tolist()]])
+        image = state.model.encode_image(data.normalise(dataset[row]["image"][None]))
+        text_embeds = state.model.encode_text(ids.masked_fill(hidden, state.mask_id), keep)
+        log_p = state.model.mlm_logits(state.model.fuse(text_embeds, keep, image)).log_softmax(-1)
+        wanted = log_p.gather(2, ids[..., None])[..., 0][hidden]
+        assert len(wanted) == len(missing) and scores[number].item() == pytest.approx(wanted.mean().item(), abs=0.05)
 
 
 def test_equal_features_earn_nothing():

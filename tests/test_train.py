@@ -61,7 +61,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     ]
     known = [key + end for key in known for end in ("", "_random")]
     known += [f"{key}_accuracy" for key in ("visible_word", "unseen_word", "visible_detail", "visible_whole")]
-    known += ["photo_gain", "photo_gain_detail", "photo_gain_whole", "detail_choice", "detail_choice_matching"]
+    known += ["photo_gain", "photo_gain_detail", "photo_gain_whole"]
+    known += ["detail_choice", "detail_choice_matching", "detail_choice_restoring"]
     known += [key + end for key in ("false_negative_rate", "negative_similarity") for end in ("", "_random", "_hard")]
     held_out = [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + [
         "val_mlm_accuracy",
@@ -70,7 +71,9 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         "val_unreadable",
         *known,
     ]
-    unsaid = {re.sub("_(random|hard|matching)$", "", key) for key in held_out if key[:6] not in ("val_i2", "val_t2")}
+    unsaid = {
+        re.sub("_(random|hard|matching|restoring)$", "", key) for key in held_out if key[:6] not in ("val_i2", "val_t2")
+    }
     unsaid -= documented
     assert {key.rsplit("_", 1)[0] + "_…" for key in unsaid} <= documented, unsaid  # "visible_detail_…"
     signed = ("similarity", "photo_gain")
