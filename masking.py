@@ -117,12 +117,12 @@ def momentum_attention(
 @torch.no_grad()
 def hidden_words(
     momentum: MomentumModel, batch: dict, photos: Photos, mask_id: int, generator: torch.Generator | None = None,
-    gains: bool = False,
+    answers: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
     """Every word hidden in one of two passes, each with a random half of the others. -> the attention of its row, a map
-    (B, h, L, N) a layer; with `gains` (B, L) what the photo adds to its log-probability, over another one of the batch.
+    (B, h, L, N) a layer; with `answers` (2, B, L) its log-probability, by the photo and by another one of the batch.
 
-    gain_w = log p(w | photo, rest of the text) − log p(w | another photo, rest of the text)
+    log p(w | photo, rest of the text),   log p(w | another photo, rest of the text)
     """
     ids, words = batch["token_ids"], batch["words"]
     half = random_word_mask(words, 0.5, generator)
@@ -131,49 +131,51 @@ def hidden_words(
     text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
     fused, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows.repeat(2))
     attentions = [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
-    if not gains:
+    if not answers:
         return attentions, None
     others = momentum.fusion(text, keep, photos, rows=rows.roll(len(rows) // 2).repeat(2))  # far off in grouped batches
     log_p = []
     for tokens in (fused, others):  # of all tokens: asking a GPU how many are words would make it wait
         logits = momentum.mlm_logits(torch.where(half[..., None], *tokens.chunk(2)))  # (B, L, V)
         log_p.append(-F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape))
-    return attentions, (log_p[0] - log_p[1]) * (words > 0)
+    return attentions, torch.stack(log_p) * (words > 0)
 
 
 class PhotoWorth(nn.Module):
-    """For each token of the vocabulary what photos add to it when it is hidden: running sums of gains g and of g²
+    """For each token of the vocabulary what photos add to it when it is hidden, its gain, and how surely it is restored
     (choice: SyncMask's own scores could not be read).
 
+    g = log p(w | photo, rest) − log p(w | another photo, rest),   l = log p(w | photo, rest)
     What no photo shows, such as the care of a fabric, gains nothing on average, nor does what the text alone gives
     away."""
 
     def __init__(self, vocab_size: int, decay: float = 0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("sums", torch.zeros(3, vocab_size))  # of 1, g, g²
+        self.register_buffer("sums", torch.zeros(5, vocab_size))  # running, of 1, g, g², l, l²
 
     @torch.no_grad()
     def update(
-        self, token_ids: Tensor, words: Tensor, gains: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+        self, token_ids: Tensor, words: Tensor, answers: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda x: x
     ) -> None:
-        """token_ids, words, gains (B, L) of a step; over_ranks adds up what all processes have."""
-        new = torch.stack([torch.ones_like(gains), gains, gains.square()]) * (words > 0)  # (3, B, L)
+        """token_ids, words (B, L), answers (2, B, L) of a step; over_ranks adds up what all processes have."""
+        log_p, gain = answers[0], answers[0] - answers[1]
+        new = torch.stack([torch.ones_like(gain), gain, gain**2, log_p, log_p**2]) * (words > 0)  # (5, B, L)
         new = torch.zeros_like(self.sums).index_add_(1, token_ids.flatten(), new.flatten(1))
         self.sums.mul_(self.decay).add_(over_ranks(new))
 
-    def forward(self, token_ids: Tensor, gains: Tensor) -> Tensor:
-        """Scores of words: do photos tell this token at all, and does this one? -> (B, L)
+    def forward(self, token_ids: Tensor, answers: Tensor) -> Tensor:
+        """Scores of words (B, L): do photos tell this token at all, does this one, and more surely than is usual?
 
-        min(t, 5) + z,  t = ḡ·√n / r,  z = g / r within ±3,  r = √(mean g²) of the token
-        In units of r, or colours, which gain most, would leave no room for details; and of what gains significantly
-        (t > 5) all kinds are alike. Of the last hundred steps, so a word that is rarer than that stays near t = 0.
+        5 · min(ḡ / 0.1, 1) + z + s,   z = g / √(mean g²),   s = (l − l̄) / σ_l,   of the token, each within ±3
+        A tenth of a nat on average is enough, and z and s are in units of the token's own: in nats, colours, which gain
+        most, would leave no room for details.
         """
-        count = self.sums[0].clamp(min=1e-6)
-        mean, square = self.sums[1:] / count
-        r = square.clamp(min=1e-6).sqrt()
-        t, z = mean * count.sqrt() / r, gains / r[token_ids]
-        return t.clamp(max=5)[token_ids] + z.clamp(-3, 3)
+        log_p, gain = answers[0], answers[0] - answers[1]
+        usual, square, mean, mean_square = (self.sums[1:] / self.sums[0].clamp(min=1e-6))[:, token_ids]  # (B, L) each
+        z = gain / square.clamp(min=1e-6).sqrt()
+        s = (log_p - mean) / (mean_square - mean**2).clamp(min=1e-4).sqrt()
+        return 5 * (usual / 0.1).clamp(max=1) + z.clamp(-3, 3) + s.clamp(-3, 3)
 
 
 def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:

@@ -241,16 +241,19 @@ def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tenso
     config, words, where = run.config, batch["words"], dict(generator=run.generator, device=run.device)
     patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, **where)
     word_mask = random_word_mask(words, config.mlm_ratio, run.generator)
-    chosen, modes = {"random": (patch_mask, word_mask)}, {config.patch_mask, config.word_mask}
+    chosen, modes = {}, {config.patch_mask, config.word_mask}
     if "true" in modes:
         shares = config.mim_ratio, config.true_ratio
         chosen["true"] = true_mask(word_regions(batch, config.model.grid), words, *shares, run.generator)
     if "sync" in modes and run.step >= config.mask_warmup:
-        masks = synchronize(run, batch, teacher, run.generator)[1:]
+        chosen["sync"] = synchronize(run, batch, teacher, run.generator)[1:]
+    if chosen:
         keep_random = torch.rand(len(words), 1, **where) < config.mask_hint
-        chosen["sync"] = tuple(map(torch.where, (keep_random, keep_random), chosen["random"], masks))
-    pick_mask = lambda mode: chosen.get(mode, chosen["random"])
-    return pick_mask(config.patch_mask)[0], pick_mask(config.word_mask)[1]
+        if config.patch_mask in chosen:
+            patch_mask = torch.where(keep_random, patch_mask, chosen[config.patch_mask][0])
+        if config.word_mask in chosen:
+            word_mask = torch.where(keep_random, word_mask, chosen[config.word_mask][1])
+    return patch_mask, word_mask
 
 
 def detect_replaced(

@@ -135,7 +135,7 @@ SCHEDULES = {
 RECIPE_DEFAULTS = {
     "syncmask": dict(mlm_ratio=0.3, mask_hint=0.2, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
-    "syncmask tiny": dict(patch_layer=2),
+    "syncmask tiny": dict(patch_layer=2, mlm_ratio=0.5, word_pool=0.6),
     "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam",  # for the truth's measures
                      word_score="entropy"),
     "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read

@@ -50,10 +50,10 @@ def mask_scores(
     masking, as `sync_mask` takes it."""
     config, score = run.config, run.config.word_score
     if score == "gain":
-        attentions, gains = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator, gains=True)
+        attentions, answers = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator, answers=True)
         if run.model.training:
-            run.worth.update(batch["token_ids"], batch["words"], gains, run.ranks.sum)
-        score = run.worth(batch["token_ids"], gains)
+            run.worth.update(batch["token_ids"], batch["words"], answers, run.ranks.sum)
+        score = run.worth(batch["token_ids"], answers)
     else:
         clean = teacher.photos, teacher.text_embeds
         attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)

@@ -60,10 +60,11 @@ def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str,
 
 
 @torch.no_grad()
-def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
+def mask_truth(run: Run, dataset: Synthetic, parts: int = 3) -> dict[str, float]:
     """Synchronized masks of held-out photos against what the photos show; beside each figure that of random masks.
 
-    They are made as the config says, whether the run trains with them or not, without warm-up and hint.
+    They are made as the config says, whether the run trains with them or not, without warm-up and hint. Of what a photo
+    adds to hidden words, these are hidden in so many `parts`, one after the other.
     """
     config, generator = run.config, torch.Generator(run.device).manual_seed(run.config.seed)
     grid, sums = config.model.grid, {}
@@ -86,7 +87,7 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
             add("word_cooccurrence" + suffix, *cooccurrence(words, known.attribute, visible))
             add("detail_cooccurrence" + suffix, *cooccurrence(words, known.attribute & known.detail, visible))
             add("attribute_share" + suffix, *cooccurrence(words, batch["described"], known.attribute))
-        hidden, right, right_elsewhere = restored(run, batch, generator)
+        hidden, right, right_elsewhere = restored(run, batch, generator, parts)
         seen = {"visible_word": visible, "unseen_word": known.attribute & ~visible,
                 "visible_detail": visible & known.detail, "visible_whole": visible & ~known.detail}  # fmt: skip
         seen |= {f"visible_{kind}": visible & (known.kinds == number) for number, kind in enumerate(KINDS[:-1], 1)}
@@ -99,26 +100,26 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
             add(key, hits, total)
             add(key + "_random", expected, total)
     figures = {key: hits / max(1, total) for key, (hits, total) in sums.items()}
-    parts = ("word", "detail", "whole", *KINDS[:-1])
-    elsewhere = {key: figures.pop(f"visible_{key}_accuracy_elsewhere") for key in parts}
+    groups = ("word", "detail", "whole", *KINDS[:-1])
+    elsewhere = {key: figures.pop(f"visible_{key}_accuracy_elsewhere") for key in groups}
     figures.pop("unseen_word_accuracy_elsewhere")
     return figures | {f"photo_gain{'_' + key if key != 'word' else ''}": figures[f"visible_{key}_accuracy"] - share
                       for key, share in elsewhere.items()}  # fmt: skip
 
 
-def restored(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Every word hidden once, with a third of the others. -> which tokens (B, L) were hidden, which of them are
+def restored(run: Run, batch: dict, generator: torch.Generator, parts: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Every word hidden once, with 1 / parts of the others. -> which tokens (B, L) were hidden, which of them are
     restored from their own photo, and which from that of another product."""
     model, ids, keep, words = run.model, batch["token_ids"], batch["attention_mask"], batch["words"]
-    third = torch.randint(3, words.shape, generator=generator, device=run.device)
-    third = third.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
+    part_of = torch.randint(parts, words.shape, generator=generator, device=run.device)
+    part_of = part_of.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
     forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
     other = pick_negatives(torch.zeros(forbidden.shape, device=run.device), forbidden, None, "random", generator)
     right = torch.zeros(2, *words.shape, dtype=torch.bool, device=run.device)
     with autocast(run):
         photos = model.look(model.encode_image(normalise(batch["images"])))
-        for part in range(3):
-            hidden = (words > 0) & (third == part)
+        for part in range(parts):
+            hidden = (words > 0) & (part_of == part)
             text_embeds = model.encode_text(ids.masked_fill(hidden, run.mask_id), keep)
             for whose, rows in enumerate((None, other.clamp(min=0))):
                 logits = model.mlm_logits(model.fuse(text_embeds, keep, photos, rows)[hidden])

@@ -217,7 +217,8 @@ def recipe(w: Walk, name: str) -> Iterator[str]:
 
 def hidden(w: Walk) -> Iterator[str]:
     """The momentum model's attention of each word while it is hidden, and what the photo adds to it."""
-    maps, gains = hidden_words(w.run.momentum, w.batch, w.teacher.photos, w.run.mask_id, w.draws(), gains=True)
+    maps, answers = hidden_words(w.run.momentum, w.batch, w.teacher.photos, w.run.mask_id, w.draws(), answers=True)
+    gains = answers[0] - answers[1]
     mean = lambda mask: gains[mask & (w.words > 0)].mean()
     attribute, visible = w.known.attribute, w.known.visible
     yield at("both halves", torch.stack([w.ids, w.ids]), "the texts twice, each word hidden in one of both")

@@ -254,7 +254,7 @@ def test_masked_words_are_drawn_from_the_pool_and_ties_fall_by_chance():
     assert top.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]
 
 
-def test_gains_are_those_of_each_hidden_word_over_another_photo():
+def test_answers_are_those_of_each_hidden_word_by_its_photo_and_by_another():
     """Against one pass for each of some words, with the same half of the others hidden."""
     config, _ = parse_config([*FAST, "--fusion-layers", "2"])
     dataset = Synthetic("train", 8, 32, progress=False)
@@ -262,9 +262,9 @@ def test_gains_are_those_of_each_hidden_word_over_another_photo():
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
     momentum, keep, words = state.momentum, batch["attention_mask"], batch["words"]
     photos = momentum.look(momentum.encode_image(data.normalise(batch["images"])))
-    attentions, gains = hidden_words(momentum, batch, photos, state.mask_id, seeded(3), gains=True)
+    attentions, answers = hidden_words(momentum, batch, photos, state.mask_id, seeded(3), answers=True)
     again = momentum_attention(momentum, batch, photos, None, "hidden", state.mask_id, seeded(3))
-    assert all(map(torch.equal, attentions, again)) and not gains[words == 0].any()
+    assert all(map(torch.equal, attentions, again)) and not answers[:, words == 0].any()
     half = random_word_mask(words, 0.5, seeded(3))
     for b, word in ((0, 2), (1, 5), (5, 1)):
         hidden = half if half[b, word] else (words > 0) & ~half
@@ -275,21 +275,25 @@ def test_gains_are_those_of_each_hidden_word_over_another_photo():
             ).log_softmax(-1)
             for photo in (b, (b + 3) % 6)
         ]
-        own, other = (p[batch["token_ids"][b, word]].item() for p in log_p)
-        assert gains[b, word].item() == pytest.approx(own - other, abs=1e-4)
+        wanted = [p[batch["token_ids"][b, word]].item() for p in log_p]
+        assert answers[:, b, word].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
-def test_the_worth_of_a_word_is_in_units_of_its_gains_and_recent_ones_count_more():
+def test_the_worth_of_a_word_is_in_units_of_its_own_and_recent_answers_count_more():
     worth, ids = PhotoWorth(5, decay=0.5), torch.tensor([[1, 1, 2, 3]])
-    worth.update(ids, torch.tensor([[1, 2, 3, 0]]), torch.tensor([[2.0, 4.0, -1.0, 7.0]]))  # the last is no word
-    scores = worth(torch.tensor([[1, 1, 2, 3]]), torch.tensor([[0.5, 99.0, 0.0, 0.0]]))
-    r, t = math.sqrt((4 + 16) / 2), 3 * math.sqrt(2) / math.sqrt((4 + 16) / 2)
-    assert scores[0].tolist() == pytest.approx([t + 0.5 / r, t + 3, -1, 0], abs=1e-4)
-    worth.update(ids[:, :1], torch.ones(1, 1), torch.tensor([[9.0]]))
-    r = math.sqrt((10 + 81) / (1 + 1))
-    assert worth(ids[:, :1], torch.zeros(1, 1)).item() == pytest.approx((3 + 9) / 2 * math.sqrt(2) / r)
-    worth.update(torch.full((1, 100), 4), torch.ones(1, 100), torch.ones(1, 100))  # t = 10
-    assert worth(torch.tensor([[4]]), torch.zeros(1, 1)).item() == pytest.approx(5)
+    answers = lambda gains, log_p=(0.0,): torch.stack(
+        [torch.tensor([log_p]), torch.tensor([log_p]) - torch.tensor([gains])]
+    )
+    given = answers([0.02, 0.04, -0.1, 7.0], [-1.0, -3.0, -2.0, 9.0])
+    worth.update(ids, torch.tensor([[1, 2, 3, 0]]), given)  # the last is no word
+    scores = worth(ids, answers([0.01, 99.0, 0.0, 0.0], [-2.0, -1.5, -2.0, 0.0]))
+    r = math.sqrt((0.02**2 + 0.04**2) / 2)
+    assert scores[0].tolist() == pytest.approx([1.5 + 0.01 / r + 0, 1.5 + 3 + 0.5, -5, 0], abs=1e-3)
+    worth.update(ids[:, :1], torch.ones(1, 1), answers([0.01], [-2.0]))
+    assert worth(ids[:, :1], answers([0.0], [-2.0])).item() == pytest.approx(50 * (0.03 + 0.01) / 2, abs=1e-4)
+    worth.update(ids[:, :1], torch.ones(1, 1), answers([9.0], [-2.0]))  # more than a tenth of a nat
+    assert worth(ids[:, :1], answers([0.0], [-2.0])).item() == pytest.approx(5, abs=1e-4)
+    assert worth(ids[:, :1], answers([0.0], [-99.0])).item() == pytest.approx(5 - 3, abs=1e-4)
 
 
 def test_exact_ties_fall_anywhere():

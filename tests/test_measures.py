@@ -362,14 +362,15 @@ def reading_run(dataset, vocabulary=300):
     return state, state.collate([dataset[row] for row in rows])
 
 
-def test_every_word_is_hidden_once_and_restored_from_its_own_and_from_another_photo():
+@pytest.mark.parametrize("parts", [3, 10])
+def test_every_word_is_hidden_once_and_restored_from_its_own_and_from_another_photo(parts):
     state, batch = reading_run(Synthetic("train", 6, 32, progress=False), 60)
     words, ids = batch["words"], batch["token_ids"]
     assert (words.diff(dim=1)[words[:, 1:] > 0] == 0).any()  # some words have two pieces
     state.model = reader = Reader(ids)
-    hidden, right, elsewhere = restored(state, batch, torch.Generator().manual_seed(0))
+    hidden, right, elsewhere = restored(state, batch, torch.Generator().manual_seed(0), parts)
     assert torch.equal(hidden, words > 0) and torch.equal(right, hidden)
-    assert torch.equal(sum(part.int() for part in reader.hidden), hidden.int()) and len(reader.hidden) == 3
+    assert torch.equal(sum(part.int() for part in reader.hidden), hidden.int()) and len(reader.hidden) == parts
     for part in reader.hidden:
         for b in range(6):
             assert {*words[b][part[b]].tolist()}.isdisjoint(words[b][~part[b]].tolist())  # no piece gives another away

@@ -518,10 +518,11 @@ def test_soft_masks_are_trained_with_where_layers_are_compiled():
         (["--mask-hint", "0", "--mask-warmup", "9"], "random", "random"),
         (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
         (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
-        (["--mask-hint", "1", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
+        (["--mask-hint", "0", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
+        (["--mask-hint", "1", "--patch-mask", "true", "--word-mask", "true"], "random", "random"),
         (["--mask-hint", "0", "--patch-mask", "true"], "true", "sync"),
         (["--mask-hint", "0", "--word-mask", "true"], "sync", "true"),
-        (["--patch-mask", "random", "--word-mask", "true"], "random", "true"),
+        (["--mask-hint", "0", "--patch-mask", "random", "--word-mask", "true"], "random", "true"),
     ],
 )
 def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):

@@ -32,8 +32,8 @@ def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tenso
     """
     config, words, where = run.config, batch["words"], dict(generator=run.generator, device=run.device)
     patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, **where)
-    gains = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, run.generator, gains=True)[1]
-    run.worth.update(batch["token_ids"], words, gains, run.ranks.sum)
+    answers = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, run.generator, answers=True)[1]
+    run.worth.update(batch["token_ids"], words, answers, run.ranks.sum)
     if run.step < config.mask_warmup:
         return patch_mask, random_word_mask(words, config.mlm_ratio, run.generator)
     # at random among the better half by what photos usually add to the token: no photo is asked what it shows
