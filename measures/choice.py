@@ -74,13 +74,15 @@ def restoring_scores(run: Run, photos: PhotoDataset, texts: list[Text], rivals: 
     ids, keep, hidden, which = (x.to(run.device) for x in tensors)
     scores, first = torch.zeros(len(texts), device=run.device), 0
     for batch in batches_of(run, photos, "restoring"):
-        at = torch.where((first <= which) & (which < first + len(batch["rows"])))[0]
         with autocast(run):
-            photo = run.model.look(run.model.encode_image(batch["images"]))
-            text_embeds = run.model.encode_text(ids[at].masked_fill(hidden[at], run.mask_id), keep[at])
-            fused = run.model.fuse(text_embeds, keep[at], photo, which[at] - first)[hidden[at]]
-            log_p = -F.cross_entropy(run.model.mlm_logits(fused).float(), ids[at][hidden[at]], reduction="none")
-        scores.index_add_(0, at[hidden[at].nonzero()[:, 0]], log_p)
+            seen = run.model.look(run.model.encode_image(batch["images"]))
+        asked = torch.where((first <= which) & (which < first + len(batch["rows"])))[0]
+        for at in asked.split(2 * run.config.batch_size):
+            with autocast(run):
+                text_embeds = run.model.encode_text(ids[at].masked_fill(hidden[at], run.mask_id), keep[at])
+                fused = run.model.fuse(text_embeds, keep[at], seen, which[at] - first)[hidden[at]]
+                log_p = -F.cross_entropy(run.model.mlm_logits(fused).float(), ids[at][hidden[at]], reduction="none")
+            scores.index_add_(0, at[hidden[at].nonzero()[:, 0]], log_p)
         first += len(batch["rows"])
     return scores / hidden.sum(dim=1).clamp(min=1)
 
