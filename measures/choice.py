@@ -77,7 +77,7 @@ def restoring_scores(run: Run, photos: PhotoDataset, texts: list[Text], rivals: 
         with autocast(run):
             seen = run.model.look(run.model.encode_image(batch["images"]))
         asked = torch.where((first <= which) & (which < first + len(batch["rows"])))[0]
-        for at in asked.split(2 * run.config.batch_size):
+        for at in asked.split(2 * run.config.batch_size) if len(asked) else ():
             with autocast(run):
                 text_embeds = run.model.encode_text(ids[at].masked_fill(hidden[at], run.mask_id), keep[at])
                 fused = run.model.fuse(text_embeds, keep[at], seen, which[at] - first)[hidden[at]]

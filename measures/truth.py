@@ -63,8 +63,8 @@ def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str,
 def mask_truth(run: Run, dataset: Synthetic, parts: int = 3) -> dict[str, float]:
     """Synchronized masks of held-out photos against what the photos show; beside each figure that of random masks.
 
-    They are made as the config says, whether the run trains with them or not, without warm-up and hint. Of what a photo
-    adds to hidden words, these are hidden in so many `parts`, one after the other.
+    They are made as the config says, whether the run trains with them or not, without warm-up and hint. For what a
+    photo adds, words are hidden in so many `parts`, one after the other.
     """
     config, generator = run.config, torch.Generator(run.device).manual_seed(run.config.seed)
     grid, sums = config.model.grid, {}
