@@ -281,14 +281,12 @@ def test_answers_are_those_of_each_hidden_word_by_its_photo_and_by_another():
 
 def test_the_worth_of_a_word_is_in_units_of_its_own_and_recent_answers_count_more():
     worth, ids = PhotoWorth(5, decay=0.5), torch.tensor([[1, 1, 2, 3]])
-    answers = lambda gains, log_p=(0.0,): torch.stack(
-        [torch.tensor([log_p]), torch.tensor([log_p]) - torch.tensor([gains])]
-    )
+    answers = lambda gains, log_p: torch.stack([torch.tensor([log_p]), torch.tensor([log_p]) - torch.tensor([gains])])
     given = answers([0.02, 0.04, -0.1, 7.0], [-1.0, -3.0, -2.0, 9.0])
     worth.update(ids, torch.tensor([[1, 2, 3, 0]]), given)  # the last is no word
     scores = worth(ids, answers([0.01, 99.0, 0.0, 0.0], [-2.0, -1.5, -2.0, 0.0]))
     r = math.sqrt((0.02**2 + 0.04**2) / 2)
-    assert scores[0].tolist() == pytest.approx([1.5 + 0.01 / r + 0, 1.5 + 3 + 0.5, -5, 0], abs=1e-3)
+    assert scores[0].tolist() == pytest.approx([1.5 + 0.01 / r, 1.5 + 3 + 0.5, -5, 0], abs=1e-3)
     worth.update(ids[:, :1], torch.ones(1, 1), answers([0.01], [-2.0]))
     assert worth(ids[:, :1], answers([0.0], [-2.0])).item() == pytest.approx(50 * (0.03 + 0.01) / 2, abs=1e-4)
     worth.update(ids[:, :1], torch.ones(1, 1), answers([9.0], [-2.0]))  # more than a tenth of a nat

@@ -510,23 +510,9 @@ def test_soft_masks_are_trained_with_where_layers_are_compiled():
     )
 
 
-@pytest.mark.parametrize(
-    "flags, patches, words",
-    [
-        (["--mask-hint", "0"], "sync", "sync"),
-        (["--mask-hint", "1"], "random", "random"),
-        (["--mask-hint", "0", "--mask-warmup", "9"], "random", "random"),
-        (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
-        (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
-        (["--mask-hint", "0", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
-        (["--mask-hint", "1", "--patch-mask", "true", "--word-mask", "true"], "random", "random"),
-        (["--mask-hint", "0", "--patch-mask", "true"], "true", "sync"),
-        (["--mask-hint", "0", "--word-mask", "true"], "sync", "true"),
-        (["--mask-hint", "0", "--patch-mask", "random", "--word-mask", "true"], "random", "true"),
-    ],
-)
-def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
-    """The attention is on the last patches and words alone, so a synchronized mask is known in advance."""
+def known_masks(flags, monkeypatch):
+    """The attention is on the last patches and words alone, so a synchronized mask is known in advance. -> what chooses
+    masks by a seed, the batch, its last words (6, L)."""
     config, _ = parse_config(
         [*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--word-score", "entropy", "--word-pool", "0", *flags]
     )
@@ -548,8 +534,28 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
         state.generator = torch.Generator().manual_seed(seed)
         return train.choose_masks(state, batch, teacher)
 
+    return chosen, batch, last_words
+
+
+@pytest.mark.parametrize(
+    "flags, patches, words",
+    [
+        (["--mask-hint", "0"], "sync", "sync"),
+        (["--mask-hint", "1"], "random", "random"),
+        (["--mask-hint", "0", "--mask-warmup", "9"], "random", "random"),
+        (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
+        (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
+        (["--mask-hint", "0", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
+        (["--mask-hint", "1", "--patch-mask", "true", "--word-mask", "true"], "random", "random"),
+        (["--mask-hint", "0", "--patch-mask", "true"], "true", "sync"),
+        (["--mask-hint", "0", "--word-mask", "true"], "sync", "true"),
+        (["--mask-hint", "0", "--patch-mask", "random", "--word-mask", "true"], "random", "true"),
+    ],
+)
+def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
+    chosen, batch, last_words = known_masks(flags, monkeypatch)
     patch_mask, word_mask = chosen(0)
-    assert (patch_mask.sum(1) == 8).all() and not (word_mask & ~described).any()
+    assert (patch_mask.sum(1) == 8).all() and not (word_mask & (batch["words"] == 0)).any()
     assert (patch_mask[:, 8:].all()) == (patches == "sync")
     assert torch.equal(word_mask, last_words) == (words == "sync")
     assert torch.equal(chosen(0)[0], patch_mask) and (patches == "sync") == torch.equal(chosen(1)[0], patch_mask)
@@ -563,3 +569,10 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
     if patches == words == "true":
         of_masked = (known.regions & word_mask[..., None]).any(dim=1)
         assert all(not (mask & ~own).any() or not (own & ~mask).any() for mask, own in zip(patch_mask, of_masked))
+
+
+def test_a_pair_keeps_random_masks_of_both_its_patches_and_its_words(monkeypatch):
+    chosen, _, last_words = known_masks(["--mask-hint", "0.5"], monkeypatch)
+    found = [masks for seed in range(5) for masks in zip(*chosen(seed), last_words, strict=True)]
+    hinted = [(not patches[8:].all(), not torch.equal(words, last)) for patches, words, last in found]
+    assert set(hinted) == {(True, True), (False, False)} and 5 < sum(patches for patches, _ in hinted) < 25
