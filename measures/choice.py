@@ -1,6 +1,7 @@
 """Does a photo tell its own text from one that differs in one thing that the photo shows?"""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -63,28 +64,45 @@ def restoring_scores(run: Run, photos: PhotoDataset, texts: list[Text], rivals: 
 
     texts, rivals: n each · rows: which of `photos`, n -> (n,); 0 where nothing differs
     """
+    token_ids, keep, differing = (x.to(run.device) for x in differing_words(run, texts, rivals))
+    scores = torch.zeros(len(texts), device=run.device)
+    for at, fused in fused_with(run, photos, token_ids.masked_fill(differing, run.mask_id), keep, rows):
+        hidden, words = differing[at], token_ids[at]
+        with autocast(run):
+            log_p = -F.cross_entropy(run.model.mlm_logits(fused[hidden]).float(), words[hidden], reduction="none")
+        scores.index_add_(0, at[hidden.nonzero()[:, 0]], log_p)
+    return scores / differing.sum(dim=1).clamp(min=1)
+
+
+def differing_words(run: Run, texts: list[Text], rivals: list[Text]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of some texts, which are no padding, and which of them the rival of each has not, (n, L) each."""
     encoded, other = (tokenize(run.tokenizer, said) for said in (texts, rivals))
     unpadded = ([ids[keep].tolist() for ids, keep in zip(e["token_ids"], e["attention_mask"].bool(), strict=True)]
                 for e in (encoded, other))  # fmt: skip
-    hidden = torch.zeros_like(encoded["token_ids"], dtype=torch.bool)  # (n, L)
+    differing = torch.zeros_like(encoded["token_ids"], dtype=torch.bool)
     for text, (mine, others) in enumerate(zip(*unpadded, strict=True)):
         for what, start, end, _, _ in SequenceMatcher(None, mine, others, autojunk=False).get_opcodes():
-            hidden[text, start:end] = what != "equal"
-    tensors = encoded["token_ids"], encoded["attention_mask"], hidden, torch.tensor(rows)
-    ids, keep, hidden, which = (x.to(run.device) for x in tensors)
-    scores, first = torch.zeros(len(texts), device=run.device), 0
-    for batch in batches_of(run, photos, "restoring"):
+            differing[text, start:end] = what != "equal"
+    return encoded["token_ids"], encoded["attention_mask"], differing
+
+
+@torch.no_grad()
+def fused_with(
+    run: Run, photos: PhotoDataset, token_ids: Tensor, keep: Tensor, rows: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every text (n, L) fused with its photo, one of the n `rows` of `photos`, each of which is encoded once.
+    -> a part at a time, which texts (k,) and their fused tokens (k, L, D)."""
+    which, first = torch.tensor(rows, device=run.device), 0
+    for batch in batches_of(run, photos, "fusing"):
         with autocast(run):
             seen = run.model.look(run.model.encode_image(batch["images"]))
         asked = torch.where((first <= which) & (which < first + len(batch["rows"])))[0]
         for at in asked.split(2 * run.config.batch_size) if len(asked) else ():
             with autocast(run):
-                text_embeds = run.model.encode_text(ids[at].masked_fill(hidden[at], run.mask_id), keep[at])
-                fused = run.model.fuse(text_embeds, keep[at], seen, which[at] - first)[hidden[at]]
-                log_p = -F.cross_entropy(run.model.mlm_logits(fused).float(), ids[at][hidden[at]], reduction="none")
-            scores.index_add_(0, at[hidden[at].nonzero()[:, 0]], log_p)
+                text_embeds = run.model.encode_text(token_ids[at], keep[at])
+                fused = run.model.fuse(text_embeds, keep[at], seen, which[at] - first)
+            yield at, fused
         first += len(batch["rows"])
-    return scores / hidden.sum(dim=1).clamp(min=1)
 
 
 def _shares(kinds: list[str], right: Tensor, end: str) -> dict[str, float]:

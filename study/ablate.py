@@ -2,7 +2,6 @@
 
 python study/ablate.py                             {random, sync} masks × {random, hard, semihard} batches
 python study/ablate.py --grid ceiling              random, synchronized and true masks: what share of the way is gone?
-python study/ablate.py --grid attention            what makes the raw momentum cross-attention look at the right place
 python study/ablate.py --grid recipes              the four recipes side by side, as many steps each
 python study/ablate.py --grid parts                softmask and fashionfine, each without one of its parts
 
@@ -45,10 +44,6 @@ from study.probe import category_accuracy
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
 masks = lambda kind: ["--patch-mask", kind, "--word-mask", kind]
 batches = lambda kind: ["--sampler", kind, "--itm-negatives", kind]
-plain = [*masks("random"), *batches("random"), "--mask-source", "attention", "--mask-layer", "2"]
-vit = lambda registers, context, patch_layer: [
-    "--registers", str(registers), f"--{context}cls-context", "--patch-layer", str(patch_layer),
-]  # fmt: skip
 GRIDS = {
     "method": {f"{m} masks, {b} batches": masks(m) + batches(b)
                for m in ("random", "sync") for b in ("random", "hard", "semihard")},
@@ -60,19 +55,6 @@ GRIDS = {
         "true words": ["--word-mask", "true", "--patch-mask", "random"],
         "true patches": ["--word-mask", "random", "--patch-mask", "true"],
         "true": masks("true"),
-    },
-    # random masks and batches throughout; only what is read off the clean pair's attention is of interest
-    "attention": {
-        "no MIM": [*plain, *vit(0, "", 0), "--mim-weight", "0"],
-        "MIM": [*plain, *vit(0, "", 0)],
-        "MIM, four times the weight": [*plain, *vit(0, "", 0), "--mim-weight", "2"],
-        "MIM, 4 registers": [*plain, *vit(4, "", 0)],
-        "MIM, no CLS in the context": [*plain, *vit(0, "no-", 0)],
-        "MIM, patches of ViT layer 2": [*plain, *vit(0, "", 2)],
-        "MIM, all three": [*plain, *vit(4, "no-", 2)],
-        "all three, ViT of 2 layers": [*plain, *vit(4, "no-", 2), "--vision-layers", "2"],
-        "all three, texts of 16 tokens": [*plain, *vit(4, "no-", 2), "--max-length", "16"],
-        "all three, semi-hard negatives after random ones": [*plain, *vit(4, "no-", 2), *batches("semihard")],
     },
     "recipes": {
         "albef": ["--recipe", "albef"],

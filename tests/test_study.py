@@ -21,10 +21,11 @@ from harness.config import parse_config
 from harness.flags import ConfigError
 from harness.run import build_run
 from masking import random_word_mask
+from measures.choice import trials
 from measures.pictures import INK, PAPER, draw_text
 from photos.synthetic import Synthetic
 from photos.wardrobe import COLOURS, NOUNS
-from study import ablate, benchmark, figures, probe, sources, steps, told
+from study import ablate, benchmark, figures, fused, probe, sources, steps, told
 from study.steps import Waits
 
 ROOT = Path(__file__).parent.parent
@@ -493,3 +494,49 @@ def test_probe_of_files(tmp_path, capsys):
         )
     write_files(tmp_path / "bare", lambda product: "")
     assert probe.category_accuracy(tmp_path / "run" / "last.pt", str(tmp_path / "bare")) is None
+
+
+def test_a_probe_of_differences_finds_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(900, 16, generator=generator) + 0.8 * torch.eye(16)[3]  # one direction says which text is own
+    assert fused.share_right(known[:600], known[600:]) > 0.75
+    noise = torch.randn(900, 16, generator=generator)
+    assert 0.4 < fused.share_right(noise[:600], noise[600:]) < 0.6
+    kinds, logits = ["neck", "look"] * 450, torch.tensor([2.0, -1.0]).repeat(450)[:, None]
+    parts = [(kinds[at], [logits[at], noise[at], known[at]]) for at in (slice(600), slice(600, 900))]
+    found = fused.shares(*parts)
+    assert list(found) == ["neck", "look"] and [right[0] for right in found.values()] == [1, 0]
+    assert all(right[1] < 0.65 < right[2] and right[3] == 150 for right in found.values())
+
+
+def test_fused_texts_differ_as_the_model_says(tmp_path, capsys):
+    config, given = parse_config([*SMALL, "--out", str(tmp_path)])
+    train.train(config, given)
+    run, dataset = figures.open_run(tmp_path / "last.pt", None, "cpu")
+    run.model.eval()
+    kinds, (logits, cls, words) = fused.differences(run, dataset, 3)
+    trial_kinds, rows, others = trials(dataset, (dataset.product_ids < 3).nonzero()[0])
+    assert kinds == trial_kinds and logits.shape == (len(kinds), 1) and cls.shape == words.shape == (len(kinds), 32)
+    number, of_text = kinds.index("colour"), []
+    for text in (dataset.captions[rows[number]], others[number]):
+        encoded = data.tokenize(run.tokenizer, [("", text)])
+        image = run.model.encode_image(normalise(dataset[rows[number]]["image"][None]))
+        keep = encoded["attention_mask"]
+        of_text.append(run.model.fuse(run.model.encode_text(encoded["token_ids"], keep), keep, image))
+    own, other = of_text
+    logit = run.model.itm_logits(own) - run.model.itm_logits(other)
+    assert logits[number].item() == pytest.approx((logit[0, 1] - logit[0, 0]).item(), abs=1e-4)
+    assert torch.allclose(cls[number], own[0, 0] - other[0, 0], atol=1e-4)
+    said = [data.tokenize(run.tokenizer, [("", text)])["token_ids"][0].tolist()
+            for text in (dataset.captions[rows[number]], others[number])]  # fmt: skip
+    differ = [place for place, (a, b) in enumerate(zip(*said, strict=True)) if a != b]  # a colour is one token
+    assert len(differ) == 1 and torch.allclose(words[number], (own - other)[0, differ[0]], atol=1e-4)
+    capsys.readouterr()
+    fused.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "12"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert table[2][0] == "| garment" and table[-1][0] == "| details (mean)" and {len(row) for row in table[2:]} == {5}
+    for flags, message in ((["--checkpoint", "/nowhere.pt"], "fused.py: /nowhere.pt: no such checkpoint"),
+                           (["--checkpoint", "x.pt", "--products", "2"], "--products 2: at least 10")):  # fmt: skip
+        with pytest.raises(SystemExit) as caught:
+            fused.main(flags)
+        assert message in str(caught.value.code) + capsys.readouterr().err
