@@ -177,16 +177,22 @@ def run_and_probe(out: Path, flags: list[str], threads: int, children: list[subp
     return final and final | json.loads(kept.read_text())
 
 
-def table(results: dict[str, list[dict]], columns: Columns) -> str:
-    """Markdown: a condition a row, a figure a column, mean ± standard deviation over the seeds."""
+def table(results: dict[str, list[dict]], columns: Columns, over: str | None = None) -> str:
+    """Markdown: a condition a row, a figure a column, mean ± standard deviation over the seeds; or of what each seed
+    gives more than the same seed of the condition `over`, since a seed draws its own photos."""
     cells: dict[str, list[str]] = {}
     for title, figure, decimals in columns:
         with contextlib.suppress(KeyError):  # not every data set has categories, few have the truth
-            values = [np.array([figure(final) for final in finals]) for finals in results.values()]
-            spreads = [f" ± {v.std(ddof=1):.{decimals}f}" if len(v) > 1 else "" for v in values]
-            cells[title] = [f"{v.mean():.{decimals}f}{spread}" for v, spread in zip(values, spreads, strict=True)]
-    rows = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
-    rows += [f"| {' | '.join(row)} |" for row in zip(results, *cells.values(), strict=True)]
+            values = {name: np.array([figure(final) for final in finals]) for name, finals in results.items()}
+            base, sign = (values.pop(over), "+") if over else (0, "")
+            cells[title] = [
+                f"{(v - base).mean():{sign}.{decimals}f}"
+                + (f" ± {(v - base).std(ddof=1):.{decimals}f}" if len(v) > 1 else "")
+                for v in values.values()
+            ]
+    names = [name for name in results if name != over]
+    rows = [f"| {f'over {over}' if over else ''} | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    rows += [f"| {' | '.join(row)} |" for row in zip(names, *cells.values(), strict=True)]
     return "\n".join(rows)
 
 
@@ -312,6 +318,8 @@ def main(argv: list[str] | None = None) -> None:
     took = f"{hours:.1f} hours of training on {machine}; {args.seeds} seeds"
     text = f"`{command}`\n\n{took}\n\n{table(results, columns)}\n"
     if ceiling:
+        if "random" in grid and len(grid) > 1:
+            text += f"\n{table(results, columns, over='random')}\n"
         if {"random", "true"} <= grid.keys() and len(grid) > 2:
             text += f"\n{shares_of_the_way(results, columns)}\n"
         text += f"\nWhat the photo adds, kind by kind:\n\n{table(results, KIND_COLUMNS)}\n"

@@ -202,6 +202,14 @@ def test_shares_of_the_way_by_hand():
     assert ablate.shares_of_the_way(one, columns).splitlines()[2] == "| synchronized | — | — |"  # no spread is known
 
 
+def test_seeds_are_compared_with_their_like():
+    """What a condition gives more than random masks on the same photos, by hand."""
+    results = {"random": [{"a": 1.0}, {"a": 5.0}], "true": [{"a": 2.0}, {"a": 8.0}]}
+    assert ablate.table(results, [("A", lambda f: f["a"], 1)], over="random").splitlines() == [
+        "| over random | A |", "|---|---|", "| true | +2.0 ± 1.4 |",
+    ]  # fmt: skip
+
+
 def test_the_ceiling_is_measured_in_some_of_its_conditions(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "category_accuracy", lambda *_: 0.25)
     flags = ["--grid", "ceiling", "--only", "random", "true words", "--seeds", "1", "--out", str(tmp_path)]
