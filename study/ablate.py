@@ -191,7 +191,7 @@ def table(results: dict[str, list[dict]], columns: Columns, over: str | None = N
                 for v in values.values()
             ]
     names = [name for name in results if name != over]
-    rows = [f"| {f'over {over}' if over else ''} | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    rows = [f"|{f' over {over}' if over else ''} | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
     rows += [f"| {' | '.join(row)} |" for row in zip(names, *cells.values(), strict=True)]
     return "\n".join(rows)
 
