@@ -65,7 +65,7 @@ SCHEDULES = {
     "tiny tgir": dict(steps=300, lr=1e-3),
     "tiny category": dict(steps=600, lr=1e-3, patience=4),
     "tiny subcategory": dict(steps=600, lr=1e-3, patience=4),
-    "tiny entailment": dict(steps=600, lr=1e-3),  # which stands still at first
+    "tiny entailment": dict(steps=600, lr=3e-4),  # with 1e-3 it may stand still
     "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
     "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
     "base retrieval": dict(epochs=30, lr=1e-5),

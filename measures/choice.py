@@ -75,7 +75,7 @@ def restoring_scores(run: Run, photos: PhotoDataset, texts: list[Text], rivals: 
 
 
 def differing_words(run: Run, texts: list[Text], rivals: list[Text]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids of some texts, which are no padding, and which of them the rival of each has not, (n, L) each."""
+    """Of some texts token ids, attention mask, and True at the words that the rival of each has not, (n, L) each."""
     encoded, other = (tokenize(run.tokenizer, said) for said in (texts, rivals))
     unpadded = ([ids[keep].tolist() for ids, keep in zip(e["token_ids"], e["attention_mask"].bool(), strict=True)]
                 for e in (encoded, other))  # fmt: skip
@@ -90,7 +90,7 @@ def differing_words(run: Run, texts: list[Text], rivals: list[Text]) -> tuple[Te
 def fused_with(
     run: Run, photos: PhotoDataset, token_ids: Tensor, keep: Tensor, rows: list[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every text (n, L) fused with its photo, one of the n `rows` of `photos`, each of which is encoded once.
+    """Every text (n, L) fused with its photo: of `photos`, as the n `rows` say; each is encoded once for all its texts.
     -> a part at a time, which texts (k,) and their fused tokens (k, L, D)."""
     which, first = torch.tensor(rows, device=run.device), 0
     for batch in batches_of(run, photos, "fusing"):

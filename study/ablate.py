@@ -178,8 +178,8 @@ def run_and_probe(out: Path, flags: list[str], threads: int, children: list[subp
 
 
 def table(results: dict[str, list[dict]], columns: Columns, over: str | None = None) -> str:
-    """Markdown: a condition a row, a figure a column, mean ± standard deviation over the seeds; or of what each seed
-    gives more than the same seed of the condition `over`, since a seed draws its own photos."""
+    """Markdown: a condition a row, a figure a column, mean ± standard deviation over the seeds. With `over`, a
+    condition: of the differences from the same seed of that, since a seed draws its own photos."""
     cells: dict[str, list[str]] = {}
     for title, figure, decimals in columns:
         with contextlib.suppress(KeyError):  # not every data set has categories, few have the truth
@@ -190,24 +190,23 @@ def table(results: dict[str, list[dict]], columns: Columns, over: str | None = N
                 + (f" ± {(v - base).std(ddof=1):.{decimals}f}" if len(v) > 1 else "")
                 for v in values.values()
             ]
-    names = [name for name in results if name != over]
-    rows = [f"|{f' over {over}' if over else ''} | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    names, corner = [name for name in results if name != over], f" over {over}" if over else ""
+    rows = [f"|{corner} | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
     rows += [f"| {' | '.join(row)} |" for row in zip(names, *cells.values(), strict=True)]
     return "\n".join(rows)
 
 
 def shares_of_the_way(results: dict[str, list[dict]], columns: Columns) -> str:
     """Markdown: (condition − random) / (true − random), of the means, in %; a dash where true masks are not above
-    random ones by more than both spread, so that there is no way to go."""
+    random ones by more than twice what seeds differ in that, so that there is no way to go."""
     between, rows = [name for name in results if name not in ("random", "true", "albef")], {}
     for title, figure, _ in columns:
         with contextlib.suppress(KeyError):
             found = {name: np.array([figure(final) for final in finals]) for name, finals in results.items()}
-            floor, ceiling = found["random"], found["true"]
-            way = ceiling.mean() - floor.mean()
-            spread = floor.std(ddof=1) + ceiling.std(ddof=1) if len(floor) > 1 else np.inf
-            share = lambda name, found=found, way=way: (found[name] - found["random"].mean()).mean() / way
-            rows[title] = [f"{share(name):.0%}" if way > spread else "—" for name in between]
+            ways = found["true"] - found["random"]
+            known = len(ways) > 1 and ways.mean() > 2 * ways.std(ddof=1)
+            share = lambda name, found=found, ways=ways: (found[name] - found["random"]).mean() / ways.mean()
+            rows[title] = [f"{share(name):.0%}" if known else "—" for name in between]
     lines = [f"| share of the way from random to true masks | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in zip(between, *rows.values(), strict=True)])
 
@@ -318,11 +317,12 @@ def main(argv: list[str] | None = None) -> None:
     took = f"{hours:.1f} hours of training on {machine}; {args.seeds} seeds"
     text = f"`{command}`\n\n{took}\n\n{table(results, columns)}\n"
     if ceiling:
-        if "random" in grid and len(grid) > 1:
-            text += f"\n{table(results, columns, over='random')}\n"
+        compared = "random" in grid and len(grid) > 1
+        over_random = lambda columns: f"\n{table(results, columns, over='random')}\n" if compared else ""
+        text += over_random(columns)
         if {"random", "true"} <= grid.keys() and len(grid) > 2:
             text += f"\n{shares_of_the_way(results, columns)}\n"
-        text += f"\nWhat the photo adds, kind by kind:\n\n{table(results, KIND_COLUMNS)}\n"
+        text += f"\nWhat the photo adds, kind by kind:\n\n{table(results, KIND_COLUMNS)}\n{over_random(KIND_COLUMNS)}"
         draw_ceiling({name: [folder for of, folder, _ in runs if of == name] for name in grid}, out / "ceiling.png")
     file = args.file or out / "table.md"
     file.write_text(text)

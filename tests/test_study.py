@@ -23,6 +23,7 @@ from harness.run import build_run
 from masking import random_word_mask
 from measures.choice import trials
 from measures.pictures import INK, PAPER, draw_text
+from photos.dataset import DataError
 from photos.synthetic import Synthetic
 from photos.wardrobe import COLOURS, NOUNS
 from study import ablate, benchmark, figures, fused, probe, sources, steps, told
@@ -216,6 +217,7 @@ def test_the_ceiling_is_measured_in_some_of_its_conditions(tmp_path, capsys, mon
     ablate.main([*flags, *SMALL])
     said = capsys.readouterr().out
     assert '--only random "true words" --seeds 1' in said and said.count("| 25.0 |") == 2
+    assert said.count("| over random |") == 2
     assert sorted(path.name for path in tmp_path.glob("*-0")) == ["1-0", "3-0"]
     assert (tmp_path / "ceiling.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
@@ -517,7 +519,7 @@ def test_a_probe_of_differences_finds_what_is_there_and_nothing_else():
     assert all(right[1] < 0.65 < right[2] and right[3] == 150 for right in found.values())
 
 
-def test_fused_texts_differ_as_the_model_says(tmp_path, capsys):
+def test_fused_texts_differ_as_the_model_says(tmp_path, capsys, monkeypatch):
     config, given = parse_config([*SMALL, "--out", str(tmp_path)])
     train.train(config, given)
     run, dataset = figures.open_run(tmp_path / "last.pt", None, "cpu")
@@ -543,8 +545,16 @@ def test_fused_texts_differ_as_the_model_says(tmp_path, capsys):
     fused.main(["--checkpoint", str(tmp_path / "last.pt"), "--products", "12"])
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert table[2][0] == "| garment" and table[-1][0] == "| details (mean)" and {len(row) for row in table[2:]} == {5}
+    _, (_, cls_of_wrong, _) = fused.differences(run, dataset, 3, wrong_photo=True)
+    assert not torch.allclose(cls_of_wrong, cls, atol=1e-4)
+    dataset.regions = [{} for _ in dataset.regions]
+    with pytest.raises(DataError, match="no photo of these 3 products"):
+        fused.differences(run, dataset, 3)
     for flags, message in ((["--checkpoint", "/nowhere.pt"], "fused.py: /nowhere.pt: no such checkpoint"),
                            (["--checkpoint", "x.pt", "--products", "2"], "--products 2: at least 10")):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
             fused.main(flags)
         assert message in str(caught.value.code) + capsys.readouterr().err
+    monkeypatch.setattr(fused, "open_run", lambda *_: (run, None))
+    with pytest.raises(SystemExit, match="was trained on .*, whose truth is not known"):
+        fused.main(["--checkpoint", "x.pt"])
