@@ -26,7 +26,7 @@ from measures.pictures import INK, PAPER, draw_text
 from photos.dataset import DataError
 from photos.synthetic import Synthetic
 from photos.wardrobe import COLOURS, NOUNS
-from study import ablate, benchmark, figures, fused, probe, sources, steps, told
+from study import ablate, benchmark, detail_search, figures, fused, probe, sources, steps, told
 from study.steps import Waits
 
 ROOT = Path(__file__).parent.parent
@@ -558,3 +558,41 @@ def test_fused_texts_differ_as_the_model_says(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fused, "open_run", lambda *_: (run, None))
     with pytest.raises(SystemExit, match="was trained on .*, whose truth is not known"):
         fused.main(["--checkpoint", "x.pt"])
+
+
+def test_average_precision_by_hand_and_by_chance():
+    answers = torch.tensor([[True, False], [False, True], [True, False], [False, True]])
+    scores = torch.tensor([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.6, 0.1]])  # the second query: a tie of three
+    assert detail_search.average_precision(scores, answers).tolist() == pytest.approx(
+        [(1 + 2 / 3) / 2, (1 / 3 + 1 / 2) / 2]
+    )
+    draws = torch.rand(4, 20000, generator=torch.Generator().manual_seed(0))
+    drawn = detail_search.average_precision(draws, answers[:, :1].expand(-1, 20000)).mean().item()
+    assert detail_search.by_chance(answers).tolist() == pytest.approx([drawn] * 2, abs=0.005)
+
+
+def test_search_by_a_detail(tmp_path, capsys, monkeypatch):
+    config, given = parse_config([*SMALL, "--out", str(tmp_path)])
+    train.train(config, given)
+    run, dataset = figures.open_run(tmp_path / "last.pt", None, "cpu")
+    places, texts, answers = detail_search.questions(dataset)
+    for place, text, query in zip(places, texts, answers.T.tolist(), strict=True):
+        named = text.removesuffix(".")  # told in the description, and on the photo
+        for row, right in enumerate(query):
+            where = dataset.captions[row].lower().find(named)
+            assert right == (where >= 0 and place in dataset.regions[row])
+    # a model that knows which photo shows what finds it first
+    with monkeypatch.context() as patch:
+        patch.setattr(detail_search, "photo_features", lambda run, dataset: (None, answers.float()))
+        patch.setattr(detail_search, "text_features", lambda run, asked: torch.eye(len(asked)))
+        found = detail_search.precisions(run, dataset)[1]
+    assert found[0].tolist() == pytest.approx([1] * len(texts)) and (found[1:] < 1).any() and (found > 0).all()
+    capsys.readouterr()
+    detail_search.main(["--checkpoint", str(tmp_path / "last.pt")])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == [*sorted(set(places)), "all"] and rows[-1][-1] == str(len(texts))
+    dataset.regions = [{} for _ in dataset.regions]
+    for opened, message in ((None, "whose truth is not known"), (dataset, "no detail is shown by 3 of these")):
+        monkeypatch.setattr(detail_search, "open_run", lambda *_, opened=opened: (run, opened))
+        with pytest.raises(SystemExit, match=f"detail_search.py: .*{message}"):
+            detail_search.main(["--checkpoint", "x.pt"])
