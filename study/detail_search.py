@@ -3,17 +3,16 @@
 python study/detail_search.py --checkpoint runs/…/last.pt      of a run on synthetic photos
 
 Every look and noun at every place is asked for among the held-out photos, by cosine similarity and by the matching
-head. A photo counts if it shows the detail there, and not if another view of its product would. Average precision, and
-what a random order would have; in %, means of the queries that a few photos answer.
+head. A photo counts if it shows the detail there, and not if another view of its product would. Average precision in
+%, means over the queries that at least three photos answer; beside it that of a random order of all photos, and with
+those first that show any detail at that place, which is what the place alone gives away.
 """
 
 import argparse
 import sys
-from itertools import product as every
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,20 +28,20 @@ FEWEST = 3  # choice: photos that answer a query
 
 
 def questions(dataset: Synthetic) -> tuple[list[str], list[str], Tensor]:
-    """What is asked, one detail each: the place (q), the words (q), which of the n photos show it (n, q)."""
+    """What is asked, one detail each: the place (q), the words (q), which of the n photos show it (n, q). Raises
+    DataError."""
     shown = [
-        {place: product.details[place] for place in product.details.keys() & regions.keys()}
-        for product, regions in zip(
-            (dataset.products[index] for index, _ in dataset.rows), dataset.regions, strict=True
-        )
+        {place: detail for place, detail in dataset.products[index].details.items() if place in regions}
+        for (index, _), regions in zip(dataset.rows, dataset.regions, strict=True)
     ]
+    details = [Detail(look, noun) for look in LOOKS for noun in NOUNS]
     places, texts, answers = [], [], []
     for place in sorted(set().union(*shown)):
-        for look, noun in every(LOOKS, NOUNS):
-            answer = [found.get(place) == Detail(look, noun) for found in shown]
+        for detail in details:
+            answer = [found.get(place) == detail for found in shown]
             if sum(answer) >= FEWEST:
                 places.append(place)
-                texts.append(f"{look} {noun} at {place}.")
+                texts.append(f"{detail.look} {detail.noun} at {place}.")
                 answers.append(answer)
     if not texts:
         raise DataError(f"no detail is shown by {FEWEST} of these {len(dataset)} photos")
@@ -50,10 +49,10 @@ def questions(dataset: Synthetic) -> tuple[list[str], list[str], Tensor]:
 
 
 def average_precision(scores: Tensor, answers: Tensor) -> Tensor:
-    """Of each query, scores (n, q) and answers (n, q) bool -> (q,): the mean, over the photos that answer it, of the
-    share of answers among the photos down to that one; ties count against the model."""
-    order = torch.stack([torch.from_numpy(np.lexsort((right, -score))) for score, right in
-                         zip(scores.T.numpy(), answers.T.numpy(), strict=True)], dim=1)  # fmt: skip
+    """Of each query, scores (n, q) and answers (n, q) bool -> (q,): the mean precision at the rank of each answer. Ties
+    count against the model."""
+    wrong_first = answers.long().argsort(dim=0, stable=True)
+    order = wrong_first.gather(0, (-scores).gather(0, wrong_first).argsort(dim=0, stable=True))
     right = answers.gather(0, order).double()
     precision = right.cumsum(dim=0) / torch.arange(1, len(right) + 1)[:, None]
     return (precision * right).sum(dim=0) / right.sum(dim=0)
@@ -70,14 +69,17 @@ def by_chance(answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def precisions(run: Run, dataset: Synthetic) -> tuple[list[str], Tensor]:
-    """The place of each query (q), and its average precision (3, q): by similarity, by the matching head, by chance."""
+    """The place of each query (q), and its average precision (4, q): by similarity, by the matching head, by chance,
+    and by chance among the photos that show something at that place."""
     places, texts, answers = questions(dataset)
     asked = [(dataset.lead, text) for text in texts]
     similar = photo_features(run, dataset)[1] @ text_features(run, asked).T  # (n, q)
     pairs = torch.cartesian_prod(torch.arange(len(dataset)), torch.arange(len(texts)))
     matched = match_scores(run, dataset, asked, pairs).view(similar.shape)
     judged = [average_precision(scores.float().cpu(), answers) for scores in (similar, matched)]
-    return places, torch.stack([*judged, by_chance(answers)])
+    there = [torch.tensor([place in regions for regions in dataset.regions]) for place in places]
+    at_place = torch.cat([by_chance(answers[shown, i, None]) for i, shown in enumerate(there)])
+    return places, torch.stack([*judged, by_chance(answers), at_place])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"detail_search.py: {error}")
     print(f"{len(held_out):,} photos, average precision in %\n")
-    print("| place | by similarity | by the matching head | by chance | queries |\n|---|---|---|---|---|")
+    print("| place | by similarity | by the matching head | by chance | by the place alone | queries |")
+    print("|---" * 6 + "|")
     for place in [*dict.fromkeys(places), "all"]:
         of_place = torch.tensor([place in ("all", each) for each in places])
         cells = " | ".join(f"{100 * share:.1f}" for share in found[:, of_place].mean(dim=1).tolist())
