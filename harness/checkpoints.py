@@ -8,7 +8,7 @@ import torch
 
 from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from harness.flags import ConfigError, flag_of
-from harness.run import NonFiniteLoss, Run, check_memory, way_back
+from harness.run import NonFiniteLoss, Run, way_back
 from harness.trust import check_finite, check_like, check_sampler, check_types, load_checkpoint
 from model import ModelConfig
 
@@ -42,7 +42,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "telling": run.telling,
         "worth": run.worth.state_dict(),
     }
-    run.writer.write(state, path, run.config.keep if path.name == "last.pt" else 1)
+    run.writer.write(state, path, 2 if path.name == "last.pt" else 1)
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
@@ -69,11 +69,9 @@ def resumed_config(
         if mine != theirs and (name, mine) != ("precision", "auto"):  # what it took at the start is kept
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
-    given_now = {name: getattr(config, name) for name in (given & free) | {"out", "stop_at"}}
+    given_now = {name: getattr(config, name) for name in (given & free) | {"out"}}
     merged = replace(saved, **(given_now | {"resume": True}))
     check(merged, set())
-    if merged.stop_at and merged.stop_at <= state["step"]:
-        raise ConfigError(f"--stop-at {merged.stop_at}: the run is at step {state['step']} already")
     return merged
 
 
@@ -127,7 +125,6 @@ def begin(
     if config.resume:
         state = load_checkpoint(last)
         return resumed_config(config, given, state, check), state
-    check_memory(config)
     if last.exists():
         raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
     return config, None
