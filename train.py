@@ -301,7 +301,10 @@ def pretrain(config: TrainConfig, state: dict | None, stop_at: int | None = None
     train_set.truths = "true" in (config.patch_mask, config.word_mask)
     ranks.check_same("training photos or vocabularies", zlib.crc32(tokenizer.to_str().encode(), run.data))
     if config.weights and not state:
-        print(load_pretrained(run.model, config.weights))
+        report = load_pretrained(run.model, config.weights)
+        if not config.vocab and report.kinds.keys() != {"ViT"}:
+            raise ConfigError("--weights of text need --vocab: word embeddings belong to their vocabulary")
+        print(report)
         run.momentum.update(run.model, decay=0)
 
     def held_out(run: Run) -> tuple[dict[str, float], list[str]]:

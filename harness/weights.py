@@ -32,6 +32,7 @@ class LoadReport:
     loaded: list[str]
     skipped: dict[str, str]  # name -> reason; theirs, or ours where only the shape differs
     missing: list[str]
+    kinds: dict[str, str | Path]  # whole, ViT or BERT -> the file
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
@@ -109,19 +110,21 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
     tensors fits.
     """
     renames = {"whole": _rename_whole, "BERT": _rename_text, "ViT": _rename_vision}
-    report, kinds = LoadReport([], {}, []), {}
+    kinds: dict[str, str | Path] = {}
+    report = LoadReport([], {}, [], kinds)
     ours = dict(model.named_parameters())
-    states = {Path(path): _read_weights(Path(path)) for path in files}
-    for path, state in states.items():
+    states = {}
+    for path in files:
+        state = _read_weights(Path(path))
         kind = kind_of(state)
         if kind is None:
             raise WeightsError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
         if kind in kinds:
             raise WeightsError(f"{path}: a {kind} file as {kinds[kind]} is; give two of different kinds")
-        kinds[kind] = path
+        kinds[kind], states[kind] = path, state
     for kind, path in sorted(kinds.items(), reverse=True):  # whole first: a ViT or BERT beside it replaces its part
         renamed = {}
-        for name, tensor in states[path].items():
+        for name, tensor in states[kind].items():
             if reason := unfit(tensor):
                 report.skipped[name] = reason
                 continue
