@@ -1,4 +1,4 @@
-"""What machines differ in: locks, sessions, how memory is counted. Where a system has none of these, a run does without."""
+"""What machines differ in: locks, sessions, how memory is counted. Where a system has none, a run does without."""
 
 import contextlib
 import os

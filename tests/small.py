@@ -57,30 +57,30 @@ def write_karpathy(folder, name, images):
 
 
 FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
-        "--fusion-layers", "1", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
+        "--fusion-layers", "1", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
         "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1",
         "--precision", "fp32"]  # fmt: skip
 # soft masks read the gradient in a layer before the last
 FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine": [], "albef": []}
 
 
-def run(out, *flags):
+def run(out, *flags, stop_at=None):
     config, given = parse_config([*FAST, "--out", str(out), *flags])
-    return train.train(config, given)
+    return train.train(config, given, stop_at)
 
 
 OF_FILES = FAST[: FAST.index("--products")] + FAST[FAST.index("--products") + 2 :]
 
 
-def run_files(out, folder, *flags):
+def run_files(out, folder, *flags, stop_at=None):
     """A small run on the photos of a folder."""
     config, given = parse_config([*OF_FILES, "--data", "jsonl", "--root", str(folder), "--out", str(out), *flags])
-    return train.train(config, given)
+    return train.train(config, given, stop_at)
 
 
-def resume(out, *flags):
+def resume(out, *flags, stop_at=None):
     config, given = parse_config(["--resume", "--out", str(out), *flags])
-    return train.train(config, given)
+    return train.train(config, given, stop_at)
 
 
 def checkpoint(out):

@@ -242,7 +242,7 @@ def write_photos(folder, captions):
 def untrained(flags, dataset):
     """A run with random weights."""
     config, _ = parse_config([*flags, "--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2",
-                              "--text-layers", "1", "--embed-dim", "16", "--precision", "fp32"])  # fmt: skip
+                              "--text-layers", "1", "--precision", "fp32"])  # fmt: skip
     tokenizer = build_tokenizer(dataset.captions, 300, 64, frames=config.prompts)
     run = build_run(config, dataset, tokenizer)
     run.telling = telling_pieces(tokenizer, dataset.captions, 1.0)

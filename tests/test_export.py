@@ -19,9 +19,8 @@ from study import export
 from tests.small import FAST, checkpoint, run
 
 WORDS = ["a red dress with a round neck and long sleeves", "a blue shirt with white stripes, short sleeves"] * 3
-PLAIN = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2,
-                    embed_dim=16, max_length=24, vocab_size=80)  # fmt: skip
-FULL = replace(PLAIN, registers=3, patch_layer=2, cls_context=False, local_image=0.05, local_text=0.25, alignment=True,
+PLAIN = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2, max_length=24, vocab_size=80)  # fmt: skip
+FULL = replace(PLAIN, registers=3, patch_layer=2, cls_context=False, local_tokens=True, alignment=True,
                detector=True, classes=7)  # fmt: skip
 
 

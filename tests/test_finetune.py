@@ -179,7 +179,7 @@ def test_early_stopping_and_the_best_step(tmp_path, pretrained):
 
 
 def test_every_other_flag_runs(tmp_path, pretrained):
-    flags = "--sampler hard --itm-negatives hard --itm-share 0.7 --itm-warmup 1 --margin 0.1 --queue 8"
+    flags = "--negatives hard --itm-share 0.7 --itm-warmup 1 --margin 0.1 --queue 8"
     flags += " --alpha 0.3 --ema-decay 0.9 --focal-gamma 2 --distort 0.3 --crop-scale 0.7 --held-out 0.3"
     flags += " --precision bf16 --epochs 2 --batch-size 6 --products 14 --seed 3 --val-products 5 --workers 0"
     found = command("--task", "retrieval", "--checkpoint", pretrained, "--out", tmp_path, *flags.split())
@@ -384,7 +384,7 @@ def test_search_by_a_damaged_photo_is_one_line(tmp_path, pretrained):
         (["--task", "retrieval", "--eval-only", "--resume"], "--resume goes on with a training"),
         (["--task", "category", "--eval-only"], "has no classes yet"),
         (["--task", "category", "--query", "red"], "--query is for --task search, not for category"),
-        (["--task", "category", "--sampler", "hard"], "--sampler is for --task retrieval"),
+        (["--task", "category", "--negatives", "hard"], "--sampler is for --task retrieval"),
         (["--task", "tgir", "--modality", "image"], "--modality is for --task category or subcategory or entailment"),
         (["--task", "entailment", "--data", "jsonl"], "--task entailment needs --data synthetic or snlive, not jsonl"),
         (["--task", "retrieval", "--data", "coco", "--root", "nowhere"], "nowhere: no such folder"),

@@ -122,7 +122,7 @@ def test_pairs_of_flags_run_a_step_or_are_refused(tmp_path_factory, data):
     with pytest.MonkeyPatch.context() as patch, seconds(60):
         patch.setattr("sys.stderr", io.StringIO())
         try:
-            run(out / "run", "--steps", "9", "--stop-at", "1", *argv)
+            run(out / "run", "--steps", "9", *argv, stop_at=1)
             assert checkpoint(out / "run")["step"] == 1, argv
         except (*REFUSALS, OSError, SystemExit) as error:
             assert "\n" not in str(error), argv
@@ -214,7 +214,7 @@ def whole(tmp_path_factory):
     Image.new("RGB", (32, 32)).save(folder / "1.png")
     records = [{"image": "1.png", "caption": f"tee {i}", "product_id": i} for i in range(12)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
-    run_files(folder / "out", folder, "--steps", "2", "--stop-at", "1", "--workers", "0")
+    run_files(folder / "out", folder, "--steps", "2", "--workers", "0", stop_at=1)
     return (folder / "out" / "last.pt").read_bytes()
 
 

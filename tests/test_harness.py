@@ -140,7 +140,7 @@ def test_vision_weights_in_every_naming(tmp_path, naming, wrapped):
     source, target = make_model(seed=1), make_model(seed=2)
     state = naming(source.vision) | {"head.weight": torch.zeros(3, 48), "decoder_blocks.0.norm1.weight": torch.zeros(9)}
     torch.save({"model": state, "args": argparse.Namespace(lr=1)} if wrapped else state, tmp_path / "vit.pth")
-    report = load_pretrained(target, vision=tmp_path / "vit.pth")
+    report = load_pretrained(target, [tmp_path / "vit.pth"])
     assert set(report.skipped) == {"head.weight", "decoder_blocks.0.norm1.weight"}
     for (name, ours), theirs in zip(target.vision.named_parameters(), source.vision.parameters(), strict=True):
         assert name == "registers" or torch.equal(ours, theirs)
@@ -154,7 +154,7 @@ def test_position_embeddings_are_interpolated_to_the_grid(tmp_path):
         ramp = torch.linspace(0, 1, 4).repeat_interleave(4)[:, None].expand(16, 48)
         source.vision.position_embed[0, 1:] = ramp
     torch.save(timm_names(source.vision), tmp_path / "vit.pth")
-    load_pretrained(target, vision=tmp_path / "vit.pth")
+    load_pretrained(target, [tmp_path / "vit.pth"])
     table = target.vision.position_embed[0]
     assert table.shape == (65, 48)
     close(table[0], source.vision.position_embed[0, 0])
@@ -183,7 +183,7 @@ def test_whole_albef_checkpoint(tmp_path, wrapper):
     state |= {f"visual_encoder_m.{k}": v + 1 for k, v in timm_names(source.vision).items()}
     state |= {f"text_encoder_m.bert.{k}": v + 1 for k, v in bert_names(source).items()}
     torch.save({"model": {wrapper + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "albef.pth")
-    report = load_pretrained(target, whole=tmp_path / "albef.pth")
+    report = load_pretrained(target, [tmp_path / "albef.pth"])
     assert [name for name in report.missing if not name.startswith("decoder.")] == ["vision.registers"]
     for (name, ours), theirs in zip(target.named_parameters(), source.parameters(), strict=True):
         assert name.startswith("decoder.") or torch.equal(ours, theirs), name
@@ -195,11 +195,11 @@ def test_weights_of_another_size_are_refused_and_partial_fits_reported(tmp_path)
     target = make_model()
     torch.save(timm_names(other.vision), tmp_path / "vit.pth")
     with pytest.raises(WeightsError, match="none of its tensors fits"):
-        load_pretrained(target, vision=tmp_path / "vit.pth")
+        load_pretrained(target, [tmp_path / "vit.pth"])
     state = bert_names(make_model(seed=3))
     state["embeddings.word_embeddings.weight"] = torch.zeros(99, 48)
     torch.save(state, tmp_path / "bert.bin")
-    report = load_pretrained(target, text=tmp_path / "bert.bin")
+    report = load_pretrained(target, [tmp_path / "bert.bin"])
     assert "shape (99, 48), this model has (60, 48)" in str(report)
     assert "text.word_embeddings.weight" in report.missing
 
@@ -222,7 +222,7 @@ def test_unreadable_weights_are_one_clear_line(tmp_path, kind, capsys):
     elif kind == "list":
         torch.save([1, 2], path)
     with pytest.raises(WeightsError, match=str(path.name)) as caught:
-        load_pretrained(make_model(), vision=path)
+        load_pretrained(make_model(), [path])
     assert "\n" not in str(caught.value) and "ran pickled code" not in capsys.readouterr().out
 
 
@@ -231,14 +231,14 @@ def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
     torch.save(state, tmp_path / "bert.bin")
     target = make_model(replace(SMALL, vocab_size=SMALL.vocab_size + 9))
     before = target.text.word_embeddings.weight.detach().clone()
-    report = load_pretrained(target, text=tmp_path / "bert.bin")
+    report = load_pretrained(target, [tmp_path / "bert.bin"])
     after, words = target.text.word_embeddings.weight, state["embeddings.word_embeddings.weight"]
     assert torch.equal(after[:-9], words) and torch.equal(after[-9:], before[-9:])
     assert "text.word_embeddings.weight" in report.loaded
     narrow = make_model(replace(SMALL, vocab_size=SMALL.vocab_size + 9, width=32, text_layers=1))
     state["cls.predictions.bias"] = torch.zeros(SMALL.vocab_size)
     torch.save(state, tmp_path / "bert.bin")
-    assert "shape (60, 48), this model has (69, 32)" in str(load_pretrained(narrow, text=tmp_path / "bert.bin"))
+    assert "shape (60, 48), this model has (69, 32)" in str(load_pretrained(narrow, [tmp_path / "bert.bin"]))
 
 
 def test_text_and_whole_weights_can_be_given(tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_text_and_whole_weights_can_be_given(tmp_path, capsys):
 
 
 def test_resuming_on_other_data_is_refused(tmp_path):
-    run(tmp_path, "--steps", "2", "--stop-at", "1")
+    run(tmp_path, "--steps", "2", stop_at=1)
     state = checkpoint(tmp_path)
     torch.save(state | {"data": 1}, tmp_path / "last.pt")
     with pytest.raises(ConfigError, match="other rows than the training split holds now"):
@@ -301,7 +301,7 @@ def test_precision_fits_the_machine():
 def test_the_precision_taken_is_recorded_and_kept(tmp_path, capsys, monkeypatch):
     for where in ("harness.run", "train"):
         monkeypatch.setattr(f"{where}.fitting_precision", lambda _: ("bf16", "for this test"))
-    run(tmp_path, "--precision", "auto", "--steps", "2", "--stop-at", "1")
+    run(tmp_path, "--precision", "auto", "--steps", "2", stop_at=1)
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
     assert "precision bf16, for this test" in capsys.readouterr().out
     for where in ("harness.run", "train"):
@@ -341,7 +341,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"step \d: the (weights|loss)"):
-        run(tmp_path, "--steps", "4", "--lr", "1e38", "--warmup", "0", "--save-every", "1")
+        run(tmp_path, "--steps", "4", "--lr", "1e38", "--warmup", "0", "--val-every", "1")
     if (tmp_path / "last.pt").exists():
         assert all(weight.isfinite().all() for weight in checkpoint(tmp_path)["model"].values())
 
@@ -431,12 +431,12 @@ def test_precedence_defaults_preset_recipe_flags():
         PRESETS["tiny"],
     )
     assert config.weight_decay == 0.02 and config.out == "runs/synthetic-albef-tiny"
-    assert config.itm_negatives == run_config.SCHEDULES["tiny"]["itm_negatives"]
+    assert config.negatives == run_config.SCHEDULES["tiny"]["negatives"]
     config, _ = parse_config([])
     assert config.recipe == "syncmask" and config.model == replace(
         PRESETS["tiny"], registers=4, cls_context=False, patch_layer=2
     )
-    assert config.itm_negatives == "semihard" and parse_config(["--itm-negatives", "hard"])[0].itm_negatives == "hard"
+    assert config.negatives == "semihard" and parse_config(["--negatives", "hard"])[0].negatives == "hard"
     config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--registers", "4"])
     assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
     config, _ = parse_config(["--data", "fashiongen"])
@@ -457,7 +457,7 @@ def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritte
         k: v for k, v in before.items() if k.startswith("val")
     }  # finished already: the same final line
     with pytest.raises(ConfigError, match="--stop-at 1: the run is at step 2"):
-        resume(tmp_path, "--stop-at", "1")
+        resume(tmp_path, stop_at=1)
     with pytest.raises(ConfigError, match="--root is for data from files"):
         resume(tmp_path, "--root", "x")
     with pytest.raises(ConfigError, match="holds a run already; add --resume"):
@@ -478,7 +478,7 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
     dataset = Synthetic("train", 12, 32, progress=False)
     config, _ = parse_config(
-        [*FAST, "--alpha", "0.4", "--itm-negatives", "hard", "--itm-share", "0.6", "--itm-warmup", "10"]
+        [*FAST, "--alpha", "0.4", "--negatives", "hard", "--itm-share", "0.6", "--itm-warmup", "10"]
     )
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
     seen = []

@@ -14,7 +14,7 @@ FLOORS = [
      "photos.jsonl", "photos.triplets", "photos.families", "photos.fashioniq", "photos.karpathy", "photos.statements",
      "photos.snlive"],
     ["data"],
-    ["harness.start", "harness.flags", "harness.host", "harness.precision", "harness.config", "harness.ranks", "harness.writer", "harness.run", "harness.trust",
+    ["harness.flags", "harness.host", "harness.precision", "harness.config", "harness.ranks", "harness.writer", "harness.run", "harness.trust",
      "harness.wiring", "harness.checkpoints", "harness.batches", "harness.log", "harness.weights",
      "harness.finetune_config", "harness.splits"],
     ["measures.scores", "measures.validation", "measures.choice", "measures.truth", "measures.pictures",

@@ -13,17 +13,19 @@ from harness.config import parse_config
 from harness.run import build_run
 from masking import (
     PhotoWorth,
+    average_attention,
+    clean_attention,
+    concentration,
     cooccurrence,
     corrupt_words,
     first_pieces,
+    grad_cam,
     hidden_words,
     mask_top,
     mask_words,
-    momentum_attention,
     pointing,
     random_patch_mask,
     random_word_mask,
-    read_layer,
     replace_words,
     soft_mask,
     sync_mask,
@@ -114,8 +116,8 @@ def test_which_words_by_hand():
 def test_masks_hide_all_pieces_of_a_word_or_none_and_count_words(texts, ratio, seed, synchronized):
     words = which_words(*tokens_of(texts), CONTINUES, TELLING)
     if synchronized:
-        attention = torch.randn(*words.shape, 10, generator=seeded(seed)).softmax(-1)[:, None]
-        mask = sync_mask(attention, words, 0.5, ratio, generator=seeded(seed))[1]
+        attention = torch.rand(*words.shape, 9, generator=seeded(seed))
+        mask = sync_mask(attention, concentration(attention), words, 0.5, ratio, generator=seeded(seed))[1]
     else:
         mask = random_word_mask(words, ratio, seeded(seed))
     counts = []
@@ -191,12 +193,11 @@ def test_random_patches_are_uniform():
 )
 def test_sync_masks_have_exact_counts_and_mask_only_words(patch_ratio, word_ratio, pool, seed, flat):
     """Also where all scores tie, where a row of attention is zero, and where there is no word at all."""
-    attention = torch.randn(3, 2, 8, 10, generator=seeded(seed)).softmax(-1)
+    attention = torch.rand(3, 8, 9, generator=seeded(seed))
     if flat:
         attention = torch.zeros_like(attention)
-    patches, words = sync_mask(
-        attention, WORDS, patch_ratio, word_ratio, word_score="entropy", pool=pool, generator=seeded(seed)
-    )
+    shares = patch_ratio, word_ratio, pool
+    patches, words = sync_mask(attention, concentration(attention), WORDS, *shares, generator=seeded(seed))
     assert patches.shape == (3, 9) and words.shape == (3, 8)
     assert patches.sum(1).tolist() == [min(round(9 * patch_ratio), 8)] * 3
     assert not (words & ~WORDS).any() and words.sum(1).tolist() == [max(1, round(6 * word_ratio)), 1, 0]
@@ -212,7 +213,11 @@ def test_sync_mask_by_hand():
     attention[0, :, 2] = torch.tensor([0.00, 0.25, 0.25, 0.25, 0.25])  # spread evenly
     attention[0, 0, 3] = torch.tensor([0.10, 0.00, 0.52, 0.38, 0.00])
     attention[0, 1, 3] = torch.tensor([0.10, 0.00, 0.00, 0.40, 0.50])
-    masks = lambda: [m[0].int().tolist() for m in sync_mask(attention, words, 0.5, 0.34, word_score="entropy")]
+
+    def masks():
+        read = average_attention([attention])
+        return [mask[0].int().tolist() for mask in sync_mask(read, concentration(read), words, 0.5, 0.34)]
+
     # the patches of the masked word alone, the third: 0, 0.26, 0.39, 0.25
     # entropy: −0.94 − 1.61 for the little, concentrated attention, −1.39 evenly spread, −1.08 − 0.11 for the third
     assert masks() == [[0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
@@ -223,17 +228,15 @@ def test_sync_mask_by_hand():
 
 
 def test_masked_words_are_drawn_from_the_pool_and_ties_fall_by_chance():
-    attention = torch.full((1, 1, 8, 5), 0.25)
+    attention = torch.full((1, 8, 4), 0.25)
     scores = torch.arange(8.0)[None]
-    masks = lambda seed: sync_mask(
-        attention, WORDS[:1], 0.5, 0.34, word_score=scores, pool=0.67, generator=seeded(seed)
-    )
+    masks = lambda seed: sync_mask(attention, scores, WORDS[:1], 0.5, 0.34, pool=0.67, generator=seeded(seed))
     patches, words = (torch.cat([masks(seed)[which] for seed in range(200)]) for which in (0, 1))
     assert (words.sum(1) == 2).all() and (words[:, :3] == 0).all()  # two of the four best of six
     assert ((words[:, 3:7].float().mean(0) - 0.5).abs() < 0.12).all()
     assert ((patches.float().mean(0) - 0.5).abs() < 0.12).all()
     assert all(map(torch.equal, masks(7), masks(7)))
-    top = sync_mask(attention, WORDS[:1], 0.5, 0.34, word_score=scores, generator=seeded(0))[1]
+    top = sync_mask(attention, scores, WORDS[:1], 0.5, 0.34, generator=seeded(0))[1]
     assert top.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]
 
 
@@ -245,9 +248,8 @@ def test_answers_are_those_of_each_hidden_word_by_its_photo_and_by_another():
     batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
     momentum, keep, words = state.momentum, batch["attention_mask"], batch["words"]
     photos = momentum.look(momentum.encode_image(data.normalise(batch["images"])))
-    attentions, answers = hidden_words(momentum, batch, photos, state.mask_id, seeded(3), answers=True)
-    again = momentum_attention(momentum, batch, photos, None, "hidden", state.mask_id, seeded(3))
-    assert all(map(torch.equal, attentions, again)) and not answers[:, words == 0].any()
+    attentions, answers = hidden_words(momentum, batch, photos, state.mask_id, seeded(3))
+    assert len(attentions) == 2 and not answers[:, words == 0].any()
     half = random_word_mask(words, 0.5, seeded(3))
     for b, word in ((0, 2), (1, 5), (5, 1)):
         hidden = half if half[b, word] else (words > 0) & ~half
@@ -279,8 +281,10 @@ def test_the_worth_of_a_word_is_in_units_of_its_own_and_recent_answers_count_mor
 
 def test_exact_ties_fall_anywhere():
     """A caption without a word, or attention that is zero: the patches are random, not always the first."""
-    for attention, words in ((torch.rand(1, 1, 8, 10), WORDS[2:]), (torch.zeros(1, 1, 8, 10), WORDS[:1])):
-        drawn = torch.stack([sync_mask(attention, words, 0.4, 0.5, generator=seeded(s))[0][0] for s in range(300)])
+    for attention, words in ((torch.rand(1, 8, 9), WORDS[2:]), (torch.zeros(1, 8, 9), WORDS[:1])):
+        scores = concentration(attention)
+        drawn = [sync_mask(attention, scores, words, 0.4, 0.5, generator=seeded(s))[0][0] for s in range(300)]
+        drawn = torch.stack(drawn)
         assert ((drawn.float().mean(0) - 4 / 9).abs() < 0.12).all()
 
 
@@ -339,7 +343,7 @@ def test_soft_mask_equals_a_loop():
     attention = torch.rand(3, 2, 5, 7, generator=generator, requires_grad=True)
     gradient = torch.randn(3, 2, 5, 7, generator=generator)
     word = torch.tensor([1, 4, 2])
-    mask = soft_mask(attention, gradient, word)
+    mask = soft_mask(grad_cam(attention, (attention * gradient).sum()), word)  # whose gradient is `gradient`
     assert not mask.requires_grad and mask.shape == (3, 6)
     for b in range(3):
         heat = [
@@ -348,11 +352,11 @@ def test_soft_mask_equals_a_loop():
         ]
         expected = [(value - min(heat)) / (max(heat) - min(heat) + 1e-7) for value in heat]
         assert mask[b].tolist() == pytest.approx(expected, abs=1e-5)
-    assert not soft_mask(attention, -gradient.abs(), word).any()  # nothing speaks for the match
+    assert not soft_mask(grad_cam(attention, -(attention * gradient.abs()).sum()), word).any()  # nothing speaks for the match
 
 
-@pytest.mark.parametrize("source", ["hidden", "attention"])
-def test_momentum_attention_of_every_source(source):
+@pytest.mark.parametrize("source", ["masked", "clean"])
+def test_attention_of_each_source(source):
     config, _ = parse_config([*FAST, "--fusion-layers", "2", "--registers", "2"])
     dataset = Synthetic("train", 8, 32, progress=False)
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
@@ -361,13 +365,17 @@ def test_momentum_attention_of_every_source(source):
     image_embeds = state.momentum.encode_image(data.normalise(batch["images"]))
     text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
     asked = state.momentum, batch, state.momentum.look(image_embeds)
-    read = lambda: momentum_attention(*asked, text_embeds, source, state.mask_id, torch.Generator().manual_seed(0))[0]
-    attention = read()
-    layers = momentum_attention(*asked, text_embeds, source, state.mask_id)
-    assert len(layers) == 2
+
+    def layers():
+        if source == "masked":
+            return hidden_words(*asked, state.mask_id, seeded(0))[0]
+        return clean_attention(*asked, text_embeds)
+
+    assert len(layers()) == 2
+    attention = layers()[0]
     assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
     torch.testing.assert_close(attention[..., 1:].sum(-1)[:, :, 1:2], torch.ones(count, 2, 1))
-    if source == "attention":
+    if source == "clean":
         fused = state.momentum.fusion(text_embeds, batch["attention_mask"], image_embeds, return_attention=True)
         torch.testing.assert_close(attention, fused[1][0])
     # a word that is hidden must be found by the rest of the text and the photo: changing it changes nothing of its row
@@ -375,10 +383,11 @@ def test_momentum_attention_of_every_source(source):
     batch["token_ids"] = batch["token_ids"].clone()
     batch["token_ids"][:, word] = (batch["token_ids"][:, word] + 7) % 200 + 5
     text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-    same = torch.allclose(attention[:, :, word], read()[:, :, word], rtol=1e-3, atol=0)
-    assert same == (source == "hidden")
+    same = torch.allclose(attention[:, :, word], layers()[0][:, :, word], rtol=1e-3, atol=0)
+    assert same == (source == "masked")
 
 
 def test_layers_are_read_where_they_agree():
     one, two = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
-    torch.testing.assert_close(read_layer([one, two], 0, "mean")[:, 0], (one.mean(1) * two.mean(1)).sqrt())
+    expected = (one.mean(1) * two.mean(1)).sqrt()[..., 1:]
+    torch.testing.assert_close(average_attention([one, two]), expected)

@@ -319,7 +319,7 @@ def reading_run(dataset, vocabulary=300):
     """A run on a data set, and a batch of one photo each of six products, of which some words have two pieces."""
     config, _ = parse_config([*FAST, "--dropout", "0"])
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, vocabulary, 64))
-    state.telling = data.telling_pieces(state.tokenizer, dataset.captions, config.frequent)
+    state.telling = data.telling_pieces(state.tokenizer, dataset.captions)
     rows = [dataset.product_ids.tolist().index(product) for product in range(6)]
     return state, state.collate([dataset[row] for row in rows])
 

@@ -20,8 +20,7 @@ from model import (
     waves,
 )
 
-SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2,
-                    embed_dim=16, max_length=20, vocab_size=60)  # fmt: skip
+SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, text_layers=2, fusion_layers=2, max_length=20, vocab_size=60)  # fmt: skip
 
 
 def randomise(module):
@@ -53,7 +52,7 @@ def test_at_the_start_places_are_alike_to_their_neighbours_and_as_large_as_words
 
 def test_at_the_start_fusion_asks_evenly_and_answers_at_full_strength():
     torch.manual_seed(0)
-    model = VisionLanguageModel(replace(PRESETS["tiny"], local_image=0.1, detector=True))
+    model = VisionLanguageModel(replace(PRESETS["tiny"], local_tokens=True, detector=True))
     seen = set()
     for name, weight in model.named_parameters():
         part, matrix = name.split(".")[0], weight.ndim == 2 and not name.startswith(("text.word", "text.position"))
@@ -105,7 +104,7 @@ def close(ours, theirs, keep=None):
 def test_vit_equals_hugging_face(tmp_path):
     reference, model = hf_vit(), make_model()
     save_file(reference.state_dict(), tmp_path / "vit.safetensors")
-    report = load_pretrained(model, vision=tmp_path / "vit.safetensors")
+    report = load_pretrained(model, [tmp_path / "vit.safetensors"])
     assert not report.skipped and all(not name.startswith("vision.") or "registers" in name for name in report.missing)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -116,7 +115,7 @@ def test_text_encoder_equals_bert(tmp_path):
     reference = randomise(BertModel(bert_config(layers=SMALL.text_layers), add_pooling_layer=False))
     save_file(reference.state_dict(), tmp_path / "bert.safetensors")
     model = make_model()
-    load_pretrained(model, text=tmp_path / "bert.safetensors")
+    load_pretrained(model, [tmp_path / "bert.safetensors"])
     token_ids, attention_mask = texts()
     with torch.no_grad():
         theirs = reference(token_ids, attention_mask=attention_mask).last_hidden_state
@@ -132,7 +131,7 @@ def test_fusion_equals_bert_with_cross_attention(tmp_path):
     lower, upper = reference.encoder.layer[: SMALL.text_layers], reference.encoder.layer[SMALL.text_layers :]
     save_file(reference.state_dict(), tmp_path / "bert.safetensors")
     model = make_model()
-    load_pretrained(model, text=tmp_path / "bert.safetensors")
+    load_pretrained(model, [tmp_path / "bert.safetensors"])
     (token_ids, attention_mask), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
     with torch.no_grad():
         reference.encoder.layer = lower
@@ -151,7 +150,7 @@ def test_mlm_head_equals_bert(tmp_path):
     reference = randomise(BertForMaskedLM(bert_config(layers=2)))
     save_file({k: v for k, v in reference.state_dict().items() if "decoder" not in k}, tmp_path / "bert.safetensors")
     model = make_model()
-    load_pretrained(model, text=tmp_path / "bert.safetensors")
+    load_pretrained(model, [tmp_path / "bert.safetensors"])
     tokens = torch.randn(5, SMALL.width)
     with torch.no_grad():
         close(model.mlm_logits(tokens), reference.cls(tokens))
@@ -387,7 +386,7 @@ def test_patches_of_an_earlier_layer_are_not_computed_further():
     close(embeds[:, 1:], model.vision.norm(tokens[0][:, 1:17]))
 
 
-FINE = replace(SMALL, local_image=0.05, local_text=0.25, alignment=True, detector=True)
+FINE = replace(SMALL, local_tokens=True, alignment=True, detector=True)
 
 
 def same_in_float64(ours, naive, inputs):
@@ -445,7 +444,7 @@ def test_category_feature_equals_a_loop_in_float64():
         mixed = sum(share * part / part.norm() for share, part in zip((0.95, 0.05), parts, strict=True))
         naive.append(mixed / mixed.norm())
     inputs = (tokens, model.text_proj.weight, model.phrases.convs[1].weight)
-    weigh = torch.randn(2, FINE.embed_dim, dtype=torch.float64)  # the sum alone would hide a direction
+    weigh = torch.randn(2, EMBED_DIM, dtype=torch.float64)  # the sum alone would hide a direction
     same_in_float64(model.category_feature(tokens, keep) * weigh, torch.stack(naive) * weigh, inputs)
 
 

@@ -19,8 +19,8 @@ STEPS = os.environ.get("STEPS", "6")
 EXTREME = {
     "syncmask": ["--mlm-ratio", "1", "--mim-ratio", "1", "--word-pool", "1", "--mask-hint", "0", "--margin", "2"],
     "softmask": ["--focal-gamma", "0.01", "--distort", "1", "--alpha", "1", "--fusion-layers", "2"],
-    "fashionfine": ["--focal-gamma", "8", "--local-image", "1", "--local-text", "1", "--mlm-ratio", "0.9"],
-    "albef": ["--queue", "64", "--itm-negatives", "hard", "--alpha", "1", "--mlm-ratio", "0"],
+    "fashionfine": ["--focal-gamma", "8", "--local-tokens", "--mlm-ratio", "0.9"],
+    "albef": ["--queue", "64", "--negatives", "hard", "--alpha", "1", "--mlm-ratio", "0"],
 }
 
 
@@ -71,7 +71,7 @@ def traced(out, monkeypatch, *flags):
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Step, "forward", watched)
-        run(out, "--steps", "9", "--stop-at", "2", *flags)
+        run(out, "--steps", "9", *flags, stop_at=2)
     return trace.done
 
 
@@ -101,5 +101,5 @@ def test_what_differs_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_change_no_tensor(tmp_path, workers):
     for name, flags in (("none", []), ("some", ["--workers", str(workers)])):
-        run(tmp_path / name, "--steps", "9", "--stop-at", "3", *flags)
+        run(tmp_path / name, "--steps", "9", *flags, stop_at=3)
     same_state(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "some"))

@@ -32,12 +32,12 @@ from sampler import GroupedBatchSampler  # noqa: E402
 
 # nine photos a batch on two ranks: four and five; fourteen steps: the third epoch is grouped by all ranks' features
 FLAGS = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
-         "--fusion-layers", "2", "--embed-dim", "16", "--vocab-size", "300", "--products", "12", "--batch-size", "9",
+         "--fusion-layers", "2", "--vocab-size", "300", "--products", "12", "--batch-size", "9",
          "--val-products", "4", "--warmup", "2", "--itm-warmup", "0", "--itm-share", "1", "--alpha", "0.4", "--queue",
-         "24", "--sampler", "semihard", "--itm-negatives", "semihard", "--steps", "14", "--log-every", "1",
+         "24", "--negatives", "semihard", "--steps", "14", "--log-every", "1",
          "--lr", "1e-3", "--val-every", "100", "--precision", "fp32"]  # fmt: skip
 # gains are over another photo of the process's own share
-OWN = {"syncmask": ["--mask-hint", "0", "--word-pool", "0", "--word-score", "entropy"], "softmask": [],
+OWN = {"syncmask": ["--mask-hint", "0", "--word-pool", "0", "--mask-source", "clean"], "softmask": [],
        "fashionfine": [], "albef": []}  # fmt: skip
 
 
@@ -177,8 +177,8 @@ def test_another_number_of_processes_goes_on_after_a_signal(tmp_path):
     said, error = run.communicate(timeout=60)
     assert said.count("stopped at step") == 1 and "(SIGINT)" in said, error[-3000:]
     reached = load_checkpoint(tmp_path / "last.pt")["step"]
-    config, given = parse_config(["--resume", *out, "--stop-at", str(reached + 2)])
-    assert train.train(config, given) is None
+    config, given = parse_config(["--resume", *out])
+    assert train.train(config, given, stop_at=reached + 2) is None
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [*range(1, reached + 3)]
 
 

@@ -48,7 +48,7 @@ def said(error):
 def trained(tmp_path_factory):
     """A run of three steps, each saved."""
     out = tmp_path_factory.mktemp("trained")
-    run(out, "--steps", "6", "--save-every", "1", "--stop-at", "3")
+    run(out, "--steps", "6", "--val-every", "1", stop_at=3)
     return out
 
 
@@ -63,7 +63,7 @@ def test_the_checkpoint_before_the_last_is_kept(trained, tmp_path):
         shutil.copytree(trained, out)
     shutil.copy(back / "last-2.pt", back / "last.pt")
     for out in (whole, back):
-        resume(out, "--keep", "3", "--stop-at", "5")
+        resume(out, "--keep", "3", stop_at=5)
     same_state(checkpoint(whole), checkpoint(back))
     assert lines(whole)[-1]["loss"] == lines(back)[-1]["loss"]
     steps = [load_checkpoint(back / f"last{age}.pt")["step"] for age in ("", "-2", "-3")]
@@ -77,7 +77,7 @@ def test_a_run_that_has_diverged_can_go_on(trained, tmp_path):
         resume(out, "--lr", "1e30")
     if load_checkpoint(out / "last.pt")["step"] != 3:  # finite, but too far away to come back from
         shutil.copy(out / "last-2.pt", out / "last.pt")
-    resume(out, "--lr", "1e-4", "--stop-at", "5")
+    resume(out, "--lr", "1e-4", stop_at=5)
     assert checkpoint(out)["step"] == 5 and json.loads((out / "config.json").read_text())["lr"] == 1e-4
 
 
@@ -173,7 +173,7 @@ def test_pickled_code_is_never_run(tmp_path, capsys):
         with pytest.raises(ConfigError) as refused:
             load_checkpoint(path)
         with pytest.raises(WeightsError) as refused_too:
-            load_pretrained(make_model(), vision=path)
+            load_pretrained(make_model(), [path])
         assert "weights_only" not in said(refused) + said(refused_too)
     assert "ran" not in capsys.readouterr().out
 
@@ -281,7 +281,7 @@ def test_what_no_machine_can_do_is_refused_before_anything_is_drawn(tmp_path, fl
 def test_it_trains_on_a_system_without_unix(tmp_path):
     script = (
         "import os, sys; sys.modules['fcntl'] = sys.modules['resource'] = None; del os.setsid, os.link, os.sysconf\n"
-        f"import train; train.main({[*FAST, '--steps', '2', '--save-every', '1', '--workers', '1', '--out', str(tmp_path)]!r})"
+        f"import train; train.main({[*FAST, '--steps', '2', '--val-every', '1', '--workers', '1', '--out', str(tmp_path)]!r})"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -304,7 +304,7 @@ def test_no_step_computes_in_float64_which_a_mac_lacks(tmp_path, recipe, monkeyp
 
     doubles = []
     monkeypatch.setattr(train.Step, "forward", watched)
-    run(tmp_path, "--recipe", recipe, "--steps", "9", "--stop-at", "1", "--queue", "20", "--fusion-layers", "2")
+    run(tmp_path, "--recipe", recipe, "--steps", "9", "--queue", "20", "--fusion-layers", "2", stop_at=1)
     assert not doubles
 
 

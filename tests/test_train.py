@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         [
             "--queue",
             "20",
-            "--itm-negatives",
+            "--negatives",
             "similar",
             "--alpha",
             "0.4",
@@ -108,7 +108,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
             "--word-mask",
             "true",
         ],
-        ["--recipe", "albef", "--sampler", "hard", "--alpha", "0.4"],
+        ["--recipe", "albef", "--negatives", "hard", "--alpha", "0.4"],
         ["--recipe", "softmask", "--fusion-layers", "2", "--alpha", "0.4"],
         ["--recipe", "fashionfine", "--alpha", "0.4", "--queue", "20"],
     ],
@@ -117,7 +117,7 @@ def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
     """Six steps cross an epoch: 12 products have about 42 photos, six batches of eight."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(whole, "--steps", "6", *flags)
-    assert run(halves, "--steps", "6", "--stop-at", "3", *flags) is None
+    assert run(halves, "--steps", "6", *flags, stop_at=3) is None
     assert checkpoint(halves)["step"] == 3
     resume(halves)
     same_state(checkpoint(whole), checkpoint(halves))
@@ -132,8 +132,8 @@ def test_threads_change_nothing_about_resuming(tmp_path):
     flags = ["--recipe", "softmask", "--steps", "2", "--products", "10", "--val-products", "2", "--batch-size", "16"]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    for out, more in (("whole", []), ("halves", ["--stop-at", "1"])):
-        train.train(*parse_config([*flags, *more, "--out", str(tmp_path / out)]))
+    for out, stop_at in (("whole", None), ("halves", 1)):
+        train.train(*parse_config([*flags, "--out", str(tmp_path / out)]), stop_at)
     resume(tmp_path / "halves")
     torch.set_num_threads(before)
     same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
@@ -150,7 +150,7 @@ def test_workers_change_nothing(tmp_path, capsys):
 def test_overfits_one_batch(recipe):
     """Four products, no crop, no soft targets: every objective goes down to its floor."""
     torch.manual_seed(0)
-    flags = ["--dropout", "0", "--alpha", "0", "--itm-negatives", "random", *FAST_FOR[recipe]]
+    flags = ["--dropout", "0", "--alpha", "0", "--negatives", "random", *FAST_FOR[recipe]]
     config, _ = parse_config([*FAST, "--recipe", recipe, *flags])
     dataset = Synthetic("train", 4, 32, progress=False)
     dataset.prompts = config.prompts
@@ -235,7 +235,7 @@ def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
 def test_each_part_of_fashionfine_is_a_switch():
     """Without local tokens, alignment, detector and focal loss, what is left is the base on one masked text."""
     parts = {
-        "adapter": ["--local-image", "0", "--local-text", "0"], "alignment": ["--no-alignment"],
+        "adapter": ["--no-local-tokens"], "alignment": ["--no-alignment"],
         "detector": ["--no-detector"], "focal": ["--focal-gamma", "0", "--itc-weight", "1"],
     }  # fmt: skip
     flat = lambda chosen: [flag for flags in chosen for flag in flags]
@@ -341,7 +341,7 @@ def wait_for_steps(process, out, count=1):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
-    process = start(tmp_path, "--steps", "100000", "--save-every", "1", "--log-every", "1", "--workers", "1")
+    process = start(tmp_path, "--steps", "100000", "--val-every", "1", "--log-every", "1", "--workers", "1")
     wait_for_steps(process, tmp_path)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
@@ -349,12 +349,12 @@ def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
     assert f"({number.name}); saved in" in output
     step = checkpoint(tmp_path)["step"]
     assert lines(tmp_path)[-1]["step"] == step
-    assert resume(tmp_path, "--stop-at", str(step + 1)) is None and checkpoint(tmp_path)["step"] == step + 1
+    assert resume(tmp_path, stop_at=step + 1) is None and checkpoint(tmp_path)["step"] == step + 1
 
 
 def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     for attempt in range(KILLS):
-        process = start(tmp_path / str(attempt), "--steps", "100000", "--save-every", "1", "--log-every", "1")
+        process = start(tmp_path / str(attempt), "--steps", "100000", "--val-every", "1", "--log-every", "1")
         wait_for_steps(process, tmp_path / str(attempt), count=2)
         time.sleep(0.113 * attempt % 1)
         process.kill()
@@ -362,7 +362,7 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         step = checkpoint(tmp_path / str(attempt))["step"]
         with open(tmp_path / str(attempt) / "metrics.jsonl", "a") as file:
             file.write('{"step": 999')  # a line half written
-        resume(tmp_path / str(attempt), "--stop-at", str(step + 2))
+        resume(tmp_path / str(attempt), stop_at=step + 2)
         steps = [line["step"] for line in lines(tmp_path / str(attempt)) if "loss" in line]
         assert steps == sorted(set(steps)) and steps[-1] == step + 2
 
@@ -378,7 +378,7 @@ def test_what_is_not_finite_is_said_a_step_later_and_reaches_no_weights(tmp_path
 
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
     with pytest.raises(NonFiniteLoss, match=r"step 4: .*; there is no checkpoint yet"):
-        run(tmp_path, "--steps", "9", "--save-every", "100", "--log-every", "100", "--dropout", "0")
+        run(tmp_path, "--steps", "9", "--val-every", "100", "--log-every", "100", "--dropout", "0")
     assert len(weights) == 5  # the fifth step was begun, with the weights and the optimiser of the fourth
     assert all(map(torch.equal, weights[4], weights[3])) and set(steps[4]) == set(steps[3]) == {3}
     assert not all(map(torch.equal, weights[3], weights[2]))
@@ -420,7 +420,7 @@ def test_what_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, m
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
     said = r"step 4: .*grad_norm nan" if of_gradient else r"step 4: itm and grad_norm not finite .*itm nan.*last.pt"
     with pytest.raises(NonFiniteLoss, match=said):
-        run(tmp_path, "--steps", "6", "--save-every", "1")
+        run(tmp_path, "--steps", "6", "--val-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
 
@@ -456,7 +456,7 @@ def test_every_other_flag_runs(tmp_path):
     """What the defaults and the other tests leave alone, on the schedule of `base`, for one epoch."""
     flags = "--preset base --epochs 1 --seed 3 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
     flags += (
-        " --mlm-ratio 0.3 --sampler hard --itm-negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
+        " --mlm-ratio 0.3 --negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
         " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-share 0.5 --mask-warmup 2"
     )
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
@@ -477,10 +477,10 @@ def compiled_by(backend, **other):
 
 @pytest.mark.whole
 def test_compiled_run_equals_eager_and_compiles_in_its_first_steps_alone(tmp_path):
-    flags = ["--epochs", "2", "--val-every", "2", "--stop-at", "3"]
-    run(tmp_path / "eager", *flags)
+    flags = ["--epochs", "2", "--val-every", "2"]
+    run(tmp_path / "eager", *flags, stop_at=3)
     with compiled_by(counter := CompileCounter()):
-        run(tmp_path / "compiled", *flags, "--compile")
+        run(tmp_path / "compiled", *flags, "--compile", stop_at=3)
         one, two = checkpoint(tmp_path / "eager")["model"], checkpoint(tmp_path / "compiled")["model"]
         assert one.keys() == two.keys()
         for name in one:
@@ -504,7 +504,7 @@ def known_masks(flags, monkeypatch):
     """The attention is on the last patches and words alone, so a synchronized mask is known in advance. -> what chooses
     masks by a seed, the batch, its last words (6, L)."""
     config, _ = parse_config(
-        [*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--word-score", "entropy", "--word-pool", "0", *flags]
+        [*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--mask-source", "clean", "--word-pool", "0", *flags]
     )
     dataset = Synthetic("train", 8, 32, progress=False)
     dataset.truths = True
@@ -516,7 +516,7 @@ def known_masks(flags, monkeypatch):
     last_words = (described.cumsum(1) > first) & described
     attention = torch.zeros(6, 1, described.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
-    monkeypatch.setattr("harness.wiring.momentum_attention", lambda *_: [attention])
+    monkeypatch.setattr("harness.wiring.clean_attention", lambda *_: [attention])
 
     teacher = teach(state, batch | {"images": data.normalise(batch["images"])})
 
