@@ -1,5 +1,8 @@
-"""The eight exercises that check themselves: which functions each asks for, and which of the project's own tests they have
-to pass; how one is put in the place of the other."""
+"""The eight exercises that check themselves.
+
+For each: the functions to write, the project's own tests that they have to pass; and how one is put in the place of the
+other.
+"""
 
 import contextlib
 import importlib
