@@ -238,16 +238,19 @@ def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
     return dict(zip(TOKEN_KEYS, map(torch.tensor, columns), strict=False))
 
 
-def telling_pieces(tokenizer: Tokenizer, captions: list[str], frequent: float) -> tuple[Tensor, Tensor]:
+FREQUENT = 0.75  # words in a larger share of the captions tell nothing, and are not masked (choice)
+
+
+def telling_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
     """For `masking.which_words`: pieces that continue a word; those that are no punctuation and stand in no more than
-    the share `frequent` of the different captions. -> (V,), (V,) bool."""
+    the share FREQUENT of the different captions. -> (V,), (V,) bool."""
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     wordings, counts = list(dict.fromkeys(captions)), torch.zeros(len(pieces))
     for start in tqdm(range(0, len(wordings), 1000), "counting words", leave=False, disable=None):
         for encoding in tokenizer.encode_batch(wordings[start : start + 1000], add_special_tokens=False):
             counts[list(set(encoding.ids))] += 1
     spelt = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
-    return torch.tensor([piece.startswith("##") for piece in pieces]), spelt & (counts <= frequent * len(wordings))
+    return torch.tensor([piece.startswith("##") for piece in pieces]), spelt & (counts <= FREQUENT * len(wordings))
 
 
 @dataclass

@@ -14,9 +14,7 @@ best on products held out from the training split; results.json, that step on th
 picture: examples.png, or confusion.png with classes.tsv.
 """
 
-import harness.start  # noqa: F401  isort: skip
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +47,6 @@ from measures.pictures import draw_answers, draw_confusion
 from measures.scores import (
     Figures,
     RankedTriplets,
-    fold_rankings,
     full_rankings,
     recalls_of,
     recognition_scores,
@@ -93,7 +90,7 @@ class Task:
 
 
 class Retrieval(Task):
-    """Cross-modal retrieval: ITC + ITM; full and sampled protocol, or where photos have several captions folds."""
+    """Cross-modal retrieval: ITC + ITM; full protocol and, where a photo has one caption, the sampled one."""
 
     select = "val_mean"
     panels = {
@@ -101,7 +98,6 @@ class Retrieval(Task):
         "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
     }
     queries, negatives, draws = 1000, 100, 5  # of the sampled protocol
-    fold = 1000  # photos, COCO's
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
@@ -135,8 +131,8 @@ class Retrieval(Task):
             raise DataError("one product is no gallery to search in; give more")
         top, protocol = self.config.rerank, f"full: {len(rows):,} photos, {len(texts):,} texts, "
         if dataset.several:
-            more = [*fold_rankings(*gallery, self.fold, top)]
-            protocol += "all captions of each" + (f"; fold: {len(more) // 2} of {self.fold:,} photos" if more else "")
+            more = []
+            protocol += "all captions of each"
         else:
             kinds, counts = numbers_of([dataset.subcategories[row] for row in rows]), (self.queries, self.negatives)
             more, alike = sampled_rankings(*gallery[:3], kinds, *counts, self.draws, self.config.seed, top)
@@ -325,7 +321,9 @@ class Recognition(Task):
         return run.model.class_logits(run.model.fuse_cls(text_embeds, keep, image_embeds))
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
-        """Cross-entropy."""
+        """Cross-entropy; of the head alone, on encoders in evaluation mode, with --freeze."""
+        if self.config.freeze:
+            run.model.eval()
         logits, labels = self.logits(run, batch), self.train_classes[batch["rows"]]
         return {"class": cross_entropy(logits, labels)}, {"accuracy": accuracy(logits, labels)}
 
@@ -432,6 +430,9 @@ def train_task(
     config, run = task.config, build_run(task.config, train_set, read_tokenizer(source, task.config.checkpoint))
     if state is None and not config.from_scratch:
         load_weights(run, source, config.checkpoint)
+    if config.freeze:
+        run.model.requires_grad_(False)
+        run.model.class_head.requires_grad_(True)
     name = f"{config.task} from {'scratch' if config.from_scratch else config.checkpoint}"
 
     def validate(run: Run) -> tuple[Figures, list[str]]:
@@ -477,7 +478,6 @@ def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> di
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from harness.start
     try:
         if torch.distributed.is_torchelastic_launched():
             raise ConfigError("fine-tuning and search run in one process; start without torchrun")

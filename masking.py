@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from model import MomentumModel, Photos
 
-HeadReduction = Literal["mean", "max"]
-WordScore = Literal["gain", "max", "mass", "entropy"]
-PatchScore = Literal["all", "masked"]
-MaskSource = Literal["attention", "gradcam", "hidden"]
+MaskSource = Literal["masked", "clean"]
 
 
 def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tensor:
@@ -87,52 +84,36 @@ def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return patch_mask.byte().argsort(dim=1, stable=True).tensor_split([patches - patch_count(patches, ratio)], dim=1)
 
 
-def momentum_attention(
-    momentum: MomentumModel, batch: dict, photos: Photos, text_embeds_m: Tensor, source: MaskSource, mask_id: int,
-    generator: torch.Generator | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """The momentum model's cross-attention that masks are made of: one map (B, h, L, N) a fusion layer, detached.
+@torch.no_grad()
+def clean_attention(momentum: MomentumModel, batch: dict, photos: Photos, text_embeds_m: Tensor) -> list[Tensor]:
+    """The momentum model's cross-attention of the clean pair, the plainest reading of SyncMask.
 
-    attention  A, of the clean pair: the plainest reading of SyncMask
-    gradcam    A · max(0, ∂ match logit / ∂A), of the clean pair (Grad-CAM, as in ALBEF's grounding), from every layer
-               except the last, where only the row of [CLS] reaches the match logit
-    hidden     row w of A while word w is hidden: a word that is there needs not look at the photo, a hidden one must.
-               Two passes, each with one random half of the words hidden (choice)
-
-    batch: token_ids, attention_mask, words (B, L) · the clean pair: photos, by `momentum.look`, text_embeds_m (B, L, D)
+    batch: attention_mask (B, L) · photos, by `momentum.look` · text_embeds_m (B, L, D)
+    -> one map (B, h, L, N) a fusion layer
     """
-    if source == "hidden":
-        return hidden_words(momentum, batch, photos, mask_id, generator)[0]
-    keep = batch["attention_mask"]
-    if source == "attention":
-        with torch.no_grad():
-            return momentum.fusion(text_embeds_m, keep, photos, return_attention=True)[1]
-    with torch.enable_grad():
-        text = text_embeds_m.detach().requires_grad_()
-        fused, attentions = momentum.fusion(text, keep, photos, return_attention=True)
-        gradients = torch.autograd.grad(momentum.itm_logits(fused)[:, 1].sum(), attentions[:-1])
-    return [(a * g.clamp(min=0)).detach() for a, g in zip(attentions[:-1], gradients, strict=True)]
+    return momentum.fusion(text_embeds_m, batch["attention_mask"], photos, return_attention=True)[1]
 
 
 @torch.no_grad()
 def hidden_words(
-    momentum: MomentumModel, batch: dict, photos: Photos, mask_id: int, generator: torch.Generator | None = None,
-    answers: bool = False,
-) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
-    """Every word hidden in one of two passes, each with a random half of the others. -> the attention of its row, a map
-    (B, h, L, N) a layer; with `answers` (2, B, L) its log-probability, by the photo and by another one of the batch.
+    momentum: MomentumModel, batch: dict, photos: Photos, mask_id: int, generator: torch.Generator | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The momentum model's cross-attention of each word while the word is masked, and how well it predicts the word
+    (choice). A word that is there needs not attend to the image; a masked word must. There are two passes, and each
+    masks one random half of the words.
 
-    log p(w | photo, rest of the text),   log p(w | another photo, rest of the text)
+    log p(w | own image, rest of the caption),   log p(w | another image of the batch, rest of the caption)
+    batch: token_ids, attention_mask, words (B, L) · photos, by `momentum.look`
+    -> one map (B, h, L, N) a fusion layer, log-probabilities (2, B, L)
     """
     ids, words = batch["token_ids"], batch["words"]
     half = random_word_mask(words, 0.5, generator)
     hidden = torch.stack([half, (words > 0) & ~half])  # (2, B, L)
-    keep, rows = batch["attention_mask"].repeat(2, 1), torch.arange(len(ids), device=ids.device)
+    keep = batch["attention_mask"].repeat(2, 1)
+    rows = torch.arange(len(ids), device=ids.device)
     text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
     fused, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows.repeat(2))
     attentions = [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
-    if not answers:
-        return attentions, None
     others = momentum.fusion(text, keep, photos, rows=rows.roll(len(rows) // 2).repeat(2))  # far off in grouped batches
     log_p = []
     for tokens in (fused, others):  # of all tokens: asking a GPU how many are words would make it wait
@@ -178,63 +159,47 @@ class PhotoWorth(nn.Module):
         return 5 * (usual / 0.1).clamp(max=1) + z.clamp(-3, 3) + s.clamp(-3, 3)
 
 
-def read_layer(attentions: list[Tensor], layer: int, heads: HeadReduction) -> Tensor:
-    """One layer of the attention maps (B, h, L, N), numbered from 1; or with 0 what all layers agree on, (B, 1, L, N):
-    their geometric mean, heads reduced first, since those of different layers have nothing to do with each other."""
-    if layer:
-        return attentions[layer - 1]
-    maps = torch.stack([a.float().mean(dim=1) if heads == "mean" else a.float().amax(dim=1) for a in attentions])
-    return maps.clamp(min=1e-12).log().mean(dim=0).exp()[:, None]
+def average_attention(attentions: list[Tensor]) -> Tensor:
+    """What the layers agree on: the geometric mean over layers of the mean over heads, for the patches alone (choice).
+
+    attentions: one map (B, h, L, N) a layer, image CLS first -> (B, L, P), detached
+    """
+    maps = torch.stack([attention.detach().float().mean(dim=1) for attention in attentions])  # (layers, B, L, N)
+    return maps.clamp(min=1e-12).log().mean(dim=0).exp()[..., 1:]
 
 
-def reduce_heads(attention: Tensor, heads: HeadReduction = "mean") -> Tensor:
-    """Attention to the patches alone, the column of the image CLS dropped. (B, h, L, N) -> (B, L, P)."""
-    patches = attention[..., 1:].detach().float()
-    return patches.mean(dim=1) if heads == "mean" else patches.amax(dim=1)
+def concentration(attention: Tensor) -> Tensor:
+    """Scores of words by their attention (B, L, P), -> (B, L): the negative entropy over the patches, minus a penalty
+    for attention that falls on no patch, but on the image CLS, or where layers do not agree (choice).
+
+    Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],   q = A[w, p] / Σ_p A[w, p]
+    """
+    attention = attention + 1e-12
+    q = attention / attention.sum(dim=2, keepdim=True)
+    return (q * attention.log()).sum(dim=2)
 
 
 def sync_mask(
-    attention: Tensor, word_mask: Tensor, patch_ratio: float, word_ratio: float, heads: HeadReduction = "mean",
-    word_score: WordScore | Tensor = "entropy", patch_score: PatchScore = "masked", pool: float = 0.0,
+    attention: Tensor, scores: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, pool: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Synchronized masks: the words and the patches where text and photo have most to do with each other (SyncMask,
+    """Synchronized masks: the words with the highest scores, and the patches that these words attend to most (SyncMask,
     Song et al. 2024; how scores come out of the attention is our choice).
 
-    attention (B, h, L, N): cross-attention of the text tokens to the image tokens, CLS first
-    word_mask (B, L): the words that may be masked, as `words` · patch_ratio, word_ratio: shares to mask
-    pool: share of the words, those with the highest scores, of which the masked ones are drawn; above word_ratio others
-    are masked from epoch to epoch, and some are left to restore them from
+    attention (B, L, P), scores (B, L) of the words · words (B, L): which may be masked · patch_ratio, word_ratio:
+    shares to mask · pool: share of the words, with the highest scores, of which the masked words are drawn; above
+    word_ratio others are masked from epoch to epoch
     -> patch mask (B, P), word mask (B, L); exact counts, as the random masks'. CLS, [CLS], [SEP], [PAD] never.
-
-    word_score    (B, L)   scores of one's own, such as those of `PhotoWorth`
-                  max      the most that the word attends to any one patch
-                  mass     what it attends to the patches that all words together attend to most
-                  entropy  how concentrated its attention is: the negative entropy over the patches, minus a penalty for
-                           attention that falls on no patch (but on the image CLS, or where layers do not agree)
-    patch_score   all      how much the words attend to the patch, on average
-                  masked   the same of the words just masked: they and the patches are hidden together
     """
-    a, words, word_mask = reduce_heads(attention, heads), word_mask, word_mask > 0  # (B, L, P), (B, L), (B, L)
-    patches = patch_count(a.shape[2], patch_ratio)
-    everything = torch.ones_like(a[:, 0], dtype=torch.bool)
-    # s_p = mean over words of A[w, p]
-    mean_over = lambda words: (a * words[..., None]).sum(dim=1) / words.sum(dim=1, keepdim=True).clamp(min=1)
-    if isinstance(word_score, Tensor):
-        word_scores = word_score
-    elif word_score == "max":
-        word_scores = a.amax(dim=2)  # (B, L)
-    elif word_score == "mass":
-        word_scores = (a * mask_top(mean_over(word_mask), everything, patches)[:, None]).sum(dim=2)
-    else:
-        # Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],  q = A[w, p] / Σ_p A[w, p]
-        q = (a + 1e-12) / (a + 1e-12).sum(dim=2, keepdim=True)
-        word_scores = (q * (a + 1e-12).log()).sum(dim=2)
-    best = mask_words(untied(word_scores, generator), words, max(pool, word_ratio))
+    best = mask_words(untied(scores, generator), words, max(pool, word_ratio))
     draws = torch.rand(best.shape, device=best.device, generator=generator)
     masked_words = mask_words(best + draws, words, word_ratio)
-    patch_scores = mean_over(masked_words if patch_score == "masked" else word_mask)  # (B, P)
-    return mask_top(untied(patch_scores, generator), everything, patches), masked_words
+    # s_p = mean over masked words of A[w, p]
+    total = masked_words.sum(dim=1, keepdim=True).clamp(min=1)
+    patch_scores = (attention * masked_words[..., None]).sum(dim=1) / total  # (B, P)
+    every_patch = torch.ones_like(patch_scores, dtype=torch.bool)
+    count = patch_count(attention.shape[2], patch_ratio)
+    return mask_top(untied(patch_scores, generator), every_patch, count), masked_words
 
 
 def true_mask(
@@ -254,15 +219,28 @@ def true_mask(
     return mask_top(scores, everything, patch_count(regions.shape[2], patch_ratio)), masked_words
 
 
-def soft_mask(attention: Tensor, gradient: Tensor, word_index: Tensor) -> Tensor:
-    """How much each patch has to do with one word, by Grad-CAM of the match logit s: what a soft mask suppresses
-    (text-driven soft masks, Park & Han 2023; the mean over heads and the normalisation are our choice).
+def grad_cam(attention: Tensor, score: Tensor) -> Tensor:
+    """Grad-CAM of the match logit with respect to cross-attention (ALBEF's grounding): A · max(0, ∂s/∂A).
 
-    G = mean_h A · max(0, ∂s/∂A), in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
-    attention, gradient (B, h, L, N), image CLS first; word_index (B,) -> (B, P) in [0, 1], detached.
+    attention (B, h, L, N) in the graph of the score, a scalar; the graph is kept -> (B, h, L, N), detached
     """
-    maps = (attention * gradient.clamp(min=0)).detach().float()
-    heat = maps[torch.arange(len(maps), device=maps.device), :, word_index, 1:].mean(dim=1)  # (B, P)
+    (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
+    return (attention * gradient.clamp(min=0)).detach()
+
+
+def middle_layer(layers: int) -> int:
+    """The fusion layer that soft masks read, from 0 on: the third of six, as ALBEF's grounding (choice)."""
+    return (layers + 1) // 2 - 1
+
+
+def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
+    """How much each patch has to do with one word: what a soft mask suppresses (text-driven soft masks, Park & Han
+    2023; the mean over heads and the normalisation are our choice).
+
+    G = mean_h maps, in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
+    maps (B, h, L, N) by `grad_cam`, image CLS first; word_index (B,) -> (B, P) in [0, 1]
+    """
+    heat = maps.float()[torch.arange(len(maps), device=maps.device), :, word_index, 1:].mean(dim=1)  # (B, P)
     low, high = heat.amin(dim=1, keepdim=True), heat.amax(dim=1, keepdim=True)
     return (heat - low) / (high - low + 1e-7)
 

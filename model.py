@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+EMBED_DIM = 256  # width E of the contrastive space
+IMAGE_LOCAL, TEXT_LOCAL = 0.05, 0.25  # shares of patches and words in a feature (Fashion-FINE)
 NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
 
 
@@ -40,15 +42,12 @@ class ModelConfig:
     vision_layers: int = setting(4, "ViT layers")
     text_layers: int = setting(2, "text encoder layers")
     fusion_layers: int = setting(2, "fusion encoder layers")
-    mim_layers: int = setting(1, "layers of the light decoder of masked image modelling")
     patch_layer: int = setting(0, "ViT layer whose patch tokens are put out; 0: the last", low=0)
     registers: int = setting(0, "register tokens in the ViT, dropped at its output", low=0)
     cls_context: bool = setting(True, "fusion also looks at the image's CLS token", low=0)
-    local_image: float = setting(0.0, "share of the patches in a photo's feature, beside CLS", low=0, high=1)
-    local_text: float = setting(0.0, "share of the words in a text's feature, beside [CLS]", low=0, high=1)
+    local_tokens: bool = setting(False, "patches and words have a share in the features, beside CLS and [CLS]", low=0)
     alignment: bool = setting(False, "category symbol and phrases are aligned with the photo", low=0)
     detector: bool = setting(False, "head that tells replaced words", low=0)
-    embed_dim: int = setting(256, "width E of the contrastive space")
     max_length: int = setting(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
     dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.5)
     vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6, high=10**7)
@@ -369,7 +368,7 @@ class PatchDecoder(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
         self.position_embed = nn.Parameter(patch_waves(config.grid, config.width)[None])  # (1, P, D)
-        self.layers = nn.ModuleList(VisionLayer(config, cross=True) for _ in range(config.mim_layers))
+        self.layers = nn.ModuleList([VisionLayer(config, cross=True)])
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
 
@@ -436,14 +435,14 @@ class VisionLanguageModel(nn.Module):
         self.vision = VisionTransformer(config)
         self.text = TextEncoder(config)
         self.fusion = FusionEncoder(config)
-        self.vision_proj = nn.Linear(config.width, config.embed_dim)
-        self.text_proj = nn.Linear(config.width, config.embed_dim)
+        self.vision_proj = nn.Linear(config.width, EMBED_DIM)
+        self.text_proj = nn.Linear(config.width, EMBED_DIM)
         self.itm_head = nn.Linear(config.width, 2)
         self.mlm_head = word_head(config.width)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder = PatchDecoder(config)
         self.class_head = nn.Linear(config.width, config.classes) if config.classes else None
-        self.adapter = LocalAdapter(config.width) if config.local_image or config.local_text else None
+        self.adapter = LocalAdapter(config.width) if config.local_tokens else None
         self.phrases = Phrases(config.width) if config.alignment else None
         self.detector = word_head(config.width, nn.Linear(config.width, 2)) if config.detector else None
         self.temp = nn.Parameter(torch.tensor(0.07))
@@ -466,17 +465,21 @@ class VisionLanguageModel(nn.Module):
         return unit(self.text_proj(text_embeds[:, 0]))
 
     def image_feature(self, image_embeds: Tensor) -> Tensor:
-        """What photos are compared by, image_embeds (B, N, D) -> (B, E): `project_image`, or with `local_image` = r
+        """What photos are compared by, image_embeds (B, N, D) -> (B, E): `project_image`, or with `local_tokens`
         Fashion-FINE's integrated feature, f = norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), l of the patches."""
-        cls_feat, r = self.project_image(image_embeds), self.config.local_image
-        return mix(cls_feat, unit(self.vision_proj(self.adapter(image_embeds[:, 1:]))), r) if r else cls_feat
+        cls_feat = self.project_image(image_embeds)
+        if not self.config.local_tokens:
+            return cls_feat
+        return mix(cls_feat, unit(self.vision_proj(self.adapter(image_embeds[:, 1:]))), IMAGE_LOCAL)
 
     def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same of texts (B, L, D) with attention_mask (B, L), by `project_text` and `local_text` -> (B, E); l of
+        """The same of texts (B, L, D) with attention_mask (B, L), by `project_text` -> (B, E); l of
         the tokens from position 2 on, whether there is a symbol at position 1 or not (so do the authors)."""
-        cls_feat, r = self.project_text(text_embeds), self.config.local_text
+        cls_feat = self.project_text(text_embeds)
+        if not self.config.local_tokens:
+            return cls_feat
         keep = attention_mask[:, 2:].bool()
-        return mix(cls_feat, unit(self.text_proj(self.adapter(text_embeds[:, 2:], keep))), r) if r else cls_feat
+        return mix(cls_feat, unit(self.text_proj(self.adapter(text_embeds[:, 2:], keep))), TEXT_LOCAL)
 
     def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """What C-CmA aligns with the photo: the category symbol, the token at position 1, and the phrases after it.
@@ -563,7 +566,7 @@ class MomentumModel(nn.Module):
 class FeatureQueue(nn.Module):
     """The last K momentum features with their products and captions, for more ITC negatives (MoCo, ALBEF)."""
 
-    def __init__(self, length: int, embed_dim: int):
+    def __init__(self, length: int, embed_dim: int = EMBED_DIM):
         super().__init__()
         self.register_buffer("image_feat", torch.zeros(length, embed_dim))
         self.register_buffer("text_feat", torch.zeros(length, embed_dim))

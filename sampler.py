@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 SamplerMode = Literal["random", "hard", "semihard"]
+SEARCH_SIZE = 1920  # items in a search block (GRIT-VLP's M)
 
 
 class Alone:
@@ -55,9 +56,9 @@ class GroupedBatchSampler:
     """
 
     def __init__(
-        self, dataset_size: int, batch_size: int, search_size: int = 1920, mode: SamplerMode = "random",
+        self, dataset_size: int, batch_size: int, mode: SamplerMode = "random",
         product_ids: np.ndarray | None = None, caption_ids: np.ndarray | None = None, seed: int = 0,
-        pool_blocks: int = 4, margin: float = 0.0, ranks: Alone | None = None,
+        search_size: int = SEARCH_SIZE, pool_blocks: int = 4, margin: float = 0.0, ranks: Alone | None = None,
     ):  # fmt: skip
         if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
             raise ValueError(

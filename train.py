@@ -12,10 +12,8 @@ step, in photos or captions; "to [CLS]" where the last fusion layer makes [CLS] 
 What a run leaves in --out: config.json, metrics.jsonl (its keys: harness/log.py), curves.png, masks.png, last.pt.
 """
 
-import harness.start  # noqa: F401  isort: skip
 import json
 import os
-import signal
 import sys
 import time
 import zlib
@@ -30,7 +28,16 @@ from torch import Tensor
 from data import build_dataset, telling_pieces, word_regions
 from harness.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
 from harness.checkpoints import begin, restore, save_checkpoint
-from harness.config import FREE_ON_RESUME, TrainConfig, check_flags, ema_decay, learning_rate, parse_config
+from harness.config import (
+    FREE_ON_RESUME,
+    MAX_GRAD_NORM,
+    TrainConfig,
+    check_flags,
+    ema_decay,
+    grouping_of,
+    learning_rate,
+    parse_config,
+)
 from harness.flags import ConfigError, in_one_line
 from harness.host import claimed
 from harness.log import Metrics, Progress, StopSignals
@@ -51,7 +58,7 @@ from harness.wiring import (
     wrong_pairs,
 )
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
-from masking import random_patch_mask, random_word_mask, soft_mask, split_patches, true_mask
+from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask, split_patches, true_mask
 from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
 from measures.truth import truth, truth_in_words
 from measures.validation import validate
@@ -227,13 +234,15 @@ def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], 
     ṽ_p = (1 − M_p) · v_p, the CLS as it is. A text without any such word leaves its photo as it is.
 
     By Grad-CAM of the model in training itself, on its `matching` tokens and their attentions, one a layer."""
-    attention = attentions[(run.config.mask_layer or (len(attentions) + 1) // 2) - 1]  # unless said, the middle layer's
     score = run.model.itm_logits(matching)[:, 1].sum()  # pairs are independent, so one gradient serves all
-    (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)  # the losses need the graph as well
+    maps = grad_cam(attentions[middle_layer(len(attentions))], score)
     any_word = words.any(dim=1, keepdim=True)
     word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
-    soft = soft_mask(attention, gradient, word) * any_word  # (B, P)
+    soft = soft_mask(maps, word) * any_word  # (B, P)
     return torch.cat([image_embeds[:, :1], image_embeds[:, 1:] * (1 - soft[..., None]).to(image_embeds.dtype)], dim=1)
+
+
+TRUE_RATIO = 0.5  # share of the words that an image shows, which true masks hide (choice)
 
 
 def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tensor]:
@@ -243,7 +252,7 @@ def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tenso
     word_mask = random_word_mask(words, config.mlm_ratio, run.generator)
     chosen, modes = {}, {config.patch_mask, config.word_mask}
     if "true" in modes:
-        shares = config.mim_ratio, config.true_ratio
+        shares = config.mim_ratio, TRUE_RATIO
         chosen["true"] = true_mask(word_regions(batch, config.model.grid), words, *shares, run.generator)
     if "sync" in modes and run.step >= config.mask_warmup:
         chosen["sync"] = synchronize(run, batch, teacher, run.generator)[1:]
@@ -268,15 +277,16 @@ def detect_replaced(
     return loss, run.ranks.mean(accuracy(logits, found), found >= 0)
 
 
-def train(config: TrainConfig, given: set[str] = frozenset()) -> dict | None:
+def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | None = None) -> dict | None:
     """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early.
 
-    Under torchrun every process calls this; the lines of all but the first lack the validation."""
+    stop_at: save and stop after this step. Under torchrun every process calls this; the lines of all but the first lack
+    the validation."""
     with claimed(Path(config.out)):
-        return pretrain(*begin(config, given, check_flags))
+        return pretrain(*begin(config, given, check_flags), stop_at)
 
 
-def pretrain(config: TrainConfig, state: dict | None) -> dict | None:
+def pretrain(config: TrainConfig, state: dict | None, stop_at: int | None = None) -> dict | None:
     """`train` by a recipe, from the start or from a checkpoint's state."""
     ranks = Ranks.join(config.device)
     where = config.model.image_size, config.seed, config.products
@@ -287,11 +297,14 @@ def pretrain(config: TrainConfig, state: dict | None) -> dict | None:
     tokenizer = read_tokenizer(state, f"{config.out}/last.pt") if state else learn_vocabulary(config, train_set)
     report_cut_texts(train_set, tokenizer)
     run = build_run(config, train_set, tokenizer, ranks)
-    run.telling = telling_pieces(tokenizer, train_set.captions, config.frequent)
+    run.telling = telling_pieces(tokenizer, train_set.captions)
     train_set.truths = "true" in (config.patch_mask, config.word_mask)
     ranks.check_same("training photos or vocabularies", zlib.crc32(tokenizer.to_str().encode(), run.data))
-    if not state and (config.vision_weights or config.text_weights or config.weights):
-        print(load_pretrained(run.model, config.vision_weights, config.text_weights, config.weights))
+    if config.weights and not state:
+        report = load_pretrained(run.model, config.weights)
+        if not config.vocab and report.kinds.keys() != {"ViT"}:
+            raise ConfigError("--weights of text need --vocab: word embeddings belong to their vocabulary")
+        print(report)
         run.momentum.update(run.model, decay=0)
 
     def held_out(run: Run) -> tuple[dict[str, float], list[str]]:
@@ -299,18 +312,18 @@ def pretrain(config: TrainConfig, state: dict | None) -> dict | None:
         return figures | known, [*chance, *truth_in_words(known)]
 
     job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
-    final = work(run, job, train_set, state)
+    final = work(run, job, train_set, state, stop_at)
     if ranks.leads:
         draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
     return final
 
 
-def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict | None:
+def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None, stop_at: int | None = None) -> dict | None:
     """The loop over `dataset`, from the start or from a checkpoint's state, with what it leaves in --out."""
     config, ranks, out = run.config, run.ranks, Path(run.config.out)
     run.sampler = GroupedBatchSampler(
-        len(dataset), config.batch_size, config.search_size, config.sampler, dataset.product_ids,
-        dataset.caption_ids, config.seed, margin=config.margin, ranks=ranks,
+        len(dataset), config.batch_size, grouping_of(config), dataset.product_ids, dataset.caption_ids, config.seed,
+        margin=config.margin, ranks=ranks,
     )  # fmt: skip
     if len(dataset) // len(run.sampler) < ranks.count:
         raise ConfigError(f"--batch-size {config.batch_size}: too few photos for {ranks.count} processes")
@@ -331,14 +344,16 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None) -> dict 
     progress = Progress(run, metrics)
     try:
         with StopSignals(second_stops=ranks.count == 1) as stop:
-            return loop(run, job, dataset, progress, stop)
+            return loop(run, job, dataset, progress, stop, stop_at)
     finally:
         progress.bar.close()  # or an error would stand behind it
         if ranks.leads and any("loss" in line for line in metrics.lines):
             draw_curves(metrics.lines, out / "curves.png", job.panels)
 
 
-def loop(run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: StopSignals) -> dict | None:
+def loop(
+    run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: StopSignals, stop_at: int | None
+) -> dict | None:
     """schedule → forward → backward → clip → step → EMA → log → save → validate, until the last step."""
     config, ranks, last = run.config, run.ranks, Path(run.config.out) / "last.pt"
     batches, forward = endless_batches(run, dataset), ranks.parallel(Step(run, job))
@@ -355,7 +370,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: St
             losses, figures = forward(augmented(run, batch))
             loss = sum(losses.values())
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
             values = losses | figures | {"loss": loss, "grad_norm": grad_norm}
             watch.note(values)
             run.optimizer.step()
@@ -368,9 +383,8 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: St
         run.sampler.set_epoch(*divmod(run.step, len(run.sampler)))
 
         done = run.step == run.total_steps
-        stopping = ranks.on_any(not done and (bool(stop.caught) or run.step == config.stop_at))
-        log, save = (done or stopping or not run.step % n for n in (config.log_every, config.save_every))
-        save = save or not run.step % config.val_every
+        stopping = ranks.on_any(not done and (bool(stop.caught) or run.step == stop_at))
+        log, save = (done or stopping or not run.step % n for n in (config.log_every, config.val_every))
         watch.check(now=log or save)
         progress.count(sum(ranks.rows) if values else 0, time.perf_counter() - start)
         if values and log:
@@ -379,7 +393,7 @@ def loop(run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: St
             save_checkpoint(run, last)
         if stopping:
             run.writer.wait()
-            return progress.stop("--stop-at" if run.step == config.stop_at else stop.caught or "signal")
+            return progress.stop("as asked" if run.step == stop_at else stop.caught or "signal")
         validate_when_due(run, job, metrics, progress.say)
     run.writer.wait()
     return progress.finish()
@@ -407,7 +421,6 @@ def validate_when_due(run: Run, job: Job, metrics: Metrics, say: Callable[[str],
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from harness.start
     try:
         config, given = parse_config(argv)
         train(config, given)

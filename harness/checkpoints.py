@@ -8,8 +8,8 @@ import torch
 
 from harness.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from harness.flags import ConfigError, flag_of
-from harness.run import NonFiniteLoss, Run, check_memory, way_back
-from harness.trust import check_finite, check_like, check_sampler, check_types, load_checkpoint
+from harness.run import NonFiniteLoss, Run, way_back
+from harness.trust import does_not_fit, load_checkpoint
 from model import ModelConfig
 
 
@@ -42,7 +42,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "telling": run.telling,
         "worth": run.worth.state_dict(),
     }
-    run.writer.write(state, path, run.config.keep if path.name == "last.pt" else 1)
+    run.writer.write(state, path, 2 if path.name == "last.pt" else 1)
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
@@ -53,7 +53,6 @@ def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopC
         config = kind(**saved | {"model": ModelConfig(**saved["model"])})
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"the run was saved by another version of this code ({error})") from None
-    check_types(config, "the saved config")
     return config
 
 
@@ -69,11 +68,9 @@ def resumed_config(
         if mine != theirs and (name, mine) != ("precision", "auto"):  # what it took at the start is kept
             advice = "drop the flag, or start anew with another --out"
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
-    given_now = {name: getattr(config, name) for name in (given & free) | {"out", "stop_at"}}
+    given_now = {name: getattr(config, name) for name in (given & free) | {"out"}}
     merged = replace(saved, **(given_now | {"resume": True}))
     check(merged, set())
-    if merged.stop_at and merged.stop_at <= state["step"]:
-        raise ConfigError(f"--stop-at {merged.stop_at}: the run is at step {state['step']} already")
     return merged
 
 
@@ -85,38 +82,24 @@ def restore(run: Run, state: dict) -> None:
         raise ConfigError(f"{last} was trained on other rows than the training split holds now")
     if state["step"] > run.total_steps:
         raise ConfigError(f"{last} is at step {state['step']} of {run.total_steps}")
-    fill(run, state, last)
-    check_like(state["queue"], run.queue.state_dict(), f"{last}: queue")
-    check_finite(state["queue"], f"{last}: queue")
-    run.queue.load_state_dict(state["queue"])
-    restore_optimizer(run.optimizer, state["optimizer"], f"{last}: optimizer")
-    check_sampler(state["sampler"], len(run.sampler), run.sampler.dataset_size, f"{last}: sampler")
-    run.sampler.load_state_dict(state["sampler"])
+    try:
+        fill(run, state)
+        run.queue.load_state_dict(state["queue"])
+        # betas and weight decay come from the config, the moments from the checkpoint
+        moments = {"state": state["optimizer"]["state"]}
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
+        run.sampler.load_state_dict(state["sampler"])
+    except Exception as error:  # each part raises its own kind for a state that is not its own
+        raise does_not_fit(last, error) from None
     run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])
     state.clear()
 
 
-def fill(run: Run, state: dict, where: str | Path) -> None:
-    """A checkpoint's weights, of both models, and what photos are worth into a run. Raises ConfigError where they are
-    not of its sizes, or not finite."""
-    for name, part in {"model": run.model, "momentum": run.momentum.model, "worth": run.worth}.items():
-        check_like(state[name], part.state_dict(), f"{where}: {name}")
-        check_finite(state[name], f"{where}: {name}")
-        part.load_state_dict(state[name])
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where: str) -> None:
-    """Its moments, of the weights that have had a gradient. What else a checkpoint has of it, such as betas, the config
-    says."""
-    mine, found = optimizer.state_dict(), saved.get("state")
-    weights = dict(enumerate(weight.detach() for group in optimizer.param_groups for weight in group["params"]))
-    if not isinstance(found, dict) or not found.keys() <= weights.keys():
-        raise ConfigError(f"{where} is not one of this run")
-    for number, moments in found.items():
-        weight = weights[number]
-        check_like(moments, {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}, f"{where}.{number}")
-        check_finite(moments, f"{where}.{number}")
-    optimizer.load_state_dict(mine | {"state": found})
+def fill(run: Run, state: dict) -> None:
+    """Load the weights of both models, and what photos are worth, from a checkpoint into a run."""
+    run.model.load_state_dict(state["model"])
+    run.momentum.model.load_state_dict(state["momentum"])
+    run.worth.load_state_dict(state["worth"])
 
 
 def begin(
@@ -127,19 +110,24 @@ def begin(
     if config.resume:
         state = load_checkpoint(last)
         return resumed_config(config, given, state, check), state
-    check_memory(config)
     if last.exists():
         raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
     return config, None
 
 
 def load_weights(run: Run, source: dict, where: str) -> None:
-    """A checkpoint's weights into both models; the recognition head may be new, unused parts are left out."""
-    unused, mine, found = ("class_head", "adapter", "phrases", "detector"), run.model.state_dict(), source["model"]
-    fills = {name: tensor for name, tensor in found.items() if name in mine or not str(name).startswith(unused)}
-    new = {name: tensor for name, tensor in mine.items() if name.startswith("class_head") and name not in fills}
-    theirs = {name: tensor for name, tensor in mine.items() if name not in new}
-    check_like(fills, theirs, f"{where}: does not fit its own config, model")
-    check_finite(fills, f"{where}: model")
-    run.model.load_state_dict(fills | new)
+    """Load a checkpoint's weights into both models. Heads that the run does not have are left out, and a class head of
+    its own stays as it was initialised. Raises ConfigError for weights that do not fit."""
+    unused = ("class_head", "adapter", "phrases", "detector")
+    mine, fills = run.model.state_dict(), {}
+    for name, tensor in source["model"].items():
+        if name in mine or not str(name).startswith(unused):
+            fills[name] = tensor
+    for name, tensor in mine.items():
+        if name.startswith("class_head"):
+            fills.setdefault(name, tensor)
+    try:
+        run.model.load_state_dict(fills)
+    except Exception as error:  # of names, shapes or types that are not the model's
+        raise does_not_fit(where, error) from None
     run.momentum.update(run.model, decay=0)

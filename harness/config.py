@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -11,62 +10,55 @@ from data import DataName
 from harness.flags import ConfigError, OneLineParser, add_flags, check_device, check_ranges, check_readers, option
 from harness.precision import Precision
 from losses import NegativeMode
-from masking import HeadReduction, MaskSource, PatchScore, WordScore
+from masking import MaskSource
 from model import PRESETS, ModelConfig
-from sampler import SamplerMode
+from sampler import SEARCH_SIZE, SamplerMode
 
 MaskMode = Literal["random", "sync", "true"]
-of_syncmask, of_softmask = (partial(option, recipe=(name,)) for name in ("syncmask", "softmask"))  # no other recipe's
-of_retrieval = partial(option, task=("retrieval",))  # in fine-tuning that task's alone
-of_contrast = partial(of_retrieval, inherited=True)  # and it goes on with what pretraining had
-always = partial(option, untrained=True)  # read even where nothing is trained
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """What the loop reads: where it writes, how long, how fast, on what. Shared by pretraining and fine-tuning."""
 
-    out: str | None = always(None, "output folder (default runs/<data>-<recipe or task>-<preset>)")
+    out: str | None = option(None, "output folder (default runs/<data>-<recipe or task>-<preset>)")
     resume: bool = option(False, "go on from last.pt in the output folder")
-    stop_at: int | None = option(None, "save and stop after this step; --resume goes on", low=1)
-    seed: int = always(0, "of everything random", low=0, high=2**63 - 1)
+    seed: int = option(0, "of everything random", low=0, high=2**63 - 1)
 
     steps: int | None = option(None, "optimiser steps; either this or --epochs", low=1)
     epochs: int | None = option(None, "passes over the training photos", low=1)
-    batch_size: int = always(64, "photos a batch, of all processes together", low=2)
+    batch_size: int = option(64, "photos a batch, of all processes together", low=2)
     lr: float = option(1e-4, "peak learning rate", low=0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
     warmup: int = option(500, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
-    clip: float = option(1.0, "largest gradient norm", low=1e-9)
-    ema_decay: float = of_retrieval(0.995, "decay of the momentum model", low=0, high=1)
-    alpha: float = of_retrieval(
+    ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
+    alpha: float = option(
         0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1
     )
-    queue: int = of_contrast(0, "momentum features kept as further ITC negatives", low=0)
-    itm_negatives: NegativeMode = of_contrast("similar", "how ITM negatives are chosen in the batch")
-    itm_share: float = of_contrast(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
-    itm_warmup: int = of_retrieval(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
-    sampler: SamplerMode = of_contrast("random", "how photos are grouped to batches, from the second epoch on")
-    search_size: int = of_contrast(1920, "photos in which the grouping looks for similar ones", low=2)
-    margin: float = of_contrast(
+    queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
+    negatives: NegativeMode = option(
+        "similar",
+        "how ITM negatives are chosen; hard and semihard also group the batches, from the second epoch on",
+    )
+    itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
+    itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
+    margin: float = option(
         0.0, "semihard groups and negatives: how much less similar than the own pair, as a cosine", low=0, high=2
     )
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
     distort: float = option(0.0, "strength of rotation, shear, blur and noise", low=0, high=1)
-    focal_gamma: float = of_contrast(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
-    itc_weight: float = of_contrast(1.0, "weight of ITC in the loss", low=0)
+    focal_gamma: float = option(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
+    itc_weight: float = option(1.0, "weight of ITC in the loss", low=0)
 
-    products: int = always(4000, "synthetic training products", low=2, inherited=True)
-    device: str = always("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
-    precision: Precision = always("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
+    products: int = option(4000, "synthetic training products", low=2)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
+    precision: Precision = option("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
     compile: bool = option(False, "torch.compile the layers")
-    workers: int = always(0, "data loading processes, for each process that trains", low=0, high=1024)
+    workers: int = option(0, "data loading processes, for each process that trains", low=0, high=1024)
     log_every: int = option(10, "steps between training lines in metrics.jsonl", low=1)
-    val_every: int = option(200, "steps between validations", low=1)
+    val_every: int = option(200, "steps between validations, each with a checkpoint", low=1)
     val_products: int = option(1000, "held-out products to validate on, at most", low=2)
-    save_every: int = option(200, "steps between checkpoints; one is also saved before each validation", low=1)
-    keep: int = option(2, "checkpoints kept: last.pt, the one before as last-2.pt, …", low=1, high=1000)
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -82,77 +74,63 @@ class TrainConfig(LoopConfig):
     )
     prompts: bool = option(False, "put the category symbol and attribute prompts around the descriptions to train on")
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
-    frequent: float = option(
-        0.75, "words in a larger share of the descriptions are not masked, nor is punctuation", low=0, high=1
-    )
     mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
-    mim_weight: float = of_syncmask(1.0, "weight of MIM in the loss", low=0)
-    patch_mask: MaskMode = of_syncmask("sync", "how MIM chooses patches: at random, synchronized, by the truth")
-    word_mask: MaskMode = of_syncmask("sync", "how MLM chooses words: at random, synchronized, by the truth")
-    true_ratio: float = of_syncmask(
-        0.5, "share of the words that a photo shows which --word-mask true hides", low=0, high=1
-    )
+    mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
+    patch_mask: MaskMode = option("sync", "how MIM chooses patches: at random, synchronized, by the truth")
+    word_mask: MaskMode = option("sync", "how MLM chooses words: at random, synchronized, by the truth")
     mask_source: MaskSource = option(
-        "hidden",
-        "synchronized masks come from the momentum cross-attention (attention), from it times the gradient of the match"
-        " logit (gradcam), or from that of each word while it is hidden (hidden)",
+        "masked",
+        "attention that synchronized masks are made of: that of each word while it is masked, or of the clean pair",
     )
-    mask_layer: int = option(
-        0, "fusion layer that is read, from 1 on; 0: what all agree on, for soft masks the middle one", low=0
-    )
-    mask_heads: HeadReduction = option("mean", "how its heads are put together")
-    word_score: WordScore = option("gain", "what makes a word worth masking, see masking.sync_mask")
-    word_pool: float = of_syncmask(
+    word_pool: float = option(
         0.45, "share of the words, those with the highest scores, of which the masked ones are drawn", low=0, high=1
     )
-    patch_score: PatchScore = option(
-        "masked", "whose attention makes a patch worth masking: all words', the masked ones'"
-    )
-    mask_hint: float = of_syncmask(0.0, "share of the pairs that keep random masks", low=0, high=1)
-    mask_warmup: int = of_syncmask(0, "steps with random masks, until attention means something", low=0)
-    soft_mask: bool = of_softmask(True, "one more match for ITM: the photo with what one word is about suppressed")
-    mask_text: bool = of_softmask(True, "masked text for ITC and ITM too, not for MLM alone")
+    mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
+    mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
+    soft_mask: bool = option(True, "one more match for ITM: the photo with what one word is about suppressed")
+    mask_text: bool = option(True, "masked text for ITC and ITM too, not for MLM alone")
 
     vocab: str | None = option(None, "a BERT vocab.txt instead of a vocabulary trained on the captions")
-    vision_weights: str | None = option(None, "ViT weights to start from (Hugging Face, timm, DeiT, MAE naming)")
-    text_weights: str | None = option(None, "BERT weights to start from; needs --vocab")
-    weights: str | None = option(None, "a whole ALBEF checkpoint to start from; needs --vocab")
+    weights: tuple[str, ...] = option(
+        (), "published weights to start from, one or two files: ViT, BERT, or a whole ALBEF; text needs --vocab"
+    )
 
 
 SCHEDULES = {
     # in so few steps soft targets only slow MLM down, ITM negatives drawn by similarity, of which many are false, undo
     # what the random ones have taught, the momentum model must follow closely, and retrieval wants more weight
     "tiny": dict(steps=680, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.95, alpha=0.0, mlm_ratio=0.5,
-                 itm_negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
+                 negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
                  itc_weight=2.0, crop_scale=0.8, val_every=340),
     "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000,
                   mask_warmup=1000, workers=4),
-    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000,
-                 save_every=2000),  # a checkpoint is 3.5 GB
+    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000,
+                 val_every=2000),  # a checkpoint is 3.5 GB
 }  # fmt: skip
 # What a recipe sets over its preset, and what it sets for one preset alone. All of syncmask's are choices, those of the
 # model and of the masks made on the truth of the synthetic photos; no queue beside grouped batches, as GRIT-VLP.
 RECIPE_DEFAULTS = {
-    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.2, sampler="semihard", itm_negatives="semihard", margin=0.2, queue=0,
+    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.2, negatives="semihard", margin=0.2, queue=0,
                      registers=4, cls_context=False),
     "syncmask tiny": dict(patch_layer=2, mlm_ratio=0.5, word_pool=0.6),
-    "softmask": dict(focal_gamma=2.0, distort=0.5, mask_source="gradcam",  # for the truth's measures
-                     word_score="entropy"),
+    "softmask": dict(focal_gamma=2.0, distort=0.5),
     "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read
-    "fashionfine": dict(prompts=True, local_image=0.05, local_text=0.25, alignment=True, detector=True,
+    "fashionfine": dict(prompts=True, local_tokens=True, alignment=True, detector=True,
                         focal_gamma=2.0, itc_weight=0.25, max_length=180),
     "fashionfine tiny": dict(mlm_ratio=0.3, max_length=96),
     "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
 }  # fmt: skip
-# fields of the model that only one recipe reads; the model itself knows of no recipe
-MODEL_FLAGS = {
-    "mim_layers": ("syncmask",),
-    **dict.fromkeys(("local_image", "local_text", "alignment", "detector"), ("fashionfine",)),
+# Flags that one recipe alone reads.
+RECIPE_FLAGS = {
+    "syncmask": ("mim_weight", "patch_mask", "word_mask", "word_pool", "mask_hint", "mask_warmup"),
+    "softmask": ("soft_mask", "mask_text"),
+    "fashionfine": ("local_tokens", "alignment", "detector"),
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What decides nothing of a run's result, and a resumed run may change. (The number of processes decides what is drawn.)
-FREE_ON_RESUME = {"out", "root", "resume", "stop_at", "device", "workers", "log_every", "save_every", "keep"}
+FREE_ON_RESUME = {"out", "root", "resume", "device", "workers", "log_every"}
+MAX_GRAD_NORM = 1.0
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
@@ -179,8 +157,6 @@ def layer_config(given: dict) -> TrainConfig:
         schedule.pop("steps", None), schedule.pop("epochs", None)
     if "vision_layers" in given:
         schedule.pop("patch_layer", None)  # was meant for the preset's number of layers
-    if given.get("mask_source", "hidden") != "hidden":  # then there is no gain to score words by
-        schedule["word_score"] = "entropy"
     layers, sizes = schedule | given, {spec.name for spec in fields(ModelConfig)}
     try:
         model = replace(PRESETS[preset], **{k: v for k, v in layers.items() if k in sizes})
@@ -195,8 +171,10 @@ def check_loop(config: LoopConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for what neither pretraining nor fine-tuning can go by."""
     if config.steps and config.epochs:
         raise ConfigError("--steps and --epochs contradict each other; give one")
-    if config.sampler != "random" and config.search_size <= config.batch_size:
-        raise ConfigError(f"--search-size {config.search_size} groups nothing unless it is above --batch-size")
+    if grouping_of(config) != "random" and config.batch_size >= SEARCH_SIZE:
+        raise ConfigError(
+            f"--batch-size {config.batch_size}: --negatives {config.negatives} needs less than {SEARCH_SIZE}"
+        )
     if config.data == "synthetic" and config.root:
         raise ConfigError("--root is for data from files; synthetic photos are drawn")
     if config.data != "synthetic" and "products" in given:
@@ -210,23 +188,13 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
     check_loop(config, given)
     if config.vocab and "vocab_size" in given:
         raise ConfigError("--vocab-size contradicts --vocab, which brings its own size")
-    if (config.text_weights or config.weights) and not config.vocab:
-        raise ConfigError("--text-weights and --weights need --vocab: word embeddings belong to their vocabulary")
-    if config.weights and (config.text_weights or config.vision_weights):
-        raise ConfigError("--weights contradicts --vision-weights and --text-weights; it holds both")
-    check_readers(config, given, "recipe", MODEL_FLAGS)
-    deepest = config.model.fusion_layers
-    if config.mask_layer > deepest:
-        raise ConfigError(f"--mask-layer {config.mask_layer}: there are {deepest} fusion layers")
-    if config.word_score == "gain" and config.mask_source != "hidden":
-        raise ConfigError("--word-score gain is that of hidden words; give another with another --mask-source")
-    if config.mask_source == "gradcam":  # only [CLS] of the last layer reaches the match logit
-        if deepest == 1:
-            raise ConfigError("--mask-source gradcam needs two --fusion-layers, since it cannot read the last")
-        if config.mask_layer == deepest:
-            raise ConfigError(f"--mask-layer {deepest}: --mask-source gradcam cannot read the last layer")
-    if config.recipe == "softmask" and config.soft_mask and not 0 <= config.mask_layer < deepest > 1:
-        raise ConfigError("soft masks need a --mask-layer before the last of two or more --fusion-layers")
+    if len(config.weights) > 2:
+        raise ConfigError("--weights takes one file, or two: a ViT and a BERT")
+    check_readers("recipe", config.recipe, given, RECIPE_FLAGS)
+    if config.recipe == "softmask" and config.soft_mask and config.model.fusion_layers == 1:
+        raise ConfigError(
+            "--soft-mask needs two or more --fusion-layers, since it cannot read the last; add --no-soft-mask"
+        )
     if "true" in (config.patch_mask, config.word_mask) and config.data != "synthetic":
         raise ConfigError(f"--patch-mask and --word-mask true: what photos show is not known of {config.data}")
     if config.prompts and config.model.max_length < 16:
@@ -241,6 +209,11 @@ def learning_rate(step: int, config: LoopConfig, total_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, total_steps - 1 - config.warmup)
     return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def grouping_of(config: LoopConfig) -> SamplerMode:
+    """How the sampler composes batches: as the negatives are chosen, where these are hard or semi-hard."""
+    return config.negatives if config.negatives in ("hard", "semihard") else "random"
 
 
 def ema_decay(step: int, decay: float) -> float:

@@ -1,11 +1,11 @@
 """What a fine-tuning, an evaluation or a search is told, and the command line that says it."""
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from harness.config import LoopConfig, always, check_loop
+from harness.config import LoopConfig, check_loop
 from harness.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
 from harness.trust import load_checkpoint
 from model import ModelConfig
@@ -18,6 +18,16 @@ TASK_DATA = {  # of the others: PHOTOS
     "retrieval": (*PHOTOS, *CAPTIONED), "tgir": ("synthetic", "fashioniq"), "entailment": ("synthetic", "snlive"),
     "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
 }  # fmt: skip
+CONTRAST = ("queue", "negatives", "itm_share", "margin", "focal_gamma", "itc_weight")  # retrieval goes on with these
+TASK_FLAGS = {  # flags that not all tasks read
+    "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_warmup", "rerank"),
+    **dict.fromkeys(RECOGNITION, ("modality", "freeze")),
+    "search": ("query", "image", "index", "rerank"),
+}
+UNTRAINED = (  # flags that are read where nothing is trained, too
+    "task", "checkpoint", "data", "root", "split", "eval_only", "out", "seed", "batch_size", "products", "device",
+    "precision", "workers", "rerank", "query", "image", "index",
+)  # fmt: skip
 TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split
 
 
@@ -25,32 +35,32 @@ TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split
 class FinetuneConfig(LoopConfig):
     """A fine-tuning, an evaluation or a search. Every field with a help text is a flag."""
 
-    task: TaskName | None = always(None, "what to do")
-    checkpoint: str = always("runs/synthetic-syncmask-tiny/last.pt", "what train.py, or an earlier fine-tuning, left")
-    data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq", "flickr30k", "coco", "snlive"] | None = always(
+    task: TaskName | None = option(None, "what to do")
+    checkpoint: str = option("runs/synthetic-syncmask-tiny/last.pt", "what train.py, or an earlier fine-tuning, left")
+    data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq", "flickr30k", "coco", "snlive"] | None = option(
         None, "data set (default: that of the checkpoint)"
     )
-    root: str | None = always(None, "folder of the data set (default: that of the checkpoint, or data/<data>)")
-    split: Literal["val", "train", "test"] = always(
+    root: str | None = option(None, "folder of the data set (default: that of the checkpoint, or data/<data>)")
+    split: Literal["val", "train", "test"] = option(
         "val",
         "split to report on, or to search in; test: of flickr30k, coco, snlive, and of fashioniq, whose targets are not"
         " published: it writes ranked ids",
     )
-    eval_only: bool = always(False, "do not train: evaluate the checkpoint as it is")
+    eval_only: bool = option(False, "do not train: evaluate the checkpoint as it is")
     from_scratch: bool = option(False, "random weights instead of the checkpoint's, to compare with")
     held_out: float = option(
         0.1, "share of the training products, --val-products at most, held out to choose the best step by",
         low=0.001, high=0.9,
     )  # fmt: skip
     patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
-    rerank: int = always(
-        0, "let the matching head re-rank so many of the best by similarity", low=0, task=("retrieval", "search")
-    )
+    rerank: int = option(0, "let the matching head re-rank so many of the best by similarity", low=0)
     modality: Literal["both", "image", "text"] = option(
-        "both", "what recognition and entailment see: photo and text, or one of them alone", task=RECOGNITION
+        "both", "what recognition and entailment see: photo and text, or one of them alone"
     )
-    query: str | None = always(None, "words to search by", task=("search",))
-    image: str | None = always(None, "photo to search by, alone or with words that change it", task=("search",))
+    query: str | None = option(None, "words to search by")
+    image: str | None = option(None, "photo to search by, alone or with words that change it")
+    freeze: bool = option(False, "train the recognition head alone; with --modality image the usual linear probe")
+    index: str | None = option(None, "file that keeps the features of the photos to search; made if it is not there")
     # the checkpoint's, or counted; not flags
     start: str | None = None  # task that the checkpoint was fine-tuned for, None after pretraining alone
     preset: str = "tiny"
@@ -115,21 +125,17 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     own |= {"root": saved["root"]} if data == saved["data"] else {}
     own |= {"modality": saved["modality"]} if "modality" in saved else {}
     trains = not (given.get("eval_only") or task == "search")
-    for spec in fields(FinetuneConfig):
-        if (
-            (trains or "untrained" in spec.metadata)
-            and spec.metadata.get("inherited")
-            and task in spec.metadata.get("task", (task,))
-        ):
-            own[spec.name] = saved[spec.name]
+    inherited = ("products", *CONTRAST) if trains and task == "retrieval" else ("products",)
+    own |= {name: saved[name] for name in inherited}
     model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
     if task == "tgir":  # [CLS] alone, as in Fashion-FINE
-        model = replace(model, local_image=0.0, local_text=0.0)
+        model = replace(model, local_tokens=False)
     schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
         schedule.pop("steps", None), schedule.pop("epochs", None)
     config = FinetuneConfig(model=model, **own | schedule | given)
     ending = f"-{config.modality}" if task in RECOGNITION and config.modality != "both" else ""
+    ending += "-frozen" if config.freeze else ""
     ending += "-scratch" if config.from_scratch else "-eval" if config.eval_only else ""
     return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{preset}")
 
@@ -156,10 +162,9 @@ def check_flags(config: FinetuneConfig, given: set[str]) -> None:
     fitting = TASK_DATA.get(config.task, PHOTOS)
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
-    check_readers(config, given, "task")
+    check_readers("task", config.task, given, TASK_FLAGS)
     if config.task == "search" or config.eval_only:
-        untrained = {spec.name for spec in fields(config) if spec.metadata.get("untrained")}
-        for name in sorted(given - untrained):
+        for name in sorted(given - {*UNTRAINED}):
             raise ConfigError(f"{flag_of(name)} is for training, which is not done here")
     if config.eval_only and "products" in given:
         raise ConfigError("--products is of the training split, which is not used here")

@@ -27,13 +27,9 @@ def in_one_line(error: Exception) -> str:
     return str(error)
 
 
-def option(default, help: str, low: float | None = None, high: float | None = None, **metadata):
-    """A config field with what the command line needs: help, the allowed range, and who reads it.
-
-    recipe, task: the only recipes, the only tasks that do · untrained: read where nothing is trained, too
-    inherited: a fine-tuning goes on with what pretraining had
-    """
-    return field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
+def option(default, help: str, low: float | None = None, high: float | None = None):
+    """A config field with what the command line needs: help and the allowed range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 def flag_of(name: str) -> str:
@@ -64,11 +60,13 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[
         flag, kind = flag_of(spec.name), hints[spec.name]
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        defaults = [str(spec.default)] if spec.default is not None else []
+        defaults = [str(spec.default)] if spec.default not in (None, ()) else []
         defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
         text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, nargs="+", metavar="FILE", default=argparse.SUPPRESS, help=text)
         elif typing.get_origin(kind) is Literal:
             parser.add_argument(flag, choices=typing.get_args(kind), default=argparse.SUPPRESS, help=text)
         else:
@@ -88,15 +86,14 @@ def check_ranges(config) -> None:
             raise ConfigError(f"{flag_of(spec.name)} {value}: must be {bounds}")
 
 
-def check_readers(config, given: set[str], kind: str, more: dict[str, tuple] | None = None) -> None:
-    """Raise ConfigError for a given flag that another `kind` of run (recipe, task) reads and this one does not.
+def check_readers(kind: str, mine: str, given: set[str], flags: dict[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError for a given flag that others of this `kind` (recipe, task) read and `mine` does not.
 
-    more: readers of flags that are not fields of `config` itself."""
-    mine = getattr(config, kind)
-    readers = {spec.name: spec.metadata[kind] for spec in fields(config) if kind in spec.metadata} | (more or {})
-    for name in sorted(given & readers.keys()):
-        if mine not in readers[name]:
-            raise ConfigError(f"{flag_of(name)} is for --{kind} {' or '.join(readers[name])}, not for {mine}")
+    flags: who reads which fields that not all read"""
+    for name in sorted(given):
+        readers = [reader for reader, names in flags.items() if name in names]
+        if readers and mine not in readers:
+            raise ConfigError(f"{flag_of(name)} is for --{kind} {' or '.join(readers)}, not for {mine}")
 
 
 def check_device(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What machines differ in: memory, locks, sessions. Where a system has none of these, the run goes on without."""
+"""What machines differ in: locks, sessions, how memory is counted. Where a system has none of these, a run does without."""
 
 import contextlib
 import os
@@ -62,15 +62,6 @@ def own_session(_worker: int) -> None:
         os.setsid()
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def memory_of(device: torch.device) -> int | None:
-    """All memory of a GPU, or of the machine, in bytes; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -28,26 +28,18 @@ Validation, every --val-every steps, on held-out photos
 On synthetic photos also the truth: of masks, each with its value for random masks (or a random patch) beside it as
 …_random; of ITM negatives, with …_random and …_hard for random and the hardest batches and negatives
     word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
-    detail_cooccurrence         the same for details alone: all but garment, colour, pattern and sleeve
-    attribute_share             of all masked words, the share that name an attribute
     patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
     pointing                    the pointing game: of the words that name a detail which this photo shows, the share
                                 whose most attended patch lies on that detail
-    pointing_whole              the same of words for garment, colour, pattern and sleeve
-    visible_word_accuracy       of words that name what the photo shows, each hidden once with a third of the others,
-                                the share restored (no …_random); visible_detail_…, visible_whole_…, visible_<kind>_…:
-                                of parts of them
-    unseen_word_accuracy        the same of words that name what it does not show: guessing, and no more
-    photo_gain                  visible_word_accuracy minus the same with the photo of another product: what the photo
-                                adds; photo_gain_detail, photo_gain_whole: to details, to the rest; and _<kind>: to
-                                words of one kind, such as garment, neck, or look, noun and place of a detail
-    choice_<kind>               of photos with their own text and one in which one value of this kind, which the photo
-                                shows, is wrong: the share whose own text has the higher similarity; chance is 0.5
-    choice_<kind>_matching      the same by the matching head; …_restoring: by how well the photo and the other words
-                                restore those that differ
-    detail_choice, …_matching, …_restoring   means over the kinds that are details
+    photo_gain                  of the words that name what the photo shows, each masked once with a third of the
+                                others, the share predicted, minus the same with the photo of another product (no
+                                …_random)
+    photo_gain_whole, _detail   the same of words for garment, colour, pattern and sleeve; of all other words
+    choice_coarse, choice_fine  of photos with their own text and one in which one value that the photo shows is wrong:
+                                the share whose own text has the higher similarity; mean over garment, colour, pattern
+                                and sleeve, and over all other kinds; chance is 0.5 (no …_random)
+    choice_coarse_itm, choice_fine_itm   the same by the ITM head
     false_negative_rate         share of the chosen ITM negatives whose text in fact describes the photo
-    negative_similarity         mean cosine of the chosen ITM negatives: their hardness
 
 The last line, with the last validation
     final                       true

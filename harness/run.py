@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from data import ANTONYMS, SYNONYMS, Collate, word_ids, word_pairs
 from harness.config import LoopConfig, TrainConfig
-from harness.flags import ConfigError
-from harness.host import memory_of
 from harness.precision import fitting_precision
 from harness.ranks import Ranks
 from harness.writer import Writer
@@ -90,7 +88,7 @@ class Run:
 
     def negatives(self, sim: Tensor, forbidden: Tensor) -> Tensor:
         """`pick_negatives` of logits (B, K), as the config says at this step."""
-        mode, margin = self.config.itm_negatives, self.config.margin / self.model.temp.detach()
+        mode, margin = self.config.negatives, self.config.margin / self.model.temp.detach()
         own_pair = sim.diagonal(self.ranks.first)  # the batch's columns begin with those of the ranks before
         chosen = pick_negatives(sim, forbidden, own_pair, mode, self.generator, margin)
         drawn = pick_negatives(sim, forbidden, None, "random", self.generator)
@@ -158,26 +156,8 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
-def check_memory(config: LoopConfig) -> None:
-    """Raise ConfigError for sizes that this machine cannot hold: the weights and their average, the queue, a photo a
-    product that is drawn. What training needs beside is not reckoned."""
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in VisionLanguageModel(config.model).parameters())
-    needed = {
-        "the model": 2 * 4 * weights,
-        "--queue": config.queue * (2 * 4 * config.model.embed_dim + 16),
-    }
-    drawn = {"--products": 3 * config.products * config.model.image_size**2 if config.data == "synthetic" else 0}
-    for device, sizes in ((config.device, needed), ("cpu", drawn)):  # photos wait in the machine's own memory
-        there, part = memory_of(torch.device(device)), max(sizes, key=sizes.get)
-        if there and sum(sizes.values()) > there:
-            need, have = (f"{size / 2**30:,.0f} GiB" for size in (sum(sizes.values()), there))
-            raise ConfigError(f"sizes need {need} at least, most of it {part}; {device} has {have}")
-
-
 def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, ranks: Ranks | None = None) -> Run:
     """Model with random weights, momentum model, queue and optimiser of a new run, on its device."""
-    check_memory(config)
     torch.manual_seed(config.seed)
     ranks = ranks or Ranks(torch.device(config.device))
     if config.precision == "auto":
@@ -191,7 +171,7 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
         for part in (*(p for m in (model, momentum) for p in (m.vision, m.text, m.fusion)), model.decoder):
             for layer in part.layers:
                 layer.compile(dynamic=True)
-    queue = FeatureQueue(config.queue, config.model.embed_dim).to(ranks.device)
+    queue = FeatureQueue(config.queue).to(ranks.device)
     epoch_steps, optimizer = -(-len(dataset) // config.batch_size), build_optimizer(model, config)
     run = Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
     run.worth = PhotoWorth(config.model.vocab_size).to(ranks.device)

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class LoadReport:
     loaded: list[str]
     skipped: dict[str, str]  # name -> reason; theirs, or ours where only the shape differs
     missing: list[str]
+    kinds: dict[str, str | Path]  # whole, ViT or BERT -> the file
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
@@ -80,36 +82,60 @@ TEXT_RULES = [
 ]
 
 
-def load_pretrained(
-    model: VisionLanguageModel, vision: str | Path | None = None, text: str | Path | None = None,
-    whole: str | Path | None = None,
-) -> LoadReport:  # fmt: skip
+# A file is of the first kind that one of its names matches.
+KINDS = {
+    "whole": r"(visual_encoder|text_encoder|vision_proj|text_proj)\.",
+    "BERT": r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention\.self)\.",
+    "ViT": r"((vit|deit|model)\.)?(embeddings\.)?(cls_token|patch_embed|pos_embed)",
+}
+
+
+def kind_of(names: Iterable[str]) -> str | None:
+    """Recognise a weights file by its tensor names: "whole", "BERT", "ViT", or None."""
+    for kind, pattern in KINDS.items():
+        if any(re.match(pattern, name) for name in names):
+            return kind
+    return None
+
+
+def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> LoadReport:
     """Fill `model` in place from published weights: `.safetensors`, or `.pth`/`.bin` without running pickled code.
 
-    vision: a ViT in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated.
-    text: a BERT in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder.
-    whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads), or what
-    study/export.py wrote (`vit.*`, `bert.*`, `cls.*`, and under our names what has no counterpart there).
-    Raises WeightsError when a file cannot be read or none of its tensors fits.
+    files: one or two, each of a kind of its own, which is recognised by its tensor names
+        ViT: in Hugging Face's, timm's, DeiT's or MAE's naming; position embeddings are interpolated
+        BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
+        whole: an ALBEF checkpoint (`visual_encoder.*`, `text_encoder.bert.*`, projections and heads), or what
+            study/export.py wrote (`vit.*`, `bert.*`, `cls.*`, and our own names)
+    Raises WeightsError when a file cannot be read, is of no kind or of the kind of the other file, or when none of its
+    tensors fits.
     """
-    report = LoadReport([], {}, [])
+    renames = {"whole": _rename_whole, "BERT": _rename_text, "ViT": _rename_vision}
+    kinds: dict[str, str | Path] = {}
+    report = LoadReport([], {}, [], kinds)
     ours = dict(model.named_parameters())
-    for path, rename in ((vision, _rename_vision), (text, _rename_text), (whole, _rename_whole)):
-        if path is None:
-            continue
+    states = {}
+    for path in files:
+        state = _read_weights(Path(path))
+        kind = kind_of(state)
+        if kind is None:
+            raise WeightsError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
+        if kind in kinds:
+            raise WeightsError(f"{path}: a {kind} file as {kinds[kind]} is; give two of different kinds")
+        kinds[kind], states[kind] = path, state
+    for kind, path in sorted(kinds.items(), reverse=True):  # whole first: a ViT or BERT beside it replaces its part
         renamed = {}
-        for name, tensor in _read_weights(Path(path)).items():
+        for name, tensor in states[kind].items():
             if reason := unfit(tensor):
                 report.skipped[name] = reason
                 continue
-            parts = rename(name, tensor, model.config)
+            parts = renames[kind](name, tensor, model.config)
             renamed.update(parts)
             if not parts:
                 report.skipped[name] = "no counterpart in this model"
         loaded = _copy_fitting(_fold_token_types(renamed), ours, report)
         if not loaded:
-            raise WeightsError(f"{path}: none of its tensors fits this model; is it the right kind and preset?")
-        report.loaded += loaded
+            raise WeightsError(f"{path}: none of its tensors fits this model; is it the right preset?")
+        report.loaded += [name for name in loaded if name not in report.loaded]
     report.missing = sorted(set(ours) - set(report.loaded))
     return report
 

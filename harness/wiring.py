@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.config import grouping_of
 from harness.run import Run
 from losses import accuracy, itc_loss, itc_targets, itm_loss, mlm_loss, same_pairs
-from masking import WordScore, hidden_words, momentum_attention, read_layer, sync_mask
+from masking import average_attention, clean_attention, concentration, hidden_words, sync_mask
 from model import MomentumModel, Photos
 
 
@@ -43,34 +44,22 @@ def teach(run: Run, batch: dict) -> Teacher:
     return Teacher(run.momentum, image_embeds, text_embeds, *feats)
 
 
-def mask_scores(
-    run: Run, batch: dict, teacher: Teacher, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor | WordScore]:
-    """What synchronized masks are made of, as the config says: attention (B, h, L, N), and what makes a word worth
-    masking, as `sync_mask` takes it."""
-    config, score = run.config, run.config.word_score
-    if score == "gain":
-        attentions, answers = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator, answers=True)
-        if run.model.training:
-            run.worth.update(batch["token_ids"], batch["words"], answers, run.ranks.sum)
-        score = run.worth(batch["token_ids"], answers)
-    else:
-        clean = teacher.photos, teacher.text_embeds
-        attentions = momentum_attention(run.momentum, batch, *clean, config.mask_source, run.mask_id, generator)
-    return read_layer(attentions, config.mask_layer, config.mask_heads), score
-
-
 def synchronize(
     run: Run, batch: dict, teacher: Teacher, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Synchronized masks as the config says. -> the attention (B, h, L, N) that they are made of, patch mask (B, P),
-    word mask (B, L)."""
-    config = run.config
-    attention, score = mask_scores(run, batch, teacher, generator)
-    return attention, *sync_mask(
-        attention, batch["words"], config.mim_ratio, config.mlm_ratio, config.mask_heads, score,
-        config.patch_score, config.word_pool, generator,
-    )  # fmt: skip
+    """Synchronized masks as the config says. -> the attention (B, L, P) that they are made of, patch mask (B, P), word
+    mask (B, L)."""
+    config, words = run.config, batch["words"]
+    if config.mask_source == "masked":
+        attentions, answers = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator)
+        if run.model.training:
+            run.worth.update(batch["token_ids"], words, answers, run.ranks.sum)
+        attention, scores = average_attention(attentions), run.worth(batch["token_ids"], answers)
+    else:
+        attention = average_attention(clean_attention(run.momentum, batch, teacher.photos, teacher.text_embeds))
+        scores = concentration(attention)
+    shares = config.mim_ratio, config.mlm_ratio, config.word_pool
+    return attention, *sync_mask(attention, scores, words, *shares, generator)
 
 
 class Contrast(NamedTuple):
@@ -100,7 +89,7 @@ def contrast(run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, teach
             targets_t2i = itc_targets(right, teacher.text_feat @ image_keys.T / temp, run.alpha)
         loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, config.focal_gamma)
     run.queue.push(*new)
-    if run.sampler and config.sampler != "random":
+    if run.sampler and grouping_of(config) != "random":
         run.sampler.collect(ranks.gather(batch["rows"]), *new[:2])
     in_batch = len(new[0])
     return Contrast(ranks.mean(loss, len(image_feat)), sim_i2t[:, :in_batch], sim_t2i[:, :in_batch])

@@ -12,7 +12,7 @@ from data import encode, normalise, to_device
 from harness.run import Run, autocast
 from harness.wiring import teach
 from harness.writer import whole_file
-from masking import momentum_attention, random_patch_mask, random_word_mask, soft_mask
+from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask
 from measures.scores import most_confused
 from measures.truth import shown_masks
 from photos.dataset import PhotoDataset, square
@@ -22,7 +22,7 @@ TRUTHS = ("patch_cooccurrence", "word_cooccurrence", "pointing")
 PANELS = {
     "loss": ["itc", "itm", "mlm", "mim", "rtd", "align"],
     "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
-    "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "detail_choice", "detail_choice_matching"],
+    "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "choice_fine", "choice_fine_itm"],
     "what the photo adds, held out": ["val_photo_gain", "photo_gain_whole", "photo_gain_detail"],
     "held-out truth of the masks": [key + end for key in TRUTHS for end in ("", "_random")],
 }
@@ -114,11 +114,15 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
         return []
     with autocast(run):
         teacher = teach(run, batch | {"images": normalise(batch["images"])})
-        clean = teacher.photos, teacher.text_embeds
-        heat = momentum_attention(run.momentum, batch, *clean, "gradcam", run.mask_id)[(layers + 1) // 2 - 1]
+        with torch.enable_grad():
+            text = teacher.text_embeds.detach().requires_grad_()
+            fused, attentions = run.momentum.fusion(
+                text, batch["attention_mask"], teacher.photos, return_attention=True
+            )
+            maps = grad_cam(attentions[middle_layer(layers)], run.momentum.itm_logits(fused)[:, 1].sum())
     words = words > 0
     word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
-    mask = soft_mask(heat, torch.ones_like(heat), word.squeeze(1))
+    mask = soft_mask(maps, word.squeeze(1))
     return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]
 
 

@@ -68,20 +68,17 @@ class Ranking:
 
 
 def full_rankings(
-    image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, top: int = 0,
-    photos: Tensor | None = None, name: str = "full",
-) -> Iterator[Ranking]:  # fmt: skip
-    """Every photo (n, E) against the texts (m, E), every text against all photos; or some `photos` with their texts.
-    of_photo (n,), of_text (m,): the product; right is what is of the same."""
-    photos = torch.arange(len(image_feat)) if photos is None else photos
-    texts = torch.isin(of_text, of_photo[photos]).nonzero().squeeze(1)
-    same = lambda p, t: of_photo[p, None] == of_text[t]
+    image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, top: int = 0
+) -> Iterator[Ranking]:
+    """Every photo (n, E) against the texts (m, E), every text against all photos. of_photo (n,), of_text (m,): the
+    product; right is what is of the same."""
+    photos, texts = torch.arange(len(image_feat)), torch.arange(len(text_feat))
+    same = of_photo[:, None] == of_text  # (n, m)
     i2t = [
-        Ranking.of(f"{name}_i2t", image_feat[p] @ text_feat[texts].T, same(p, texts), p[:, None], texts, top)
-        for p in photos.split(1024)
+        Ranking.of("full_i2t", image_feat[p] @ text_feat.T, same[p], p[:, None], texts, top) for p in photos.split(1024)
     ]
     t2i = [
-        Ranking.of(f"{name}_t2i", text_feat[t] @ image_feat[photos].T, same(photos, t).T, photos, t[:, None], top)
+        Ranking.of("full_t2i", text_feat[t] @ image_feat.T, same.T[t], photos, t[:, None], top)
         for t in texts.split(1024)
     ]
     for parts in (i2t, t2i):
@@ -124,16 +121,6 @@ def sampled_rankings(
             rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
             alike[way].append((kind_of[way][lists[:, 2:]] == kinds[lists[:, :1]]).mean())
     return rankings, {way: float(np.mean(shares)) for way, shares in alike.items()}
-
-
-def fold_rankings(
-    image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, size: int, top: int = 0
-) -> Iterator[Ranking]:
-    """`full_rankings` of every `size` photos with their texts, as of COCO's 5,000 also a thousand at a time; a smaller
-    rest is left out, and a single fold is none."""
-    folds = [photos for photos in torch.arange(len(image_feat)).split(size) if len(photos) == size]
-    for photos in folds if len(folds) > 1 else ():
-        yield from full_rankings(image_feat, text_feat, of_photo, of_text, top, photos, "fold")
 
 
 def recalls_of(rankings: list[Ranking], ranks: list[Tensor] | None = None) -> Figures:

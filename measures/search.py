@@ -1,7 +1,6 @@
 """Search: the best photos for words, for a photo, or for a photo changed by words."""
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -9,16 +8,18 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import encode, normalise, to_device, tokenize
 from harness.batches import different_photos, match_scores, photo_features, text_features
 from harness.checkpoints import load_weights
 from harness.finetune_config import FOUND, FinetuneConfig
+from harness.flags import ConfigError
 from harness.run import Run, autocast, build_run
 from harness.splits import lead_of, open_photos
 from harness.trust import read_tokenizer
 from harness.wiring import compose
+from harness.writer import whole_file
 from measures.pictures import draw_answers
 from photos.dataset import DataError, PhotoDataset, legible, square
 from photos.files import open_photo
@@ -41,7 +42,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     run = build_run(config, dataset, tokenizer)
     load_weights(run, source, config.checkpoint)
     run.model.eval()
-    rows, feats = photo_index(run, dataset)
+    rows, feats = photo_index(run, dataset, source)
     query = query_feature(run, lead_of(config), config.query, photo, fused=config.start == "tgir")
     scores, best = (feats @ query).topk(min(len(rows), max(FOUND, config.rerank)))
     if config.rerank:
@@ -96,26 +97,33 @@ def query_feature(run: Run, lead: str, text: str | None, photo: Image.Image | No
         return compose(run, batch, embeds, fused)[0] if text else run.model.image_feature(embeds)[0]
 
 
-def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
-    """Rows (n,) and features (n, E) of all photos: encoded once, and kept beside the checkpoint until the weights, the
-    data or a photo change."""
-    config, key = run.config, hashlib.sha256()
-    for name, tensor in run.model.state_dict().items():
-        if name.startswith(("vision", "adapter")):
-            key.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    key.update(json.dumps([config.precision, dataset.fingerprint(), *dataset.versions()]).encode())
-    path = Path(config.checkpoint).with_suffix(f".{config.data}-{config.split}.index")
-    if path.exists():
+def photo_index(run: Run, dataset: PhotoDataset, source: dict) -> tuple[np.ndarray, Tensor]:
+    """Rows (n,) and features (n, E) of all photos, read from --index, or encoded and written there.
+
+    Raises ConfigError for an index that is damaged, or of another checkpoint or data set.
+    """
+    file = run.config.index and Path(run.config.index)
+    if not file:
+        return photo_features(run, dataset)
+    key = [source["step"], weights_hash(run.model), dataset.fingerprint()]
+    if file.exists():
         try:
-            saved = torch.load(path, map_location=run.device, weights_only=True)
-            if saved["key"] == key.hexdigest():
-                return saved["rows"].cpu().numpy(), saved["features"]
-            print(f"{path}: model or photos have changed since, encoding them anew")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            found, rows, feats = saved["key"], saved["rows"].numpy(), saved["features"].to(run.device)
         except Exception:  # torch raises many kinds for a file that is not its own
-            print(f"{path}: cannot be read, encoding the photos anew")
+            raise ConfigError(f"--index {file}: damaged, or not an index; delete it, and it is written anew") from None
+        if found != key:
+            raise ConfigError(f"--index {file}: of another checkpoint or data set; give another file")
+        return rows, feats
     rows, feats = photo_features(run, dataset)
-    try:
-        torch.save({"key": key.hexdigest(), "rows": torch.from_numpy(rows), "features": feats.cpu()}, path)
-    except (OSError, RuntimeError) as error:
-        print(f"{path}: the index cannot be kept ({error})")
+    with whole_file(file) as opened:
+        torch.save({"key": key, "rows": torch.from_numpy(rows), "features": feats.cpu()}, opened)
     return rows, feats
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of all weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

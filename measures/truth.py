@@ -10,16 +10,16 @@ from tqdm import tqdm
 
 from data import normalise, to_device, word_regions
 from harness.batches import first_products
-from harness.config import TrainConfig
+from harness.config import TrainConfig, grouping_of
 from harness.run import Run, autocast
 from harness.wiring import synchronize, teach
 from losses import NegativeMode, pick_negatives, same_pairs
-from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, reduce_heads
+from masking import cooccurrence, pointing, random_patch_mask, random_word_mask
 from measures.choice import choices
 from photos.dataset import PhotoDataset
 from photos.synthetic import Synthetic
-from photos.wardrobe import KINDS, WHOLE
-from sampler import SamplerMode, chain
+from photos.wardrobe import WHOLE
+from sampler import SEARCH_SIZE, SamplerMode, chain
 
 CHOICE_PRODUCTS = 120  # held-out products whose photos choose between texts
 
@@ -85,26 +85,16 @@ def mask_truth(run: Run, dataset: Synthetic, parts: int = 3) -> dict[str, float]
         for suffix, patches, words in (("", patch_mask, word_mask), ("_random", random_patches, random_words)):
             add("patch_cooccurrence" + suffix, *cooccurrence(patches, torch.ones_like(named), named))
             add("word_cooccurrence" + suffix, *cooccurrence(words, known.attribute, visible))
-            add("detail_cooccurrence" + suffix, *cooccurrence(words, known.attribute & known.detail, visible))
-            add("attribute_share" + suffix, *cooccurrence(words, batch["described"], known.attribute))
         hidden, right, right_elsewhere = restored(run, batch, generator, parts)
-        seen = {"visible_word": visible, "unseen_word": known.attribute & ~visible,
-                "visible_detail": visible & known.detail, "visible_whole": visible & ~known.detail}  # fmt: skip
-        seen |= {f"visible_{kind}": visible & (known.kinds == number) for number, kind in enumerate(KINDS[:-1], 1)}
-        for key, words in seen.items():
-            add(f"{key}_accuracy", *cooccurrence(hidden, words, right))
-            add(f"{key}_accuracy_elsewhere", *cooccurrence(hidden, words, right_elsewhere))
-        heat = reduce_heads(attention, config.mask_heads)
-        for key, words in (("pointing", visible & known.detail), ("pointing_whole", visible & ~known.detail)):
-            hits, expected, total = pointing(heat, known.regions, words)
-            add(key, hits, total)
-            add(key + "_random", expected, total)
-    figures = {key: hits / max(1, total) for key, (hits, total) in sums.items()}
-    groups = ("word", "detail", "whole", *KINDS[:-1])
-    elsewhere = {key: figures.pop(f"visible_{key}_accuracy_elsewhere") for key in groups}
-    figures.pop("unseen_word_accuracy_elsewhere")
-    return figures | {f"photo_gain{'_' + key if key != 'word' else ''}": figures[f"visible_{key}_accuracy"] - share
-                      for key, share in elsewhere.items()}  # fmt: skip
+        groups = {"": visible, "_detail": visible & known.detail, "_whole": visible & ~known.detail}
+        for end, words in groups.items():
+            own, total = cooccurrence(hidden, words, right)
+            elsewhere, _ = cooccurrence(hidden, words, right_elsewhere)
+            add("photo_gain" + end, own - elsewhere, total)
+        hits, expected, total = pointing(attention, known.regions, visible & known.detail)
+        add("pointing", hits, total)
+        add("pointing_random", expected, total)
+    return {key: hits / max(1, total) for key, (hits, total) in sums.items()}
 
 
 def restored(run: Run, batch: dict, generator: torch.Generator, parts: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,24 +118,23 @@ def restored(run: Run, batch: dict, generator: torch.Generator, parts: int = 3) 
 
 
 def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
-    """How many ITM negatives are false, and how similar to the anchor they are: batches grouped and negatives chosen
+    """How many ITM negatives are false: batches grouped and negatives chosen
     by the config's modes, at random, and hard. Over some search blocks of training photos; chosen negatives alone,
     without the random ones that `itm_share` mixes in."""
     config, generator, figures = run.config, torch.Generator().manual_seed(run.config.seed), {}
-    rows = np.random.default_rng(config.seed).permutation(len(dataset))[: 4 * config.search_size]
+    rows = np.random.default_rng(config.seed).permutation(len(dataset))[: 4 * SEARCH_SIZE]
     image_feat, text_feat = momentum_features(run, dataset, rows)
-    modes = {"": (config.sampler, config.itm_negatives), "_random": ("random", "random"), "_hard": ("hard", "hard")}
+    modes = {"": (grouping_of(config), config.negatives), "_random": ("random", "random"), "_hard": ("hard", "hard")}
     for suffix, (grouping, picking) in modes.items():
-        chosen = []  # (photo, text, similarity)
-        for block in np.split(np.arange(len(rows)), range(config.search_size, len(rows), config.search_size)):
+        chosen = []  # (photo, text)
+        for block in np.split(np.arange(len(rows)), range(SEARCH_SIZE, len(rows), SEARCH_SIZE)):
             sim = image_feat[block] @ text_feat[block].T  # (M, M)
             groups = np.stack([dataset.product_ids[rows[block]], dataset.caption_ids[rows[block]]])
             for batch in grouped(sim, groups, grouping, config):
                 found = batch_negatives(run, sim[batch][:, batch], groups[:, batch], picking, generator)
-                chosen += [(rows[block[batch[i]]], rows[block[batch[t]]], cosine) for i, t, cosine in found]
-        false = [dataset.describes(int(dataset.product_ids[text]), int(photo)) for photo, text, _ in chosen]
+                chosen += [(rows[block[batch[i]]], rows[block[batch[t]]]) for i, t in found]
+        false = [dataset.describes(int(dataset.product_ids[text]), int(photo)) for photo, text in chosen]
         figures["false_negative_rate" + suffix] = float(np.mean(false)) if chosen else 0.0
-        figures["negative_similarity" + suffix] = float(np.mean([c for _, _, c in chosen])) if chosen else 0.0
     return figures
 
 
@@ -173,45 +162,44 @@ def grouped(sim: Tensor, groups: np.ndarray, grouping: SamplerMode, config: Trai
 
 def batch_negatives(
     run: Run, sim: Tensor, groups: np.ndarray, picking: NegativeMode, generator: torch.Generator
-) -> list[tuple[int, int, float]]:
-    """The negatives of a batch by its cosines (B, B): photo, text, cosine, of every photo and then of every text."""
+) -> list[tuple[int, int]]:
+    """The negatives of a batch by its cosines (B, B): photo and text, of every photo and then of every text."""
     forbidden, found = same_pairs(*torch.from_numpy(groups)), []
     for scores, by_text in ((sim, False), (sim.T, True)):
         logits = scores / run.model.temp.item() if picking == "similar" else scores
         wrong = pick_negatives(logits, forbidden, None, picking, generator, run.config.margin).tolist()
-        pairs = [(j, a) if by_text else (a, j) for a, j in enumerate(wrong) if j >= 0]
-        found += [(photo, text, sim[photo, text].item()) for photo, text in pairs]
+        found += [(j, a) if by_text else (a, j) for a, j in enumerate(wrong) if j >= 0]
     return found
 
 
 def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention (B, h, L, N) and synchronized masks (B, P), (B, L) of photos that are neither cropped nor flipped."""
+    """Attention (B, L, P) and synchronized masks (B, P), (B, L) of photos that are neither cropped nor flipped."""
     run.model.eval()  # or what photos add to words would be learnt from this, and by the first rank alone
     with autocast(run):
         teacher = teach(run, batch | {"images": normalise(batch["images"])})
         return synchronize(run, batch, teacher, generator)
 
 
-def skill(figures: dict[str, float], key: str) -> float:
-    """How far `key` is on the way from what random masks get to perfect: (value − random) / (1 − random)."""
-    return (figures[key] - figures[key + "_random"]) / max(1e-9, 1 - figures[key + "_random"])
+def chance_corrected(figures: dict[str, float], key: str) -> float:
+    """`key` on a scale from random masks, 0, to perfect ones, 1: (value − random) / (1 − random)."""
+    chance = figures[key + "_random"]
+    return (figures[key] - chance) / max(1e-9, 1 - chance)
 
 
 def truth_in_words(figures: dict[str, float]) -> list[str]:
-    """The truth for the eye: one line for the masks as skill over random ones, one for the negatives."""
+    """The truth for the eye: lines for the image gain, for the choice between captions, for masks and negatives."""
     if not figures:
         return []
-    times = lambda key: figures[key] / max(1e-9, figures[key + "_random"])
-    three = lambda key: " / ".join(f"{figures[key + suffix]:.3f}" for suffix in ("", "_random", "_hard"))
-    patches, words, details = (skill(figures, f"{what}_cooccurrence") for what in ("patch", "word", "detail"))
-    percent = lambda key: f"{100 * figures[key]:.1f}"
+    percent = {key: f"{100 * value:.1f}" for key, value in figures.items()}
+    patches, words = (chance_corrected(figures, f"{what}_cooccurrence") for what in ("patch", "word"))
+    pointing_ratio = figures["pointing"] / max(1e-9, figures["pointing_random"])
+    false = " / ".join(percent["false_negative_rate" + end] for end in ("", "_random", "_hard"))
     return [
-        f"the photo adds {percent('photo_gain_detail')} % to restored words for details, "
-        f"{percent('photo_gain_whole')} % to those for garment, colour, pattern, sleeve",
-        f"details rightly chosen {percent('detail_choice')} %, by the matching head "
-        f"{percent('detail_choice_matching')} %, by restoring words {percent('detail_choice_restoring')} % (chance 50)",
-        f"masks, skill over random ones: patches {patches:.2f}, words {words:.2f}, of details {details:.2f}; "
-        f"pointing to details {times('pointing'):.1f} x chance, to the rest {times('pointing_whole'):.1f} x",
-        f"negatives, chosen / random / hard: false {three('false_negative_rate')}, "
-        f"similarity {three('negative_similarity')}",
+        f"the photo adds {percent['photo_gain_detail']} points to masked words for details, "
+        f"{percent['photo_gain_whole']} to those for garment, colour, pattern, sleeve",
+        f"own caption chosen, coarse / fine: {percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
+        f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)",
+        f"masks, chance-corrected: patches {patches:.2f}, words {words:.2f}; "
+        f"pointing to details {pointing_ratio:.1f} x chance",
+        f"false negatives, chosen / random / hard: {false} %",
     ]

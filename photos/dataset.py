@@ -128,10 +128,6 @@ class PhotoDataset(Dataset):
         known = [str(self.attributes(row)) for row in range(len(self))] if self.prompts else []
         return zlib.crc32("\n".join([*self.captions, *known]).encode() + self.product_ids.tobytes())
 
-    def versions(self) -> list[str]:
-        """Something that changes whenever a photo does, without decoding any: files' sizes and times of change."""
-        raise TypeError(f"{type(self).__name__} does not say how to tell that a photo has changed")
-
     def part(self, rows: np.ndarray) -> "PhotoDataset":
         """Some of its rows, numbered anew."""
         return Part(self, rows)
@@ -172,9 +168,6 @@ class Part(PhotoDataset):
     def photo(self, row: int) -> Image.Image:
         """The photo of a row, read as the whole data set reads it."""
         return self.whole.photo(self.source[row])
-
-    def versions(self) -> list[str]:
-        return self.whole.versions()
 
     def name_of(self, row: int) -> str:
         return self.whole.name_of(self.source[row])

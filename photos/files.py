@@ -1,7 +1,6 @@
 """What is read from files: text, JSON, photos. Whatever is wrong with one is said in one line."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +8,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from photos.dataset import DataError, PhotoDataset
 
-# an escape of one, unless the other half stands beside it; or so it seems
-HALF_A_CHARACTER = re.compile(r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
-
 
 def parse_json(text: str, where: str) -> object:
-    """The value that a JSON text holds. Raises DataError, in one line, also for what Python will not read, nested ten
-    thousand deep or numbers of thousands of digits, and for halves of characters, which cannot be written."""
+    """The value that a JSON text holds. Raises DataError, in one line, also for what Python will not read: nested
+    ten thousand deep, or numbers of thousands of digits."""
     try:
-        value = json.loads(text)
-        if HALF_A_CHARACTER.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half a character (a lone surrogate)") from None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
 
@@ -66,10 +57,6 @@ def open_photo(path: Path, size: int) -> Image.Image:
         raise OSError(reason.splitlines()[0]) from None
 
 
-def version_of(path: Path) -> str:
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-
-
 class PhotoFiles(PhotoDataset):
     """Photos by name, without text."""
 
@@ -77,9 +64,6 @@ class PhotoFiles(PhotoDataset):
         self.names, self.paths = list(paths), list(paths.values())
         blank = [""] * len(paths)
         super().__init__(blank, self.names, blank, blank, image_size)
-
-    def versions(self) -> list[str]:
-        return [version_of(path) for path in self.paths]
 
     def photo(self, row: int) -> Image.Image:
         """The photo of a name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from photos.dataset import DataError, PhotoDataset, Split, legible
-from photos.files import open_photo, parse_json, read_text, version_of
+from photos.files import open_photo, parse_json, read_text
 from photos.prompts import ATTRIBUTES
 
 
@@ -109,9 +109,6 @@ class Jsonl(PhotoDataset):
     def photo(self, row: int) -> Image.Image:
         """The photo of a line."""
         return open_photo(self.folder / self.images[row], self.image_size)
-
-    def versions(self) -> list[str]:
-        return [version_of(self.folder / image) for image in self.images]
 
     def name_of(self, row: int) -> str:
         return self.images[row]

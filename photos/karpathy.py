@@ -6,7 +6,7 @@ from typing import Literal
 from PIL import Image
 
 from photos.dataset import DataError, PhotoDataset
-from photos.files import open_photo, parse_json, read_text, version_of
+from photos.files import open_photo, parse_json, read_text
 
 CaptionedName = Literal["flickr30k", "coco"]
 
@@ -43,9 +43,6 @@ class Karpathy(PhotoDataset):
     def photo(self, row: int) -> Image.Image:
         """The photo of a caption."""
         return open_photo(self.paths[row], self.image_size)
-
-    def versions(self) -> list[str]:
-        return [version_of(path) for path in dict.fromkeys(self.paths)]
 
     def name_of(self, row: int) -> str:
         return self.paths[row].name

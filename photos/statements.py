@@ -35,9 +35,6 @@ class Statements(PhotoDataset):
         """The photo that a statement is about."""
         return self.photos.photo(self.rows[row])
 
-    def versions(self) -> list[str]:
-        return self.photos.versions()
-
     def name_of(self, row: int) -> str:
         return self.photos.name_of(self.rows[row])
 

@@ -66,9 +66,6 @@ class Synthetic(PhotoDataset):
         """The photo of a row, drawn when the data set was made."""
         return self.photos[row]
 
-    def versions(self) -> list[str]:
-        return [f"{self.split} {self.seed} {self.image_size}"]
-
     def truth(self, row: int) -> Truth:
         """What the photo of a row really shows."""
         spans = self.products[self.rows[row][0]].caption_and_spans()[1]

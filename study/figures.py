@@ -3,15 +3,11 @@
 python study/figures.py sheet --data synthetic --file sheet.png      products with their photos and description
 python study/figures.py masks --checkpoint runs/…/last.pt            what a trained model would mask, random beside
                                                                      synchronized; --rows chooses the photos
-python study/figures.py words --checkpoint runs/…/last.pt            for each word, where in the photo it looks, read as
-                                                                     the run reads its masks; --source gradcam: by
-                                                                     word-wise Grad-CAM, for a run of any recipe
 """
 
 import argparse
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,17 +16,13 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
-from data import DataName, build_dataset, encode, to_device
+from data import DataName, build_dataset
 from harness.checkpoints import config_from_dict, fill
-from harness.config import TrainConfig
 from harness.flags import ConfigError, check_device
 from harness.run import Run, build_run
 from harness.trust import load_checkpoint, read_tokenizer
-from masking import MaskSource, reduce_heads
 from measures.pictures import draw_masks, first_photos
-from measures.truth import shown_masks
 from photos.dataset import DataError, PhotoDataset
 from photos.prompts import DESCRIPTION
 
@@ -54,38 +46,6 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path, photos: int = 4
     plt.close(figure)
 
 
-def draw_attention(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, columns: int = 13) -> None:
-    """Each photo, then for every word of its text where the word looks; masked words stand on grey."""
-    batch = run.collate([dataset[row] for row in rows])
-    if not len(batch["rows"]):
-        raise DataError("none of these photos can be decoded")
-    generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    attention, _, masked = shown_masks(run, to_device(batch, run.device), generator)
-    heat = reduce_heads(attention, run.config.mask_heads).cpu()  # (B, L, P)
-    lines = []  # (photo, its words on this line)
-    for b, words in enumerate(batch["words"]):
-        tokens = words.nonzero()[:, 0].tolist()
-        lines += [(b, tokens[i : i + columns - 1]) for i in range(0, len(tokens), columns - 1)]
-    figure, axes = plt.subplots(len(lines), columns, figsize=(columns, len(lines) * 1.25), squeeze=False,
-                                layout="constrained")  # fmt: skip
-    for axis in axes.flat:
-        axis.axis("off")
-    for number, (b, words) in enumerate(lines):
-        photo = batch["images"][b].permute(1, 2, 0).numpy()
-        if number == 0 or lines[number - 1][0] != b:
-            axes[number, 0].imshow(photo)
-        tokens = encode(run.tokenizer, [dataset.text(int(batch["rows"][b]))])[0].tokens
-        for axis, word in zip(axes[number, 1:], words, strict=False):
-            extent = (0, photo.shape[1], photo.shape[0], 0)
-            axis.imshow(photo.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent)
-            axis.imshow(heat[b, word].view(run.config.model.grid, -1).numpy(), cmap="inferno", alpha=0.6, extent=extent,
-                        vmin=0, interpolation="bilinear")  # fmt: skip
-            style = {"bbox": {"facecolor": "0.8", "edgecolor": "none", "pad": 1}} if masked[b, word] else {}
-            axis.set_title(tokens[word], fontsize=8, pad=3, **style)
-    figure.savefig(path, dpi=70)
-    plt.close(figure)
-
-
 def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
     """A trained run with its validation photos; `root` only where the files have moved. Raises ConfigError."""
     check_device(device)
@@ -94,19 +54,9 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
     dataset.lead = DESCRIPTION if config.prompts else ""
     run = build_run(config, dataset, read_tokenizer(state, checkpoint))
-    fill(run, state, checkpoint)
+    fill(run, state)
     run.telling, run.step = tuple(state["telling"]), state["step"]
     return run, dataset
-
-
-def read_from(config: TrainConfig, source: MaskSource) -> TrainConfig:
-    """The config with another source of the masks, read from the same layer as far as Grad-CAM can."""
-    deepest = config.model.fusion_layers
-    if source == "gradcam" and deepest == 1:
-        raise ConfigError("--source gradcam needs a model with two fusion layers, since it cannot read the last")
-    unread = source == "gradcam" and config.mask_layer == deepest
-    score = config.word_score if source == "hidden" else "entropy"
-    return replace(config, mask_source=source, word_score=score, mask_layer=0 if unread else config.mask_layer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("figure", choices=["sheet", "masks", "words"])
+    parser.add_argument("figure", choices=["sheet", "masks"])
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--file", type=Path, help="picture to write (default the figure's name, .png)")
     sheet = parser.add_argument_group("sheet")
@@ -123,10 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     sheet.add_argument("--image-size", type=int, default=128)
     sheet.add_argument("--products", type=int, default=6)
     sheet.add_argument("--seed", type=int, default=0)
-    trained = parser.add_argument_group("masks, words")
+    trained = parser.add_argument_group("masks")
     trained.add_argument("--checkpoint", type=Path, help="last.pt of a run")
     trained.add_argument("--rows", type=int, nargs="+", help="validation photos (default: of the first six products)")
-    trained.add_argument("--source", choices=get_args(MaskSource), help="how words are read (default: the run's own)")
     trained.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     args.file = args.file or Path(f"{args.figure}.png")
@@ -134,20 +83,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--products and --image-size: at least 1")
     if args.figure != "sheet" and not args.checkpoint:
         parser.error(f"{args.figure} needs --checkpoint")
-    if args.source and args.figure != "words":
-        parser.error("--source is for words")
     try:
         if args.figure == "sheet":
             dataset = build_dataset(args.data, args.root, args.split, args.image_size, args.seed, args.products)
             draw_sheet(dataset, args.products, args.file)
         else:
             run, dataset = open_run(args.checkpoint, args.root, args.device)
-            if args.source:
-                run.config = read_from(run.config, args.source)
             rows = args.rows or first_photos(dataset, 6)
             if not 0 <= min(rows) <= max(rows) < len(dataset):
                 raise ConfigError(f"--rows: the validation split has photos 0 to {len(dataset) - 1}")
-            {"masks": draw_masks, "words": draw_attention}[args.figure](run, dataset, rows, args.file)
+            draw_masks(run, dataset, rows, args.file)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"figures.py: {error}")
     print(args.file)

@@ -22,6 +22,17 @@ def few_held_out_products(monkeypatch):
     monkeypatch.setattr(truth, "CHOICE_PRODUCTS", 6)
 
 
+@pytest.fixture
+def quick(request, monkeypatch):
+    """Short runs neither measure the truth nor draw pictures, but in tests marked as `whole`, which are about them."""
+    if request.node.get_closest_marker("whole"):
+        return
+    monkeypatch.setattr(data, "VAL_PRODUCTS", 12)
+    monkeypatch.setattr("train.truth", lambda *_: {})
+    for picture in ("draw_curves", "draw_masks"):
+        monkeypatch.setattr(f"train.{picture}", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def wardrobe():
     return Synthetic("train", 150, 64, seed=0, progress=False)

@@ -32,6 +32,8 @@ from model import PRESETS, ModelConfig, VisionLanguageModel
 from photos.dataset import DataError
 from photos.synthetic import Synthetic
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.05, 0.6), st.integers(0, 3))
 def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, share, seed):
@@ -387,48 +389,25 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
     "flags, message",
     [
         (["--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
-        (["--step", "3"], "unknown flag --step"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs contradict each other"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["--search-size", "64"], "--search-size 64 groups nothing unless it is above --batch-size"),
         (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
         (["--recipe", "clip"], "invalid choice: 'clip'"),
-        (["--batch-size", "many"], "invalid int value: 'many'"),
-        (["--mask-layer", "3"], "--mask-layer 3: there are 2 fusion layers"),
-        (["--mask-source", "gradcam", "--mask-layer", "2"], "gradcam cannot read the last layer"),
-        (["--mask-source", "gradcam", "--fusion-layers", "1"], "gradcam needs two --fusion-layers"),
-        (["--recipe", "albef", "--mim-layers", "2"], "--mim-layers is for --recipe syncmask"),
         (["--no-soft-mask"], "--soft-mask is for --recipe softmask, not for syncmask"),
-        (["--recipe", "softmask", "--mask-source", "hidden", "--mask-layer", "2"], "before the last of two or more"),
-        (["--recipe", "softmask", "--mim-weight", "2"], "--mim-weight is for --recipe syncmask, not for softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
-        (["--recipe", "albef", "--true-ratio", "1"], "--true-ratio is for --recipe syncmask, not for albef"),
         (["--data", "jsonl", "--root", "x", "--word-mask", "true"], "what photos show is not known of jsonl"),
-        (["--data", "fashiongen", "--root", "x", "--patch-mask", "true"], "photos show is not known of fashiongen"),
-        (["--frequent", "2"], "--frequent 2.0: must be between 0 and 1"),
         (["--prompts", "--max-length", "9"], "--max-length 9: --prompts need 16 at least"),
-        (["--alignment"], "--alignment is for --recipe fashionfine, not for syncmask"),
-        (
-            ["--recipe", "fashionfine", "--no-prompts"],
-            "--alignment needs --prompts, which bring the category symbol; give --no-alignment too",
-        ),
+        (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
         (["--root", "x"], "--root is for data from files"),
-        (["--data", "jsonl", "--products", "9"], "--products is for synthetic photos"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
         (["--text-weights", "x"], "need --vocab"),
         (["--weights", "x", "--vision-weights", "y", "--vocab", "z"], "--weights contradicts"),
         (["--vocab", "x", "--vocab-size", "9"], "--vocab-size contradicts --vocab"),
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--lr", "inf"], "--lr inf: must be a finite number"),
-        (["--dropout", "nan"], "dropout nan is not 0 or more"),
         (["--seed", str(2**64)], "--seed 18446744073709551616: must be between 0 and"),
         (["--device", "cuda:99"], "no such GPU"),
-        (["--device", "gpu"], "--device gpu"),
-        (["--device", "meta"], "--device meta: cpu, cuda or mps"),
         (["--vision-layers", "1", "--products", "1"], "--products 1: must be at least 2"),  # not: patch_layer 2
-        (["--patch-layer", "5"], "patch_layer 5: there are 4 ViT layers"),
-        (["--clip", "0"], "--clip 0.0: must be at least"),
-        (["--patch-size", "0"], "patch_size 0 is not 1 or more"),
         (["--out", "/dev/null/x", "--products", "2"], "/dev/null/x"),
         (["--vision-weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
@@ -469,8 +448,8 @@ def test_precedence_defaults_preset_recipe_flags():
 
 def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritten(tmp_path):
     run(tmp_path, "--steps", "2")
-    with pytest.raises(ConfigError, match="--clip 0.5 contradicts the run to resume"):
-        resume(tmp_path, "--clip", "0.5")
+    with pytest.raises(ConfigError, match="--weight-decay 0.5 contradicts the run to resume"):
+        resume(tmp_path, "--weight-decay", "0.5")
     with pytest.raises(ConfigError, match="--width 64 contradicts"):
         resume(tmp_path, "--width", "64")
     before = lines(tmp_path)[-1]

@@ -1,4 +1,4 @@
-"""The house: imports point one way, files and functions stay small enough to be read in one sitting."""
+"""The house: imports point one way, and links in pages lead somewhere."""
 
 import ast
 import re
@@ -23,17 +23,13 @@ FLOORS = [
     ["finetune"],
 ]  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
-# Lines a file may have; to be lowered where it can be.
-CEILINGS = {"model": 600, "masking": 330, "losses": 140, "sampler": 270, "data": 400, "train": 425, "finetune": 500,
-            "photos.wardrobe": 260, "harness.config": 250}  # fmt: skip
-ROOMS, STUDY, TESTS, FUNCTION = 240, 510, 600, 60
 FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
-         for folder in (".", "photos", "harness", "measures", "study", "study/exercises", "tests")
+         for folder in (".", "photos", "harness", "measures")
          for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
 
 
 def test_every_module_has_its_place():
-    house = {name for name in FILES.values() if not name.startswith(("study.", "tests."))}
+    house = set(FILES.values())
     assert house == set(ORDER)
 
 
@@ -51,18 +47,7 @@ def test_the_ground_floor_knows_of_no_recipe():
         assert "recipe" not in (ROOT / (module.replace(".", "/") + ".py")).read_text(), module
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_files_and_functions_are_small(path):
-    module, text = FILES[path], path.read_text()
-    room = {"study": STUDY, "tests": TESTS}.get(module.split(".")[0], ROOMS)
-    assert len(text.splitlines()) <= CEILINGS.get(module, room)
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
-    assert not {name: lines for name, lines in long.items() if lines > FUNCTION}
-
-
-def test_the_readme_is_a_page_and_links_lead_somewhere():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+def test_links_lead_somewhere():
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("study/**/*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text())]
     assert len(links) > 20 and not [link for page, link in links if not (page.parent / link).exists()]

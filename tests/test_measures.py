@@ -17,7 +17,7 @@ from harness.config import parse_config
 from harness.run import build_run
 from harness.splits import numbers_of
 from measures import choice
-from measures.pictures import draw_confusion, shown_soft_masks
+from measures.pictures import draw_confusion
 from measures.scores import (
     Ranking,
     full_rankings,
@@ -29,7 +29,7 @@ from measures.scores import (
     triplet_recalls,
 )
 from measures.search import check_words, unknown_words
-from measures.truth import mask_truth, negative_truth, restored, truth_in_words, word_truth
+from measures.truth import mask_truth, negative_truth, truth_in_words, word_truth
 from measures.validation import validate
 from photos.dataset import DataError
 from photos.files import PhotoFiles
@@ -209,22 +209,6 @@ def test_unknown_words(capsys):
     assert "letter by letter: dwb\n" in said and "cut after 64 tokens" in said
 
 
-def test_soft_masks_of_a_compiled_model_are_drawn(monkeypatch):
-    """With a backend that, unlike "eager", traces the backward pass too, and so cuts the way of a gradient."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, dynamic: compile_module(self, dynamic=dynamic, backend="aot_eager")
-    )
-    masks = []
-    for flags in ([], ["--compile"]):
-        config, _ = parse_config([*FAST, "--fusion-layers", "2", *flags])
-        dataset = data.build_dataset("synthetic", None, "train", 32, 0, 2)
-        state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
-        batch = data.Collate(state.tokenizer)([dataset[0], dataset[1]])
-        masks.append(shown_soft_masks(state, batch, torch.Generator().manual_seed(0))[0][1])
-    torch.testing.assert_close(*masks)
-
-
 def test_retrieval_recall_by_hand():
     """Three products with 2, 1, 1 photos on a line of similarity; ranks worked out on paper."""
     text = torch.eye(3)
@@ -331,29 +315,6 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
         "details rightly chosen 25.0 %, by the matching head 35.0 %, by restoring words 45.0 %")  # fmt: skip
 
 
-class Reader:
-    """Stands in for a model: reads off a photo the text that belongs to it, token by token."""
-
-    def __init__(self, ids):
-        self.ids, self.hidden = ids, []
-
-    def encode_image(self, images):
-        return torch.arange(len(images))
-
-    def look(self, image_embeds):
-        return image_embeds
-
-    def encode_text(self, ids, keep):
-        self.hidden.append(ids != self.ids)
-        return ids
-
-    def fuse(self, text_embeds, keep, photos, rows=None):
-        return torch.nn.functional.one_hot(self.ids[photos if rows is None else photos[rows]]).float()
-
-    def mlm_logits(self, fused):
-        return fused
-
-
 def reading_run(dataset, vocabulary=300):
     """A run on a data set, and a batch of one photo each of six products, of which some words have two pieces."""
     config, _ = parse_config([*FAST, "--dropout", "0"])
@@ -361,22 +322,6 @@ def reading_run(dataset, vocabulary=300):
     state.telling = data.telling_pieces(state.tokenizer, dataset.captions, config.frequent)
     rows = [dataset.product_ids.tolist().index(product) for product in range(6)]
     return state, state.collate([dataset[row] for row in rows])
-
-
-@pytest.mark.parametrize("parts", [3, 10])
-def test_every_word_is_hidden_once_and_restored_from_its_own_and_from_another_photo(parts):
-    state, batch = reading_run(Synthetic("train", 6, 32, progress=False), 60)
-    words, ids = batch["words"], batch["token_ids"]
-    assert (words.diff(dim=1)[words[:, 1:] > 0] == 0).any()  # some words have two pieces
-    state.model = reader = Reader(ids)
-    hidden, right, elsewhere = restored(state, batch, torch.Generator().manual_seed(0), parts)
-    assert torch.equal(hidden, words > 0) and torch.equal(right, hidden)
-    assert torch.equal(sum(part.int() for part in reader.hidden), hidden.int()) and len(reader.hidden) == parts
-    for part in reader.hidden:
-        for b in range(6):
-            assert {*words[b][part[b]].tolist()}.isdisjoint(words[b][~part[b]].tolist())  # no piece gives another away
-    others = [[torch.equal(elsewhere[b], (ids[b] == ids[other]) & hidden[b]) for other in range(6)] for b in range(6)]
-    assert all(any(fits) and not fits[b] for b, fits in enumerate(others))
 
 
 def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
@@ -450,27 +395,6 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
         assert figures["detail_choice" + end] == pytest.approx(share * (len(details) - 1) / len(details))
     dataset.regions = [{} for _ in dataset.regions]  # nothing is shown, so there is nothing to choose
     assert choice.choices(None, dataset, products) == {}
-
-
-def test_a_text_is_judged_by_the_words_that_its_rival_has_not():
-    dataset = Synthetic("train", 6, 32, progress=False)
-    state, _ = reading_run(dataset)
-    state.model.eval()
-    texts = [("", "Tote in grey. Gentle wash. Dark quilting at top."), ("", "Red backpack. Hand wash."), ("", "Tote.")]
-    rivals = [("", "Tote in red. Wash. Dark quilting at top."), ("", "Red backpack. Gentle cold wash."), ("", "Tote.")]
-    state.config = replace(state.config, precision="fp32")
-    scores = choice.restoring_scores(state, dataset, texts, rivals, [9, 4, 0])
-    assert scores[2] == 0  # nothing to tell them apart by
-    assert (scores - choice.restoring_scores(state, dataset, texts, rivals, [4, 9, 0])).abs()[:2].min() > 1e-3
-    for number, row, missing in ((0, 9, {"grey", "gentle"}), (1, 4, {"hand"})):
-        encoded = data.tokenize(state.tokenizer, [texts[number]])
-        ids, keep = encoded["token_ids"], encoded["attention_mask"]
-        hidden = torch.tensor([[state.tokenizer.id_to_token(i) in missing for i in ids[0].tolist()]])
-        image = state.model.encode_image(data.normalise(dataset[row]["image"][None]))
-        text_embeds = state.model.encode_text(ids.masked_fill(hidden, state.mask_id), keep)
-        log_p = state.model.mlm_logits(state.model.fuse(text_embeds, keep, image)).log_softmax(-1)
-        wanted = log_p.gather(2, ids[..., None])[..., 0][hidden]
-        assert len(wanted) == len(missing) and scores[number].item() == pytest.approx(wanted.mean().item(), abs=1e-4)
 
 
 def test_equal_features_earn_nothing():

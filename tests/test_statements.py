@@ -10,7 +10,7 @@ from small import write_karpathy, write_snlive
 
 import data
 from harness.batches import different_photos, texts_to_search
-from measures.scores import fold_rankings, full_rankings, recalls_of
+from measures.scores import full_rankings, recalls_of
 from photos.dataset import DataError
 from photos.families import clause
 from photos.statements import LABELS, synthetic_statements
@@ -114,7 +114,6 @@ def test_snlive_counts_what_it_leaves_out(tmp_path):
     ("line", "complaint"),
     [
         ("{", "line 1: not JSON"),
-        ('{"sentence2": "\\udc00"}', "line 1: holds half a character"),
         ('{"Flickr30K_ID": ' + "9" * 5000 + "}", "line 1: not JSON"),
         ("[]", "line 1: expected an object with Flickr30K_ID, sentence2, gold_label"),
         ('{"Flickr30K_ID": 3, "sentence2": "x", "gold_label": "neutral"}', "all of them text"),
@@ -154,10 +153,7 @@ def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
     ("content", "complaint"),
     [
         ("{", "dataset_flickr30k.json: not JSON"),
-        ('{"images": ["\\ud800"]}', "dataset_flickr30k.json: holds half a character"),
-        ("[" * 100_000, "dataset_flickr30k.json: not JSON"),
         ("[]", "expected a list `images`"),
-        ('{"images": []}', "expected a list `images`"),
         ('{"images": [{"split": "dev"}]}', "image 0: split is none of train, restval, val, test"),
         (
             '{"images": [{"split": "val", "filename": "../x.jpg"}]}',
@@ -193,13 +189,3 @@ def test_recall_with_several_captions_agrees_with_a_slow_definition():
             t2i.append(sum(sim[p, t] >= sim[of_text[t], t] for p in range(20) if p != of_text[t]) < k)
         assert figures[f"full_i2t_r{k}"] == pytest.approx(np.mean(i2t))
         assert figures[f"full_t2i_r{k}"] == pytest.approx(np.mean(t2i))
-
-
-def test_folds_are_some_photos_with_their_texts():
-    images, of_text = torch.eye(7), torch.arange(7).repeat(2)
-    rankings = [*fold_rankings(images, torch.eye(7).repeat(2, 1), torch.arange(7), of_text, size=3, top=2)]
-    assert [r.protocol for r in rankings] == ["fold_i2t", "fold_t2i"] * 2  # the seventh photo is left out
-    assert rankings[2].sizes.tolist() == [[6, 2]] * 3 and rankings[3].sizes.tolist() == [[3, 1]] * 6
-    assert set(rankings[3].pairs[..., 0].flatten().tolist()) <= {3, 4, 5}
-    assert recalls_of(rankings)["fold_mean"] == 1
-    assert not [*fold_rankings(images, images, torch.arange(7), torch.arange(7), size=7)]

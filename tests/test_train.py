@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small import FAST, FAST_FOR, checkpoint, lines, resume, run, same_state
+from small import FAST, FAST_FOR, OF_FILES, checkpoint, lines, resume, run, same_state
 from torch._dynamo.testing import CompileCounter
 
 import data
@@ -27,9 +27,12 @@ from harness.run import NonFiniteLoss, build_run
 from harness.wiring import Teacher, contrast, teach
 from masking import word_counts
 from measures.truth import word_truth
+from photos.fashiongen import export_fashiongen
 from photos.synthetic import Synthetic
 
 ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("KILLS", 2))  # KILLS=200 for a long trial
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,7 @@ def synchronized_from_the_first_step(monkeypatch):
     monkeypatch.setitem(run_config.SCHEDULES["tiny"], "mask_warmup", 0)
 
 
+@pytest.mark.whole
 def test_a_run_leaves_what_it_promises(tmp_path):
     final = run(tmp_path, "--steps", "4", "--val-every", "2", "--log-every", "1")
     left = [".lock", "config.json", "curves.png", "last-2.pt", "last.pt", "masks.png", "metrics.jsonl"]
@@ -91,14 +95,22 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--search-size", "10", "--margin", "0.1", "--mask-warmup", "2", "--mask-hint", "0.3"],
-        ["--queue", "20", "--itm-negatives", "similar", "--alpha", "0.4", "--patch-mask", "random"],
-        ["--precision", "bf16", "--mask-source", "gradcam", "--fusion-layers", "2"],
-        ["--patch-mask", "true", "--word-mask", "true", "--true-ratio", "0.8", "--frequent", "0.9", "--workers", "1"],
+        ["--margin", "0.1", "--mask-warmup", "2", "--mask-hint", "0.3", "--precision", "bf16", "--workers", "1"],
+        [
+            "--queue",
+            "20",
+            "--itm-negatives",
+            "similar",
+            "--alpha",
+            "0.4",
+            "--patch-mask",
+            "true",
+            "--word-mask",
+            "true",
+        ],
         ["--recipe", "albef", "--sampler", "hard", "--alpha", "0.4"],
         ["--recipe", "softmask", "--fusion-layers", "2", "--alpha", "0.4"],
         ["--recipe", "fashionfine", "--alpha", "0.4", "--queue", "20"],
-        ["--recipe", "fashionfine", "--no-prompts", "--no-alignment", "--precision", "bf16"],
     ],
 )
 def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
@@ -115,13 +127,12 @@ def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
     }
 
 
-def test_threads_change_nothing_about_resuming(tmp_path, monkeypatch):
+def test_threads_change_nothing_about_resuming(tmp_path):
     """Two threads, at a size where both are used: what they sum up in any order would differ in the last digits."""
-    monkeypatch.setattr(train, "truth", lambda run, train_set, val_set: {})
-    flags = ["--recipe", "softmask", "--steps", "4", "--products", "20", "--val-products", "2"]
+    flags = ["--recipe", "softmask", "--steps", "2", "--products", "10", "--val-products", "2", "--batch-size", "16"]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    for out, more in (("whole", []), ("halves", ["--stop-at", "2"])):
+    for out, more in (("whole", []), ("halves", ["--stop-at", "1"])):
         train.train(*parse_config([*flags, *more, "--out", str(tmp_path / out)]))
     resume(tmp_path / "halves")
     torch.set_num_threads(before)
@@ -149,7 +160,9 @@ def test_overfits_one_batch(recipe):
     batch = data.Collate(tokenizer)([dataset[row] for row in one_of_each])
     batch["images"] = data.normalise(batch["images"])
     first = None
-    for step in range(300 if recipe == "syncmask" else 200):  # synchronized masks vary while the momentum model learns
+    for step in range(
+        {"syncmask": 160, "fashionfine": 200}.get(recipe, 110)
+    ):  # synchronized masks vary while the momentum model learns
         for group in state.optimizer.param_groups:
             group["lr"] = 3e-3
         state.generator, state.step = torch.Generator().manual_seed(7), step  # the same random draws each time
@@ -172,9 +185,7 @@ def test_overfits_one_batch(recipe):
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(recipe):
-    config, _ = parse_config(
-        [*FAST, "--recipe", recipe, "--registers", "2", "--fusion-layers", "2", "--mask-source", "gradcam"]
-    )
+    config, _ = parse_config([*FAST, "--recipe", recipe, "--registers", "2", "--fusion-layers", "2"])
     dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts = config.prompts
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
@@ -342,10 +353,10 @@ def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
 
 
 def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
-    for attempt in range(3):
+    for attempt in range(KILLS):
         process = start(tmp_path / str(attempt), "--steps", "100000", "--save-every", "1", "--log-every", "1")
         wait_for_steps(process, tmp_path / str(attempt), count=2)
-        time.sleep(0.113 * attempt)
+        time.sleep(0.113 * attempt % 1)
         process.kill()
         process.communicate()
         step = checkpoint(tmp_path / str(attempt))["step"]
@@ -354,21 +365,6 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         resume(tmp_path / str(attempt), "--stop-at", str(step + 2))
         steps = [line["step"] for line in lines(tmp_path / str(attempt)) if "loss" in line]
         assert steps == sorted(set(steps)) and steps[-1] == step + 2
-
-
-def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    recipe = train.RECIPES["syncmask"]
-
-    def poisoned(state, batch):
-        losses, figures = recipe(state, batch)
-        root = torch.sqrt(state.model.temp * 0)  # value 0, gradient infinite
-        return losses | {"itm": losses["itm"] + (root if state.step == 3 else 0)}, figures
-
-    monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"step 4: .*grad_norm nan"):
-        run(tmp_path, "--steps", "6", "--save-every", "1")
-    state = checkpoint(tmp_path)
-    assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
 
 
 def test_what_is_not_finite_is_said_a_step_later_and_reaches_no_weights(tmp_path, monkeypatch):
@@ -404,75 +400,68 @@ def test_a_step_without_a_readable_photo_is_passed_over(tmp_path, monkeypatch):
         data.Collate, "__call__", lambda self, items: empty(items) if items[0]["row"] % 3 == 0 else collate(self, items)
     )
     monkeypatch.setattr(train, "validate", lambda run, dataset: ({"val_i2t_r1": 0.5}, []))
-    monkeypatch.setattr(train, "truth", lambda run, train_set, val_set: {})
     final = run(tmp_path, "--steps", "6", "--log-every", "1")
     assert final["step"] == 6 and final["val_i2t_r1"] == 0.5
     assert 0 < len([line for line in lines(tmp_path) if "loss" in line]) < 6
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_gradient", [False, True])
+def test_what_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, of_gradient):
     recipe = train.RECIPES["syncmask"]
 
     def poisoned(state, batch):
         losses, figures = recipe(state, batch)
-        return losses | {"itm": losses["itm"] * (float("nan") if state.step == 3 else 1)}, figures
+        if state.step != 3:
+            return losses, figures
+        no_slope = torch.sqrt(state.model.temp * 0)  # value 0, gradient infinite
+        itm = losses["itm"] + no_slope if of_gradient else losses["itm"] * float("nan")
+        return losses | {"itm": itm}, figures
 
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"step 4: itm and grad_norm not finite .*itm nan.*last.pt"):
+    said = r"step 4: .*grad_norm nan" if of_gradient else r"step 4: itm and grad_norm not finite .*itm nan.*last.pt"
+    with pytest.raises(NonFiniteLoss, match=said):
         run(tmp_path, "--steps", "6", "--save-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
-def test_every_data_set_trains(tmp_path, recipe):
-    data.main(["export-fashiongen", str(tmp_path / "fg"), "--items", "10"])
-    folder = tmp_path / "shop"
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    """FashionGen's files, and photos of our own with a damaged one. -> data set -> folder."""
+    root = tmp_path_factory.mktemp("shops")
+    export_fashiongen(root / "fashiongen", 10, image_size=32)
+    folder = root / "jsonl"
     folder.mkdir()
     drawn = Synthetic("train", 10, 48, progress=False)
-    with open(folder / "train.jsonl", "w") as file:
-        for row in range(len(drawn)):
-            drawn.photos[row].save(folder / f"{row}.jpg")
-            file.write(
-                json.dumps(
-                    {"image": f"{row}.jpg", "caption": drawn.captions[row], "product_id": int(drawn.product_ids[row])}
-                )
-                + "\n"
-            )
+    records = []
+    for row in range(len(drawn)):
+        drawn.photos[row].save(folder / f"{row}.jpg")
+        product = int(drawn.product_ids[row])
+        records.append({"image": f"{row}.jpg", "caption": drawn.captions[row], "product_id": product})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
     (folder / "5.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
-    sizes = [flag for flag in FAST if flag not in ("--products", "12")]
-    for name, root in (("fashiongen", tmp_path / "fg"), ("jsonl", folder)):
-        flags = [
-            "--recipe",
-            recipe,
-            *FAST_FOR[recipe],
-            "--preset",
-            "tiny",
-            "--steps",
-            "5",
-            "--out",
-            str(tmp_path / name),
-        ]
-        config, given = parse_config([*sizes, *flags, "--data", name, "--root", str(root)])
-        assert train.train(config, given)["step"] == 5
-    assert (
-        lines(tmp_path / "jsonl")[-2]["step"] == 5
-        and max(line.get("unreadable", 0) for line in lines(tmp_path / "jsonl")) == 1
-    )
+    return {"fashiongen": root / "fashiongen", "jsonl": folder}
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_every_data_set_trains(tmp_path, shops, recipe):
+    for name, root in shops.items():
+        flags = ["--recipe", recipe, *FAST_FOR[recipe], "--preset", "tiny", "--steps", "5", "--out", tmp_path / name]
+        flags += ["--data", name, "--root", root]
+        assert train.train(*parse_config([*OF_FILES, *map(str, flags)]))["step"] == 5
+    assert max(line.get("unreadable", 0) for line in lines(tmp_path / "jsonl")) == 1
 
 
 def test_every_other_flag_runs(tmp_path):
     """What the defaults and the other tests leave alone, on the schedule of `base`, for one epoch."""
-    flags = "--preset base --epochs 1 --seed 3 --clip 0.5 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
+    flags = "--preset base --epochs 1 --seed 3 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
     flags += (
         " --mlm-ratio 0.3 --sampler hard --itm-negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
-        " --mim-ratio 0.25 --mim-weight 0.5 --mim-layers 2 --word-mask random --word-score mass --mask-layer 1"
-        " --mask-heads max --mask-source attention --patch-layer 1 --patch-score all --itm-share 0.5"
-        " --mask-warmup 2"
+        " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-share 0.5 --mask-warmup 2"
     )
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
     config = config_from_dict(checkpoint(tmp_path)["config"])
-    assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2 and config.clip == 0.5
+    assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2
 
 
 @contextlib.contextmanager
@@ -486,6 +475,7 @@ def compiled_by(backend, **other):
         yield
 
 
+@pytest.mark.whole
 def test_compiled_run_equals_eager_and_compiles_in_its_first_steps_alone(tmp_path):
     flags = ["--epochs", "2", "--val-every", "2", "--stop-at", "3"]
     run(tmp_path / "eager", *flags)
@@ -546,9 +536,6 @@ def known_masks(flags, monkeypatch):
         (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
         (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
         (["--mask-hint", "0", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
-        (["--mask-hint", "1", "--patch-mask", "true", "--word-mask", "true"], "random", "random"),
-        (["--mask-hint", "0", "--patch-mask", "true"], "true", "sync"),
-        (["--mask-hint", "0", "--word-mask", "true"], "sync", "true"),
         (["--mask-hint", "0", "--patch-mask", "random", "--word-mask", "true"], "random", "true"),
     ],
 )
