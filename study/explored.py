@@ -16,16 +16,19 @@ from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD, encode
 from harness.run import Run
-from harness.wiring import Teacher, mask_scores
+from harness.wiring import Teacher
 from losses import mim_loss, pick_negatives, same_pairs
 from masking import (
     MaskSource,
+    average_attention,
+    clean_attention,
+    concentration,
     first_pieces,
-    momentum_attention,
+    grad_cam,
+    hidden_words,
+    middle_layer,
     random_patch_mask,
     random_word_mask,
-    read_layer,
-    reduce_heads,
     soft_mask,
     split_patches,
     sync_mask,
@@ -36,7 +39,8 @@ from photos.dataset import PhotoDataset
 from photos.prompts import Text
 from photos.synthetic import Synthetic
 
-SHARES = tuple(range(5, 100, 5))  # in per cent, what the sliders for masks offer
+SHARES = (10, 30, 50, 70, 90)  # in per cent, the stops of the sliders for masks
+MARGIN_STOPS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times the margin of the run
 NEVER = 255  # in place of a share: masked at none
 GUESSES = 5
 
@@ -94,15 +98,25 @@ def word_facts(words: Tensor, known: WordTruth, b: int) -> list[dict]:
     return facts
 
 
+def attentions_by(
+    run: Run, batch: dict, teacher: Teacher, source: MaskSource, generator: torch.Generator
+) -> tuple[list[Tensor], Tensor]:
+    """The maps (B, h, L, N) of each fusion layer, and the scores of words (B, L), as `synchronize` reads them."""
+    if source == "masked":
+        maps, answers = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator)
+        return maps, run.worth(batch["token_ids"], answers)
+    maps = clean_attention(run.momentum, batch, teacher.photos, teacher.text_embeds)
+    return maps, concentration(average_attention(maps))
+
+
 def readings(run: Run, batch: dict, teacher: Teacher) -> Iterator[tuple[MaskSource, int, Tensor]]:
     """Source, layer, map (B, L, P): all that attention can be read by; layer 0 is what the layers agree on."""
-    heads, clean = run.config.mask_heads, (teacher.photos, teacher.text_embeds)
     for source in get_args(MaskSource):
-        if source == "gradcam" and run.config.model.fusion_layers == 1:  # it reads all layers but the last
-            continue
-        found = momentum_attention(run.momentum, batch, *clean, source, run.mask_id, drawn_anew(run))
-        for layer in [*range(1, len(found) + 1), *([0] if len(found) > 1 else [])]:
-            yield source, layer, reduce_heads(read_layer(found, layer, heads), heads)
+        maps, _ = attentions_by(run, batch, teacher, source, drawn_anew(run))
+        for layer, attention in enumerate(maps, start=1):
+            yield source, layer, average_attention([attention])
+        if len(maps) > 1:
+            yield source, 0, average_attention(maps)
 
 
 def shown_map(heat: Tensor, words: Tensor) -> dict:
@@ -134,14 +148,14 @@ def by_share(make: Callable[[float, float], Masks], words: Tensor) -> list[dict]
 
 def all_masks(run: Run, batch: dict, teacher: Teacher, known: WordTruth | None) -> dict[str, list[dict]]:
     """`by_share` of random, synchronized and, where it is known, true masks."""
-    config, words, generator = run.config, batch["words"], drawn_anew(run)
-    attention, score = mask_scores(run, batch, teacher, generator)
-    after = generator.get_state()
+    config, words = run.config, batch["words"]
+    generator = drawn_anew(run)
+    maps, scores = attentions_by(run, batch, teacher, config.mask_source, generator)
+    attention, after = average_attention(maps), generator.get_state()
 
     def synchronized(patch_share: float, word_share: float) -> Masks:
         generator.set_state(after)
-        how = config.mask_heads, score, config.patch_score, config.word_pool
-        return sync_mask(attention, words, patch_share, word_share, *how, generator)
+        return sync_mask(attention, scores, words, patch_share, word_share, config.word_pool, generator)
 
     def random(patch_share: float, word_share: float) -> Masks:
         draws = drawn_anew(run)
@@ -150,7 +164,11 @@ def all_masks(run: Run, batch: dict, teacher: Teacher, known: WordTruth | None) 
 
     makers = {"random": random, "sync": synchronized}
     if known:
-        makers["true"] = lambda p, w: true_mask(known.regions, words, p, w, drawn_anew(run))
+
+        def true(patch_share: float, word_share: float) -> Masks:
+            return true_mask(known.regions, words, patch_share, word_share, drawn_anew(run))
+
+        makers["true"] = true
     return {name: by_share(make, words) for name, make in makers.items()}
 
 
@@ -159,27 +177,32 @@ def soft_masks(run: Run, batch: dict, teacher: Teacher) -> list[str] | None:
     layers, words = run.config.model.fusion_layers, batch["words"]
     if layers == 1:
         return None
-    clean = teacher.photos, teacher.text_embeds
-    heat = momentum_attention(run.momentum, batch, *clean, "gradcam", run.mask_id)[(layers + 1) // 2 - 1]
-    of = lambda place: soft_mask(heat, torch.ones_like(heat), torch.full_like(words[:, 0], place))
-    soft = torch.stack([of(place) for place in range(words.shape[1])], dim=1)  # (B, L, P)
+    with torch.enable_grad():
+        text = teacher.text_embeds.detach().requires_grad_()
+        keep = batch["attention_mask"]
+        fused, attentions = run.momentum.fusion(text, keep, teacher.photos, return_attention=True)
+        maps = grad_cam(attentions[middle_layer(layers)], run.momentum.itm_logits(fused)[:, 1].sum())
+    of_words = [soft_mask(maps, torch.full_like(words[:, 0], place)) for place in range(words.shape[1])]
+    soft = torch.stack(of_words, dim=1)  # (B, L, P)
     return [packed((255 * soft[b][starts]).round().byte()) for b, starts in enumerate(first_pieces(words))]
 
 
 def negatives(run: Run, batch: dict, teacher: Teacher, dataset: PhotoDataset) -> dict:
-    """Cosines (B, B) of photos and texts; which pairs may not serve as negatives, and which would be false ones; and a
-    map: the first two principal components of all features, photos and texts each about their own mean."""
+    """Cosines (B, B) of photos and texts; which pairs may not serve as negatives, and which would be false ones; the
+    hard negative of each photo and text, and the semi-hard one at each margin, −1 where there is none."""
     forbidden, false = same_pairs(batch["product_ids"], batch["caption_ids"]), None
-    feats = [feat - feat.mean(dim=0) for feat in (teacher.image_feat, teacher.text_feat)]
-    axes = torch.linalg.svd(torch.cat(feats), full_matrices=False).Vh[:2]  # (2, E)
     if isinstance(dataset, Synthetic):
         rows, products = batch["rows"].tolist(), batch["product_ids"].tolist()
         false = [[dataset.describes(product, row) for product in products] for row in rows]
         false = packed(torch.tensor(false).to(run.device) & ~forbidden)
-    photos, texts = ((feat @ axes.T).tolist() for feat in feats)
-    pairs = {"sim": packed(teacher.image_feat @ teacher.text_feat.T), "forbidden": packed(forbidden), "false": false}
-    chosen_by = {"margin": run.config.margin, "mode": run.config.itm_negatives}
-    return pairs | {"photos": photos, "texts": texts} | chosen_by
+    sim = teacher.image_feat @ teacher.text_feat.T
+    margins = [stop * (run.config.margin or 0.2) for stop in MARGIN_STOPS]
+    chosen = {}
+    for way, scores in {"photo": sim, "text": sim.T}.items():
+        semihard = [pick_negatives(scores, forbidden, None, "semihard", None, margin).tolist() for margin in margins]
+        chosen[way] = {"hard": pick_negatives(scores, forbidden, None, "hard").tolist(), "semihard": semihard}
+    pairs = {"sim": packed(sim), "forbidden": packed(forbidden), "false": false, "chosen": chosen}
+    return pairs | {"margins": margins, "margin": run.config.margin, "mode": run.config.negatives}
 
 
 def guesses(run: Run, chances: Tensor, right: int) -> dict:

@@ -13,40 +13,42 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import normalise, telling_pieces
+from data import FREQUENT, normalise, telling_pieces
 from harness.batches import learn_vocabulary
 from harness.config import ema_decay, parse_config
 from harness.flags import ConfigError
 from harness.run import Run, build_run
 from harness.wiring import contrast, synchronize, teach
-from losses import NegativeMode, cross_entropy, itc_targets, mim_loss, pick_negatives, same_pairs
+from losses import cross_entropy, itc_targets, mim_loss, pick_negatives, same_pairs
 from masking import (
+    average_attention,
     cooccurrence,
+    grad_cam,
     hidden_words,
+    middle_layer,
     random_patch_mask,
     random_word_mask,
-    reduce_heads,
     soft_mask,
     split_patches,
 )
-from measures.truth import batch_negatives, grouped, mask_truth, momentum_features, word_truth
+from measures.truth import grouped, mask_truth, momentum_features, word_truth
 from model import FeatureQueue
 from photos.dataset import DataError
 from photos.synthetic import Synthetic
-from sampler import SamplerMode
 from study.figures import open_run
 from train import RECIPES
 
 PRODUCTS, BATCH = 96, 16
+NEGATIVES = "random", "similar", "hard", "semihard"
+GROUPINGS = "random", "hard", "semihard"
 
 
 class Walk:
@@ -58,7 +60,7 @@ class Walk:
         dataset.truths, run.model = True, run.model.eval()
         # past every warm-up, in whichever state the weights are
         run.config, run.step = replace(run.config, val_products=PRODUCTS // 2, precision="fp32"), 10**6
-        run.queue = FeatureQueue(0, run.config.model.embed_dim)  # or the first stops would be keys of the later ones
+        run.queue = FeatureQueue(0)  # or the first stops would be keys of the later ones
         self.run, self.model, self.dataset, self.temp = run, run.model, dataset, run.model.temp.item()
         fronts = [int((dataset.product_ids == product).argmax()) for product in range(BATCH - 1)]
         self.batch = run.collate([dataset[row] for row in (fronts[0], fronts[0] + 1, *fronts[1:])])
@@ -82,7 +84,7 @@ class Walk:
 
     @cached_property
     def sync(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention (B, h, L, N), patch mask (B, P), word mask (B, L)."""
+        """Attention (B, L, P), patch mask (B, P), word mask (B, L)."""
         return synchronize(self.run, self.batch, self.teacher, self.draws())
 
     def spoken(self, mask: Tensor) -> str:
@@ -114,8 +116,7 @@ def truth(w: Walk) -> Iterator[str]:
     yield at("images", w.batch["images"], "the photo: product 0 from the front; then its back, 14 others")
     yield at("token_ids", w.ids, f"its text: {int(w.keep[0].sum())} tokens with [CLS] and [SEP], the rest [PAD]")
     words = len(set(w.words[0].tolist()) - {0})
-    rare = f"in no more than {w.run.config.frequent:.0%} of the descriptions (--frequent)"
-    yield at("words", w.words, f"{words} of its words may be masked: {rare}")
+    yield at("words", w.words, f"{words} of its words may be masked: in no more than {FREQUENT:.0%} of the texts")
     yield at("regions", w.known.regions, "where the photo shows what a token names, by patches")
     yield at("shown", w.spoken(visible))
     yield at("named, not shown", w.spoken(attribute & ~visible))
@@ -124,7 +125,8 @@ def truth(w: Walk) -> Iterator[str]:
 def attention(w: Walk) -> Iterator[str]:
     """Cross-attention: a row a word, a column an image token."""
     a = w.model.fusion(w.text_embeds, w.keep, w.image_embeds, return_attention=True)[1][0]
-    word, heat = w.known.visible[0].nonzero()[0, 0], reduce_heads(a)
+    word = w.known.visible[0].nonzero()[0, 0]
+    heat = average_attention([a])
     patches, registers = heat.shape[2], w.model.config.registers
     yield at("image_embeds", w.image_embeds, f"CLS and {patches} patches; {registers} registers are dropped")
     yield at("text_embeds", w.text_embeds)
@@ -176,13 +178,13 @@ def negatives(w: Walk) -> Iterator[str]:
     cosines = w.itc.sim_i2t * w.temp
     yield at("forbidden", forbidden, f"{int(forbidden.sum())} pairs: the diagonal, and the twins both ways")
     yield at("own pair", cosines[0, 0], "cosine")
-    for mode in get_args(NegativeMode):
+    for mode in NEGATIVES:
         margin = w.run.config.margin / w.temp
         chosen = int(pick_negatives(w.itc.sim_i2t, forbidden, None, mode, w.draws(), margin)[0])
         yield at(mode, cosines[0, chosen], f"cosine; {w.begins(chosen)}")
     config = w.run.config
     rising = f"; none until step {config.itm_warmup}, then rising to step {2 * config.itm_warmup}"
-    remark = f"are {config.itm_negatives}, the others random"
+    remark = f"are {config.negatives}, the others random"
     yield at("hard_share", w.run.hard_share, remark + rising * (config.itm_warmup > 0))
 
 
@@ -217,32 +219,38 @@ def recipe(w: Walk, name: str) -> Iterator[str]:
 
 def hidden(w: Walk) -> Iterator[str]:
     """The momentum model's attention of each word while it is hidden, and what the photo adds to it."""
-    maps, answers = hidden_words(w.run.momentum, w.batch, w.teacher.photos, w.run.mask_id, w.draws(), answers=True)
+    maps, answers = hidden_words(w.run.momentum, w.batch, w.teacher.photos, w.run.mask_id, w.draws())
     gains = answers[0] - answers[1]
-    mean = lambda mask: gains[mask & (w.words > 0)].mean()
     attribute, visible = w.known.attribute, w.known.visible
+    shown = gains[visible & (w.words > 0)].mean()
+    unshown = gains[attribute & ~visible & (w.words > 0)].mean()
     yield at("both halves", torch.stack([w.ids, w.ids]), "the texts twice, each word hidden in one of both")
     yield at("maps", maps[0], f"a row of each word's own pass, for each of {len(maps)} layers")
     yield at("gains", gains, "log p of a hidden word with its photo, over another one")
-    yield at("of words shown", mean(visible), "mean gain, in nats")
-    yield at("of words not shown", mean(attribute & ~visible))
+    yield at("of words shown", shown, "mean gain, in nats")
+    yield at("of words not shown", unshown)
+
+
+def share(mask: Tensor, candidates: Tensor, shared: Tensor) -> float:
+    """Of the masked candidates, the share that photo and text have in common."""
+    hits, total = cooccurrence(mask, candidates, shared)
+    return float(hits / total)
 
 
 def sync(w: Walk) -> Iterator[str]:
     """Synchronized masks."""
-    (agreed, patches, words), config, draws = w.sync, w.run.config, w.draws()
-    share = lambda mask, of, right: float(torch.div(*cooccurrence(mask, of, right)))
-    random = (random_patch_mask(*patches.shape, config.mim_ratio, draws),
-              random_word_mask(w.words, config.mlm_ratio, draws))  # fmt: skip
-    yield at("attention", agreed, "where the layers agree: their geometric mean")
+    attention, patches, words = w.sync
+    config, draws = w.run.config, w.draws()
+    random_patches = random_patch_mask(*patches.shape, config.mim_ratio, draws)
+    random_words = random_word_mask(w.words, config.mlm_ratio, draws)
+    named = w.known.regions.any(dim=1)  # (B, P)
+    yield at("attention", attention, "mean over heads, geometric mean over layers")
     yield at("patch mask", patches, f"{int(patches[0].sum())} of {patches.shape[1]} patches")
     yield at("word mask", words, f"of the photo: {w.spoken(words[0])}")
-    for name, mask, drawn, of, right in (
-        ("right patches", patches, random[0], torch.ones_like(patches), w.known.regions.any(dim=1)),
-        ("right words", words, random[1], w.known.attribute, w.known.visible),
-    ):
-        chance = f"of a random mask {share(drawn, of, right):.3f}"
-        yield at(name, share(mask, of, right), f"of those masked in the {BATCH} photos are in both; {chance}")
+    right, chance = (share(mask, torch.ones_like(mask), named) for mask in (patches, random_patches))
+    yield at("right patches", right, f"lie on what the text names; of a random mask {chance:.3f}")
+    right, chance = (share(mask, w.known.attribute, w.known.visible) for mask in (words, random_words))
+    yield at("right words", right, f"of the masked attributes are shown; of a random mask {chance:.3f}")
 
 
 def mim(w: Walk) -> Iterator[str]:
@@ -263,12 +271,14 @@ def batches(w: Walk) -> Iterator[str]:
     image_feat, text_feat = momentum_features(w.run, w.dataset, rows)
     similar, groups = image_feat @ text_feat.T, np.stack([w.dataset.product_ids[rows], w.dataset.caption_ids[rows]])
     yield at("sim", similar, f"cosines of a search block: {len(rows)} photos of {PRODUCTS} products")
-    for mode in get_args(SamplerMode):
+    forbidden = same_pairs(*map(torch.from_numpy, groups))
+    for mode in GROUPINGS:
         made = grouped(similar, groups, mode, replace(w.run.config, batch_size=BATCH))
-        found = []
+        nearest = []
         for items in made:
-            found += batch_negatives(w.run, similar[items][:, items], groups[:, items], "hard", w.draws())
-        mean = sum(cosine for *_, cosine in found) / len(found)
+            cosines = similar[items][:, items].masked_fill(forbidden[items][:, items], -1)
+            nearest += [cosines.amax(dim=1), cosines.amax(dim=0)]  # of every photo, then of every text
+        mean = torch.cat(nearest).mean()
         yield at(mode, mean, f"cosine of the nearest negative, mean over {len(made)} batches")
         if mode == "hard":
             begun = [w.dataset.captions[rows[item]].split(".")[0] for item in made[0][:4]]
@@ -278,14 +288,13 @@ def batches(w: Walk) -> Iterator[str]:
 def soft(w: Walk) -> Iterator[str]:
     """A soft mask: Grad-CAM of one word suppresses what it is about."""
     matching, maps = w.model.fusion(w.text_embeds, w.keep, w.image_embeds, return_attention=True)
-    layer = (len(maps) + 1) // 2  # as train.soften reads it
-    (gradient,) = torch.autograd.grad(w.model.itm_logits(matching)[:, 1].sum(), maps[layer - 1])
+    layer = middle_layer(len(maps))  # as train.soften reads it
+    cam = grad_cam(maps[layer], w.model.itm_logits(matching)[:, 1].sum())
     word = w.known.visible.byte().argmax(dim=1)  # the first word of each text that its photo shows
-    mask = soft_mask(maps[layer - 1], gradient, word)
+    mask = soft_mask(cam, word)
     tokens = w.image_embeds[:, 1:] * (1 - mask[..., None])
     about = w.known.regions[torch.arange(BATCH), word]
-    middle = f"of the middle layer: of {len(maps)}, number {layer}"
-    yield at("gradient", gradient, f"of the match logit by the attention {middle}")
+    yield at("Grad-CAM", cam, f"of the middle layer: of {len(maps)}, number {layer + 1}")
     yield at("M", mask, f"of {w.word(word[0])}; from {mask[0].min():.3f} to {mask[0].max():.3f}")
     yield at("on what it names", mask[about].mean(), f"mean of M there; elsewhere {mask[~about].mean():.3f}")
     yield at("patch tokens", tokens, "(1 - M) times what they were; the CLS stays")
@@ -304,8 +313,8 @@ def works(w: Walk) -> Iterator[str]:
 
 STOPS: list[tuple[str, Callable[[Walk], Iterator[str]]]] = [
     ("truth", truth), ("attention", attention), ("fusion", fusion), ("momentum", momentum), ("ITC", itc),
-    ("negatives", negatives), ("MLM", mlm), ("albef", lambda w: recipe(w, "albef")), ("hidden words", hidden),
-    ("sync_mask", sync), ("MIM", mim), ("syncmask", lambda w: recipe(w, "syncmask")), ("grouped batches", batches),
+    ("negatives", negatives), ("MLM", mlm), ("albef", partial(recipe, name="albef")), ("hidden words", hidden),
+    ("sync_mask", sync), ("MIM", mim), ("syncmask", partial(recipe, name="syncmask")), ("grouped batches", batches),
     ("soft masks", soft), ("does it work?", works),
 ]  # fmt: skip
 
@@ -320,7 +329,7 @@ def open_walk(checkpoint: Path | None, seed: int = 0) -> Walk:
     config = parse_config(["--precision", "fp32", "--device", "cpu"])[0]
     dataset = Synthetic("val", PRODUCTS, config.model.image_size, progress=False)
     run = build_run(replace(config, seed=seed), dataset, learn_vocabulary(config, dataset))
-    run.telling = telling_pieces(run.tokenizer, dataset.captions, config.frequent)
+    run.telling = telling_pieces(run.tokenizer, dataset.captions)
     return Walk(run, dataset)
 
 

@@ -352,7 +352,9 @@ def test_soft_mask_equals_a_loop():
         ]
         expected = [(value - min(heat)) / (max(heat) - min(heat) + 1e-7) for value in heat]
         assert mask[b].tolist() == pytest.approx(expected, abs=1e-5)
-    assert not soft_mask(grad_cam(attention, -(attention * gradient.abs()).sum()), word).any()  # nothing speaks for the match
+    assert not soft_mask(
+        grad_cam(attention, -(attention * gradient.abs()).sum()), word
+    ).any()  # nothing speaks for the match
 
 
 @pytest.mark.parametrize("source", ["masked", "clean"])

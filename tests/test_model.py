@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTM
 
 from harness.weights import load_pretrained
 from model import (
+    EMBED_DIM,
     PRESETS,
     Attention,
     FeatureQueue,

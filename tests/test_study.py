@@ -1,6 +1,5 @@
 """Pictures are drawn, experiments go on where they stopped, and a step's passes are those that its recipe names."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path

@@ -1,5 +1,8 @@
-"""The ten exercises: which function each asks for, which of the project's own tests it has to pass, how one is put in
-the place of the other."""
+"""The eight exercises that check themselves.
+
+For each: the functions to write, the project's own tests that they have to pass; and how one is put in the place of the
+other.
+"""
 
 import contextlib
 import importlib
@@ -44,16 +47,7 @@ HELPERS = {
     1: "from masking import first_pieces, word_counts",
     5: "from losses import NegativeMode",
     6: "from losses import NegativeMode",
-    7: """from masking import (
-    HeadReduction, PatchScore, WordScore, mask_top, mask_words, patch_count, reduce_heads, untied
-)""",
-    8: "from harness.run import Run",
-    9: """from harness.run import Run
-from masking import hidden_words, read_layer, reduce_heads
-from study.sources import predictions""",
-    10: """from harness.run import Run
-from harness.wiring import Teacher
-from masking import hidden_words, mask_words, random_patch_mask, random_word_mask""",
+    7: "from masking import mask_top, mask_words, patch_count, untied",
 }
 EXERCISES = {
     1: Exercise(("masking.random_word_mask",), ("test_masking:random_word_mask|all_pieces",),
@@ -65,12 +59,9 @@ EXERCISES = {
                 reads=("losses.same_pairs",)),
     6: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|semihard",), ("semihard",)),
     7: Exercise(("masking.sync_mask",), ("test_masking:sync_mask|masked_words_are|exact_ties|all_pieces",),
-                reads=("masking.momentum_attention", "masking.read_layer", "masking.reduce_heads",
-                       "masking.patch_count", "masking.mask_top", "masking.mask_words", "masking.untied")),
-    8: Exercise(("masking.soft_mask", "train.soften"), ("test_masking:soft_mask_equals", "test_train:masks_suppress"),
-                reads=("train.softmask",)),
-    9: Exercise(("study.exercises.solutions.word_score",)),
-    10: Exercise(("study.exercises.solutions.choose_masks",)),
+                reads=("masking.average_attention", "masking.patch_count", "masking.mask_top", "masking.mask_words",
+                       "masking.untied")),
+    8: Exercise(("masking.grad_cam", "masking.soft_mask"), ("test_masking:soft_mask_equals",)),
 }  # fmt: skip
 
 

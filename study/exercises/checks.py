@@ -3,21 +3,19 @@
 Each check takes the functions of an exercise and raises Mistake.
 """
 
-from functools import cache
-
 import torch
+from torch import Tensor
 
-from data import build_tokenizer, normalise
-from harness.config import parse_config
-from harness.run import Run, build_run
-from harness.wiring import teach
-from masking import first_pieces, patch_count, word_counts
-from photos.synthetic import Synthetic
+from masking import first_pieces, word_counts
 from study.exercises.catalogue import Functions, Mistake
 
-seeded = lambda seed=0: torch.Generator().manual_seed(seed)
 # [CLS] a zip ##per of black silk . [SEP] with "of" and the full stop no words; a text of one word; one without any
 WORDS = torch.tensor([[0, 2, 3, 3, 0, 6, 7, 8, 9, 0, 0], [0, 2] + [0] * 9, [0] * 11])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator."""
+    return torch.Generator().manual_seed(seed)
 
 
 def want(right, message: str) -> None:
@@ -184,6 +182,11 @@ def check_6(pick_negatives) -> None:
     want(semihard([0.0, 0.9, 0.75, 0.5, 0.1]) == 4, "none is below the own pair: then the least similar one")
 
 
+def masks_of(sync_mask, attention, scores, words, ratio: float, pool: float, seed: int) -> tuple[Tensor, Tensor]:
+    """A quarter of the patches and `ratio` of the words."""
+    return sync_mask(attention, scores, words, 0.25, ratio, pool, seeded(seed))
+
+
 def check_7(sync_mask) -> None:
     """Words by their score, patches by their attention."""
     words_by_score(sync_mask)
@@ -191,122 +194,87 @@ def check_7(sync_mask) -> None:
 
 
 def words_by_score(sync_mask) -> None:
-    """Three words with scores of their own, the first of three pieces."""
-    words, attention = torch.tensor([[0, 2, 2, 2, 5, 6, 0]]), torch.full((1, 2, 7, 5), 0.2)
-    own = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
+    """Three words with scores, the first of three pieces."""
+    words = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])
+    attention = torch.full((1, 7, 4), 0.25)
+    scores = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
 
-    def masked(ratio: float, pool: float, scores=own) -> list[int]:
-        masks = [
-            sync_mask(attention, words, 0.25, ratio, "mean", scores, "masked", pool, seeded(s))[1] for s in range(20)
-        ]
+    def times_masked(ratio: float, pool: float, scores=scores) -> list[int]:
+        masks = [masks_of(sync_mask, attention, scores, words, ratio, pool, seed)[1] for seed in range(20)]
         for mask in masks:
             only_words(mask, words)
             right_counts(mask, words, ratio)
         return torch.cat(masks)[:, [1, 4, 5]].sum(0).tolist()  # how often each word
 
-    best, _, second = masked(0.67, 0.0)
-    want(best, "word_score may be a tensor of scores: the highest are masked")
+    best, _, second = times_masked(0.67, 0.0)
+    want(best, "the lowest scores are masked: it should be the highest")
     want(best == 20, "words are drawn from all of the text: first the best, then a draw among these alone. best + "
          "draws is above 1 in the mask `best`, and below 1 elsewhere")  # fmt: skip
     want(second == 20, "with a pool below word_ratio the best word_ratio are masked: max(pool, word_ratio), and "
          "that of the words, not of the tokens")  # fmt: skip
-    best, worst, second = masked(0.34, 0.67)
+    best, worst, second = times_masked(0.34, 0.67)
     want(not worst, "a word is masked that is not in the pool, the best max(pool, word_ratio) of the words")
     want(best and second, "the pool is ignored: of the best two of three words one is to be drawn, and it is "
          "always the same")  # fmt: skip
-    want(max(masked(0.34, 0.0, torch.ones(1, 7))) < 20, "of equal scores it is always the same word: `untied` first")
+    equal = times_masked(0.34, 0.0, torch.ones(1, 7))
+    want(max(equal) < 20, "of equal scores it is always the same word: `untied` first")
 
 
 def patches_by_attention(sync_mask) -> None:
-    """Three words, of which the second looks at one patch alone."""
-    words, attention = torch.tensor([[0, 2, 3, 4, 0, 0]]), torch.zeros(1, 2, 6, 5)
-    ask = lambda attention, words, score="max", whose="masked", seed=0: sync_mask(
-        attention, words, 0.25, 0.34, word_score=score, patch_score=whose, generator=seeded(seed))  # fmt: skip
-    attention[0, :, 1] = torch.tensor([0.0, 0.4, 0.3, 0.2, 0.1])
-    patches = ask(attention, words * torch.tensor([0, 1, 0, 0, 0, 0]))[0]
-    want(patches.shape == (1, 4), f"the patch mask has {patches.shape[1]} columns, the photo 4 patches: drop the "
-         "image CLS, column 0, before anything else")  # fmt: skip
-    want(patches.sum() == 1, "counts are exact: round(ratio · patches)")
-    want(not patches[0, 1], "the second best patch is masked: is it the last column that is dropped? CLS is the first")
-    want(patches[0, 0], "the least attended patches are masked instead of the most attended")
+    """Three words, of which the second has the highest score and attends to one patch alone."""
+    words = torch.tensor([[0, 2, 3, 4, 0, 0]])
+    scores = torch.tensor([[0.0, 1, 2, 1, 0, 0]])
+    attention = torch.zeros(1, 6, 4)
+    attention[..., 3] = 9.0  # special tokens attend to the last patch
+    attention[0, 1] = torch.tensor([0.45, 0.45, 0.1, 0.0])
+    attention[0, 2] = torch.tensor([0.0, 0.1, 0.6, 0.0])
+    attention[0, 3] = torch.tensor([0.45, 0.45, 0.0, 0.1])
 
-    attention[..., 4] = 9.0  # special tokens look at the last patch
-    attention[0, :, 1] = torch.tensor([0.0, 0.45, 0.45, 0.1, 0.0])
-    attention[0, :, 2] = torch.tensor([0.4, 0.0, 0.0, 0.6, 0.0])
-    attention[0, :, 3] = torch.tensor([0.0, 0.45, 0.45, 0.0, 0.1])
-    for score in ("max", "entropy"):
-        patches, masked = ask(attention, words, score)
-        want(masked[0, 2] or score == "max", "word_score entropy: the third token looks at one patch and has to be "
-             "masked. Σ_p q log A, q = A / Σ A, and 1e-12 added to A, since 0 · log 0 is NaN")  # fmt: skip
-        want(masked[0, 2], f"word_score {score}: the third token looks at one patch and has to be masked. A row of a "
-             "softmax sums to 1, so a row's sum over patches only says how little falls on the image CLS")  # fmt: skip
-        want(patches[0, 2], "patch_score masked: only the attention of the words just masked counts")
-    want(ask(attention, words, whose="all")[0][0, :2].any(),
-         "patch_score all: the mean over all words, without the rows of [CLS], [SEP] and padding")  # fmt: skip
-    on_cls = attention.clone()
-    on_cls[0, :, 2] = torch.tensor([0.98, 0.0, 0.0, 0.02, 0.0])
-    want(not ask(on_cls, words, "entropy")[1][0, 2], "word_score entropy: a word is masked that looks at hardly any "
-         "patch, but at one: −H(q) alone; add log Σ A, the penalty for what falls on no patch")  # fmt: skip
-    varied = lambda *asked: len({str(ask(*asked, seed=seed)[0]) for seed in range(20)}) > 1
+    def patches(attention=attention, words=words, seed: int = 0) -> Tensor:
+        return masks_of(sync_mask, attention, scores, words, 0.34, 0.0, seed)[0]
+
+    found = patches()
+    want(
+        found.shape == (1, 4) and found.sum() == 1, "a patch mask is (B, P), with exact counts: round(ratio · patches)"
+    )
+    want(not found[0, :2].any(), "the patch is masked that the other words attend to, or the least attended one: "
+         "the highest mean attention of the words just masked")  # fmt: skip
+    want(not found[0, 3], "the rows of [CLS], [SEP] and padding count: only the words just masked do")
+    want(found[0, 2], "the patch is not masked that the words just masked attend to most")
+
+    def varied(attention: Tensor, words: Tensor) -> bool:
+        return len({str(patches(attention, words, seed)) for seed in range(20)}) > 1
+
     want(varied(torch.ones_like(attention), words), "of equal scores it is always the same patches: `untied` first")
     want(varied(attention, words * 0), "a text without a word has the same patches masked each time: 0 / 0 is NaN; "
          "divide by 1 at least")  # fmt: skip
 
 
-def check_8(soft_mask, soften) -> None:
-    """Scaled Grad-CAM of one word, of the middle layer."""
-    attention, word = torch.rand(2, 2, 4, 6, generator=seeded()) + 0.1, torch.tensor([1, 2])
+def check_8(grad_cam, soft_mask) -> None:
+    """Grad-CAM, then one word's row of it, scaled."""
+    attention = (torch.rand(2, 2, 4, 6, generator=seeded()) + 0.1).requires_grad_()
     gradient = torch.randn(attention.shape, generator=seeded(1))
-    found = soft_mask(attention, gradient, word)
+    score = (attention * gradient).sum()  # its gradient
+    maps = grad_cam(attention, score)
+    want(
+        maps.shape == attention.shape,
+        "a map has the shape of the attention, (B, h, L, N)",
+    )
+    want(not maps.requires_grad, "maps are detached: nothing is learnt through a soft mask")
+    want((maps >= 0).all(), "a gradient that is negative speaks against the match and yet counts: max(0, ∂s/∂A) first "
+         "(the ReLU of Grad-CAM)")  # fmt: skip
+    right = (attention * gradient.clamp(min=0)).detach()
+    want(torch.allclose(maps, right), "A · max(0, ∂s/∂A), for each head: the attention itself is a factor")
+    try:
+        score.backward()
+    except RuntimeError:
+        raise Mistake("the losses still need the graph of the score: retain_graph=True") from None
+    word = torch.tensor([1, 2])
+    found = soft_mask(maps, word)
     want(found.shape == (2, 5), "a soft mask is (B, P): the row of one word, without the image CLS in column 0")
     want(found.min() >= 0 and found.max() <= 1, "a soft mask lies between 0 and 1: (G − min G) / (max G − min G)")
-    want(not soft_mask(attention, -gradient.abs(), word).any(), "a gradient that is negative throughout speaks against "
-         "the match and yet something is masked: max(0, ∂s/∂A) first (the ReLU of Grad-CAM)")  # fmt: skip
-    apart = torch.tensor([[1.0, -9, 0, 0, 0, 0], [0, 9, 2, 0, 0, 0]])[None, :, None].expand(2, 2, 4, 6)
-    want(soft_mask(torch.ones_like(apart), apart, word)[0, 0] == 1, "the ReLU comes before the mean over heads, or "
-         "heads cancel out")  # fmt: skip
-    run, batch = small_run()
-    embeds = run.model.encode_image(batch["images"])
-    text = run.model.encode_text(batch["token_ids"], batch["attention_mask"])
-    matching, attentions = run.model.fusion(text, batch["attention_mask"], embeds, return_attention=True)
-    soft = soften(run, batch["words"] > 0, matching, attentions, embeds)
-    want(torch.equal(soft[:, 0], embeds[:, 0]), "the image CLS, token 0, must stay as it is")
-    empty = "nothing is suppressed. In the last fusion layer only the row of [CLS] reaches the match logit, so the "
-    empty += "gradient in every word's row is 0: read a layer before it, as --mask-layer says"
-    want(not torch.equal(soft, embeds), empty)
-
-
-def check_9(word_score) -> None:
-    """A score for every word, which reads no truth."""
-    run, batch = small_run()
-    score = word_score(run, batch | {"images": batch["pixels"]}, seeded())
-    want(score.shape == batch["words"].shape, f"a score for every token: {tuple(batch['words'].shape)}")
-    want(score.isfinite().all(), "scores must be finite, also where there is no word: mask_words leaves those out")
-    again = word_score(run, batch | {"images": batch["pixels"]}, seeded())
-    want(torch.equal(score, again), "one generator, two results: give it to everything that draws")
-
-
-def check_10(choose_masks) -> None:
-    """Masks of the shares asked for, of words that may be masked."""
-    run, batch = small_run()
-    words, patches = batch["words"], run.config.model.grid**2
-    for step in (0, run.config.mask_warmup):
-        run.step = step
-        run.seed_step()
-        patch_mask, word_mask = choose_masks(run, batch, teach(run, batch))
-        right = [patch_count(patches, run.config.mim_ratio)] * len(words)
-        want(patch_mask.sum(1).tolist() == right, f"{patch_mask.sum(1).tolist()} patches are masked, not {right}: "
-             "split_patches needs mim_ratio of them, in every photo")  # fmt: skip
-        only_words(word_mask, words)
-        right_counts(word_mask, words, run.config.mlm_ratio)
-
-
-@cache
-def small_run() -> tuple[Run, dict]:
-    """An untrained model of two fusion layers and a batch, images normalised, pixels not."""
-    sizes = "--image-size 32 --width 32 --heads 2 --vision-layers 2 --text-layers 1 --fusion-layers 2 --embed-dim 16"
-    config, _ = parse_config([*sizes.split(), "--vocab-size", "300", "--precision", "fp32", "--device", "cpu"])
-    dataset = Synthetic("train", 12, 32, progress=False)
-    run = build_run(config, dataset, build_tokenizer(dataset.captions, 300, 64))
-    batch = run.collate([dataset[row] for row in range(0, 24, 3)])
-    return run, batch | {"pixels": batch["images"], "images": normalise(batch["images"])}
+    ends = torch.stack([found.amin(dim=1), found.amax(dim=1)])
+    right_ends = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    want(torch.allclose(ends, right_ends, atol=1e-3), "each photo has a least and a most of its own: 0 and 1")
+    own = right.mean(dim=1)[torch.arange(2), word, 1:]
+    want(torch.equal(found.argsort(), own.argsort()), "the row of the word counts, word_index, as the mean over heads")

@@ -1,4 +1,4 @@
-"""Ten exercises that check themselves: study/exercises/README.md.
+"""Eight exercises that check themselves: study/exercises/README.md.
 
 python study/exercises/start.py 3              writes the stub of exercise 3 into study/exercises/mine/ex3.py
 python -m pytest study/exercises -k ex3        checks what you wrote there

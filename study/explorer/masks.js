@@ -7,7 +7,11 @@ const HIDDEN = [128, 129, 134, 255];
 let softWord = 0;
 
 const shareOf = (id) => Number(element(id).value);
-const nearestShare = (share) => best(data.run.shares, (one) => -Math.abs(one - 100 * share));
+/** The slider's stop nearest to a share. */
+function nearestShare(share) {
+  const away = data.run.shares.map((one) => Math.abs(one - 100 * share));
+  return data.run.shares[away.indexOf(Math.min(...away))];
+}
 
 /** The words and the patches of a photo that masks of one kind hide. */
 function hiddenBy(kind, photo, patchShare, wordShare) {

@@ -1,4 +1,4 @@
-// Section 3: which wrong pair ITM would be shown, chosen from the cosines by the rule of losses.pick_negatives.
+// Section 3: which wrong pair ITM would be shown, as losses.pick_negatives chose it for each of five margins.
 
 const { items } = data.negatives;
 const cosines = floats(data.negatives.sim), forbidden = bytes(data.negatives.forbidden);
@@ -13,21 +13,12 @@ const pairAt = (anchor, other) => (asksPhoto() ? anchor * items.length + other :
 const cosine = (anchor, other) => cosines[pairAt(anchor, other)];
 const mayServe = (anchor, other) => !forbidden[pairAt(anchor, other)];
 const isFalse = (anchor, other) => Boolean(wouldBeFalse && wouldBeFalse[pairAt(anchor, other)]);
-const chosenMargin = () => Number(element("margin").value) / 100;
-/** The line below which a negative is semi-hard, in single precision, as Python has it. */
-const lineOf = (anchor) => Math.fround(cosine(anchor, anchor) - Math.fround(chosenMargin()));
-
-function hardNegative(anchor) {
-  return best(range(items.length).filter((other) => mayServe(anchor, other)), (other) => cosine(anchor, other));
-}
-
-/** The most similar one below the line; where none is, the least similar one. */
-function semihardNegative(anchor) {
-  const candidates = range(items.length).filter((other) => mayServe(anchor, other));
-  const below = candidates.filter((other) => cosine(anchor, other) < lineOf(anchor));
-  if (below.length) return best(below, (other) => cosine(anchor, other));
-  return best(candidates, (other) => -cosine(anchor, other));
-}
+const stop = () => Number(element("margin").value);
+const chosenMargin = () => data.negatives.margins[stop()];
+const lineOf = (anchor) => cosine(anchor, anchor) - chosenMargin();
+const chosenFor = () => data.negatives.chosen[element("way").value];
+const hardNegative = (anchor) => chosenFor().hard[anchor];
+const semihardNegative = (anchor) => chosenFor().semihard[stop()][anchor];
 
 function rolesOf(other, hard, semihard) {
   const holds = {
@@ -63,54 +54,6 @@ function drawList(hard, semihard) {
   element("neighbours").replaceChildren(...entries);
 }
 
-/** Places of photos and texts on the map, in per cent of its sides. */
-function places() {
-  const all = [...data.negatives.photos, ...data.negatives.texts];
-  const scale = (axis) => {
-    const values = all.map((point) => point[axis]), low = Math.min(...values), high = Math.max(...values);
-    return (point) => (100 * (point[axis] - low)) / Math.max(1e-9, high - low);
-  };
-  const x = scale(0), y = scale(1), placed = (point) => [x(point), 100 - y(point)];
-  return { photo: data.negatives.photos.map(placed), text: data.negatives.texts.map(placed) };
-}
-
-/** A photo is a circle, a text a square. */
-function dot(kind, [x, y], role, title, number) {
-  const size = role ? 2 : 1.3, square = { x: x - size, y: y - size, width: 2 * size, height: 2 * size };
-  const shape = kind === "photo" ? draw("circle", { cx: x, cy: y, r: size }) : draw("rect", square);
-  shape.setAttribute("class", `dot ${role}`);
-  shape.append(draw("title", {}, title));
-  shape.addEventListener("click", () => ask(number));
-  return shape;
-}
-
-/** Labels [x, y, text] on the side of their places that lies away from x = `from`, moved down off each other. */
-function spread(labels, from) {
-  let free = 0;
-  return labels.sort((a, b) => a[1] - b[1]).map(([x, y, text]) => {
-    const at = Math.max(free, y + 1.2), left = x > 76 || (x < from && x > 24);
-    free = at + 5.6;
-    return draw("text", { x: left ? x - 3 : x + 3, y: at, "text-anchor": left ? "end" : "start" }, text);
-  });
-}
-
-function drawMap(hard, semihard) {
-  const placed = places(), own = asksPhoto() ? "photo" : "text", others = asksPhoto() ? "text" : "photo";
-  const lines = [], dots = [], labels = [], [fromX, fromY] = placed[own][asked];
-  items.forEach(({ text }, number) => {
-    const roles = rolesOf(number, hard, semihard), [x, y] = placed[others][number];
-    if (number !== asked) dots.push(dot(own, placed[own][number], "", text, number));
-    dots.push(dot(others, [x, y], roles.join(" "), text, number));
-    for (const role of roles.filter((one) => one !== "false")) {
-      lines.push(draw("line", { class: role, x1: fromX, y1: fromY, x2: x, y2: y }));
-    }
-    if (roles.length) labels.push([x, y, roles.map((role) => TAGS[role].split(" ")[0]).join(", ")]);
-  });
-  dots.push(dot(own, [fromX, fromY], "asked", items[asked].text, asked));
-  dots.sort((one, other) => one.classList.length - other.classList.length); // those that matter above the rest
-  element("map").replaceChildren(...lines, ...dots, ...spread(labels, fromX));
-}
-
 function drawAsked() {
   const { image: source, text } = items[asked], photo = asksPhoto();
   const said = photo ? image(source, `photo of item ${asked + 1}`) : make("p", { text: `“${text}”` });
@@ -125,7 +68,6 @@ function drawNegatives() {
   Object.assign(element("neighbours").dataset, { hard, semihard });
   drawAsked();
   drawList(hard, semihard);
-  drawMap(hard, semihard);
 }
 
 function sayNegatives() {
@@ -151,18 +93,17 @@ function answerNegatives() {
   if (!wouldBeFalse) return say("negatives-answer", said);
   const all = range(items.length), count = (pick) => all.filter((anchor) => takesFalse(pick, anchor)).length;
   const trapped = all.filter((anchor) => all.some((other) => isFalse(anchor, other))).length;
-  const whole = data.figures.find(([, key]) => key === "false_negative_rate_hard");
   return say("negatives-answer", `Here ${count(hardNegative)} of ${items.length} hard negatives are false,`,
     `and ${count(semihardNegative)} of the semi-hard ones.`, said,
     "So many, since these are neighbouring products, one photo of each, and neighbours are sisters, which differ in one",
     `thing: for ${trapped} of the photos there is a text here of another product that describes them, too.`,
-    whole ? `In a batch few sisters meet, even in hard ones: there ${percent(whole[2], 2)} are false (part 5).` : "");
+    "In a batch of training few sisters meet, even in hard ones (false_negative_rate in metrics.jsonl).");
 }
 
 function startNegatives() {
   const short = (text) => (text.length > 40 ? `${text.slice(0, 40)}…` : text);
   fillMenu(element("anchor"), items.map(({ text }, number) => [number, `${number + 1}: ${short(text)}`]), 0);
-  element("margin").value = Math.round(100 * data.negatives.margin);
+  element("margin").value = 2; // the margin of the run
   element("anchor").onchange = (event) => ask(Number(event.target.value));
   element("way").onchange = () => ask(asked);
   element("margin").oninput = () => { drawNegatives(); sayNegatives(); };

@@ -14,11 +14,6 @@ const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`
 const say = (id, ...sentences) => { element(id).textContent = sentences.join(" "); };
 const range = (count) => [...Array(count).keys()];
 
-/** The first candidate with the highest score, or −1 where there is none. */
-function best(candidates, score) {
-  return candidates.reduce((top, one) => (top < 0 || score(one) > score(top) ? one : top), -1);
-}
-
 /** An element with properties (text, className, dataset, …), attributes and children. Text is never read as markup. */
 function make(tag, { attributes = {}, dataset = {}, text, ...properties } = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -30,10 +25,9 @@ function make(tag, { attributes = {}, dataset = {}, text, ...properties } = {}, 
 }
 
 /** The same in SVG, where everything is an attribute. */
-function draw(tag, attributes = {}, ...children) {
+function draw(tag, attributes = {}) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
   return made;
 }
 
@@ -147,7 +141,6 @@ function start() {
   startMasks();
   startNegatives();
   startRebuilt();
-  startRun();
   choosePhoto(0);
 }
 

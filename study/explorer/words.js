@@ -1,8 +1,6 @@
 // Section 1: the attention of a word over the photo, and whether its brightest patch lies on what the word names.
 
-const SOURCES = {
-  hidden: "the word while it is hidden", attention: "the word as it stands there", gradcam: "Grad-CAM of the match",
-};
+const SOURCES = { masked: "the word while it is masked", clean: "the word as it stands there" };
 // brightness, then red, green, blue: inferno, which reads the same without colour
 const HEAT = [[0, 0, 0, 4], [0.25, 87, 16, 110], [0.5, 188, 55, 84], [0.75, 249, 142, 9], [1, 252, 255, 164]];
 const DARK = [20, 20, 24, 190];
@@ -40,8 +38,9 @@ function fillLayers() {
 
 function showPeak(view, peak) {
   const place = { x: (peak % grid) + 0.04, y: Math.floor(peak / grid) + 0.04, width: 0.92, height: 0.92 };
-  view.append(draw("svg", { viewBox: `0 0 ${grid} ${grid}`, "aria-hidden": "true" },
-    draw("rect", { class: "peak-edge", ...place }), draw("rect", { class: "peak", ...place })));
+  const layer = draw("svg", { viewBox: `0 0 ${grid} ${grid}`, "aria-hidden": "true" });
+  layer.append(draw("rect", { class: "peak-edge", ...place }), draw("rect", { class: "peak", ...place }));
+  view.append(layer);
   view.dataset.peak = peak;
 }
 
@@ -105,10 +104,9 @@ function answerWords() {
 
 function startWords() {
   const sources = [...new Set(data.readings.map((one) => one.source))];
-  const { mask_source: wanted, mask_layer: layer } = data.run, source = sources.includes(wanted) ? wanted : sources[0];
+  const source = data.run.mask_source;
   fillMenu(element("source"), sources.map((name) => [name, SOURCES[name]]), source);
   fillLayers();
-  if (readingOf(source, layer)) element("layer").value = layer;
   element("word-map").classList.add("grey");
   const changed = () => { if (wordCount(chosen.photo)) showWord(shownWord); };
   element("source").onchange = () => { fillLayers(); changed(); };
