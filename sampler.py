@@ -56,9 +56,9 @@ class GroupedBatchSampler:
     """
 
     def __init__(
-        self, dataset_size: int, batch_size: int, mode: SamplerMode = "random",
+        self, dataset_size: int, batch_size: int, search_size: int = SEARCH_SIZE, mode: SamplerMode = "random",
         product_ids: np.ndarray | None = None, caption_ids: np.ndarray | None = None, seed: int = 0,
-        search_size: int = SEARCH_SIZE, pool_blocks: int = 4, margin: float = 0.0, ranks: Alone | None = None,
+        pool_blocks: int = 4, margin: float = 0.0, ranks: Alone | None = None,
     ):  # fmt: skip
         if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
             raise ValueError(

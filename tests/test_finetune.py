@@ -384,7 +384,7 @@ def test_search_by_a_damaged_photo_is_one_line(tmp_path, pretrained):
         (["--task", "retrieval", "--eval-only", "--resume"], "--resume goes on with a training"),
         (["--task", "category", "--eval-only"], "has no classes yet"),
         (["--task", "category", "--query", "red"], "--query is for --task search, not for category"),
-        (["--task", "category", "--negatives", "hard"], "--sampler is for --task retrieval"),
+        (["--task", "category", "--negatives", "hard"], "--negatives is for --task retrieval"),
         (["--task", "tgir", "--modality", "image"], "--modality is for --task category or subcategory or entailment"),
         (["--task", "entailment", "--data", "jsonl"], "--task entailment needs --data synthetic or snlive, not jsonl"),
         (["--task", "retrieval", "--data", "coco", "--root", "nowhere"], "nowhere: no such folder"),

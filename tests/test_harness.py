@@ -249,7 +249,7 @@ def test_text_and_whole_weights_can_be_given(tmp_path, capsys):
     torch.save({"model": {"itm_head.bias": torch.tensor([0.25, -0.25])}}, tmp_path / "albef.pth")
     flags = [flag for flag in FAST if flag not in ("--vocab-size", "300")] + ["--vocab", str(tmp_path / "vocab.txt")]
     for name, flag, key in (
-        ("bert.bin", "--text-weights", "text.norm.weight"),
+        ("bert.bin", "--weights", "text.norm.weight"),
         ("albef.pth", "--weights", "itm_head.bias"),
     ):
         given = [
@@ -372,7 +372,7 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
     given = [
         "--vocab",
         str(tmp_path / "vocab.txt"),
-        "--vision-weights",
+        "--weights",
         str(tmp_path / "vit.pth"),
         "--lr",
         "0",
@@ -400,8 +400,7 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
         (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
         (["--root", "x"], "--root is for data from files"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
-        (["--text-weights", "x"], "need --vocab"),
-        (["--weights", "x", "--vision-weights", "y", "--vocab", "z"], "--weights contradicts"),
+        (["--weights", "x", "y", "z"], "--weights takes one file, or two"),
         (["--vocab", "x", "--vocab-size", "9"], "--vocab-size contradicts --vocab"),
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--lr", "inf"], "--lr inf: must be a finite number"),
@@ -409,7 +408,7 @@ def test_a_vocabulary_and_vision_weights_can_be_given(tmp_path, capsys):
         (["--device", "cuda:99"], "no such GPU"),
         (["--vision-layers", "1", "--products", "1"], "--products 1: must be at least 2"),  # not: patch_layer 2
         (["--out", "/dev/null/x", "--products", "2"], "/dev/null/x"),
-        (["--vision-weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
+        (["--weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
     ],
 )
