@@ -134,7 +134,7 @@ def test_tasks_of_a_fashionfine_checkpoint(tmp_path, capsys):
         assert opened.text(3) == (lead, opened.captions[3])
         if task == "tgir":
             assert opened.queries().text(3) == (lead, opened.captions[3]) == opened.part(np.array([3])).text(0)
-        assert (config.model.local_image, config.model.local_text) == shares and not config.model.alignment
+        assert config.model.local_tokens == (shares != (0.0, 0.0)) and not config.model.alignment
         assert (config.focal_gamma, config.itc_weight) == ((2, 0.25) if task == "retrieval" else (0, 1))
         found = command("--task", task, *common, "--out", tmp_path / task)
         saved = load_checkpoint(tmp_path / task / "best.pt")["model"]

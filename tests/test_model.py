@@ -477,5 +477,5 @@ def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
         plain = make_model()
         assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
         assert torch.equal(plain.text_feature(text_embeds, keep), plain.project_text(text_embeds))
-    with pytest.raises(ValueError, match="local_text 1.5 is more than 1"):
-        replace(SMALL, local_text=1.5)
+    with pytest.raises(ValueError, match="dropout 1.5 is more than 0.5"):
+        replace(SMALL, dropout=1.5)
