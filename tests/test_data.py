@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from small import FAST
-from test_photos import wardrobe_photo
 from transformers import BertTokenizerFast
 
 import data
@@ -24,6 +23,12 @@ TEXTS = [
     "a" * 300,
     "it's  v-neck",
 ]
+
+
+def wardrobe_photo(colour):
+    photo = torch.full((3, 64, 64), 220, dtype=torch.uint8)
+    photo[:, 12:52, 12:52] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    return photo
 
 
 def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
