@@ -1,7 +1,6 @@
 """What a training step costs, measured on one machine.
 
-python study/benchmark.py step --recipe syncmask      seconds of a step by phase, images a second, memory, and the share
-                                                      of the rate of a large matrix product
+python study/benchmark.py step --recipe syncmask      time by phase, memory, share of a large matrix product's rate
 python study/benchmark.py passes                      how many images and captions pass each part of the model in a step
 
 Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --precision, --compile, …
@@ -16,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -24,19 +24,17 @@ from harness.config import MAX_GRAD_NORM, TrainConfig, parse_config
 from harness.flags import ConfigError
 from harness.host import peak_memory_mib
 from harness.run import Run, autocast, build_run
-from photos.dataset import DataError
 from train import RECIPES
 
 
 def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     """Build a run past its warm-ups, and the items of one batch of synthetic products."""
-    products = 2 + config.batch_size // 3
-    dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products, False)
+    where = config.model.image_size, config.seed, 2 + config.batch_size // 3
+    dataset = build_dataset("synthetic", None, "train", *where, False)
     dataset.prompts = config.prompts
     captions = [" ".join(dataset.text(row)[1::2]) for row in range(len(dataset))]
-    tokenizer = build_tokenizer(
-        captions, config.model.vocab_size, config.model.max_length, config.vocab, config.prompts
-    )
+    sizes = config.model.vocab_size, config.model.max_length
+    tokenizer = build_tokenizer(captions, *sizes, config.vocab, config.prompts)
     unused = config.model.vocab_size - tokenizer.get_vocab_size()  # synthetic captions have a few hundred words only
     tokenizer.add_tokens([f"[unused{i}]" for i in range(unused)])
     run = build_run(config, dataset, tokenizer)
@@ -44,13 +42,6 @@ def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     run.generator = torch.Generator(run.device).manual_seed(config.seed)
     rows = np.random.default_rng(config.seed).permutation(len(dataset))[: config.batch_size]
     return run, [dataset[int(row)] for row in rows]
-
-
-def make_batch(run: Run, items: list[dict]) -> dict:
-    """Collate items, move the batch to the device, crop and normalise its images."""
-    batch = to_device(Collate(run.tokenizer)(items), run.device)
-    crops = random_crops(len(items), run.config.crop_scale, run.generator, run.config.distort, run.device)
-    return batch | {"images": augment(batch["images"], crops, run.generator, run.config.distort)}
 
 
 def now(device: torch.device) -> float:
@@ -62,11 +53,13 @@ def now(device: torch.device) -> float:
 
 def take_step(run: Run, items: list[dict]) -> dict[str, float]:
     """Take one step as the loop of train.py does. -> seconds by phase."""
-    times = [now(run.device)]
-    batch = make_batch(run, items)
+    config, times = run.config, [now(run.device)]
+    batch = to_device(Collate(run.tokenizer)(items), run.device)
+    crops = random_crops(len(items), config.crop_scale, run.generator, config.distort, run.device)
+    batch["images"] = augment(batch["images"], crops, run.generator, config.distort)
     times.append(now(run.device))
     with autocast(run):
-        losses, _ = RECIPES[run.config.recipe](run, batch)
+        losses, _ = RECIPES[config.recipe](run, batch)
     times.append(now(run.device))
     sum(losses.values()).backward()
     times.append(now(run.device))
@@ -80,14 +73,7 @@ def take_step(run: Run, items: list[dict]) -> dict[str, float]:
     return {phase: end - start for phase, start, end in zip(phases, times, times[1:], strict=False)}
 
 
-def multiply_adds(run: Run, items: list[dict]) -> float:
-    """Count the multiply-adds of a step's forward and backward pass."""
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
-        take_step(run, items)
-    return flops.get_total_flops() / 2
-
-
-def ceiling(run: Run, size: int, repeats: int = 5) -> float:
+def ceiling(run: Run, size: int = 4096, repeats: int = 5) -> float:
     """Measure the multiply-adds a second of a large matrix product in the run's precision: the most to hope for."""
     dtype = torch.bfloat16 if run.config.precision == "bf16" else torch.float32
     a = torch.randn(size, size, device=run.device, dtype=dtype)
@@ -109,18 +95,16 @@ def time_steps(config: TrainConfig, repeats: int) -> None:
                 phases[phase].append(seconds)
     medians = {phase: float(np.median(times)) for phase, times in phases.items()}
     total = sum(medians.values())
-    size = 8192 if run.device.type == "cuda" else 2048
-    top, rate = ceiling(run, size), multiply_adds(run, items) / total
-    peak = peak_memory_mib(run.device)
-    where = f"{run.device}, {torch.get_num_threads()} threads"
-    print(f"{config.recipe}, {config.preset}, batch {config.batch_size}, {run.config.precision}, {where}")
+    peak = peak_memory_mib(run.device)  # before anything else is in memory
+    eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # or some are not counted
+    with eager, plain, FlopCounterMode(display=False) as flops:
+        take_step(run, items)
+    rate, top = flops.get_total_flops() / 2 / total, ceiling(run)
+    print(f"{config.recipe}, {config.preset}, batch {config.batch_size}, {run.config.precision}, {run.device}")
     print(f"medians of {repeats} steps: {total:.3f} s a step, {config.batch_size / total:.1f} images a second")
     print("  " + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in medians.items()))
     print(f"  at most {peak:,.0f} MiB" if peak else "  memory is not known on this system")
-    print(f"  {rate / 1e9:,.1f} G multiply-adds a second, {100 * rate / top:.0f} % of a {size} x {size} matrix product")
-
-
-PARTS = ("vision", "text", "fusion", "decoder")
+    print(f"  {rate / 1e9:,.1f} G multiply-adds a second, {100 * rate / top:.0f} % of a large matrix product")
 
 
 def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
@@ -128,7 +112,7 @@ def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
     counts = Counter()
     hooks = []
     for model, suffix in ((run.model, ""), (run.momentum, "_m")):
-        for part in PARTS:
+        for part in ("vision", "text", "fusion", "decoder"):
 
             def count(_module, args, key=part + suffix):
                 counts[key] += len(args[0]) / len(items)
@@ -141,30 +125,26 @@ def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
 
 
 def print_passes(flags: list[str]) -> None:
-    """Print a table of `count_passes` for all recipes; an image counts as one even where few of its patches pass."""
-    columns = [part + suffix for suffix in ("", "_m") for part in PARTS if part + suffix != "decoder_m"]
-    print("| recipe | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    """Print `count_passes` of all recipes; an image counts as one even where few of its patches pass."""
     for recipe in RECIPES:
-        config, _ = parse_config([*flags, "--recipe", recipe])
-        counts = count_passes(*open_run(config))
-        print(f"| {recipe} | " + " | ".join(f"{counts.get(column, 0):g}" for column in columns) + " |")
+        counts = count_passes(*open_run(parse_config([*flags, "--recipe", recipe])[0]))
+        print(f"{recipe}: " + ", ".join(f"{part} {count:g}" for part, count in counts.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("benchmark.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["step", "passes"])
-    parser.add_argument("--repeats", type=int, default=10, help="steps to time (default 10)")
+    parser.add_argument(
+        "--repeats", type=int, default=10, choices=range(1, 1001), metavar="N", help="steps to time (default 10)"
+    )
     args, flags = parser.parse_known_args(argv)
-    if args.repeats < 1:
-        parser.error("--repeats: at least 1")
     try:
         if args.what == "step":
             time_steps(parse_config(flags)[0], args.repeats)
         else:
             print_passes(flags)
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"benchmark.py: {error}")
 
 
