@@ -135,9 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["step", "passes"])
-    parser.add_argument(
-        "--repeats", type=int, default=10, choices=range(1, 1001), metavar="N", help="steps to time (default 10)"
-    )
+    parser.add_argument("--repeats", type=int, default=10, choices=range(1, 1001), metavar="N", help="steps to time")
     args, flags = parser.parse_known_args(argv)
     try:
         if args.what == "step":
