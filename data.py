@@ -146,7 +146,7 @@ def build_tokenizer(
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, *(f"[{symbol}]" for symbol in SYMBOLS if frames)])
     tokenizer.enable_truncation(max_length)
-    # lengths in steps of 8: odd ones, new ones each time, cost a CPU more than the padding (study/benchmark.md)
+    # lengths in steps of 8: odd ones, new ones each time, cost a CPU more than the padding (study/results.md)
     tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]", pad_to_multiple_of=math.gcd(8, max_length))
     return tokenizer
 
