@@ -391,13 +391,15 @@ TASKS = {"retrieval": Retrieval, "tgir": TextGuided, "category": Recognition, "s
          "entailment": Entailment}  # fmt: skip
 
 
-def finetune(config: FinetuneConfig, given: set[str], source: dict) -> dict | None:
-    """Fine-tune, keep the step that does best on held-out products, and report it. -> results, None if stopped."""
+def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int | None = None) -> dict | None:
+    """Fine-tune, keep the step that does best on held-out products, and report it. -> results, None if stopped.
+
+    stop_at: save and stop after this step."""
     with claimed(Path(config.out)):
-        return train_and_report(config, given, source)
+        return train_and_report(config, given, source, stop_at)
 
 
-def train_and_report(config: FinetuneConfig, given: set[str], source: dict) -> dict | None:
+def train_and_report(config: FinetuneConfig, given: set[str], source: dict, stop_at: int | None = None) -> dict | None:
     """`finetune` in a folder that is its own."""
     state, out = None, Path(config.out)
     if not config.eval_only:
@@ -415,7 +417,7 @@ def train_and_report(config: FinetuneConfig, given: set[str], source: dict) -> d
         train_set, held_out = task.divide(whole)
         print(f"train: {whole.report()}\nheld out of these, to choose the best step: {held_out.report()}")
         task = task.settled(train_set)
-        run = train_task(task, train_set, held_out, source, state)
+        run = train_task(task, train_set, held_out, source, state, stop_at)
         if run is None:
             return None
         best = load_checkpoint(out / "best.pt")
@@ -424,7 +426,12 @@ def train_and_report(config: FinetuneConfig, given: set[str], source: dict) -> d
 
 
 def train_task(
-    task: Task, train_set: PhotoDataset, held_out: PhotoDataset, source: dict, state: dict | None
+    task: Task,
+    train_set: PhotoDataset,
+    held_out: PhotoDataset,
+    source: dict,
+    state: dict | None,
+    stop_at: int | None = None,
 ) -> Run | None:
     """Train as train.py does, over the task's own losses and validation. -> the run; None if it was stopped."""
     config, run = task.config, build_run(task.config, train_set, read_tokenizer(source, task.config.checkpoint))
@@ -439,7 +446,8 @@ def train_task(
         run.model.eval()
         return task.validate(run, held_out), []
 
-    final = work(run, Job(name, task.losses, validate, task.panels, task.select, config.patience), train_set, state)
+    job = Job(name, task.losses, validate, task.panels, task.select, config.patience)
+    final = work(run, job, train_set, state, stop_at)
     return run if final else None
 
 

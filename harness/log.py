@@ -34,7 +34,8 @@ On synthetic photos also the truth: of masks, each with its value for random mas
     photo_gain                  of the words that name what the photo shows, each masked once with a third of the
                                 others, the share predicted, minus the same with the photo of another product (no
                                 …_random)
-    photo_gain_whole, _detail   the same of words for garment, colour, pattern and sleeve; of all other words
+    photo_gain_whole            the same of words for garment, colour, pattern and sleeve
+    photo_gain_detail           the same of all other words
     choice_coarse, choice_fine  of photos with their own text and one in which one value that the photo shows is wrong:
                                 the share whose own text has the higher similarity; mean over garment, colour, pattern
                                 and sleeve, and over all other kinds; chance is 0.5 (no …_random)

@@ -2,7 +2,6 @@
 synthetic products than a run has, which it would draw and measure anew in every test."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models as small as these, threads would only wait for each other
 
@@ -37,14 +36,3 @@ def quick(request, monkeypatch):
 @pytest.fixture(scope="module")
 def wardrobe():
     return Synthetic("train", 150, 64, seed=0, progress=False)
-
-
-STALE = Path(__file__).with_name("stale.txt")  # tests of flags and functions that went; to be mended or deleted
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leave out the tests that stale.txt names."""
-    stale = set(STALE.read_text(encoding="utf-8").splitlines())
-    left_out = [item for item in items if item.nodeid.split("@")[0] in stale]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item.nodeid.split("@")[0] not in stale]

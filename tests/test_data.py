@@ -101,14 +101,18 @@ def test_word_pairs_are_tokens_of_the_vocabulary(tmp_path):
     assert len(data.ANTONYMS.split(", ")) > 20 and all(len(pair.split()) == 2 for pair in data.SYNONYMS.split(", "))
 
 
-def test_telling_pieces_by_hand(tmp_path):
+def test_telling_pieces_by_hand(tmp_path, monkeypatch):
     """Of six captions, of which two are alike: "at" stands in all, "red" in three of five, "v" in one, often."""
     words = ["at", "red", "v", "zip", "##per", "##s", ".", "-", "front", "##%"]
     (tmp_path / "vocab.txt").write_text("\n".join([*data.SPECIAL_TOKENS, *words]))
     tokenizer = build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
     captions = ["Red zipper at front.", "Red zips at front.", "Red v-v v-v at front.", "Zip at front.", "Zip at."]
     captions.insert(2, captions[0])
-    told = lambda frequent: data.telling_pieces(tokenizer, captions, frequent)
+
+    def told(frequent):
+        monkeypatch.setattr(data, "FREQUENT", frequent)
+        return data.telling_pieces(tokenizer, captions)
+
     names = lambda pieces: [
         word for word, piece in zip(words, pieces[len(data.SPECIAL_TOKENS) :], strict=True) if piece
     ]

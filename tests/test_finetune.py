@@ -15,7 +15,7 @@ import data
 import finetune
 import train
 from harness import finetune_config
-from harness.batches import match_scores, photo_features
+from harness.batches import match_scores
 from harness.checkpoints import load_weights
 from harness.config import parse_config
 from harness.finetune_config import FOUND
@@ -150,14 +150,15 @@ def test_tasks_of_a_fashionfine_checkpoint(tmp_path, capsys):
     damaged = torch.load(source, weights_only=True)
     damaged["model"].pop("adapter.score.2.weight")
     torch.save(damaged, tmp_path / "damaged.pt")
-    with pytest.raises(ConfigError, match="does not fit its own config, .*adapter.score.2.weight"):
+    with pytest.raises(ConfigError, match="damaged.pt: does not fit this run .*adapter.score.2.weight"):
         command("--task", "retrieval", "--eval-only", "--checkpoint", tmp_path / "damaged.pt", "--out", tmp_path / "d")
 
 
 def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):
     flags = ["--task", "category", "--checkpoint", pretrained, "--steps", "4", "--val-every", "2"]
     whole = command(*flags, "--out", tmp_path / "whole")
-    assert command(*flags, "--out", tmp_path / "parts", "--stop-at", "3") is None
+    parsed = finetune_config.parse_config([str(flag) for flag in [*flags, "--out", tmp_path / "parts"]])
+    assert finetune.finetune(*parsed, stop_at=3) is None
     assert not (tmp_path / "parts" / "results.json").exists()
     assert command("--task", "category", "--resume", "--out", tmp_path / "parts")["metrics"] == whole["metrics"]
     one, two = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
@@ -166,6 +167,18 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):
         command("--task", "tgir", "--resume", "--out", tmp_path / "parts")
     with pytest.raises(ConfigError, match="--modality image contradicts"):
         command("--task", "category", "--modality", "image", "--resume", "--out", tmp_path / "parts")
+
+
+def test_a_frozen_model_is_a_linear_probe(tmp_path, pretrained):
+    """The head alone is trained; photos are told apart by the features that pretraining left."""
+    flags = ["--task", "category", "--modality", "image", "--freeze", "--checkpoint", pretrained]
+    found = command(*flags, "--steps", "4", "--val-every", "2", "--out", tmp_path / "probe")
+    assert found["protocol"].startswith("photo alone")
+    before, after = load_checkpoint(pretrained)["model"], load_checkpoint(tmp_path / "probe" / "last.pt")["model"]
+    changed = {name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])}
+    assert changed == {"class_head.weight", "class_head.bias"}
+    with pytest.raises(ConfigError, match="--freeze is for --task category or subcategory or entailment"):
+        command("--task", "retrieval", "--freeze", "--checkpoint", pretrained, "--out", tmp_path / "no")
 
 
 def test_early_stopping_and_the_best_step(tmp_path, pretrained):
@@ -331,31 +344,32 @@ def test_figures_are_safe_when_a_picture_fails(tmp_path, pretrained, monkeypatch
     assert results(tmp_path)["task"] == "category" and "no picture: no ink\n" in capsys.readouterr().out
 
 
-def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, capsys, monkeypatch):
+def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, monkeypatch):
     checkpoint = shutil.copy(pretrained, tmp_path / "last.pt")
     config, _, _ = finetune_config.parse_config(["--task", "search", "--checkpoint", str(checkpoint), "--query", "red"])
-    photos = open_photos(config, "val")
-    photos.photo(7).save(tmp_path / "wanted.png")
+    open_photos(config, "val").photo(7).save(tmp_path / "wanted.png")
     common = ["--task", "search", "--checkpoint", checkpoint, "--out", tmp_path / "found"]
     found = command(*common, "--image", tmp_path / "wanted.png")
     assert found[0][0] == 7 and found[0][1] == pytest.approx(1, abs=1e-4) and len(found) == 10
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
-    assert (tmp_path / "found" / "found-wanted.png").exists() and (tmp_path / "last.synthetic-val.index").exists()
+    assert (tmp_path / "found" / "found-wanted.png").exists()
 
-    encode = photo_features
+    index = ["--index", tmp_path / "features"]
+    assert command(*common, *index, "--image", tmp_path / "wanted.png") == found and index[1].exists()
     monkeypatch.setattr("measures.search.photo_features", lambda *_: pytest.fail("the index was not used"))
-    both = command(*common, "--image", tmp_path / "wanted.png", "--query", "is red")
-    words = command(*common, "--query", "red")
+    both = command(*common, *index, "--image", tmp_path / "wanted.png", "--query", "is red")
+    words = command(*common, *index, "--query", "red")
     assert len({tuple(row for row, _ in ranking) for ranking in (found, both, words)}) == 3
     assert (tmp_path / "found" / "found-is-red-wanted.png").exists()
 
     state = load_checkpoint(checkpoint)
     state["model"]["vision_proj.bias"] += 1
     torch.save(state, checkpoint)
-    capsys.readouterr()
-    monkeypatch.setattr("measures.search.photo_features", encode)
-    changed = command(*common, "--image", tmp_path / "wanted.png")
-    assert "have changed since, encoding them anew" in capsys.readouterr().out and changed[1] != found[1]
+    with pytest.raises((ConfigError, DataError), match="features"):  # it is of other weights
+        command(*common, *index, "--query", "red")
+    index[1].write_bytes(b"damaged")
+    with pytest.raises((ConfigError, DataError), match="features"):
+        command(*common, *index, "--query", "red")
 
 
 def test_search_reranks_by_matching(tmp_path, pretrained):
@@ -425,7 +439,7 @@ def test_bad_checkpoints_are_one_line(tmp_path, pretrained):
     state = load_checkpoint(pretrained)
     state["config"]["model"] = {**state["config"]["model"], "width": 64}
     torch.save(state, tmp_path / "other.pt")
-    assert "does not fit its own config" in refused(tmp_path / "other.pt", "--task", "tgir", "--eval-only")
+    assert "other.pt: does not fit this run" in refused(tmp_path / "other.pt", "--task", "tgir", "--eval-only")
     state["config"]["model"] = {"depth": 7}
     torch.save(state, tmp_path / "older.pt")
     assert "saved by another version" in refused(tmp_path / "older.pt", "--task", "tgir")

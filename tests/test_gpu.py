@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import train
 from harness.batches import augmented
-from harness.config import ema_decay, parse_config
+from harness.config import MAX_GRAD_NORM, ema_decay, grouping_of, parse_config
 from harness.ranks import Ranks
 from harness.run import FiniteWatch, Job, Step, build_optimizer, build_run
 from photos.synthetic import Synthetic
@@ -67,7 +67,7 @@ def on_stand_in(run):
     for table in ("word_ids", "antonyms", "synonyms"):
         setattr(run, table, getattr(run, table).to(run.device))
     run.optimizer = build_optimizer(run.model, run.config)
-    run.sampler = GroupedBatchSampler(8, 8, mode=run.config.sampler)
+    run.sampler = GroupedBatchSampler(8, 8, mode=grouping_of(run.config))
     return run
 
 
@@ -106,10 +106,10 @@ def test_a_step_mixes_neither_devices_nor_types_and_asks_for_nothing(recipe, fla
             loss = sum(losses.values())
             assert loss.device.type == "meta" and loss.dtype == torch.float32
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
             assert not copies.made
             FiniteWatch(run, None).note({"loss": loss, "grad_norm": norm})
             run.model.clamp_temp()
             run.momentum.update(run.model, ema_decay(run.step, config.ema_decay))
         assert copies.made == 1  # whether it is finite, to be read a step later
-    assert config.sampler == "random" or len(run.sampler._pool) == 1
+    assert grouping_of(config) == "random" or len(run.sampler._pool) == 1
