@@ -50,7 +50,8 @@ def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopC
     if kind is TrainConfig and saved.get("task"):
         raise ConfigError(f"the run is a fine-tuning, --task {saved['task']} of finetune.py; this is for pretraining")
     try:
-        config = kind(**saved | {"model": ModelConfig(**saved["model"])})
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        config = kind(**fields | {"model": ModelConfig(**saved["model"])})  # JSON has lists for tuples
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"the run was saved by another version of this code ({error})") from None
     return config

@@ -162,7 +162,7 @@ def layer_config(given: dict) -> TrainConfig:
         model = replace(PRESETS[preset], **{k: v for k, v in layers.items() if k in sizes})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    run = {k: v for k, v in layers.items() if k not in sizes}
+    run = {k: tuple(v) if isinstance(v, list) else v for k, v in layers.items() if k not in sizes}
     config = TrainConfig(**{"preset": preset, "model": model, **run})
     return config if config.out else replace(config, out=f"runs/{config.data}-{config.recipe}-{preset}")
 
