@@ -29,7 +29,7 @@ def test_every_name_is_in_the_code():
 def test_the_page_has_what_the_program_prints(capsys):
     stops = printed(capsys)
     sections = re.split(r"(?m)^## (\d+)\. (.+)\n", PAGE)[1:]
-    assert len(stops) == 15 and len(sections) == 45
+    assert len(stops) == 13 and len(sections) == 39
     for number, title, text in zip(*[iter(sections)] * 3):
         name, ours = stops[int(number)]
         (there,) = re.findall(r"(?s)```text\n(.*?)\n```", text)
@@ -39,8 +39,6 @@ def test_the_page_has_what_the_program_prints(capsys):
         assert re.sub(NUMBER, "#", there).split() == re.sub(NUMBER, "#", ours).split()
         theirs, mine = (torch.tensor([float(x) for x in re.findall(NUMBER, part)]) for part in (there, ours))
         torch.testing.assert_close(theirs, mine, atol=0.005, rtol=0.01)
-        for trained in re.findall(r"(?s)```text trained\n(.*?)\n```", text):  # of a checkpoint that no test has
-            assert [line[:20] for line in trained.split("\n")] == [line[:20] for line in ours.split("\n")]
         assert "\n> " in text and "`:" not in text and text.count("<details>") == text.count("</details>") == 1
 
 
@@ -49,23 +47,13 @@ def test_a_trained_run_takes_the_same_way(tmp_path, capsys, monkeypatch):
     run(tmp_path, *QUICK)
     capsys.readouterr()
     stops = printed(capsys, "--checkpoint", str(tmp_path / "last.pt"))
-    assert [name for name, _ in stops.values()] == [name for name, _ in walkthrough.STOPS]
-    assert "(16, 3, 32, 32)" in stops[1][1] and "(16, 2, " in stops[2][1] and not re.search(r"\bnan\b", str(stops))
+    assert len(stops) == 13 and not re.search(r"\bnan\b", str(stops))
+    assert "(16, 3, 32, 32)" in stops[1][1] and "(16, 2, " in stops[2][1]
 
 
-def test_other_seeds_are_other_weights(monkeypatch):
-    monkeypatch.setattr(walkthrough, "PRODUCTS", 16)
-    one, same, other = (walkthrough.open_walk(None, seed) for seed in (0, 0, 1))
-    assert torch.equal(one.image_embeds, same.image_embeds) and not torch.equal(one.image_embeds, other.image_embeds)
-    assert torch.equal(one.batch["images"], other.batch["images"]) and torch.equal(one.ids, other.ids)
-
-
-def test_what_cannot_be_walked_through_is_one_line(capsys, monkeypatch):
+def test_what_cannot_be_walked_through_is_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="walkthrough.py: /nowhere.pt: no such checkpoint"):
         walkthrough.main(["--checkpoint", "/nowhere.pt"])
-    with pytest.raises(SystemExit):
-        walkthrough.main(["--seed", "-1"])
-    assert "--seed -1: 0 or more" in capsys.readouterr().err
     files = SimpleNamespace(config=SimpleNamespace(data="jsonl"))
     monkeypatch.setattr(walkthrough, "open_run", lambda *where: (files, None))
     with pytest.raises(SystemExit, match="x.pt was trained on jsonl, whose truth is not known"):
