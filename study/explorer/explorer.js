@@ -4,11 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const knowsTruth = "false" in data.negatives;
 const MAPS = { masked: "Attention while masked", clean: "Attention as it stands", soft: "Soft mask" };
-const MASKS = {
-  random: "Random",
-  masked: "Synchronized, masked source",
-  clean: "Synchronized, clean source",
-};
+const MASKS = { random: "Random", masked: "Synchronized, masked", clean: "Synchronized, clean" };
 const LISTED = 8;
 let chosenImage = 0;
 
