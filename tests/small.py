@@ -59,6 +59,17 @@ def write_karpathy(folder, name, images):
     (folder / f"dataset_{name}.json").write_text(json.dumps({"images": listed, "dataset": name}))
 
 
+def write_jsonl(folder, **splits):
+    """Lines by split, and a photo of a colour of its own for every line whose photo is not there."""
+    folder.mkdir(exist_ok=True)
+    for split, records in splits.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        for number, record in enumerate(records):
+            colour = number * 20 % 256, 255 - number * 9 % 256, number * 37 % 256
+            if not (folder / record["image"]).exists():
+                Image.new("RGB", (32, 40), colour).save(folder / record["image"])
+
+
 SIZES = "--image-size 32 --width 32 --heads 2 --vision-layers 2 --text-layers 1 --fusion-layers 1 --vocab-size 300"
 SCHEDULE = "--batch-size 8 --val-products 10 --warmup 2 --itm-warmup 2 --dropout 0.1 --precision fp32"
 OF_FILES = [*SIZES.split(), *SCHEDULE.split()]
