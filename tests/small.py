@@ -79,8 +79,8 @@ FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine":
 
 
 def built(*flags, products=8):
-    """A small run before its first step, and its photos."""
-    config, _ = parse_config([*FAST, *flags])
+    """A small run before its first step, and its photos; flags: one or several in a string."""
+    config, _ = parse_config([*FAST, *" ".join(flags).split()])
     dataset = Synthetic("train", products, 32, progress=False)
     dataset.prompts = config.prompts
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
