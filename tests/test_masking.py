@@ -93,17 +93,6 @@ def test_which_words_equals_a_slow_definition(texts):
     assert torch.equal(first_pieces(words).sum(1), torch.tensor([len(set(row) - {0}) for row in words.tolist()]))
 
 
-def test_which_words_by_hand():
-    """[CLS] red zip ##per . at ##s [SEP], of which full stop and "at" tell nothing, "##s" not either."""
-    ids, described = torch.tensor([[0, 3, 4, 5, 1, 2, 7, 0]]), torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0]]).bool()
-    assert which_words(ids, described, CONTINUES, TELLING).tolist() == [[0, 2, 3, 3, 0, 0, 0, 0]]
-    ids[0, 6] = 5  # "at" goes on as something that does
-    assert which_words(ids, described, CONTINUES, TELLING).tolist() == [[0, 2, 3, 3, 0, 6, 6, 0]]
-    described[0, 1:3] = False  # a frame is not masked, whatever it says; a description begins with a word of its own
-    ids[0, 3] = 4
-    assert which_words(ids, described, CONTINUES, TELLING).tolist() == [[0, 0, 0, 4, 0, 6, 6, 0]]
-
-
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 2**31), st.booleans())
 def test_masks_hide_all_pieces_of_a_word_or_none_and_count_words(texts, ratio, seed, synchronized):
     words = which_words(*tokens_of(texts), CONTINUES, TELLING)
