@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import data
 import train
 from harness.config import parse_config
+from harness.run import build_run
 from harness.trust import load_checkpoint
+from photos.synthetic import Synthetic
 
 PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
 
@@ -56,20 +59,41 @@ def write_karpathy(folder, name, images):
     (folder / f"dataset_{name}.json").write_text(json.dumps({"images": listed, "dataset": name}))
 
 
-FAST = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
-        "--fusion-layers", "1", "--vocab-size", "300", "--products", "12", "--batch-size", "8",
-        "--val-products", "10", "--warmup", "2", "--itm-warmup", "2", "--dropout", "0.1",
-        "--precision", "fp32"]  # fmt: skip
+def write_jsonl(folder, **splits):
+    """Lines by split, and a photo of a colour of its own for every line whose photo is not there."""
+    folder.mkdir(exist_ok=True)
+    for split, records in splits.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        for number, record in enumerate(records):
+            colour = number * 20 % 256, 255 - number * 9 % 256, number * 37 % 256
+            if not (folder / record["image"]).exists():
+                Image.new("RGB", (32, 40), colour).save(folder / record["image"])
+
+
+SIZES = "--image-size 32 --width 32 --heads 2 --vision-layers 2 --text-layers 1 --fusion-layers 1 --vocab-size 300"
+SCHEDULE = "--batch-size 8 --val-products 10 --warmup 2 --itm-warmup 2 --dropout 0.1 --precision fp32"
+OF_FILES = [*SIZES.split(), *SCHEDULE.split()]
+FAST = [*OF_FILES, "--products", "12"]
 # soft masks read the gradient in a layer before the last
 FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine": [], "albef": []}
+
+
+def built(*flags, products=8):
+    """A small run before its first step, and its photos; flags: one or several in a string."""
+    config, _ = parse_config([*FAST, *" ".join(flags).split()])
+    dataset = Synthetic("train", products, 32, progress=False)
+    dataset.prompts = config.prompts
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
+    return build_run(config, dataset, tokenizer), dataset
+
+
+def batch_of(state, dataset, rows):
+    return state.collate([dataset[row] for row in rows])
 
 
 def run(out, *flags, stop_at=None):
     config, given = parse_config([*FAST, "--out", str(out), *flags])
     return train.train(config, given, stop_at)
-
-
-OF_FILES = FAST[: FAST.index("--products")] + FAST[FAST.index("--products") + 2 :]
 
 
 def run_files(out, folder, *flags, stop_at=None):

@@ -2,51 +2,43 @@
 
 `STEPS=2000 python -m pytest tests/test_numbers.py` trains so long."""
 
-import json
 import os
 import zlib
 
 import pytest
 import torch
 from PIL import Image
-from small import OF_FILES, checkpoint, run, same_state
+from small import checkpoint, run, run_files, same_state, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from harness.config import parse_config
 
 STEPS = os.environ.get("STEPS", "6")
 EXTREME = {
-    "syncmask": ["--mlm-ratio", "1", "--mim-ratio", "1", "--word-pool", "1", "--mask-hint", "0", "--margin", "2"],
-    "softmask": ["--focal-gamma", "0.01", "--distort", "1", "--alpha", "1", "--fusion-layers", "2"],
-    "fashionfine": ["--focal-gamma", "8", "--local-tokens", "--mlm-ratio", "0.9"],
-    "albef": ["--queue", "64", "--negatives", "hard", "--alpha", "1", "--mlm-ratio", "0"],
+    "syncmask": "--mlm-ratio 1 --mim-ratio 1 --word-pool 1 --mask-hint 0 --margin 2",
+    "softmask": "--focal-gamma 0.01 --distort 1 --alpha 1 --fusion-layers 2",
+    "fashionfine": "--focal-gamma 8 --local-tokens --mlm-ratio 0.9",
+    "albef": "--queue 64 --negatives hard --alpha 1 --mlm-ratio 0",
 }
-
-
-def worst_photos(folder):
-    """White photos, all alike; two products; a word, five hundred words, and the same words again."""
-    Image.new("RGB", (32, 32), "white").save(folder / "white.png")
-    captions = ["tee", "tee", "red " * 500, " ".join(f"w{i}" for i in range(500)), "tee", "?!", "tee tee", "été 服"]
-    records = [{"image": "white.png", "caption": text, "product_id": i % 2} for i, text in enumerate(captions)]
-    for split in ("train", "val"):
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", EXTREME)
 def test_the_worst_data_and_extreme_flags_stay_finite(tmp_path, recipe, precision):
-    worst_photos(tmp_path)
-    flags = ["--recipe", recipe, *EXTREME[recipe], "--crop-scale", "0.01", "--lr", "0.003", "--dropout", "0.5"]
-    flags += ["--data", "jsonl", "--root", str(tmp_path), "--workers", "0", "--steps", STEPS, "--precision", precision]
-    small = [flag for flag in OF_FILES if flag not in ("--precision", "fp32")]
-    config, given = parse_config([*small, *flags, "--out", str(tmp_path / "out")])
-    assert train.train(config, given)["step"] == int(STEPS)
-    assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "out")["model"].values())
+    """White photos, all alike; two products; a word, five hundred words, and the same words again."""
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "white.png")
+    captions = ["tee", "tee", "red " * 500, " ".join(f"w{i}" for i in range(500)), "tee", "?!", "tee tee", "été 服"]
+    records = [{"image": "white.png", "caption": text, "product_id": i % 2} for i, text in enumerate(captions)]
+    write_jsonl(tmp_path, train=records, val=records)
+    flags = f"--recipe {recipe} {EXTREME[recipe]} --crop-scale 0.01 --lr 0.003 --dropout 0.5 --workers 0"
+    out = tmp_path / "out"
+    final = run_files(out, tmp_path, *flags.split(), "--steps", STEPS, "--precision", precision)
+    assert final["step"] == int(STEPS)
+    assert all(weight.isfinite().all() for weight in checkpoint(out)["model"].values())
 
 
 class Trace(TorchDispatchMode):
-    """Every operation, with a checksum of what it gave."""
+    """Every operation, with a checksum of what it gave, and whether that is in float64."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +49,8 @@ class Trace(TorchDispatchMode):
         tensors = [x for x in (result if isinstance(result, list | tuple) else [result]) if isinstance(x, torch.Tensor)]
         if "empty" not in str(function):
             values = [x.detach().float().numpy().tobytes() for x in tensors if x.numel()]
-            self.done.append((str(function), zlib.crc32(b"".join(values))))
+            double = any(x.dtype == torch.float64 and x.ndim for x in tensors)
+            self.done.append((str(function), zlib.crc32(b"".join(values)), double))
         return result
 
 
@@ -83,23 +76,15 @@ def first_difference(one, two):
 
 @pytest.mark.parametrize("recipe", EXTREME)
 def test_every_operation_of_two_runs_gives_the_same(tmp_path, recipe, monkeypatch):
-    flags = ["--recipe", recipe, "--fusion-layers", "2"]
+    flags = ["--recipe", recipe, "--fusion-layers", "2", "--queue", "20"]
     one, two = (traced(tmp_path / name, monkeypatch, *flags) for name in "ab")
     assert len(one) > 500 and len(one) == len(two) and first_difference(one, two) is None
+    assert not any(double for _, _, double in one)  # which a Mac lacks
     same_state(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
 
 
-def test_what_differs_is_named(tmp_path, monkeypatch):
-    one = traced(tmp_path / "a", monkeypatch)
-    unseeded, own = torch.Generator(), train.random_patch_mask
-    unseeded.seed()
-    monkeypatch.setattr(train, "random_patch_mask", lambda *a, generator, device: own(*a, unseeded, device))
-    number, name = first_difference(one, traced(tmp_path / "b", monkeypatch))
-    assert name == "aten.rand.generator" and number > 10
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_workers_change_no_tensor(tmp_path, workers):
-    for name, flags in (("none", []), ("some", ["--workers", str(workers)])):
-        run(tmp_path / name, "--steps", "9", *flags, stop_at=3)
+    run(tmp_path / "none", "--steps", "9", "--prompts", stop_at=3)
+    run(tmp_path / "some", "--steps", "9", "--prompts", "--workers", workers, stop_at=3)
     same_state(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "some"))

@@ -20,25 +20,25 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from small import FAST, OF_FILES, lines, resume  # noqa: E402
+
 import data  # noqa: E402
 import finetune  # noqa: E402
 import masking  # noqa: E402
 import train  # noqa: E402
 from harness import config as run_config  # noqa: E402
 from harness.config import parse_config  # noqa: E402
+from harness.ranks import Ranks  # noqa: E402
 from harness.trust import load_checkpoint  # noqa: E402
 from measures import truth  # noqa: E402
 from sampler import GroupedBatchSampler  # noqa: E402
 
 # nine photos a batch on two ranks: four and five; fourteen steps: the third epoch is grouped by all ranks' features
-FLAGS = ["--image-size", "32", "--width", "32", "--heads", "2", "--vision-layers", "2", "--text-layers", "1",
-         "--fusion-layers", "2", "--vocab-size", "300", "--products", "12", "--batch-size", "9",
-         "--val-products", "4", "--warmup", "2", "--itm-warmup", "0", "--itm-share", "1", "--alpha", "0.4", "--queue",
-         "24", "--negatives", "semihard", "--steps", "14", "--log-every", "1",
-         "--lr", "1e-3", "--val-every", "100", "--precision", "fp32"]  # fmt: skip
-# gains are over another photo of the process's own share
-OWN = {"syncmask": ["--mask-hint", "0", "--word-pool", "0", "--mask-source", "clean"], "softmask": [],
-       "fashionfine": [], "albef": []}  # fmt: skip
+SHARED = "--fusion-layers 2 --batch-size 9 --val-products 4 --itm-warmup 0 --itm-share 1 --alpha 0.4 --queue 24"
+SHARED += " --dropout 0 --negatives semihard --steps 14 --log-every 1 --lr 1e-3 --val-every 100"
+FLAGS = [*FAST, *SHARED.split()]
+SYNCED = "--mask-hint 0 --word-pool 0 --mask-source clean"  # gains are over another photo of a process's own share
+OWN = {"syncmask": SYNCED.split(), "softmask": [], "fashionfine": [], "albef": []}
 
 
 def every_third(words, ratio, generator=None):
@@ -86,9 +86,14 @@ def coarse_collect(sampler, indices, *feats, collect=GroupedBatchSampler.collect
 
 def fixed_draws():
     """Nothing that a step does depends on a generator, so that sharing it out changes nothing."""
-    fixed = {"random_word_mask": every_third, "random_patch_mask": first_patches, "corrupt_words": hide,
-             "hidden_words": known_gains,
-             "replace_words": hide_and_replace, "augment": lambda images, *_: data.normalise(images)}  # fmt: skip
+    fixed = {
+        "random_word_mask": every_third,
+        "random_patch_mask": first_patches,
+        "corrupt_words": hide,
+        "hidden_words": known_gains,
+        "replace_words": hide_and_replace,
+        "augment": lambda images, *_: data.normalise(images),
+    }
     users = [(module, name) for module in list(sys.modules.values()) for name in fixed if name in vars(module)]
     return [mock.patch.object(module, name, fixed[name]) for module, name in users if module.__name__ != __name__] + [
         mock.patch.object(torch, "multinomial", first_of),
@@ -114,38 +119,32 @@ def main(out):
             trained(out, recipe)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def alone():
-    """An environment in which nothing says that torchrun is there already."""
-    return {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"OMP_NUM_THREADS": "1"}
-
-
-def torchrun(*command, processes=2):
-    command = [*TORCHRUN[:-1], str(processes), *map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone())
-
-
-def lines(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+def torchrun(*command):
+    """Two processes, started where nothing says that torchrun is there already."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
+    alone = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"OMP_NUM_THREADS": "1"}
+    kept = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=alone, **kept)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    done = torchrun(__file__, two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = torchrun(__file__, two)
+    said, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     main(one)
     torch.set_num_threads(threads)
-    return one, two, done.stdout
+    return one, two, said
 
 
 @pytest.mark.parametrize("recipe", OWN)
 def test_two_processes_train_as_one(both, recipe):
-    one, two, _ = both
+    one, two, said = both
+    assert said.count("done at step 14") == len(OWN) and "on cpu, 2 processes" in said
+    assert {path.name for path in (one / recipe).iterdir()} == {path.name for path in (two / recipe).iterdir()}
     for mine, theirs in zip(lines(one / recipe), lines(two / recipe), strict=True):
         for key in set(mine) - {"samples_per_second", "seconds", "peak_memory_mib"}:
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (key, mine["step"])
@@ -160,16 +159,9 @@ def test_two_processes_train_as_one(both, recipe):
     assert torch.equal(mine["sampler"]["order"], theirs["sampler"]["order"])
 
 
-def test_the_first_process_speaks_for_both(both):
-    one, two, said = both
-    assert said.count("done at step 14") == len(OWN) and "on cpu, 2 processes" in said
-    assert {path.name for path in (one / "albef").iterdir()} == {path.name for path in (two / "albef").iterdir()}
-
-
 def test_another_number_of_processes_goes_on_after_a_signal(tmp_path):
-    out, flags = ["--out", str(tmp_path)], ["--precision", "bf16", "--steps", "500", "--workers", "1"]
-    command = [*TORCHRUN, "train.py", *FLAGS, *flags, *out]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=alone())
+    flags = ["--precision", "bf16", "--steps", "500", "--workers", "1"]
+    run = torchrun("train.py", *FLAGS, *flags, "--out", tmp_path)
     while run.poll() is None and not (tmp_path / "metrics.jsonl").is_file():
         time.sleep(0.2)
     time.sleep(1)
@@ -177,8 +169,7 @@ def test_another_number_of_processes_goes_on_after_a_signal(tmp_path):
     said, error = run.communicate(timeout=60)
     assert said.count("stopped at step") == 1 and "(SIGINT)" in said, error[-3000:]
     reached = load_checkpoint(tmp_path / "last.pt")["step"]
-    config, given = parse_config(["--resume", *out])
-    assert train.train(config, given, stop_at=reached + 2) is None
+    assert resume(tmp_path, stop_at=reached + 2) is None
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [*range(1, reached + 3)]
 
 
@@ -186,26 +177,32 @@ def test_a_share_that_cannot_be_read_is_passed_over_by_all(tmp_path):
     """The photos of one product cannot be read: a batch of two can be one process's share and no more."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    rows = [
-        {"image": f"{i}.png", "caption": f"a {['red', 'blue', 'green', 'pink'][i % 4]} dress", "product_id": i}
-        for i in range(10)
-    ]
+    colours = "red", "blue", "green", "pink"
+    rows = [{"image": f"{i}.png", "caption": f"a {colours[i % 4]} dress", "product_id": i} for i in range(10)]
     for split, part in (("train", rows[:8]), ("val", rows[8:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    for i, row in enumerate(rows):
-        (folder / row["image"]).write_bytes(b"no photo") if i < 3 else photo(folder / row["image"], i)
-    flags = [flag for flag in FLAGS if flag not in ("--products", "12")]
-    done = torchrun(
-        "train.py", *flags, "--data", "jsonl", "--root", folder, "--preset", "tiny", "--batch-size", "2",
-        "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("left out: ") == 3
-    assert lines(tmp_path / "run")[-1]["final"]
+    for i in range(10):
+        Image.new("RGB", (40, 40), (25 * i, 90, 200)).save(folder / f"{i}.png")
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"no photo")
+    flags = [*OF_FILES, *SHARED.split(), "--data", "jsonl", "--root", folder, "--preset", "tiny", "--batch-size", "2"]
+    process = torchrun("train.py", *flags, "--out", tmp_path / "run")
+    said, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
+    assert said.count("left out: ") == 3 and lines(tmp_path / "run")[-1]["final"]
 
 
-def photo(path, number):
-    Image.new("RGB", (40, 40), (25 * number, 90, 200)).save(path)
+OTHERS = "training photos or vocabularies differ from process to process"
+
+
+@pytest.mark.parametrize(("differ", "said"), [(1, OTHERS), (0, "--batch-size 2: too few photos for 3 processes")])
+def test_other_flags_on_a_rank_and_too_few_photos_for_all_are_refused(tmp_path, monkeypatch, differ, said):
+    """One of three processes, without the others: what the first one says is this one's own, or something else."""
+    monkeypatch.setattr(Ranks, "join", lambda device: Ranks(count=3, rows=[0, 0, 0]))
+    monkeypatch.setattr(Ranks, "first_says", lambda ranks, number: number + differ)
+    monkeypatch.setattr(Ranks, "on_any", lambda ranks, flag: flag)
+    with pytest.raises(SystemExit, match=f"^train.py: {said}.*$"):
+        train.main([*FLAGS, "--batch-size", "2", "--out", str(tmp_path)])
 
 
 def test_fine_tuning_is_for_one_process(monkeypatch):

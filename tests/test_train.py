@@ -2,18 +2,14 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from small import FAST, FAST_FOR, OF_FILES, checkpoint, lines, resume, run, same_state
+from small import FAST_FOR, OF_FILES, batch_of, built, checkpoint, lines, resume, run, same_state, write_jsonl
 from torch._dynamo.testing import CompileCounter
 
 import data
@@ -23,15 +19,13 @@ from harness import log
 from harness.batches import augmented
 from harness.checkpoints import config_from_dict
 from harness.config import parse_config
-from harness.run import NonFiniteLoss, build_run
+from harness.run import NonFiniteLoss
 from harness.wiring import Teacher, contrast, teach
 from masking import word_counts
 from measures.truth import word_truth
 from photos.fashiongen import export_fashiongen
-from photos.synthetic import Synthetic
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("KILLS", 2))  # KILLS=200 for a long trial
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -48,37 +42,18 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == left
     written = lines(tmp_path)
     training = [line for line in written if "loss" in line]
-    documented = set(re.findall(r"[\w<>…]+", log.__doc__))
-    promised = "step epoch loss itc itm mlm mim lr temp grad_norm itm_accuracy mlm_accuracy unreadable conflicts samples_per_second"
-    for key in promised.split():
-        assert key in training[0] and key in documented
-    assert training[0].keys() - documented == set()
     assert [line["step"] for line in training] == [1, 2, 3, 4]
-    assert training[0]["loss"] == pytest.approx(sum(training[0][k] for k in ("itc", "itm", "mlm", "mim")), abs=1e-4)
+    assert [line["step"] for line in written if "val_i2t_r1" in line and "final" not in line] == [2, 4]
+    losses = sum(training[0][key] for key in ("itc", "itm", "mlm", "mim"))
+    assert training[0]["loss"] == pytest.approx(losses, abs=1e-4)
     known = [key + end for key in ("word_cooccurrence", "patch_cooccurrence", "pointing") for end in ("", "_random")]
-    known += ["photo_gain", "photo_gain_detail", "photo_gain_whole"]
     known += ["choice_coarse", "choice_fine", "choice_coarse_itm", "choice_fine_itm"]
     known += ["false_negative_rate" + end for end in ("", "_random", "_hard")]
-    held_out = [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + [
-        "val_mlm_accuracy",
-        "val_photo_gain",
-        "val_itm_accuracy",
-        "val_unreadable",
-        *known,
-    ]
-    unsaid = {
-        re.sub("_(random|hard|matching|restoring)$", "", key) for key in held_out if key[:6] not in ("val_i2", "val_t2")
-    }
-    unsaid -= documented
-    assert {key.rsplit("_", 1)[0] + "_…" for key in unsaid} <= documented, unsaid  # "visible_detail_…"
-    signed = ("similarity", "photo_gain")
-    assert all(0 <= written[-1][key] <= 1 for key in known if not any(part in key for part in signed))
-    assert all(0 <= value <= 1 for key, value in written[-1].items() if key.startswith("choice_"))
-    assert [line["step"] for line in written if "val_i2t_r1" in line and "final" not in line] == [2, 4]
-    assert written[-1] == json.loads(
-        json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in final.items()})
-    )
-    assert written[-1]["final"] is True and {*held_out, "seconds", "peak_memory_mib"} <= written[-1].keys()
+    recalls = {f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    assert all(0 <= written[-1][key] <= 1 for key in [*known, *recalls, "val_mlm_accuracy", "val_itm_accuracy"])
+    documented = set(re.findall(r"[\w<>…]+", log.__doc__)) | recalls
+    assert {re.sub("_(random|hard)$", "", key) for line in written for key in line} <= documented
+    assert written[-1]["final"] is True and written[-1].keys() == final.keys()
     saved = config_from_dict(json.loads((tmp_path / "config.json").read_text()))
     assert saved == config_from_dict(checkpoint(tmp_path)["config"]) and saved.model.width == 32
 
@@ -86,36 +61,22 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--margin", "0.1", "--mask-warmup", "2", "--mask-hint", "0.3", "--precision", "bf16", "--workers", "1"],
-        [
-            "--queue",
-            "20",
-            "--negatives",
-            "similar",
-            "--alpha",
-            "0.4",
-            "--patch-mask",
-            "true",
-            "--word-mask",
-            "true",
-        ],
-        ["--recipe", "albef", "--negatives", "hard", "--alpha", "0.4"],
-        ["--recipe", "softmask", "--fusion-layers", "2", "--alpha", "0.4"],
-        ["--recipe", "fashionfine", "--alpha", "0.4", "--queue", "20"],
+        "--margin 0.1 --mask-warmup 2 --mask-hint 0.3 --precision bf16 --workers 1",
+        "--queue 20 --negatives similar --alpha 0.4 --patch-mask true --word-mask true",
+        "--recipe albef --negatives hard --alpha 0.4",
+        "--recipe softmask --fusion-layers 2 --alpha 0.4",
+        "--recipe fashionfine --alpha 0.4 --queue 20",
     ],
 )
 def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
     """Six steps cross an epoch: 12 products have about 42 photos, six batches of eight."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(whole, "--steps", "6", *flags)
-    assert run(halves, "--steps", "6", *flags, stop_at=3) is None
+    final = run(whole, "--steps", "6", *flags.split())
+    assert run(halves, "--steps", "6", *flags.split(), stop_at=3) is None
     assert checkpoint(halves)["step"] == 3
-    resume(halves)
+    resumed = resume(halves)
     same_state(checkpoint(whole), checkpoint(halves))
-    mine, theirs = lines(whole), lines(halves)
-    assert {k: v for k, v in mine[-1].items() if k.startswith("val")} == {
-        k: v for k, v in theirs[-1].items() if k.startswith("val")
-    }
+    assert all(resumed[key] == final[key] for key in final if key.startswith("val"))
 
 
 def test_threads_change_nothing_about_resuming(tmp_path):
@@ -130,30 +91,17 @@ def test_threads_change_nothing_about_resuming(tmp_path):
     same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
 
 
-def test_workers_change_nothing(tmp_path, capsys):
-    run(tmp_path / "none", "--steps", "3", "--prompts", "--max-length", "30")
-    assert "100 % of the training texts are cut at 30 tokens; see --max-length" in capsys.readouterr().out
-    run(tmp_path / "two", "--steps", "3", "--prompts", "--max-length", "30", "--workers", "2")
-    same_state(checkpoint(tmp_path / "none"), checkpoint(tmp_path / "two"))
-
-
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_overfits_one_batch(recipe):
     """Four products, no crop, no soft targets: every objective goes down to its floor."""
     torch.manual_seed(0)
-    flags = ["--dropout", "0", "--alpha", "0", "--negatives", "random", *FAST_FOR[recipe]]
-    config, _ = parse_config([*FAST, "--recipe", recipe, *flags])
-    dataset = Synthetic("train", 4, 32, progress=False)
-    dataset.prompts = config.prompts
-    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    state = build_run(config, dataset, tokenizer)
-    one_of_each = [list(dataset.product_ids).index(p) for p in range(4)]
-    batch = data.Collate(tokenizer)([dataset[row] for row in one_of_each])
+    state, dataset = built("--dropout 0 --alpha 0 --negatives random --recipe", recipe, *FAST_FOR[recipe], products=4)
+    one_of_each = [list(dataset.product_ids).index(product) for product in range(4)]
+    batch = batch_of(state, dataset, one_of_each)
     batch["images"] = data.normalise(batch["images"])
+    steps = {"syncmask": 160, "fashionfine": 200}.get(recipe, 110)  # masks vary while the momentum model learns
     first = None
-    for step in range(
-        {"syncmask": 160, "fashionfine": 200}.get(recipe, 110)
-    ):  # synchronized masks vary while the momentum model learns
+    for step in range(steps):
         for group in state.optimizer.param_groups:
             group["lr"] = 3e-3
         state.generator, state.step = torch.Generator().manual_seed(7), step  # the same random draws each time
@@ -176,14 +124,9 @@ def test_overfits_one_batch(recipe):
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(recipe):
-    config, _ = parse_config([*FAST, "--recipe", recipe, "--registers", "2", "--fusion-layers", "2"])
-    dataset = Synthetic("train", 8, 32, progress=False)
-    dataset.prompts = config.prompts
-    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    state = build_run(config, dataset, tokenizer)
+    state, dataset = built("--recipe", recipe, "--registers", "2", "--fusion-layers", "2")
     state.generator, state.step = torch.Generator().manual_seed(0), 1
-    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
-    batch["images"] = data.augment(batch["images"], data.random_crops(8, generator=state.generator))
+    batch = augmented(state, batch_of(state, dataset, range(0, 24, 3)))
     losses, _ = train.RECIPES[recipe](state, batch)
     sum(losses.values()).backward()
     assert all(p.grad is None for p in state.momentum.parameters())
@@ -195,18 +138,12 @@ def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(rec
 
 def first_losses(*flags, weights=None):
     """Losses of the first batch of a fixed model, or of one with some of another's weights; the run, the batch."""
-    fixed = ["--fusion-layers", "2", "--dropout", "0", "--alpha", "0", "--crop-scale", "0.8"]
-    config, _ = parse_config([*FAST, *fixed, *flags])
-    dataset = Synthetic("train", 8, 32, progress=False)
-    dataset.prompts = config.prompts
-    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    state = build_run(config, dataset, tokenizer)
+    state, dataset = built("--fusion-layers 2 --dropout 0 --alpha 0 --crop-scale 0.8", *flags)
     state.model.load_state_dict(weights or {}, strict=False)
     state.momentum.update(state.model, decay=0)
     state.generator, state.step = torch.Generator().manual_seed(0), 100
-    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(0, 24, 3)])
-    batch = augmented(state, batch)
-    return train.RECIPES[config.recipe](state, batch)[0], state, batch
+    batch = augmented(state, batch_of(state, dataset, range(0, 24, 3)))
+    return train.RECIPES[state.config.recipe](state, batch)[0], state, batch
 
 
 def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
@@ -217,8 +154,8 @@ def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
     assert all(none[key].item() == pytest.approx(base[key].item(), rel=1e-5) for key in base)
     moved = {"soft_mask": {"itm"}, "mask_text": {"itc", "itm"}, "focal": {"itc"}}
     for part, changed in moved.items():
-        alone, _, _ = first_losses(*off, *(flag for other, flag in parts.items() if other != part),
-                                   *(["--focal-gamma", "2"] if part == "focal" else []))  # fmt: skip
+        others = [flag for other, flag in parts.items() if other != part]
+        alone, _, _ = first_losses(*off, *others, *(["--focal-gamma=2"] if part == "focal" else []))
         differ = {key for key in base if abs(alone[key].item() - base[key].item()) > 1e-5}
         assert changed <= differ <= changed | {"mlm"} - ({"mlm"} if part != "mask_text" else set()), (part, differ)
 
@@ -226,18 +163,19 @@ def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
 def test_each_part_of_fashionfine_is_a_switch():
     """Without local tokens, alignment, detector and focal loss, what is left is the base on one masked text."""
     parts = {
-        "adapter": ["--no-local-tokens"], "alignment": ["--no-alignment"],
-        "detector": ["--no-detector"], "focal": ["--focal-gamma", "0", "--itc-weight", "1"],
-    }  # fmt: skip
-    flat = lambda chosen: [flag for flags in chosen for flag in flags]
+        "adapter": ["--no-local-tokens"],
+        "alignment": ["--no-alignment"],
+        "detector": ["--no-detector"],
+        "focal": ["--focal-gamma=0", "--itc-weight=1"],
+    }
     _, whole, _ = first_losses("--recipe", "fashionfine")
     weights = whole.model.state_dict()
-    none, state, _ = first_losses("--recipe", "fashionfine", *flat(parts.values()), weights=weights)
+    none, state, _ = first_losses("--recipe", "fashionfine", *sum(parts.values(), []), weights=weights)
     assert none.keys() == {"itc", "itm", "mlm"}
     assert all(module is None for module in (state.model.adapter, state.model.phrases, state.model.detector))
     moved = {"adapter": "itc", "alignment": "align", "detector": "rtd", "focal": "itc"}
     for part, changed in moved.items():
-        others = flat(flags for other, flags in parts.items() if other != part)
+        others = sum((flags for other, flags in parts.items() if other != part), [])
         alone, _, _ = first_losses("--recipe", "fashionfine", *others, weights=weights)
         differ = {key for key in alone if key not in none or abs(alone[key].item() - none[key].item()) > 1e-5}
         assert {changed} <= differ <= {changed, "itm"}, (part, differ)  # other similarities, other negatives
@@ -258,12 +196,11 @@ def test_gradients_of_fashionfine_flow_where_they_should_and_nowhere_else():
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         moved = {name.split(".")[0] for name, g in zip(names, gradients, strict=True) if g is not None and g.any()}
         assert moved == reached[key], key
-    # keys are the momentum model's, of [CLS] alone and of the clean text
-    keys = state.momentum.project_text(state.momentum.encode_text(batch["token_ids"], batch["attention_mask"]))
-    torch.testing.assert_close(state.queue.filled()[1], keys)
-    torch.testing.assert_close(
-        state.queue.filled()[0], state.momentum.project_image(state.momentum.encode_image(batch["images"]))
-    )
+    momentum = state.momentum  # whose features of [CLS] alone and of the clean text the keys are
+    texts = momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    torch.testing.assert_close(state.queue.filled()[1], momentum.project_text(texts))
+    images = momentum.encode_image(batch["images"])
+    torch.testing.assert_close(state.queue.filled()[0], momentum.project_image(images))
 
 
 def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
@@ -278,9 +215,8 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     image_feat, text_feat = unit(8).requires_grad_(), unit(8).requires_grad_()
     keys = unit(8), unit(8)
     products = batch["product_ids"].tolist()
-    ours = (
-        state.config.itc_weight * contrast(state, batch, image_feat, text_feat, Teacher(None, None, None, *keys)).loss
-    )
+    teacher = Teacher(None, None, None, *keys)
+    ours = state.config.itc_weight * contrast(state, batch, image_feat, text_feat, teacher).loss
     naive, owners, texts = 0, products + old[2].tolist(), [*batch["caption_ids"].tolist(), *captions.tolist()]
     for queries, own, older in ((image_feat, keys[1], old[1]), (text_feat, keys[0], old[0])):
         for b, query in enumerate(queries):
@@ -313,49 +249,20 @@ def test_soft_masks_suppress_patches_and_pass_no_gradient_through_the_mask():
     assert torch.allclose(gradient, share, atol=1e-5)  # (1 − M), nothing by way of M itself
 
 
-def start(out, *flags):
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "train.py", *FAST, "--out", str(out), *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_steps(process, out, count=1):
-    deadline = time.time() + 60
-    while time.time() < deadline and process.poll() is None:
-        if (Path(out) / "last.pt").exists() and len((Path(out) / "metrics.jsonl").read_text().splitlines()) >= count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no step was done: {process.communicate()[0]}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_cleanly(tmp_path, number):
-    process = start(tmp_path, "--steps", "100000", "--val-every", "1", "--log-every", "1", "--workers", "1")
-    wait_for_steps(process, tmp_path)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "Traceback" not in output
-    assert f"({number.name}); saved in" in output
-    step = checkpoint(tmp_path)["step"]
-    assert lines(tmp_path)[-1]["step"] == step
-    assert resume(tmp_path, stop_at=step + 1) is None and checkpoint(tmp_path)["step"] == step + 1
+def test_a_signal_saves_and_exits_cleanly(tmp_path, monkeypatch, capsys, number):
+    recipe = train.RECIPES["syncmask"]
 
+    def interrupted(state, batch):
+        if state.step == 2:
+            signal.raise_signal(number)
+        return recipe(state, batch)
 
-def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
-    for attempt in range(KILLS):
-        process = start(tmp_path / str(attempt), "--steps", "100000", "--val-every", "1", "--log-every", "1")
-        wait_for_steps(process, tmp_path / str(attempt), count=2)
-        time.sleep(0.113 * attempt % 1)
-        process.kill()
-        process.communicate()
-        step = checkpoint(tmp_path / str(attempt))["step"]
-        with open(tmp_path / str(attempt) / "metrics.jsonl", "a") as file:
-            file.write('{"step": 999')  # a line half written
-        resume(tmp_path / str(attempt), stop_at=step + 2)
-        steps = [line["step"] for line in lines(tmp_path / str(attempt)) if "loss" in line]
-        assert steps == sorted(set(steps)) and steps[-1] == step + 2
+    monkeypatch.setitem(train.RECIPES, "syncmask", interrupted)
+    assert run(tmp_path, "--steps", "9", "--log-every", "1") is None
+    assert f"({number.name}); saved in" in capsys.readouterr().out
+    assert checkpoint(tmp_path)["step"] == lines(tmp_path)[-1]["step"] == 3
+    assert resume(tmp_path, stop_at=4) is None and checkpoint(tmp_path)["step"] == 4
 
 
 def test_what_is_not_finite_is_said_a_step_later_and_reaches_no_weights(tmp_path, monkeypatch):
@@ -375,42 +282,19 @@ def test_what_is_not_finite_is_said_a_step_later_and_reaches_no_weights(tmp_path
     assert not all(map(torch.equal, weights[3], weights[2]))
 
 
-def test_an_unforeseen_error_ends_the_run_with_its_workers(tmp_path):
-    code = "import train; train.RECIPES['syncmask'] = lambda run, batch: 1 / 0; train.main()"
-    command = [sys.executable, "-c", code, *FAST, "--out", str(tmp_path), "--workers", "2"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and "ZeroDivisionError" in ended.stderr
-    config, given = parse_config([*FAST, "--out", str(tmp_path), "--steps", "1"])
-    assert train.train(config, given)["step"] == 1  # nothing was saved, so the folder may be used again
-
-
-def test_a_step_without_a_readable_photo_is_passed_over(tmp_path, monkeypatch):
-    collate = data.Collate.__call__
-    empty = lambda items: {"rows": torch.zeros(0, dtype=torch.long), "unreadable": ["2.png: broken"]}
-    monkeypatch.setattr(
-        data.Collate, "__call__", lambda self, items: empty(items) if items[0]["row"] % 3 == 0 else collate(self, items)
-    )
-    monkeypatch.setattr(train, "validate", lambda run, dataset: ({"val_i2t_r1": 0.5}, []))
-    final = run(tmp_path, "--steps", "6", "--log-every", "1")
-    assert final["step"] == 6 and final["val_i2t_r1"] == 0.5
-    assert 0 < len([line for line in lines(tmp_path) if "loss" in line]) < 6
-
-
 @pytest.mark.parametrize("of_gradient", [False, True])
 def test_what_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, of_gradient):
     recipe = train.RECIPES["syncmask"]
 
     def poisoned(state, batch):
         losses, figures = recipe(state, batch)
-        if state.step != 3:
-            return losses, figures
         no_slope = torch.sqrt(state.model.temp * 0)  # value 0, gradient infinite
-        itm = losses["itm"] + no_slope if of_gradient else losses["itm"] * float("nan")
-        return losses | {"itm": itm}, figures
+        if state.step == 3:
+            losses["itm"] = losses["itm"] + no_slope if of_gradient else losses["itm"] * torch.nan
+        return losses, figures
 
     monkeypatch.setitem(train.RECIPES, "syncmask", poisoned)
-    said = r"step 4: .*grad_norm nan" if of_gradient else r"step 4: itm and grad_norm not finite .*itm nan.*last.pt"
-    with pytest.raises(NonFiniteLoss, match=said):
+    with pytest.raises(NonFiniteLoss, match="step 4: .*grad_norm nan.*last.pt"):
         run(tmp_path, "--steps", "6", "--val-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
@@ -422,14 +306,8 @@ def shops(tmp_path_factory):
     root = tmp_path_factory.mktemp("shops")
     export_fashiongen(root / "fashiongen", 10, image_size=32)
     folder = root / "jsonl"
-    folder.mkdir()
-    drawn = Synthetic("train", 10, 48, progress=False)
-    records = []
-    for row in range(len(drawn)):
-        drawn.photos[row].save(folder / f"{row}.jpg")
-        product = int(drawn.product_ids[row])
-        records.append({"image": f"{row}.jpg", "caption": drawn.captions[row], "product_id": product})
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    records = [{"image": f"{i}.jpg", "caption": f"tee of style {i}", "product_id": i // 3} for i in range(40)]
+    write_jsonl(folder, train=records)
     (folder / "5.jpg").write_bytes((folder / "5.jpg").read_bytes()[:300])
     return {"fashiongen": root / "fashiongen", "jsonl": folder}
 
@@ -446,10 +324,8 @@ def test_every_data_set_trains(tmp_path, shops, recipe):
 def test_every_other_flag_runs(tmp_path):
     """What the defaults and the other tests leave alone, on the schedule of `base`, for one epoch."""
     flags = "--preset base --epochs 1 --seed 3 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
-    flags += (
-        " --mlm-ratio 0.3 --negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
-        " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-share 0.5 --mask-warmup 2"
-    )
+    flags += " --mlm-ratio 0.3 --negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
+    flags += " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-share 0.5 --mask-warmup 2"
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
     config = config_from_dict(checkpoint(tmp_path)["config"])
     assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2
@@ -486,22 +362,16 @@ def test_soft_masks_are_trained_with_where_layers_are_compiled():
     eager = first_losses("--recipe", "softmask")[0]
     with compiled_by("aot_eager", dynamic=False):  # which is sooner done
         compiled = first_losses("--recipe", "softmask", "--compile")[0]
-    assert {k: v.item() for k, v in compiled.items()} == pytest.approx(
-        {k: v.item() for k, v in eager.items()}, rel=1e-4
-    )
+    assert compiled.keys() == eager.keys()
+    assert all(compiled[key].item() == pytest.approx(eager[key].item(), rel=1e-4) for key in eager)
 
 
 def known_masks(flags, monkeypatch):
     """The attention is on the last patches and words alone, so a synchronized mask is known in advance. -> what chooses
     masks by a seed, the batch, its last words (6, L)."""
-    config, _ = parse_config(
-        [*FAST, "--mlm-ratio", "0.3", "--mim-ratio", "0.5", "--mask-source", "clean", "--word-pool", "0", *flags]
-    )
-    dataset = Synthetic("train", 8, 32, progress=False)
-    dataset.truths = True
-    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
-    state.step = 5
-    batch = data.Collate(state.tokenizer)([dataset[row] for row in range(6)])
+    state, dataset = built("--mlm-ratio 0.3 --mim-ratio 0.5 --mask-source clean --word-pool 0", flags)
+    dataset.truths, state.step = True, 5
+    batch = batch_of(state, dataset, range(6))
     described = batch["words"] > 0
     first = described.sum(1, keepdim=True) - word_counts(batch["words"], 0.3)
     last_words = (described.cumsum(1) > first) & described
@@ -521,13 +391,13 @@ def known_masks(flags, monkeypatch):
 @pytest.mark.parametrize(
     "flags, patches, words",
     [
-        (["--mask-hint", "0"], "sync", "sync"),
-        (["--mask-hint", "1"], "random", "random"),
-        (["--mask-hint", "0", "--mask-warmup", "9"], "random", "random"),
-        (["--mask-hint", "0", "--patch-mask", "random"], "random", "sync"),
-        (["--mask-hint", "0", "--word-mask", "random"], "sync", "random"),
-        (["--mask-hint", "0", "--mask-warmup", "9", "--patch-mask", "true", "--word-mask", "true"], "true", "true"),
-        (["--mask-hint", "0", "--patch-mask", "random", "--word-mask", "true"], "random", "true"),
+        ("--mask-hint 0", "sync", "sync"),
+        ("--mask-hint 1", "random", "random"),
+        ("--mask-hint 0 --mask-warmup 9", "random", "random"),
+        ("--mask-hint 0 --patch-mask random", "random", "sync"),
+        ("--mask-hint 0 --word-mask random", "sync", "random"),
+        ("--mask-hint 0 --mask-warmup 9 --patch-mask true --word-mask true", "true", "true"),
+        ("--mask-hint 0 --patch-mask random --word-mask true", "random", "true"),
     ],
 )
 def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
@@ -550,7 +420,7 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
 
 
 def test_a_pair_keeps_random_masks_of_both_its_patches_and_its_words(monkeypatch):
-    chosen, _, last_words = known_masks(["--mask-hint", "0.5"], monkeypatch)
+    chosen, _, last_words = known_masks("--mask-hint 0.5", monkeypatch)
     found = [masks for seed in range(5) for masks in zip(*chosen(seed), last_words, strict=True)]
     hinted = [(not patches[8:].all(), not torch.equal(words, last)) for patches, words, last in found]
     assert set(hinted) == {(True, True), (False, False)} and 5 < sum(patches for patches, _ in hinted) < 25
