@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 
 import h5py
 import numpy as np
@@ -164,8 +163,7 @@ def test_jsonl_leaves_out_missing_photos_and_empty_captions_by_name(shop):
         ({"caption": "x", "product_id": 1}, "field image"),
         ({"image": "0.png", "caption": 3, "product_id": 1}, "field caption"),
         ({"image": "0.png", "caption": "x"}, "field product_id"),
-        ({"image": "0.png", "caption": "x", "product_id": True}, "field product_id"),
-        ({"image": "x" * 5000, "caption": "x", "product_id": 1}, "field image is not a path"),
+        ({"image": "0.png", "caption": "x", "product_id": [1]}, "field product_id"),
         ({"image": "/etc/passwd", "caption": "x", "product_id": 1}, "leaves the folder"),
         ({"image": "a/../../x.png", "caption": "x", "product_id": 1}, "leaves the folder"),
     ],
@@ -414,32 +412,6 @@ def test_no_other_program_is_asked_to_decode(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(OSError, match="not an image in one of the formats JPEG"):
         open_photo(tmp_path / "photo.jpg", 64)
-
-
-def test_links_out_of_the_folder_are_refused_and_dots_in_names_are_not(shop, tmp_path_factory):
-    folder, lines = shop
-    shutil.copy(folder / "0.png", folder / "..hidden.png")
-    write_jsonl(
-        folder, [*lines, lines[0] | {"image": "..hidden.png"}, lines[1] | {"image": "./a/../1.png"}], "val.jsonl"
-    )
-    (folder / "a").mkdir()
-    assert len(open_jsonl(folder, "val")) == len(lines) + 2
-    outside = tmp_path_factory.mktemp("outside")
-    shutil.copy(folder / "0.png", outside / "x.png")
-    (folder / "linked").symlink_to(outside)
-    write_jsonl(folder, [lines[0], lines[1] | {"image": "linked/x.png"}])
-    with pytest.raises(DataError, match="line 2: image 'linked/x.png' leaves the folder"):
-        open_jsonl(folder)
-
-
-def test_held_out_products_that_are_trained_on_are_named(shop):
-    folder, lines = shop
-    write_jsonl(folder, lines[:4], "val.jsonl")
-    write_jsonl(folder, lines)
-    report = open_jsonl(folder, "val").report()
-    products = list(dict.fromkeys(str(line["product_id"]) for line in lines[:4]))
-    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {', '.join(products)}")
-    assert "too:" not in open_jsonl(folder).report()
 
 
 def test_an_empty_caption_of_fashioniq_leaves_no_dangling_and(tmp_path):
