@@ -366,7 +366,6 @@ def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
         ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate, target"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "target": "b", "captions": []}]', "captions, a list of texts"),
-        ("image_splits/split.toptee.val.json", "[1]", "expected a list of image ids"),
     ],
 )  # fmt: skip
 def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
