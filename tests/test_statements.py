@@ -110,26 +110,6 @@ def test_snlive_counts_what_it_leaves_out(tmp_path):
     assert found[2]["image"].shape == (3, 32, 32) and found[2]["text"] == ("", "It is hot.")
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{", "line 1: not JSON"),
-        ("[]", "line 1: expected an object with Flickr30K_ID, sentence2, gold_label"),
-        ('{"Flickr30K_ID": 3, "sentence2": "x", "gold_label": "neutral"}', "all of them text"),
-        ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "maybe"}', "gold_label 'maybe' is none of entailment"),
-        ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "neutral"}', "3.jpg: no photo of any statement"),
-        ("", "no usable line"),
-    ],
-)
-def test_bad_snlive_files_are_refused_in_one_line(tmp_path, line, complaint):
-    (tmp_path / "snli_ve_dev.jsonl").write_text(line)
-    with pytest.raises(DataError, match=complaint) as error:
-        data.build_statements("snlive", tmp_path, "val", 32)
-    assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match="snli_ve_train.jsonl: no such file"):
-        data.build_statements("snlive", tmp_path, "train", 32)
-
-
 def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
     images = [("train", "train2014", ["a", "b"]), ("restval", "val2014", ["c"]), ("val", "val2014", ["d", "e", " "])]
     images += [("test", "val2014", ["f"] * 5), ("train", "train2014", ["g"])]
@@ -145,20 +125,34 @@ def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
     assert texts == [("", "c")] and of_photo.tolist() == of_text.tolist() == [0]
 
 
+PHOTO = '{"images": [{"split": "val", "filename": "x.jpg", "sentences": %s}]}'
+STATEMENT = '{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "%s"}'
+
+
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("name", "content", "complaint"),
     [
-        ("{", "dataset_flickr30k.json: not JSON"),
-        ("[]", "expected a list `images`"),
-        ('{"images": [{"split": "val", "filename": "x.jpg", "sentences": [{}]}]}', "image 0: expected filename, split"),
-        ('{"images": [{"split": "val", "filename": "x.jpg", "sentences": [{"raw": "a"}]}]}', "no photo images/x.jpg"),
-        ('{"images": []}', "no usable photo of the val split; it has none"),
+        ("snli_ve_dev.jsonl", None, "no such file"),
+        ("snli_ve_dev.jsonl", "{", "line 1: not JSON"),
+        ("snli_ve_dev.jsonl", '{"Flickr30K_ID": 3}', "line 1: expected an object with .*, all of them text"),
+        ("snli_ve_dev.jsonl", STATEMENT % "maybe", "gold_label 'maybe' is none of entailment"),
+        ("snli_ve_dev.jsonl", STATEMENT % "neutral", "3.jpg: no photo of any statement"),
+        ("snli_ve_dev.jsonl", "", "no usable line"),
+        ("dataset_coco.json", "[]", "expected a list `images`"),
+        ("dataset_coco.json", PHOTO % "[{}]", "image 0: expected filename, split"),
+        ("dataset_coco.json", PHOTO % '[{"raw": "a"}]', "no photo images/x.jpg"),
+        ("dataset_coco.json", '{"images": []}', "no usable photo of the val split; it has none"),
     ],
 )
-def test_bad_karpathy_files_are_refused_in_one_line(tmp_path, content, complaint):
-    (tmp_path / "dataset_flickr30k.json").write_text(content)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=complaint) as error:
-        data.build_dataset("flickr30k", tmp_path, "val", 32)
+        if name.startswith("snli"):
+            data.build_statements("snlive", tmp_path, "val", 32)
+        else:
+            data.build_dataset("coco", tmp_path, "val", 32)
+    assert name in str(error.value) or "3.jpg" in str(error.value)
     assert "\n" not in str(error.value)
 
 
