@@ -20,23 +20,12 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     files = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix in (".jpg", ".png")}
     listed, pairs, subsets = {}, [], []
     for subset in FASHIONIQ:
-        records = _read_list(folder / "captions" / f"cap.{subset}.{split}.json", "one object a pair")
-        ids = _read_list(folder / "image_splits" / f"split.{subset}.{split}.json", "one image id an entry")
-        keys = ("candidate",) if split == "test" else ("candidate", "target")
-        for number, record in enumerate(records):
-            fine = isinstance(record, dict) and isinstance(record.get("captions"), list) and record["captions"]
-            if not fine or not all(
-                isinstance(text, str) for text in [record.get(k) for k in keys] + record["captions"]
-            ):
-                where = f"{folder}/captions/cap.{subset}.{split}.json entry {number}"
-                raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
-            pairs.append(
-                [record[key] for key in keys] + [" and ".join(filter(None, map(str.strip, record["captions"])))]
-            )
+        captions = folder / "captions" / f"cap.{subset}.{split}.json"
+        for number, record in enumerate(_read_list(captions, "one object a pair")):
+            pairs.append(_parse(f"{captions} entry {number}", record, split))
             subsets.append(subset)
-        if not all(isinstance(name, str) for name in ids):
-            raise DataError(f"{folder}/image_splits/split.{subset}.{split}.json: expected a list of image ids")
-        listed[subset] = list(dict.fromkeys(ids))
+        names = folder / "image_splits" / f"split.{subset}.{split}.json"
+        listed[subset] = list(dict.fromkeys(map(str, _read_list(names, "one image id an entry"))))
     wanted = dict.fromkeys([name for names in listed.values() for name in names])
     wanted |= dict.fromkeys(name for pair in pairs for name in pair[:-1])
     known = {name: files[name] for name in wanted if name in files}
@@ -61,6 +50,19 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     if len(kept) < len(pairs):
         triplets.dropped = [f"{len(pairs) - len(kept):,} pairs of photos that are not there"]
     return triplets
+
+
+def _parse(where: str, record: object, split: str) -> list[str]:
+    """Candidate, target unless it is the test split's, text."""
+    keys = ["candidate"] if split == "test" else ["candidate", "target"]
+    try:
+        names = [record[key] for key in keys]
+        texts = [text.strip() for text in record["captions"]]
+    except (AttributeError, KeyError, TypeError):
+        names, texts = [], []
+    if not texts or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
+    return [*names, " and ".join(filter(None, texts))]
 
 
 def _read_list(path: Path, what: str) -> list:

@@ -1,6 +1,5 @@
 """One's own photos: one JSON object a line."""
 
-import contextlib
 import hashlib
 from pathlib import Path
 
@@ -34,35 +33,17 @@ class Jsonl(PhotoDataset):
         path = folder / (f"{split}.jsonl" if own_split else "train.jsonl")
         records, problems = self._read(path)
         if not own_split:
-            products = {str(record["product_id"]) for record in records}
-            by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
-            if len(products) == 1:
-                raise DataError(f"{path}: one product cannot be split; add more, or a val.jsonl")
-            held_out = set(by_hash[: max(1, len(products) // 10)])
-            records = [record for record in records if (str(record["product_id"]) in held_out) == (split == "val")]
+            held_out = _tenth({record["product_id"] for record in records}, seed, path)
+            records = [record for record in records if (record["product_id"] in held_out) == (split == "val")]
         if not records:
             raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
         self.images = [record["image"] for record in records]
         self.known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
         self.known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
-        kinds = self.known["category"], self.known["subcategory"]
-        captions, products = ([str(record[key]) for record in records] for key in ("caption", "product_id"))
-        super().__init__(captions, products, *kinds, image_size)
+        captions = [record["caption"] for record in records]
+        products = [record["product_id"] for record in records]
+        super().__init__(captions, products, self.known["category"], self.known["subcategory"], image_size)
         self.problems = problems
-        self.both: list[str] = []  # products that are to be held out and are trained on
-        if own_split and split == "val" and (folder / "train.jsonl").is_file():
-            trained = set()
-            for line in read_text(folder / "train.jsonl", "").split("\n"):
-                with contextlib.suppress(DataError, AttributeError):  # of a line that is wrong training will say so
-                    trained.add(str(parse_json(line, "").get("product_id")))
-            self.both = [product for product in dict.fromkeys(products) if product in trained]
-
-    def report(self) -> str:
-        """Also which held-out products are trained on."""
-        if not self.both:
-            return super().report()
-        named = ", ".join(self.both[:3]) + (", …" if len(self.both) > 3 else "")
-        return f"{super().report()}\n  {len(self.both):,} of these products are in train.jsonl too: {legible(named)}"
 
     def _read(self, path: Path) -> tuple[list[dict], list[str]]:
         hint = "one JSON object a line with image, caption, product_id"
@@ -70,10 +51,7 @@ class Jsonl(PhotoDataset):
         for number, line in enumerate(read_text(path, hint).split("\n"), 1):  # a caption may hold other separators
             if not line.strip():
                 continue
-            record = self._parse(f"{path} line {number}", line)
-            if not self._inside(record["image"]):
-                wrong = f"image {record['image']!r} leaves the folder; use a path relative to it"
-                raise DataError(f"{path} line {number}: {wrong}")
+            record = _parse(f"{path} line {number}", line)
             if not (self.folder / record["image"]).is_file():
                 problems.append(f"line {number}: no photo {record['image']}")
             elif not legible(record["caption"]).strip():
@@ -81,26 +59,6 @@ class Jsonl(PhotoDataset):
             else:
                 records.append(record)
         return records, problems
-
-    @staticmethod
-    def _parse(where: str, line: str) -> dict:
-        record = parse_json(line, where)
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: expected an object with image, caption, product_id")
-        for key in ("image", "caption"):
-            if not isinstance(record.get(key), str):
-                raise DataError(f"{where}: field {key} is missing or not text")
-        if not isinstance(record.get("product_id"), str | int) or isinstance(record["product_id"], bool):
-            raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
-        if not record["image"].isprintable() or len(record["image"]) > 1000:
-            raise DataError(f"{where}: field image is not a path")
-        return record
-
-    def _inside(self, image: str) -> bool:
-        """Does a path stay in the folder, also where it is a symbolic link?"""
-        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a link to itself
-            return (self.folder / image).resolve().is_relative_to(self.folder.resolve())
-        return False
 
     def attributes(self, row: int) -> dict[str, str]:
         """What the line says of them."""
@@ -112,3 +70,27 @@ class Jsonl(PhotoDataset):
 
     def name_of(self, row: int) -> str:
         return self.images[row]
+
+
+def _parse(where: str, line: str) -> dict:
+    """A line's object; its product_id as text."""
+    record = parse_json(line, where)
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object with image, caption, product_id")
+    for key in ("image", "caption"):
+        if not isinstance(record.get(key), str):
+            raise DataError(f"{where}: field {key} is missing or not text")
+    if not isinstance(record.get("product_id"), str | int):
+        raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
+    image = Path(record["image"])
+    if image.is_absolute() or ".." in image.parts:
+        raise DataError(f"{where}: image {record['image']!r} leaves the folder; use a path relative to it")
+    return record | {"product_id": str(record["product_id"])}
+
+
+def _tenth(products: set[str], seed: int, path: Path) -> set[str]:
+    """The products that are held out, chosen by hash."""
+    if len(products) == 1:
+        raise DataError(f"{path}: one product cannot be split; add more, or a val.jsonl")
+    by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
+    return set(by_hash[: max(1, len(products) // 10)])

@@ -23,17 +23,18 @@ class Karpathy(PhotoDataset):
 
     def __init__(self, folder: Path, name: CaptionedName, split: Literal["train", "val", "test"], image_size: int):
         path = folder / f"dataset_{name}.json"
-        records = [(number, image) for number, image in enumerate(_read(path)) if _split(path, number, image) == split]
         self.paths, captions, photos, problems, empty = [], [], [], [], 0
-        for number, image in records:
-            file, said = _photo_and_captions(f"{path} image {number}", folder, image)
-            if not file.is_file():
-                problems.append(f"no photo {file.relative_to(folder)}")
+        for number, (file, texts) in enumerate(_read(path, split)):
+            if not (folder / file).is_file():
+                problems.append(f"no photo {file}")
                 continue
-            empty += sum(not text for text in said)
-            self.paths += [file for text in said if text]
-            captions += [text for text in said if text]
-            photos += [number for text in said if text]
+            for text in texts:
+                if not text:
+                    empty += 1
+                    continue
+                self.paths.append(folder / file)
+                captions.append(text)
+                photos.append(number)
         if not captions:
             raise DataError(f"{path}: no usable photo of the {split} split; {'; '.join(problems[:3]) or 'it has none'}")
         blank = [""] * len(captions)
@@ -52,26 +53,21 @@ class Karpathy(PhotoDataset):
         return f"{len(self):,} captions of {self.product_ids.max() + 1:,} photos{self._left_out()}"
 
 
-def _read(path: Path) -> list:
-    whole = parse_json(read_text(path, "--root must hold it, and the photos"), str(path))
-    images = whole.get("images") if isinstance(whole, dict) else None
-    if not isinstance(images, list) or not images:
+def _read(path: Path, split: str) -> list[tuple[str, list[str]]]:
+    """The photos of a split: file and captions."""
+    content = parse_json(read_text(path, "--root must hold it, and the photos"), str(path))
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(f"{path}: expected a list `images`")
-    return images
-
-
-def _split(path: Path, number: int, image: object) -> str:
-    split = image.get("split") if isinstance(image, dict) else None
-    if split not in ("train", "restval", "val", "test"):
-        raise DataError(f"{path} image {number}: split is none of train, restval, val, test")
-    return "train" if split == "restval" else split
-
-
-def _photo_and_captions(where: str, folder: Path, image: dict) -> tuple[Path, list[str]]:
-    names, sentences = (image.get("filepath", "images"), image.get("filename")), image.get("sentences")
-    if not all(isinstance(name, str) and name.isprintable() and Path(name).name == name != ".." for name in names):
-        raise DataError(f"{where}: filename, or filepath, is not a plain name")
-    texts = [s.get("raw") for s in sentences if isinstance(s, dict)] if isinstance(sentences, list) else []
-    if not texts or len(texts) < len(sentences) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: expected sentences, a list of objects with a text `raw`")
-    return folder.joinpath(*names), [" ".join(text.split()) for text in texts]
+    found = []
+    for number, image in enumerate(content["images"]):
+        try:
+            file = f"{image.get('filepath', 'images')}/{image['filename']}"
+            texts = [" ".join(sentence["raw"].split()) for sentence in image["sentences"]]
+            own_split = image["split"]
+        except (AttributeError, KeyError, TypeError):
+            raise DataError(
+                f"{path} image {number}: expected filename, split, and sentences with a text `raw`"
+            ) from None
+        if own_split == split or (own_split, split) == ("restval", "train"):
+            found.append((file, texts))
+    return found

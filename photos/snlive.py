@@ -1,5 +1,6 @@
 """SNLI-VE's statements about photos of Flickr30k, read as distributed."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -14,32 +15,33 @@ def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int
 
     Statements without a gold label (`-`), empty ones, and photos that are not there are counted and left out.
     """
-    path, records, unlabelled, empty = folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl", [], 0, 0
+    path = folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl"
+    records, left_out = [], Counter()
     text = read_text(path, "--root must hold SNLI-VE's files and Flickr30k's photos")
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         photo, statement, label = _parse(f"{path} line {number}", line)
         if label == "-":
-            unlabelled += 1
+            left_out["without a gold label"] += 1
         elif not statement:
-            empty += 1
+            left_out["without words"] += 1
         else:
             records.append((photo, statement, label))
     wanted = {photo: folder / "images" / f"{photo}.jpg" for photo, _, _ in records}
     known = {photo: file for photo, file in wanted.items() if file.is_file()}
-    kept = [record for record in records if record[0] in known]
-    if not kept:
+    if not known:
         example = next(iter(wanted.values()), None)
         raise DataError(f"{example}: no photo of any statement is there" if example else f"{path}: no usable line")
-    row_of = {photo: row for row, photo in enumerate(known)}
+    kept = [record for record in records if record[0] in known]
+    if len(kept) < len(records):
+        left_out["of photos that are not there"] = len(records) - len(kept)
     ids, statements, labels = map(list, zip(*kept, strict=True))
-    dataset = Statements(
-        PhotoFiles(known, image_size), [row_of[photo] for photo in ids], statements, labels, [""] * len(kept), ids
-    )
+    row_of = {photo: row for row, photo in enumerate(known)}
+    rows = [row_of[photo] for photo in ids]
+    dataset = Statements(PhotoFiles(known, image_size), rows, statements, labels, [""] * len(kept), ids)
     dataset.problems = [f"no photo {photo}.jpg" for photo in wanted if photo not in known]
-    counts = (len(records) - len(kept), "of photos that are not there"), (unlabelled, "without a gold label")
-    dataset.dropped = [f"{count:,} {why}" for count, why in (*counts, (empty, "without words")) if count]
+    dataset.dropped = [f"{count:,} {why}" for why, count in left_out.items()]
     return dataset
 
 
@@ -52,6 +54,4 @@ def _parse(where: str, line: str) -> tuple[str, str, str]:
     photo, statement, label = (record[key].strip() for key in keys)
     if label not in (*LABELS, "-"):
         raise DataError(f"{where}: gold_label {label!r} is none of {', '.join(LABELS)}, -")
-    if not photo.isalnum():
-        raise DataError(f"{where}: Flickr30K_ID {photo!r} is not the name of a photo")
     return photo, statement, label

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 
 import h5py
 import numpy as np
@@ -15,7 +14,7 @@ import data
 from data import Collate, build_dataset, build_tokenizer
 from photos.dataset import DataError
 from photos.families import synthetic_triplets
-from photos.fashiongen import FashionGen
+from photos.fashiongen import FashionGen, export_fashiongen
 from photos.files import FORMATS, open_photo
 from photos.prompts import prompted, symbol_of
 from photos.synthetic import Synthetic
@@ -24,11 +23,11 @@ from photos.wardrobe import GARMENTS
 
 @pytest.fixture
 def fashiongen(tmp_path):
-    data.main(["export-fashiongen", str(tmp_path), "--items", "6"])
+    export_fashiongen(tmp_path, 6, image_size=32)
     return tmp_path
 
 
-def open_fashiongen(folder, size=64):
+def open_fashiongen(folder, size=32):
     return build_dataset("fashiongen", folder, "train", size)
 
 
@@ -36,13 +35,13 @@ def test_exported_fashiongen_has_the_published_layout_and_reads_back(fashiongen)
     with h5py.File(fashiongen / FashionGen.FILES["train"]) as file:
         keys = "index index_2 input_brand input_category input_composition input_concat_description input_department input_description input_gender input_image input_msrpUSD input_name input_pose input_productID input_season input_subcategory"
         assert sorted(file) == keys.split()
-        assert file["input_image"].shape[1:] == (256, 256, 3) and file["input_productID"].dtype == np.int32
+        assert file["input_image"].shape[1:] == (32, 32, 3) and file["input_productID"].dtype == np.int32
         assert file["input_description"].shape == (len(file["input_image"]), 1)
-    dataset, drawn = open_fashiongen(fashiongen, 256), Synthetic("train", 6, 256, progress=False)
+    dataset, drawn = open_fashiongen(fashiongen), Synthetic("train", 6, 32, progress=False)
     assert dataset.captions == drawn.captions and dataset.categories == drawn.categories
     assert dataset.product_ids.tolist() == drawn.product_ids.tolist()
     assert torch.equal(dataset[3]["image"], drawn[3]["image"])
-    assert open_fashiongen(fashiongen)[3]["image"].shape == (3, 64, 64)
+    assert open_fashiongen(fashiongen, 64)[3]["image"].shape == (3, 64, 64)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[3]["image"], drawn[3]["image"])  # as sent to a worker
 
 
@@ -54,6 +53,10 @@ def test_fashiongen_reads_latin_1_and_counts_empty_descriptions(fashiongen):
     assert dataset.captions[0] == "Robe d'été"
     assert dataset.problems == ["row 4: empty input_description"] and "1 left out (row 4" in dataset.report()
     assert dataset[4]["row"] == 4 and dataset.name_of(4).endswith("row 5")
+    with h5py.File(fashiongen / FashionGen.FILES["val"], "r+") as file:
+        file["input_description"][:] = b""
+    with pytest.raises(DataError, match="every row is empty"):
+        build_dataset("fashiongen", fashiongen, "val", 32)
 
 
 def replace_key(path, key, values):
@@ -67,12 +70,11 @@ def replace_key(path, key, values):
     "damage, message",
     [
         (lambda p: p.unlink(), "no such file"),
-        (lambda p: p.write_bytes(p.read_bytes()[:50_000]), "not a whole HDF5 file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:5_000]), "not a whole HDF5 file"),
         (lambda p: p.write_text("hello"), "not a whole HDF5 file"),
         (lambda p: replace_key(p, "input_description", None), "no key input_description"),
         (lambda p: replace_key(p, "input_image", np.zeros((4, 8, 8), np.uint8)), "key input_image: expected"),
-        (lambda p: replace_key(p, "input_image", np.zeros((0, 8, 8, 3), np.uint8)), "nothing in it"),
-        (lambda p: replace_key(p, "input_image", np.zeros((9, 0, 8, 3), np.uint8)), "nothing in it"),
+        (lambda p: replace_key(p, "input_image", np.zeros((0, 8, 8, 3), np.uint8)), "key input_image: expected"),
         (lambda p: replace_key(p, "input_productID", np.zeros((3, 1), np.int32)), "key input_productID: shape"),
         (lambda p: replace_key(p, "input_category", np.zeros((21, 1))), "key input_category"),
     ],
@@ -84,32 +86,12 @@ def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
     assert "fashiongen_256_256_train.h5" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_fashiongen_without_any_description_is_refused(fashiongen):
-    path = fashiongen / FashionGen.FILES["train"]
-    with h5py.File(path, "r+") as file:
-        file["input_description"][:] = b""
-    with pytest.raises(DataError, match="every row is empty"):
-        open_fashiongen(fashiongen)
-
-
-def test_a_file_whose_photos_are_packed_together_reads_the_same_and_is_named(fashiongen, tmp_path):
-    folder = tmp_path / "packed"
-    folder.mkdir()
-    for name in FashionGen.FILES.values():
-        shutil.copy(fashiongen / name, folder / name)
-        with h5py.File(folder / name, "r+") as file:
-            pixels = file["input_image"][:]
-            del file["input_image"]
-            file.create_dataset("input_image", data=pixels, chunks=(4, 256, 256, 3), compression="gzip")
-    plain, packed = (data.build_dataset("fashiongen", str(where), "train", 64) for where in (fashiongen, folder))
-    assert f"h5repack -l input_image:CHUNK=1x256x256x3 {folder}/fashiongen_256_256_train.h5 NEW" in packed.report()
-    assert "an HDF5 chunk is 4 photos" in packed.report() and "h5repack" not in plain.report()
-    assert torch.equal(packed[5]["image"], plain[5]["image"])
-
-
-def test_export_does_not_overwrite(fashiongen):
+def test_export_writes_256_pixels_and_does_not_overwrite(tmp_path):
+    data.main(["export-fashiongen", str(tmp_path), "--items", "2"])
+    with h5py.File(tmp_path / FashionGen.FILES["train"]) as file:
+        assert file["input_image"].shape[1:] == (256, 256, 3)
     with pytest.raises(SystemExit, match="exists"):
-        data.main(["export-fashiongen", str(fashiongen), "--items", "2"])
+        data.main(["export-fashiongen", str(tmp_path), "--items", "2"])
 
 
 def test_absent_folder_is_refused(tmp_path):
@@ -181,8 +163,7 @@ def test_jsonl_leaves_out_missing_photos_and_empty_captions_by_name(shop):
         ({"caption": "x", "product_id": 1}, "field image"),
         ({"image": "0.png", "caption": 3, "product_id": 1}, "field caption"),
         ({"image": "0.png", "caption": "x"}, "field product_id"),
-        ({"image": "0.png", "caption": "x", "product_id": True}, "field product_id"),
-        ({"image": "x" * 5000, "caption": "x", "product_id": 1}, "field image is not a path"),
+        ({"image": "0.png", "caption": "x", "product_id": [1]}, "field product_id"),
         ({"image": "/etc/passwd", "caption": "x", "product_id": 1}, "leaves the folder"),
         ({"image": "a/../../x.png", "caption": "x", "product_id": 1}, "leaves the folder"),
     ],
@@ -385,7 +366,6 @@ def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
         ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate, target"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "target": "b", "captions": []}]', "captions, a list of texts"),
-        ("image_splits/split.toptee.val.json", "[1]", "expected a list of image ids"),
     ],
 )  # fmt: skip
 def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
@@ -431,32 +411,6 @@ def test_no_other_program_is_asked_to_decode(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(OSError, match="not an image in one of the formats JPEG"):
         open_photo(tmp_path / "photo.jpg", 64)
-
-
-def test_links_out_of_the_folder_are_refused_and_dots_in_names_are_not(shop, tmp_path_factory):
-    folder, lines = shop
-    shutil.copy(folder / "0.png", folder / "..hidden.png")
-    write_jsonl(
-        folder, [*lines, lines[0] | {"image": "..hidden.png"}, lines[1] | {"image": "./a/../1.png"}], "val.jsonl"
-    )
-    (folder / "a").mkdir()
-    assert len(open_jsonl(folder, "val")) == len(lines) + 2
-    outside = tmp_path_factory.mktemp("outside")
-    shutil.copy(folder / "0.png", outside / "x.png")
-    (folder / "linked").symlink_to(outside)
-    write_jsonl(folder, [lines[0], lines[1] | {"image": "linked/x.png"}])
-    with pytest.raises(DataError, match="line 2: image 'linked/x.png' leaves the folder"):
-        open_jsonl(folder)
-
-
-def test_held_out_products_that_are_trained_on_are_named(shop):
-    folder, lines = shop
-    write_jsonl(folder, lines[:4], "val.jsonl")
-    write_jsonl(folder, lines)
-    report = open_jsonl(folder, "val").report()
-    products = list(dict.fromkeys(str(line["product_id"]) for line in lines[:4]))
-    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {', '.join(products)}")
-    assert "too:" not in open_jsonl(folder).report()
 
 
 def test_an_empty_caption_of_fashioniq_leaves_no_dangling_and(tmp_path):

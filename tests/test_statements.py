@@ -14,7 +14,7 @@ from measures.scores import full_rankings, recalls_of
 from photos.dataset import DataError
 from photos.families import clause
 from photos.statements import LABELS, synthetic_statements
-from photos.wardrobe import COLOURS, NECKS, PATTERNS, Detail
+from photos.wardrobe import COLOURS, Detail
 
 
 @pytest.fixture(scope="module")
@@ -80,103 +80,86 @@ def test_neither_photo_nor_statement_alone_tells(statements):
 def test_statements_are_deterministic_and_share_no_style_between_splits(statements):
     again = synthetic_statements("train", 60, 64, 0, progress=False)
     assert again.captions == statements.captions and again.categories == statements.categories
-    other = synthetic_statements("val", 30, 64, 0, progress=False)
-    styles = [{photos.products[photos.rows[row][0]].style for row in photos_rows}
-              for photos, photos_rows in ((s.photos, s.rows) for s in (statements, other))]  # fmt: skip
+    styles = []
+    for one in (statements, synthetic_statements("val", 30, 64, 0, progress=False)):
+        styles.append({one.photos.products[one.photos.rows[row][0]].style for row in one.rows})
     assert not styles[0] & styles[1]
-    assert "statements (entailment " in statements.report() and statements.report().endswith("photos")
-
-
-def test_a_clause_says_an_attribute():
-    product = synthetic_statements("train", 30, 64, 0, progress=False).photos.products[0]
+    product = statements.photos.products[0]
     for key, value in product.attributes().items():
         if key in ("colour", "pattern", "sleeve", "neck", "closure") or isinstance(value, Detail):
             assert claimed(clause(product, key)) == (key, value)
-    assert set(PATTERNS).isdisjoint(NECKS)
 
 
 def test_snlive_counts_what_it_leaves_out(tmp_path):
-    lines = [("1", "A dog runs.", "entailment"), ("1", "A cat.", "contradiction"), ("2", "It is hot.", "neutral"),
-             ("2", "Nobody agreed.", "-"), ("3", "Gone.", "neutral"), ("3", "Gone too.", "neutral"),
-             ("2", "  ", "neutral")]  # fmt: skip
+    lines = [("1", "A dog runs.", "entailment"), ("1", "A cat.", "contradiction"), ("2", "It is hot.", "neutral")]
+    lines += [
+        ("2", "Nobody agreed.", "-"),
+        ("3", "Gone.", "neutral"),
+        ("3", "Gone too.", "neutral"),
+        ("2", "  ", "neutral"),
+    ]
     write_snlive(tmp_path, lines, "12")
     found = data.build_statements("snlive", tmp_path, "val", 32)
     assert found.categories == ["entailment", "contradiction", "neutral"] and found.product_ids.tolist() == [0, 0, 1]
     assert found.problems == ["no photo 3.jpg"]
-    assert found.report() == (
-        "3 statements (entailment 1, neutral 1, contradiction 1) about 2 photos, 1 left out (no photo 3.jpg), 2 of photos "
-        "that are not there, 1 without a gold label, 1 without words"
+    assert found.report().startswith(
+        "3 statements (entailment 1, neutral 1, contradiction 1) about 2 photos, 1 left out"
     )
+    for count in ("2 of photos that are not there", "1 without a gold label", "1 without words"):
+        assert count in found.report()
     assert found[2]["image"].shape == (3, 32, 32) and found[2]["text"] == ("", "It is hot.")
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{", "line 1: not JSON"),
-        ('{"Flickr30K_ID": ' + "9" * 5000 + "}", "line 1: not JSON"),
-        ("[]", "line 1: expected an object with Flickr30K_ID, sentence2, gold_label"),
-        ('{"Flickr30K_ID": 3, "sentence2": "x", "gold_label": "neutral"}', "all of them text"),
-        ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "maybe"}', "gold_label 'maybe' is none of entailment"),
-        ('{"Flickr30K_ID": "../3", "sentence2": "x", "gold_label": "neutral"}', "'../3' is not the name of a photo"),
-        ('{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "neutral"}', "3.jpg: no photo of any statement"),
-        ("", "no usable line"),
-    ],
-)
-def test_bad_snlive_files_are_refused_in_one_line(tmp_path, line, complaint):
-    (tmp_path / "snli_ve_dev.jsonl").write_text(line)
-    with pytest.raises(DataError, match=complaint) as error:
-        data.build_statements("snlive", tmp_path, "val", 32)
-    assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match="snli_ve_train.jsonl: no such file"):
-        data.build_statements("snlive", tmp_path, "train", 32)
-
-
 def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
-    images = [("train", "train2014", ["a", "b"]), ("restval", "val2014", ["c"]), ("val", "val2014", ["d", "e", " "]),
-              ("test", "val2014", ["f"] * 5), ("train", "train2014", ["g"])]  # fmt: skip
+    images = [("train", "train2014", ["a", "b"]), ("restval", "val2014", ["c"]), ("val", "val2014", ["d", "e", " "])]
+    images += [("test", "val2014", ["f"] * 5), ("train", "train2014", ["g"])]
     write_karpathy(tmp_path, "coco", images)
     (tmp_path / "train2014" / "4.jpg").unlink()
     train, val, test = (data.build_dataset("coco", tmp_path, split, 32) for split in ("train", "val", "test"))
     assert train.captions == ["a", "b", "c"] and train.product_ids.tolist() == [0, 0, 1]
     assert train.report() == "3 captions of 2 photos, 1 left out (no photo train2014/4.jpg)"
     assert val.report() == "2 captions of 1 photos, 1 captions without words" and len(test) == 5
-    assert different_photos(train).tolist() == [0, 2] and different_photos(train.part(np.array([1, 2]))).tolist() == [
-        0,
-        1,
-    ]
+    assert different_photos(train).tolist() == [0, 2]
+    assert different_photos(train.part(np.array([1, 2]))).tolist() == [0, 1]
     texts, of_photo, of_text = texts_to_search(train, np.array([2]))
     assert texts == [("", "c")] and of_photo.tolist() == of_text.tolist() == [0]
 
 
+PHOTO = '{"images": [{"split": "val", "filename": "x.jpg", "sentences": %s}]}'
+STATEMENT = '{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "%s"}'
+
+
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("name", "content", "complaint"),
     [
-        ("{", "dataset_flickr30k.json: not JSON"),
-        ("[]", "expected a list `images`"),
-        ('{"images": [{"split": "dev"}]}', "image 0: split is none of train, restval, val, test"),
-        (
-            '{"images": [{"split": "val", "filename": "../x.jpg"}]}',
-            "image 0: filename, or filepath, is not a plain name",
-        ),
-        ('{"images": [{"split": "val", "filename": "x.jpg", "sentences": [{}]}]}', "sentences, a list of objects"),
-        ('{"images": [{"split": "val", "filename": "x.jpg", "sentences": [{"raw": "a"}]}]}', "no photo images/x.jpg"),
-        ('{"images": [{"split": "test"}]}', "no usable photo of the val split; it has none"),
+        ("snli_ve_dev.jsonl", None, "no such file"),
+        ("snli_ve_dev.jsonl", "{", "line 1: not JSON"),
+        ("snli_ve_dev.jsonl", '{"Flickr30K_ID": 3}', "line 1: expected an object with .*, all of them text"),
+        ("snli_ve_dev.jsonl", STATEMENT % "maybe", "gold_label 'maybe' is none of entailment"),
+        ("snli_ve_dev.jsonl", STATEMENT % "neutral", "3.jpg: no photo of any statement"),
+        ("snli_ve_dev.jsonl", "", "no usable line"),
+        ("dataset_coco.json", "[]", "expected a list `images`"),
+        ("dataset_coco.json", PHOTO % "[{}]", "image 0: expected filename, split"),
+        ("dataset_coco.json", PHOTO % '[{"raw": "a"}]', "no photo images/x.jpg"),
+        ("dataset_coco.json", '{"images": []}', "no usable photo of the val split; it has none"),
     ],
 )
-def test_bad_karpathy_files_are_refused_in_one_line(tmp_path, content, complaint):
-    (tmp_path / "dataset_flickr30k.json").write_text(content)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=complaint) as error:
-        data.build_dataset("flickr30k", tmp_path, "val", 32)
+        if name.startswith("snli"):
+            data.build_statements("snlive", tmp_path, "val", 32)
+        else:
+            data.build_dataset("coco", tmp_path, "val", 32)
+    assert name in str(error.value) or "3.jpg" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_recall_with_several_captions_agrees_with_a_slow_definition():
     generator = torch.Generator().manual_seed(0)
-    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 6, generator=generator), dim=1)
-    images, of_text = feats(20), torch.randint(0, 20, (70,), generator=generator)
-    of_text[:20] = torch.arange(20)
-    texts = feats(70)
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (20, 70))
+    of_text = torch.cat([torch.arange(20), torch.randint(0, 20, (50,), generator=generator)])
     texts[60:] = texts[50:60]  # captions that read alike tie, also across photos
     figures = recalls_of([*full_rankings(images, texts, torch.arange(20), of_text)])
     sim = images @ texts.T
