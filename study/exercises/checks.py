@@ -142,8 +142,7 @@ def check_6(pick_negatives) -> None:
 
     row = (0.8, 0.9, 0.75, 0.5, 0.1)
     found = semihard(*row)
-    want(found != 0, "the pair itself is drawn as its negative: `forbidden` has the last word")
-    want(found != 1, "a negative more similar than the own pair is hard, and likely false: sim < own")
+    want(found > 1, "the pair itself, or a negative more similar than the own pair, which is hard: sim < own")
     want(found == 2, "the least similar one below is the easiest; take the largest cosine below the own pair")
     found = semihard(*row, margin=0.2)
     want(found == 3, "the margin is on the wrong side: of an own pair of 0.8 minus 0.2, the most similar one below 0.6")
