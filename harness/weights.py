@@ -196,7 +196,7 @@ def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, rep
     types, positions = renamed.pop(TOKEN_TYPES, None), renamed.get("text.position_embeddings")
     if positions is not None and positions.ndim == 2:
         positions = positions[: model.config.max_length]
-        if types is not None and types.ndim == 2 and types.shape[1:] == positions.shape[1:]:
+        if types is not None and types.ndim == 2 and len(types) and types.shape[1:] == positions.shape[1:]:
             positions = positions + types[0]
         renamed["text.position_embeddings"] = positions
     return renamed

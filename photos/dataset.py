@@ -139,8 +139,11 @@ class PhotoDataset(Dataset):
             return line
         symbols = Counter(map(symbol_of, self.categories, self.subcategories))
         known = Counter(name for row in range(len(self)) for name, value in self.attributes(row).items() if value)
-        said = lambda counts: ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
-        return f"{line}\n  photos by symbol: {said(symbols)}; by prompt: {said(known)}"
+        by_symbol, by_prompt = (
+            ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
+            for counts in (symbols, known)
+        )
+        return f"{line}\n  photos by symbol: {by_symbol}; by prompt: {by_prompt}"
 
     def _left_out(self) -> str:
         shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
@@ -153,13 +156,10 @@ class Part(PhotoDataset):
 
     def __init__(self, whole: PhotoDataset, rows: np.ndarray):
         self.whole, self.source = whole, [int(row) for row in rows]
-        chosen = lambda values: [values[row] for row in self.source]
-        super().__init__(
-            chosen(whole.captions), chosen(whole.product_ids.tolist()), chosen(whole.categories),
-            chosen(whole.subcategories), whole.image_size,
-        )  # fmt: skip
-        self.lead, self.prompts, self.several = whole.lead, whole.prompts, whole.several
-        self.what = whole.what
+        columns = whole.captions, whole.product_ids.tolist(), whole.categories, whole.subcategories
+        captions, products, categories, subcategories = ([column[row] for row in self.source] for column in columns)
+        super().__init__(captions, products, categories, subcategories, whole.image_size)
+        self.lead, self.prompts, self.several, self.what = whole.lead, whole.prompts, whole.several, whole.what
 
     def attributes(self, row: int) -> dict[str, str]:
         """What the whole data set knows of the product of a row."""

@@ -58,8 +58,9 @@ def difference(product: Product, other: Product, rng: np.random.Generator) -> st
     said = []
     if other.colour != product.colour:
         said.append(pick(rng, (f"is {other.colour} instead of {product.colour}", f"is {other.colour}")))
-    said += [clause(other, key) for key in ("pattern", "sleeve", "neck", "closure")
-             if getattr(other, key) != getattr(product, key)]  # fmt: skip
+    for key in ("pattern", "sleeve", "neck", "closure"):
+        if getattr(other, key) != getattr(product, key):
+            said.append(clause(other, key))
     for place in sorted(product.details.keys() | other.details.keys()):
         mine, theirs = product.details.get(place), other.details.get(place)
         if mine != theirs:
@@ -70,17 +71,15 @@ def difference(product: Product, other: Product, rng: np.random.Generator) -> st
 def synthetic_triplets(split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True) -> Triplets:
     """From the first product of each family to its variants and back."""
     photos = SyntheticFamilies(split, products, image_size, seed, progress)
-    pairs = []
+    references, targets = [], []
     for first in range(0, products - FAMILY + 1, FAMILY):
-        pairs += [pair for v in range(first + 1, first + FAMILY - 1) for pair in ((first, v), (v, first))]
-    if not pairs:
+        for variant in range(first + 1, first + FAMILY - 1):
+            references += [first, variant]
+            targets += [variant, first]
+    if not references:
         raise DataError(f"--products {products}: no whole family of {FAMILY} products; give more")
-    texts = [
-        difference(photos.products[a], photos.products[b], photos._rng(4, number))
-        for number, (a, b) in enumerate(pairs)
-    ]
-    references, targets = zip(*pairs, strict=True)
-    return Triplets(
-        photos, references, targets, texts, ["synthetic"] * len(pairs), [a // FAMILY for a in references],
-        {"synthetic": list(range(products))},
-    )  # fmt: skip
+    texts = []
+    for number, (a, b) in enumerate(zip(references, targets, strict=True)):
+        texts.append(difference(photos.products[a], photos.products[b], photos._rng(4, number)))
+    subsets, families = ["synthetic"] * len(texts), [photo // FAMILY for photo in references]
+    return Triplets(photos, references, targets, texts, subsets, families, {"synthetic": list(range(products))})

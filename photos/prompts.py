@@ -9,8 +9,9 @@ Text = tuple[str, ...]  # pieces by turns: frame, own words, frame, own words, â
 # lead, and one prompt an attribute.
 DESCRIPTION, DIFFERENCE = "the image description is", "the difference between two images are"
 ATTRIBUTES = (
-    "category", "subcategory", "name", "composition", "gender", "season", "colour", "pattern", "sleeve", "neck",
-)  # fmt: skip
+    *("category", "subcategory", "name", "composition", "gender", "season"),
+    *("colour", "pattern", "sleeve", "neck"),
+)
 # Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
 SYMBOLS = {
     "tops": r"(?:tank|crop)?tops?|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"

@@ -22,7 +22,7 @@ class Triplets(PhotoDataset):
         self, photos: PhotoDataset, references: list[int], targets: list[int], texts: list[str], subsets: list[str],
         families: list, originals: dict[str, list[int]] | None = None, lead: str = "",
     ):  # fmt: skip
-        super().__init__(texts, targets, subsets, subsets, photos.image_size)
+        super().__init__(texts, list(targets), subsets, subsets, photos.image_size)
         self.photos, self.subsets, self.families, self.lead = photos, subsets, numbered(families), lead
         self.references, self.targets = np.array(references, np.int64), np.array(targets, np.int64)
         self.caption_ids = np.arange(len(texts))  # the same text about other references is another query
@@ -37,11 +37,9 @@ class Triplets(PhotoDataset):
 
     def part(self, rows: np.ndarray) -> "Triplets":
         """Some of the triplets, over the same photos; their gallery is the union of their pairs."""
-        chosen = lambda values: [values[row] for row in rows.tolist()]
-        return Triplets(
-            self.photos, chosen(self.references.tolist()), chosen(self.targets.tolist()), chosen(self.captions),
-            chosen(self.subsets), chosen(self.families.tolist()), lead=self.lead,
-        )  # fmt: skip
+        texts, subsets = [self.captions[row] for row in rows], [self.subsets[row] for row in rows]
+        references, targets, families = self.references[rows], self.targets[rows], self.families[rows].tolist()
+        return Triplets(self.photos, references, targets, texts, subsets, families, lead=self.lead)
 
     def queries(self) -> PhotoDataset:
         """The reference photos with the texts, without the targets."""

@@ -25,7 +25,6 @@ SLEEVES = {
     "short": [(0.33, -0.56), (0.68, -0.3), (0.56, -0.1), (0.33, -0.24)],
     "long": [(0.33, -0.56), (0.9, 0.16), (0.76, 0.28), (0.33, -0.2)],
 }
-NECKS = ("crew", "v", "collared", "high", "hooded")
 CLOSURES = ("zipped", "buttoned")
 NOUNS = ("stripes", "pleats", "quilting", "eyelets")
 # of a detail: half of its height; how far its ground, and what is on it, are from the garment's colour (`shade`)
@@ -147,15 +146,14 @@ class Product:
         """A random product."""
         name = pick(rng, tuple(GARMENTS))
         garment = GARMENTS[name]
-        optional = lambda options: pick(rng, options) if options else None
         front = rng.permutation(list(garment.places))[: int(rng.integers(1, 3))].tolist()
         return Product(
             name,
             pick(rng, tuple(COLOURS)),
             pick(rng, PATTERNS) if rng.random() < 0.3 else None,
-            optional(garment.sleeves),
-            optional(garment.necks),
-            optional(garment.closures),
+            pick(rng, garment.sleeves) if garment.sleeves else None,
+            pick(rng, garment.necks) if garment.necks else None,
+            pick(rng, garment.closures) if garment.closures else None,
             {place: Detail.draw(rng) for place in (*sorted(front), "back")},
         ).with_own_words(rng)
 
@@ -231,13 +229,14 @@ class Product:
 
 def _cut_alike(product: Product) -> list[str]:
     """The garments that could have the sleeves, neck, closure and details of a product."""
-    fits = lambda value, options: value in options if value else not options
     front = product.details.keys() - {"back", "inside"}
-    return [
-        name for name, garment in GARMENTS.items()
-        if fits(product.sleeve, garment.sleeves) and fits(product.neck, garment.necks)
-        and fits(product.closure, garment.closures) and front <= garment.places.keys()
-    ]  # fmt: skip
+    names = []
+    for name, garment in GARMENTS.items():
+        has = ((product.sleeve, garment.sleeves), (product.neck, garment.necks), (product.closure, garment.closures))
+        fits = all(value in options if value else not options for value, options in has)
+        if fits and front <= garment.places.keys():
+            names.append(name)
+    return names
 
 
 STYLE_COLOURS = 3  # in how many colours a style comes

@@ -1,6 +1,5 @@
 """Synthetic products, their photos, descriptions and truth; their families."""
 
-from collections import Counter
 from dataclasses import replace
 from difflib import SequenceMatcher
 
@@ -15,32 +14,37 @@ from photos.synthetic import Synthetic
 from photos.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
 
 
-def test_synthetic_is_deterministic_and_seeded(wardrobe):
+def test_synthetic_is_deterministic_and_seeded_and_splits_share_no_style(wardrobe):
     again = Synthetic("train", 5, 64, seed=0, progress=False)  # fewer products: the same first ones
     other = Synthetic("train", 5, 64, seed=1, progress=False)
     assert again.captions == wardrobe.captions[: len(again)] and other.captions != again.captions
     for row in range(len(again)):
         assert np.array_equal(again.photos[row], wardrobe.photos[row])
-
-
-def test_splits_share_no_style_in_any_colour(wardrobe):
-    val = Synthetic("val", 48, 32, seed=0, progress=False)
+    val = Synthetic("val", 48, 96, seed=0, progress=False)
     assert not {p.style for p in wardrobe.products} & {p.style for p in val.products}
+    assert val[0]["image"].shape == (3, 96, 96) and val[0]["image"].dtype == torch.uint8 and "truth" not in val[0]
+    val.truths = True
+    truth = val[0]["truth"]
+    assert truth.spans == val.truth(0).spans
+    assert all(truth.region(key).shape == (96, 96) and truth.region(key).dtype == bool for key in truth.regions)
 
 
 def test_synthetic_is_varied(wardrobe):
-    assert len(set(wardrobe.categories)) >= 10 and len(set(wardrobe.subcategories)) >= 14 and len(COLOURS) > 3
+    assert len(set(wardrobe.categories)) >= 10 and len(set(wardrobe.subcategories)) >= 14
     assert {product.colour for product in wardrobe.products} == set(COLOURS)
-    photos_of = np.bincount(wardrobe.product_ids)
-    assert set(photos_of) == {3, 4}
-    assert len(set(wardrobe.captions)) == len(wardrobe.products)
+    assert set(np.bincount(wardrobe.product_ids)) == {3, 4} and len(set(wardrobe.captions)) == len(wardrobe.products)
     assert {view for _, view in wardrobe.rows} == {"front", "back", "close-up", "half"}
     assert 15 < np.mean([len(c.split()) for c in wardrobe.captions]) < 35
+    shares = []  # of the attribute words, how many name something that the photo shows
+    for row in range(len(wardrobe)):
+        truth = wardrobe.truth(row)
+        shares.append(np.mean([key in truth.regions for _, _, key, _ in truth.spans]))
+    assert 0.25 < np.mean(shares) < 0.5 and max(shares) < 0.8
 
 
 def test_a_style_comes_in_three_colours_beside_a_sister_that_differs_in_one_thing(wardrobe):
     of_family = 2 * STYLE_COLOURS
-    kinds = Counter()
+    kinds = set()
     for first in range(0, len(wardrobe.products), of_family):
         family = wardrobe.products[first : first + of_family]
         own, sisters = family[0::2], family[1::2]
@@ -51,12 +55,12 @@ def test_a_style_comes_in_three_colours_beside_a_sister_that_differs_in_one_thin
         for product, sister in zip(own, sisters, strict=True):
             assert product.colour == sister.colour
             (kind,) = [kind for kind, _, variant in product.variants() if variant.style == sister.style]
-            kinds[kind] += 1
+            kinds.add(kind)
     assert "colour" not in kinds and len(kinds) >= 4
 
 
 def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
-    seen = Counter()
+    seen = set()
     for product in wardrobe.products[:120:5]:
         mine, words = product.attributes(), product.caption_and_spans()[0].lower().split()
         variants = list(product.variants())
@@ -76,8 +80,8 @@ def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
             blocks = SequenceMatcher(None, words, said, autojunk=False).get_opcodes()
             ((_, a, b, c, d),) = [block for block in blocks if block[0] != "equal"]  # one stretch, of few words
             assert max(b - a, d - c) <= 2, (words, said)
-            seen[kind] += 1
-    assert seen.keys() == {"garment", "colour", "pattern", "sleeve", "neck", "closure", "look", "noun", "place"}
+            seen.add(kind)
+    assert seen == {"garment", "colour", "pattern", "sleeve", "neck", "closure", "look", "noun", "place"}
 
 
 def test_truth_spans_name_all_attributes_and_nothing_else(wardrobe):
@@ -134,14 +138,6 @@ def test_what_is_covered_is_not_seen(wardrobe):
     assert area(turned, "hem") == area(skirt, "hem") and turned.style == skirt.style
 
 
-def test_less_than_half_of_the_attribute_words_are_visible(wardrobe):
-    shares = []
-    for row in range(len(wardrobe)):
-        truth = wardrobe.truth(row)
-        shares.append(np.mean([key in truth.regions for _, _, key, _ in truth.spans]))
-    assert 0.25 < np.mean(shares) < 0.5 and max(shares) < 0.8
-
-
 def test_a_description_fits_a_photo_that_shows_nothing_against_it():
     """A shirt seen from the front and from behind, against descriptions that differ in one thing each."""
     stripes, pleats, eyelets = Detail("light", "stripes"), Detail("dark", "pleats"), Detail("narrow", "eyelets")
@@ -151,12 +147,9 @@ def test_a_description_fits_a_photo_that_shows_nothing_against_it():
         "itself": (shirt, [True, True]),
         "another colour": (replace(shirt, colour="red"), [False, False]),
         "another garment": (replace(shirt, garment="coat"), [False, False]),
-        "another sleeve": (replace(shirt, sleeve="short"), [False, False]),
         "striped": (replace(shirt, pattern="striped"), [False, False]),
         "another neck": (replace(shirt, neck="v"), [False, True]),  # a collar is not seen from behind
-        "another closure": (replace(shirt, closure="zipped"), [False, True]),
         "another look": (replace(shirt, details=places | {"chest": Detail("dark", "stripes")}), [False, True]),
-        "another noun": (replace(shirt, details=places | {"chest": Detail("light", "quilting")}), [False, True]),
         "another place": (replace(shirt, details={"hem": stripes, "back": pleats, "inside": eyelets}), [False, True]),
         "one more": (replace(shirt, details=places | {"hem": stripes}), [False, True]),
         "nothing at the chest": (replace(shirt, details={"back": pleats}), [True, True]),  # true; it only says less
@@ -188,16 +181,6 @@ def test_truth_regions_are_where_the_tone_is(wardrobe):
             nearer = own < cloth
             found.append(nearer[truth.region(key)].mean() > 0.6 and nearer[around].mean() < 0.35)
     assert len(found) > 100 and np.mean(found) > 0.95
-
-
-def test_any_image_size():
-    dataset = Synthetic("train", 2, 96, progress=False)
-    assert dataset[0]["image"].shape == (3, 96, 96) and dataset[0]["image"].dtype == torch.uint8
-    truth = dataset.truth(0)
-    assert all(truth.region(key).shape == (96, 96) and truth.region(key).dtype == bool for key in truth.regions)
-    assert "truth" not in dataset[0]
-    dataset.truths = True
-    assert dataset[0]["truth"].spans == truth.spans
 
 
 @pytest.fixture(scope="module")
