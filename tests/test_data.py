@@ -12,17 +12,9 @@ import data
 from data import Collate, augment, build_tokenizer, random_crops, word_regions
 from harness.batches import augmented
 from harness.config import parse_config
-from photos.dataset import DataError
 from photos.prompts import SYMBOLS
 
-TEXTS = [
-    "Long sleeve shirt in navy.",
-    "Robe d'été, 100% coton—NEUF!",
-    "unseenwordzz 日本 ß ½",
-    "",
-    "a" * 300,
-    "it's  v-neck",
-]
+TEXTS = ["Long shirt in navy.", "Robe d'été, 100% coton—NEUF!", "unseenwordzz 日本 ß ½", "", "a" * 300, "it's  v-neck"]
 
 
 def vocabulary(folder, words):
@@ -45,16 +37,6 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]
     assert not encoded["described"][3].any() and encoded["described"][0].sum() > 3
     assert not (encoded["described"] & ~encoded["attention_mask"].bool()).any()
-
-
-def test_a_wrong_vocab_is_refused(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        build_tokenizer([], 0, 32, vocab=tmp_path / "none.txt")
-    with pytest.raises(DataError, match="the same word stands on two lines, 'a'"):
-        build_tokenizer([], 0, 32, vocab=vocabulary(tmp_path, "aba"))
-    (tmp_path / "vocab.txt").write_text("hello\nworld\n")
-    with pytest.raises(DataError, match="lacks \\[PAD\\]"):
-        build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):

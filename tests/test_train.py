@@ -146,39 +146,30 @@ def first_losses(*flags, weights=None):
     return train.RECIPES[state.config.recipe](state, batch)[0], state, batch
 
 
-def test_each_part_of_soft_masks_is_a_switch_and_without_them_it_is_the_base():
-    parts = {"soft_mask": "--no-soft-mask", "mask_text": "--no-mask-text", "focal": "--focal-gamma=0"}
-    off = ["--recipe", "softmask", "--distort", "0", "--mlm-ratio", "0.3"]
-    base, _, _ = first_losses("--recipe", "albef", "--mlm-ratio", "0.3")
-    none, _, _ = first_losses(*off, *parts.values())
-    assert all(none[key].item() == pytest.approx(base[key].item(), rel=1e-5) for key in base)
-    moved = {"soft_mask": {"itm"}, "mask_text": {"itc", "itm"}, "focal": {"itc"}}
-    for part, changed in moved.items():
-        others = [flag for other, flag in parts.items() if other != part]
-        alone, _, _ = first_losses(*off, *others, *(["--focal-gamma=2"] if part == "focal" else []))
-        differ = {key for key in base if abs(alone[key].item() - base[key].item()) > 1e-5}
-        assert changed <= differ <= changed | {"mlm"} - ({"mlm"} if part != "mask_text" else set()), (part, differ)
+SWITCHES = {  # each with the losses that it changes
+    "softmask": {"--no-soft-mask": {"itm"}, "--no-mask-text": {"itc", "itm"}, "--focal-gamma=0": {"itc"}},
+    "fashionfine": {
+        "--no-local-tokens": {"itc"},
+        "--no-alignment": {"align"},
+        "--no-detector": {"rtd"},
+        "--focal-gamma=0 --itc-weight=1": {"itc"},
+    },
+}
 
 
-def test_each_part_of_fashionfine_is_a_switch():
-    """Without local tokens, alignment, detector and focal loss, what is left is the base on one masked text."""
-    parts = {
-        "adapter": ["--no-local-tokens"],
-        "alignment": ["--no-alignment"],
-        "detector": ["--no-detector"],
-        "focal": ["--focal-gamma=0", "--itc-weight=1"],
-    }
-    _, whole, _ = first_losses("--recipe", "fashionfine")
-    weights = whole.model.state_dict()
-    none, state, _ = first_losses("--recipe", "fashionfine", *sum(parts.values(), []), weights=weights)
+@pytest.mark.parametrize("recipe", SWITCHES)
+def test_each_part_of_a_recipe_is_a_switch(recipe):
+    parts, flags = SWITCHES[recipe], f"--recipe {recipe} --focal-gamma 2 --distort 0 --mlm-ratio 0.3"
+    weights = first_losses(flags)[1].model.state_dict()
+    none, _, _ = first_losses(flags, *parts, weights=weights)
     assert none.keys() == {"itc", "itm", "mlm"}
-    assert all(module is None for module in (state.model.adapter, state.model.phrases, state.model.detector))
-    moved = {"adapter": "itc", "alignment": "align", "detector": "rtd", "focal": "itc"}
-    for part, changed in moved.items():
-        others = sum((flags for other, flags in parts.items() if other != part), [])
-        alone, _, _ = first_losses("--recipe", "fashionfine", *others, weights=weights)
+    for part, changed in parts.items():
+        alone, _, _ = first_losses(flags, *(other for other in parts if other != part), weights=weights)
         differ = {key for key in alone if key not in none or abs(alone[key].item() - none[key].item()) > 1e-5}
-        assert {changed} <= differ <= {changed, "itm"}, (part, differ)  # other similarities, other negatives
+        assert changed <= differ <= changed | {"itm"}, part  # other similarities, other negatives
+    if recipe == "softmask":  # without its parts it is the base
+        base, _, _ = first_losses("--recipe albef --mlm-ratio 0.3", weights=weights)
+        assert all(none[key].item() == pytest.approx(base[key].item(), rel=1e-5) for key in base)
 
 
 def test_gradients_of_fashionfine_flow_where_they_should_and_nowhere_else():
@@ -298,6 +289,8 @@ def test_what_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, m
         run(tmp_path, "--steps", "6", "--val-every", "1")
     state = checkpoint(tmp_path)
     assert state["step"] == 3 and all(p.isfinite().all() for p in state["model"].values())
+    monkeypatch.setitem(train.RECIPES, "syncmask", recipe)
+    assert resume(tmp_path, "--lr", "1e-4", stop_at=5) is None and checkpoint(tmp_path)["config"]["lr"] == 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +371,6 @@ def known_masks(flags, monkeypatch):
     attention = torch.zeros(6, 1, described.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
     monkeypatch.setattr("harness.wiring.clean_attention", lambda *_: [attention])
-
     teacher = teach(state, batch | {"images": data.normalise(batch["images"])})
 
     def chosen(seed):
