@@ -1,5 +1,6 @@
 """One's own photos: one JSON object a line."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -44,6 +45,20 @@ class Jsonl(PhotoDataset):
         products = [record["product_id"] for record in records]
         super().__init__(captions, products, self.known["category"], self.known["subcategory"], image_size)
         self.problems = problems
+        self.both = []  # products that are to be held out and are trained on
+        if own_split and split == "val" and (folder / "train.jsonl").is_file():
+            trained = set()
+            for line in read_text(folder / "train.jsonl", "").split("\n"):
+                with contextlib.suppress(DataError, AttributeError):  # of a line that is wrong training will say so
+                    trained.add(str(parse_json(line, "").get("product_id")))
+            self.both = [product for product in dict.fromkeys(products) if product in trained]
+
+    def report(self) -> str:
+        """Also which held-out products are trained on."""
+        if not self.both:
+            return super().report()
+        named = ", ".join(self.both[:3]) + (", …" if len(self.both) > 3 else "")
+        return f"{super().report()}\n  {len(self.both):,} of these products are in train.jsonl too: {legible(named)}"
 
     def _read(self, path: Path) -> tuple[list[dict], list[str]]:
         hint = "one JSON object a line with image, caption, product_id"

@@ -388,3 +388,13 @@ def test_what_takes_gigabytes_or_another_program_is_not_decoded(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(OSError, match="not an image in one of the formats JPEG"):
         open_photo(tmp_path / "photo.jpg", 64)
+
+
+def test_held_out_products_that_are_trained_on_are_named(shop):
+    folder, lines = shop
+    write_jsonl(folder, lines[:4], "val.jsonl")
+    write_jsonl(folder, lines)
+    report = open_jsonl(folder, "val").report()
+    products = list(dict.fromkeys(str(line["product_id"]) for line in lines[:4]))
+    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {', '.join(products)}")
+    assert "too:" not in open_jsonl(folder).report()
