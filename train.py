@@ -105,7 +105,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     From RECIPE_DEFAULTS: grouped batches, semi-hard negatives.
 
     Passes: those of `albef`; image B of half of the patches (the visible ones), decoder B. Momentum, for the masks:
-    text 2B and fusion 4B more (source hidden; without gains fusion 2B), or fusion B (the others).
+    text 2B and fusion 4B more (source masked), or fusion B (clean).
     """
     config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     teacher = teach(run, batch)

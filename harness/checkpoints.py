@@ -17,7 +17,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
     """Have a checkpoint written by the first rank's `run.writer`, for all have the same; every rank calls this. Raises
     NonFiniteLoss for weights that are not finite: what is saved is a state that one can go back to.
 
-    `rng` is all there is of random state: every step seeds itself from (seed, step), the sampler from (seed, epoch).
+    There is no random state to save: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
     if not torch.stack([weight.isfinite().all() for weight in run.model.parameters()]).all():
         run.writer.wait()
@@ -32,7 +32,6 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "queue": run.queue.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "sampler": sampler,
-        "rng": {"seed": run.config.seed, "step": run.step},
         "data": run.data,
         "step": run.step,
         "seconds": run.seconds,
@@ -42,7 +41,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "telling": run.telling,
         "worth": run.worth.state_dict(),
     }
-    run.writer.write(state, path, 2 if path.name == "last.pt" else 1)
+    run.writer.write(state, path, keep_older=path.name == "last.pt")
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
@@ -71,7 +70,10 @@ def resumed_config(
             raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
     given_now = {name: getattr(config, name) for name in (given & free) | {"out"}}
     merged = replace(saved, **(given_now | {"resume": True}))
-    check(merged, set())
+    try:
+        check(merged, set())
+    except TypeError as error:  # a field of another type than this code gives it
+        raise ConfigError(f"the run was saved by another version of this code ({error})") from None
     return merged
 
 
@@ -81,26 +83,29 @@ def restore(run: Run, state: dict) -> None:
     last = f"{run.config.out}/last.pt"
     if state["data"] != run.data:
         raise ConfigError(f"{last} was trained on other rows than the training split holds now")
-    if state["step"] > run.total_steps:
-        raise ConfigError(f"{last} is at step {state['step']} of {run.total_steps}")
+    fill(run, state, last)
     try:
-        fill(run, state)
         run.queue.load_state_dict(state["queue"])
         # betas and weight decay come from the config, the moments from the checkpoint
         moments = {"state": state["optimizer"]["state"]}
         run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
         run.sampler.load_state_dict(state["sampler"])
+        run.step, run.seconds, run.unreadable = int(state["step"]), float(state["seconds"]), set(state["unreadable"])
     except Exception as error:  # each part raises its own kind for a state that is not its own
         raise does_not_fit(last, error) from None
-    run.step, run.seconds, run.unreadable = state["step"], state["seconds"], set(state["unreadable"])
+    if run.step > run.total_steps:
+        raise ConfigError(f"{last} is at step {run.step} of {run.total_steps}")
     state.clear()
 
 
-def fill(run: Run, state: dict) -> None:
-    """Load the weights of both models, and what photos are worth, from a checkpoint into a run."""
-    run.model.load_state_dict(state["model"])
-    run.momentum.model.load_state_dict(state["momentum"])
-    run.worth.load_state_dict(state["worth"])
+def fill(run: Run, state: dict, where: str | Path) -> None:
+    """Load the weights of both models, and what photos are worth, from a checkpoint into a run. Raises ConfigError."""
+    try:
+        run.model.load_state_dict(state["model"])
+        run.momentum.model.load_state_dict(state["momentum"])
+        run.worth.load_state_dict(state["worth"])
+    except Exception as error:  # of names, shapes or types that are not the run's
+        raise does_not_fit(where, error) from None
 
 
 def begin(

@@ -42,7 +42,7 @@ class Run:
     ranks: Ranks
     epoch_steps: int  # in one pass over the photos
     data: int  # fingerprint of the training photos
-    worth: PhotoWorth | None = None  # of a run that masks words
+    worth: PhotoWorth | None = None  # set by build_run
     telling: tuple[Tensor, Tensor] | None = None  # of a run that masks words, see data.telling_pieces
     sampler: GroupedBatchSampler | None = None  # of a run that trains
     step: int = 0

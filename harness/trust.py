@@ -16,13 +16,13 @@ PARTS = (
     "optimizer",
     "sampler",
     "worth",
-    "rng",
     "config",
     "data",
     "step",
     "seconds",
     "unreadable",
     "tokenizer",
+    "telling",
 )
 
 

@@ -23,16 +23,17 @@ def snapshot(state):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
+def whole_file(path: Path, keep_older: bool = False) -> Iterator[BinaryIO]:
     """A file to write into, beside `path`: flushed to the disk, then renamed over it; of a failure nothing is left.
-    keep: of so many versions the older ones stay, `last-2.pt` before `last.pt`, `last-3.pt` before that."""
+    keep_older: the version before stays, as `last-2.pt` beside `last.pt`."""
     scratch = path.with_name(f".{path.name}.part")
     try:
         with open(scratch, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        keep_older(path, keep)
+        if keep_older and path.exists():
+            copy_older(path)
         os.replace(scratch, path)
     except OSError as error:  # which often does not say of which file it speaks
         raise OSError(error.errno, f"{error.strerror or error}; what was there before is whole", str(path)) from None
@@ -40,25 +41,21 @@ def whole_file(path: Path, keep: int = 1) -> Iterator[BinaryIO]:
         scratch.unlink(missing_ok=True)
 
 
-def keep_older(path: Path, keep: int) -> None:
-    """Move the versions of a file on by one; at no moment is `path` itself away."""
-    names = [path, *(path.with_stem(f"{path.stem}-{age}") for age in range(2, keep + 1))]
-    for newer, older in reversed(list(zip(names[1:], names[2:], strict=False))):
-        if newer.exists():
-            os.replace(newer, older)
-    if keep > 1 and path.exists():
-        scratch = names[1].with_name(f".{names[1].name}.part")
-        scratch.unlink(missing_ok=True)
-        try:
-            os.link(path, scratch)
-        except (OSError, AttributeError):  # a file system, or a system, without links
-            shutil.copyfile(path, scratch)
-        os.replace(scratch, names[1])
+def copy_older(path: Path) -> None:
+    """Give a file a second name, `last-2.pt` for `last.pt`; at no moment is `path` itself away."""
+    older = path.with_stem(f"{path.stem}-2")
+    scratch = older.with_name(f".{older.name}.part")
+    scratch.unlink(missing_ok=True)
+    try:
+        os.link(path, scratch)
+    except (OSError, AttributeError):  # a file system, or a system, without links
+        shutil.copyfile(path, scratch)
+    os.replace(scratch, older)
 
 
-def write_whole(state: dict, path: Path, keep: int = 1) -> None:
+def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
     """A checkpoint, by `whole_file`."""
-    with whole_file(path, keep) as file:
+    with whole_file(path, keep_older) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what torch makes of a full disk
@@ -73,10 +70,10 @@ class Writer:
         self.thread, self.under_way = ThreadPoolExecutor(1, "checkpoint"), Future()
         self.under_way.set_result(None)
 
-    def write(self, state: dict, path: Path, keep: int = 1) -> None:
+    def write(self, state: dict, path: Path, keep_older: bool = False) -> None:
         """Copy the state and return; the copy is written meanwhile."""
         self.wait()
-        self.under_way = self.thread.submit(write_whole, snapshot(state), path, keep)
+        self.under_way = self.thread.submit(write_whole, snapshot(state), path, keep_older)
 
     def wait(self) -> None:
         """Until everything is on the disk."""

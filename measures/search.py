@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def photo_index(run: Run, dataset: PhotoDataset, source: dict) -> tuple[np.ndarr
     file = run.config.index and Path(run.config.index)
     if not file:
         return photo_features(run, dataset)
-    key = [source["step"], weights_hash(run.model), dataset.fingerprint()]
+    names = "\n".join(dataset.name_of(row) for row in range(len(dataset)))
+    key = [source["step"], weights_hash(run.model), dataset.fingerprint(), zlib.crc32(names.encode())]
     if file.exists():
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)

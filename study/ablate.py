@@ -35,9 +35,12 @@ COLUMNS = {  # key of the final line of metrics.jsonl -> title; all in percent
     "val_i2t_r1": "R@1 i2t %",
     "val_t2i_r1": "R@1 t2i %",
     "val_itm_accuracy": "ITM %",
+    "val_mlm_accuracy": "MLM %",
     "val_photo_gain": "image gain, points",
     "photo_gain_whole": "coarse, points",
     "photo_gain_detail": "fine, points",
+    "choice_fine": "own caption, fine %",
+    "choice_fine_itm": "by the ITM head %",
     "word_cooccurrence": "word precision %",
     "patch_cooccurrence": "patch precision %",
     "false_negative_rate": "false negatives %",
@@ -50,20 +53,23 @@ def final_metrics(out: Path) -> dict | None:
     if not path.exists():
         return None
     lines = path.read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1]) if lines else {}
+    try:
+        last = json.loads(lines[-1])
+    except (IndexError, json.JSONDecodeError):  # a killed run may leave half a line
+        return None
     return last if last.get("final") else None
 
 
 def run_condition(out: Path, flags: list[str]) -> dict:
     """Train in a process of its own, unless the run has finished. -> its final metrics. Raises ConfigError."""
-    settings = out / "flags.json"
-    if settings.exists() and json.loads(settings.read_text()) != flags:
+    settings = out / "flags.txt"
+    if settings.exists() and settings.read_text() != " ".join(flags):
         raise ConfigError(f"{out} holds a run with other flags; choose another --out")
     if metrics := final_metrics(out):
         return metrics
     resume = ["--resume"] if (out / "last.pt").exists() else []
     out.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(flags))
+    settings.write_text(" ".join(flags))
     command = [sys.executable, str(TRAIN), "--out", str(out), *(resume or flags)]
     if subprocess.run(command).returncode or not (metrics := final_metrics(out)):
         raise ConfigError(f"{out}: the run did not finish; the same command goes on with it")
@@ -93,7 +99,7 @@ def table(metrics: dict[str, list[dict]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("ablate.py", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser("ablate.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--grid", choices=GRIDS, default="ceiling")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some conditions of the grid (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N − 1 (default 3)")
@@ -104,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--only {unknown.pop()}: the conditions are {', '.join(conditions)}")
     if args.seeds < 1:
         parser.error("--seeds: at least 1")
+    if "--seed" in flags:
+        parser.error("--seed: give --seeds, how many")
     try:
         parse_config(flags)
         metrics = {name: [] for name in args.only or conditions}

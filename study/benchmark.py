@@ -19,11 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Collate, augment, build_dataset, build_tokenizer, random_crops, to_device
+from data import Collate, build_dataset, build_tokenizer, to_device
+from harness.batches import augmented
 from harness.config import MAX_GRAD_NORM, TrainConfig, parse_config
 from harness.flags import ConfigError
 from harness.host import peak_memory_mib
 from harness.run import Run, autocast, build_run
+from photos.dataset import DataError
 from train import RECIPES
 
 
@@ -31,7 +33,7 @@ def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     """Build a run past its warm-ups, and the items of one batch of synthetic products."""
     where = config.model.image_size, config.seed, 2 + config.batch_size // 3
     dataset = build_dataset("synthetic", None, "train", *where, False)
-    dataset.prompts = config.prompts
+    dataset.prompts, dataset.truths = config.prompts, "true" in (config.patch_mask, config.word_mask)
     captions = [" ".join(dataset.text(row)[1::2]) for row in range(len(dataset))]
     sizes = config.model.vocab_size, config.model.max_length
     tokenizer = build_tokenizer(captions, *sizes, config.vocab, config.prompts)
@@ -54,9 +56,7 @@ def now(device: torch.device) -> float:
 def take_step(run: Run, items: list[dict]) -> dict[str, float]:
     """Take one step as the loop of train.py does. -> seconds by phase."""
     config, times = run.config, [now(run.device)]
-    batch = to_device(Collate(run.tokenizer)(items), run.device)
-    crops = random_crops(len(items), config.crop_scale, run.generator, config.distort, run.device)
-    batch["images"] = augment(batch["images"], crops, run.generator, config.distort)
+    batch = augmented(run, to_device(Collate(run.tokenizer)(items), run.device))
     times.append(now(run.device))
     with autocast(run):
         losses, _ = RECIPES[config.recipe](run, batch)
@@ -137,12 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["step", "passes"])
     parser.add_argument("--repeats", type=int, default=10, choices=range(1, 1001), metavar="N", help="steps to time")
     args, flags = parser.parse_known_args(argv)
+    for flag in ("--data", "--root", "--weights"):
+        if flag in flags:
+            parser.error(f"{flag}: steps are taken on synthetic images, from random weights")
     try:
         if args.what == "step":
             time_steps(parse_config(flags)[0], args.repeats)
         else:
             print_passes(flags)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, DataError, OSError) as error:
         sys.exit(f"benchmark.py: {error}")
 
 

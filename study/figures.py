@@ -54,7 +54,7 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
     dataset.lead = DESCRIPTION if config.prompts else ""
     run = build_run(config, dataset, read_tokenizer(state, checkpoint))
-    fill(run, state)
+    fill(run, state, checkpoint)
     run.telling, run.step = tuple(state["telling"]), state["step"]
     return run, dataset
 

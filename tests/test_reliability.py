@@ -67,8 +67,11 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     path.write_bytes(b"whole")
     failed = mock.Mock(side_effect=RuntimeError("PytorchStreamWriter failed\nat"))
     monkeypatch.setattr("harness.writer.torch.save", failed)
-    for fails in (mock.Mock(side_effect=OSError(28, "No space left on device")), lambda file: write_whole({}, path, 2)):
-        with pytest.raises(OSError) as error, whole_file(path, keep=2) as file:
+    for fails in (
+        mock.Mock(side_effect=OSError(28, "No space left on device")),
+        lambda file: write_whole({}, path, True),
+    ):
+        with pytest.raises(OSError) as error, whole_file(path, keep_older=True) as file:
             file.write(b"half")
             fails(file)
         assert "before is whole" in said(error) and str(path) in said(error)

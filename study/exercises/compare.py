@@ -26,8 +26,10 @@ def comparison(run_a: Path, run_b: Path, wanted: list[str]) -> str:
     """A Markdown table: metric, both runs, B minus A."""
     a, b = final_metrics(run_a), final_metrics(run_b)
     rows = [f"| metric | {run_a.name} | {run_b.name} | difference |", "|---|---|---|---|"]
+    if unknown := [key for key in wanted if key not in a or key not in b]:
+        raise ValueError(f"{unknown[0]}: not among the metrics of both runs")
     for key in wanted or a:
-        if key in a and key in b:
+        if isinstance(a[key], float | int) and isinstance(b.get(key), float | int):
             rows.append(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
     return "\n".join(rows)
 

@@ -12,7 +12,7 @@ settings.load_profile("project")
 
 
 def pytest_configure(config):
-    """In one line what to do where there is nothing to check. By -k ex1 the first alone is meant, not the tenth."""
+    """Say in one line what to do where there is nothing to check."""
     asked = re.fullmatch(r"ex(\d+)", config.option.keyword)
     numbers = [int(asked[1])] if asked else [number for number in EXERCISES if file_of(number).exists()] or [1]
     if numbers[0] not in EXERCISES:
