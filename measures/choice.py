@@ -52,5 +52,9 @@ def _shares(kinds: list[str], right: Tensor, end: str) -> dict[str, float]:
         by_kind[kind].append(hit)
     coarse = [np.mean(hits) for kind, hits in by_kind.items() if kind in WHOLE]
     fine = [np.mean(hits) for kind, hits in by_kind.items() if kind not in WHOLE]
-    return {f"choice_{name}{end}": float(np.mean(part)) if part else 0.5
-            for name, part in (("coarse", coarse), ("fine", fine))}  # fmt: skip
+    shares = {}
+    if coarse:
+        shares[f"choice_coarse{end}"] = float(np.mean(coarse))
+    if fine:
+        shares[f"choice_fine{end}"] = float(np.mean(fine))
+    return shares

@@ -194,12 +194,19 @@ def truth_in_words(figures: dict[str, float]) -> list[str]:
     patches, words = (chance_corrected(figures, f"{what}_cooccurrence") for what in ("patch", "word"))
     pointing_ratio = figures["pointing"] / max(1e-9, figures["pointing_random"])
     false = " / ".join(percent["false_negative_rate" + end] for end in ("", "_random", "_hard"))
-    return [
+    lines = [
         f"the photo adds {percent['photo_gain_detail']} points to masked words for details, "
-        f"{percent['photo_gain_whole']} to those for garment, colour, pattern, sleeve",
-        f"own caption chosen, coarse / fine: {percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
-        f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)",
-        f"masks, chance-corrected: patches {patches:.2f}, words {words:.2f}; "
-        f"pointing to details {pointing_ratio:.1f} x chance",
-        f"false negatives, chosen / random / hard: {false} %",
+        f"{percent['photo_gain_whole']} to those for garment, colour, pattern, sleeve"
     ]
+    if "choice_coarse" in figures and "choice_fine" in figures:  # not where too few photos show such values
+        lines.append(
+            f"own caption chosen, coarse / fine: "
+            f"{percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
+            f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)"
+        )
+    lines.append(
+        f"masks, chance-corrected: patches {patches:.2f}, words {words:.2f}; "
+        f"pointing to details {pointing_ratio:.1f} x chance"
+    )
+    lines.append(f"false negatives, chosen / random / hard: {false} %")
+    return lines

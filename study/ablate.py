@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from harness.config import parse_config
-from harness.flags import ConfigError
+from harness.flags import ConfigError, OneLineParser
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 GRIDS = {
@@ -99,7 +99,7 @@ def table(metrics: dict[str, list[dict]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("ablate.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = OneLineParser("ablate.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--grid", choices=GRIDS, default="ceiling")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some conditions of the grid (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N − 1 (default 3)")

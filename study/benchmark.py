@@ -6,7 +6,6 @@ python study/benchmark.py passes                      how many images and captio
 Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --precision, --compile, …
 """
 
-import argparse
 import sys
 import time
 from collections import Counter, defaultdict
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from data import Collate, build_dataset, build_tokenizer, to_device
 from harness.batches import augmented
 from harness.config import MAX_GRAD_NORM, TrainConfig, parse_config
-from harness.flags import ConfigError
+from harness.flags import ConfigError, OneLineParser
 from harness.host import peak_memory_mib
 from harness.run import Run, autocast, build_run
 from photos.dataset import DataError
@@ -133,13 +132,14 @@ def print_passes(flags: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser("benchmark.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser("benchmark.py", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["step", "passes"])
-    parser.add_argument("--repeats", type=int, default=10, choices=range(1, 1001), metavar="N", help="steps to time")
+    parser.add_argument("--repeats", type=int, default=10, help="steps to time (default 10)")
     args, flags = parser.parse_known_args(argv)
-    for flag in ("--data", "--root", "--weights"):
-        if flag in flags:
-            parser.error(f"{flag}: steps are taken on synthetic images, from random weights")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
+    if unread := {"--data", "--root", "--weights"} & set(flags):
+        parser.error(f"{min(unread)}: steps are taken on synthetic images, from random weights")
     try:
         if args.what == "step":
             time_steps(parse_config(flags)[0], args.repeats)
