@@ -44,18 +44,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masking import which_words
-from photos.dataset import DataError, PhotoDataset, Truth, Unreadable
-from photos.families import synthetic_triplets
-from photos.fashiongen import FashionGen, export_fashiongen
-from photos.fashioniq import fashioniq
-from photos.jsonl import Jsonl
-from photos.karpathy import CaptionedName, Karpathy
-from photos.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
-from photos.snlive import snlive
-from photos.statements import Statements, synthetic_statements
-from photos.synthetic import Synthetic
-from photos.triplets import Triplets
-from photos.wardrobe import KINDS
+from readers.dataset import DataError, PhotoDataset, Truth, Unreadable
+from readers.families import synthetic_triplets
+from readers.fashiongen import FashionGen, export_fashiongen
+from readers.fashioniq import fashioniq
+from readers.jsonl import Jsonl
+from readers.karpathy import CaptionedName, Karpathy
+from readers.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
+from readers.snlive import snlive
+from readers.statements import Statements, synthetic_statements
+from readers.synthetic import Synthetic
+from readers.triplets import Triplets
+from readers.wardrobe import KINDS
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
 TripletName = Literal["synthetic", "fashioniq"]
@@ -146,7 +146,7 @@ def build_tokenizer(
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, *(f"[{symbol}]" for symbol in SYMBOLS if frames)])
     tokenizer.enable_truncation(max_length)
-    # lengths in steps of 8: odd ones, new ones each time, cost a CPU more than the padding (study/results.md)
+    # lengths in steps of 8: odd ones, new ones each time, cost a CPU more than the padding (experiments/results.md)
     tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]", pad_to_multiple_of=math.gcd(8, max_length))
     return tokenizer
 

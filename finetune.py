@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.batches import (
+from engine.batches import (
     batches_of,
     different_photos,
     match_scores,
@@ -34,17 +34,16 @@ from harness.batches import (
     text_features,
     texts_to_search,
 )
-from harness.checkpoints import begin, load_weights
-from harness.finetune_config import FinetuneConfig, check_flags, parse_config
-from harness.flags import ConfigError, in_one_line
-from harness.host import claimed
-from harness.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
-from harness.splits import hold_out, numbers_of, open_photos, open_statements, open_triplets
-from harness.trust import load_checkpoint, read_tokenizer
-from harness.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
-from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
-from measures.pictures import draw_answers, draw_confusion
-from measures.scores import (
+from engine.checkpoints import begin, load_weights
+from engine.finetune_config import FinetuneConfig, check_flags, parse_config
+from engine.flags import ConfigError, in_one_line
+from engine.host import claimed
+from engine.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
+from engine.splits import hold_out, numbers_of, open_photos, open_statements, open_triplets
+from engine.trust import load_checkpoint, read_tokenizer
+from engine.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
+from evaluation.pictures import draw_answers, draw_confusion
+from evaluation.scores import (
     Figures,
     RankedTriplets,
     full_rankings,
@@ -54,11 +53,12 @@ from measures.scores import (
     scores_by_class,
     triplet_recalls,
 )
-from measures.search import search
-from photos.dataset import DataError, PhotoDataset
-from photos.prompts import Text
-from photos.statements import Statements
-from photos.triplets import Triplets
+from evaluation.search import search
+from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
+from readers.dataset import DataError, PhotoDataset
+from readers.prompts import Text
+from readers.statements import Statements
+from readers.triplets import Triplets
 from train import work
 
 

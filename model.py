@@ -87,7 +87,7 @@ PRESETS = {
 
 def fused_is_slow(q: Tensor) -> bool:
     """On a CPU in bf16 the backward pass of the fused kernel takes 2 to 10 times as long as that of plain products, at
-    all lengths from 40 to 577 (study/results.md)."""
+    all lengths from 40 to 577 (experiments/results.md)."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
 
 

@@ -30,7 +30,7 @@ SEARCH_SIZE = 1920  # items in a search block (GRIT-VLP's M)
 
 
 class Alone:
-    """The one process of a run that has no others: see `harness.ranks.Ranks`, which may take its place."""
+    """The one process of a run that has no others: see `engine.ranks.Ranks`, which may take its place."""
 
     rank, count = 0, 1
 

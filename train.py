@@ -1,15 +1,15 @@
 """Pretraining: one recipe per method, one flat loop.
 
-A recipe is a function here and a row of RECIPE_DEFAULTS in harness/config.py, which sets what is not written out: how
+A recipe is a function here and a row of RECIPE_DEFAULTS in engine/config.py, which sets what is not written out: how
 batches are grouped and negatives chosen, focal ITC, distortion, framed texts. Its docstring counts the passes of a
 step, in photos or captions; "to [CLS]" where the last fusion layer makes [CLS] alone.
 
     python train.py                                            tiny model, synthetic photos, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
-    torchrun --nproc-per-node N train.py …                     N GPUs: see harness/ranks.py
+    torchrun --nproc-per-node N train.py …                     N GPUs: see engine/ranks.py
 
-What a run leaves in --out: config.json, metrics.jsonl (its keys: harness/log.py), curves.png, masks.png, last.pt.
+What a run leaves in --out: config.json, metrics.jsonl (its keys: engine/log.py), curves.png, masks.png, last.pt.
 """
 
 import json
@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import build_dataset, telling_pieces, word_regions
-from harness.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
-from harness.checkpoints import begin, restore, save_checkpoint
-from harness.config import (
+from engine.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
+from engine.checkpoints import begin, restore, save_checkpoint
+from engine.config import (
     FREE_ON_RESUME,
     MAX_GRAD_NORM,
     TrainConfig,
@@ -38,15 +38,15 @@ from harness.config import (
     learning_rate,
     parse_config,
 )
-from harness.flags import ConfigError, in_one_line
-from harness.host import claimed
-from harness.log import Metrics, Progress, StopSignals
-from harness.precision import fitting_precision
-from harness.ranks import Ranks, speak_up
-from harness.run import FiniteWatch, Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run
-from harness.trust import read_tokenizer
-from harness.weights import WeightsError, load_pretrained
-from harness.wiring import (
+from engine.flags import ConfigError, in_one_line
+from engine.host import claimed
+from engine.log import Metrics, Progress, StopSignals
+from engine.precision import fitting_precision
+from engine.ranks import Ranks, speak_up
+from engine.run import FiniteWatch, Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run
+from engine.trust import read_tokenizer
+from engine.weights import WeightsError, load_pretrained
+from engine.wiring import (
     Teacher,
     add_matches,
     contrast,
@@ -57,13 +57,13 @@ from harness.wiring import (
     teach,
     wrong_pairs,
 )
+from evaluation.pictures import PANELS, draw_curves, draw_masks, first_photos
+from evaluation.truth import truth, truth_in_words
+from evaluation.validation import validate
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
 from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask, split_patches, true_mask
-from measures.pictures import PANELS, draw_curves, draw_masks, first_photos
-from measures.truth import truth, truth_in_words
-from measures.validation import validate
-from photos.dataset import DataError, PhotoDataset
-from photos.prompts import DESCRIPTION
+from readers.dataset import DataError, PhotoDataset
+from readers.prompts import DESCRIPTION
 from sampler import GroupedBatchSampler
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import settings
 
 import data
-from measures import truth
-from photos.synthetic import Synthetic
+from evaluation import truth
+from readers.synthetic import Synthetic
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")

@@ -10,10 +10,10 @@ from PIL import Image
 
 import data
 import train
-from harness.config import parse_config
-from harness.run import build_run
-from harness.trust import load_checkpoint
-from photos.synthetic import Synthetic
+from engine.config import parse_config
+from engine.run import build_run
+from engine.trust import load_checkpoint
+from readers.synthetic import Synthetic
 
 PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
 

@@ -10,9 +10,9 @@ from transformers import BertTokenizerFast
 
 import data
 from data import Collate, augment, build_tokenizer, random_crops, word_regions
-from harness.batches import augmented
-from harness.config import parse_config
-from photos.prompts import SYMBOLS
+from engine.batches import augmented
+from engine.config import parse_config
+from readers.prompts import SYMBOLS
 
 TEXTS = ["Long shirt in navy.", "Robe d'été, 100% coton—NEUF!", "unseenwordzz 日本 ß ½", "", "a" * 300, "it's  v-neck"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from study.exercises import catalogue, compare, start
-from study.exercises.catalogue import EXERCISES, Mistake, own_tests, usable, written
-from study.exercises.checks import check
+from tutorial.exercises import catalogue, compare, start
+from tutorial.exercises.catalogue import EXERCISES, Mistake, own_tests, usable, written
+from tutorial.exercises.checks import check
 
 HERE = Path(catalogue.__file__).parent
 OWN_TESTS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 5, 8: 1}  # of the project's tests, how many
@@ -157,7 +157,7 @@ def test_stubs_are_not_overwritten_and_hints_go_from_the_idea_to_the_place(mine,
 
 
 def checked(capsys, *flags):
-    """What `python -m pytest study/exercises` says. -> exit code, output."""
+    """What `python -m pytest tutorial/exercises` says. -> exit code, output."""
     for name in ("test_mine", "conftest"):
         sys.modules.pop(name, None)
     code = pytest.main([str(HERE), "-p", "no:cacheprovider", *flags])
@@ -167,7 +167,7 @@ def checked(capsys, *flags):
 
 def test_one_command_checks_what_is_begun(mine, capsys):
     code, said = checked(capsys)
-    assert code == 4 and "ERROR: exercise 1 is not begun: python study/exercises/start.py 1 writes its stub" in said
+    assert code == 4 and "ERROR: exercise 1 is not begun: python tutorial/exercises/start.py 1 writes its stub" in said
     start.main(["4"])
     code, said = checked(capsys, "-k", "ex4")
     assert code == 1 and "exercise 4 is not written yet: same_pairs, itc_targets" in said and "Traceback" not in said

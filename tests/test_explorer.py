@@ -14,14 +14,14 @@ from playwright.sync_api import sync_playwright
 from small import run as train_small
 
 from data import build_dataset, build_tokenizer, normalise, telling_pieces
-from harness.config import parse_config
-from harness.run import build_run
-from harness.wiring import synchronize, teach
+from engine.config import parse_config
+from engine.run import build_run
+from engine.wiring import synchronize, teach
+from evaluation.pictures import first_photos
+from evaluation.truth import word_truth
 from losses import pick_negatives, same_pairs
 from masking import first_pieces
-from measures.pictures import first_photos
-from measures.truth import word_truth
-from study import explore
+from tutorial import explore
 
 PHOTOS = 5
 HOSTILE = '</script><img src=x onerror="document.title=1">'

@@ -1,4 +1,4 @@
-"""What study/export.py writes is read by `transformers`, with the same outputs, and by ourselves, bit for bit."""
+"""What experiments/export.py writes is read by `transformers`, with the same outputs, and by ourselves, bit for bit."""
 
 import json
 from dataclasses import replace
@@ -11,10 +11,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFa
 
 import train
 from data import build_tokenizer
-from harness.trust import PARTS
-from harness.weights import WeightsError, load_pretrained
+from engine.trust import PARTS
+from engine.weights import WeightsError, load_pretrained
+from experiments import export
 from model import ModelConfig, VisionLanguageModel
-from study import export
 from tests.small import FAST, checkpoint, run
 
 WORDS = ["a red dress with a round neck and long sleeves", "a blue shirt with white stripes, short sleeves"] * 3

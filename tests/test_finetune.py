@@ -13,18 +13,18 @@ from tokenizers import Tokenizer
 
 import data
 import finetune
-from harness import finetune_config
-from harness.batches import match_scores
-from harness.checkpoints import load_weights
-from harness.finetune_config import FOUND
-from harness.flags import ConfigError
-from harness.run import build_run
-from harness.splits import open_photos
-from harness.trust import load_checkpoint
-from measures.search import search
-from photos.dataset import DataError
-from photos.fashiongen import export_fashiongen
-from photos.prompts import DESCRIPTION, DIFFERENCE
+from engine import finetune_config
+from engine.batches import match_scores
+from engine.checkpoints import load_weights
+from engine.finetune_config import FOUND
+from engine.flags import ConfigError
+from engine.run import build_run
+from engine.splits import open_photos
+from engine.trust import load_checkpoint
+from evaluation.search import search
+from readers.dataset import DataError
+from readers.fashiongen import export_fashiongen
+from readers.prompts import DESCRIPTION, DIFFERENCE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,7 +295,7 @@ def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained,
     assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
     index = ["--index", tmp_path / "features"]
     assert command(*common, *index, "--image", tmp_path / "wanted.png") == found and index[1].exists()
-    monkeypatch.setattr("measures.search.photo_features", lambda *_: pytest.fail("the index was not used"))
+    monkeypatch.setattr("evaluation.search.photo_features", lambda *_: pytest.fail("the index was not used"))
     both = command(*common, *index, "--image", tmp_path / "wanted.png", "--query", "is red")
     words = command(*common, *index, "--query", "red")
     assert len({tuple(row for row, _ in ranking) for ranking in (found, both, words)}) == 3

@@ -18,13 +18,13 @@ from PIL import Image
 from small import checkpoint, run
 
 from data import Collate, build_tokenizer, telling_pieces
-from harness.config import TrainConfig, parse_config
-from harness.flags import ConfigError, flag_of
-from harness.trust import PARTS, load_checkpoint
+from engine.config import TrainConfig, parse_config
+from engine.flags import ConfigError, flag_of
+from engine.trust import PARTS, load_checkpoint
 from model import ModelConfig
-from photos.dataset import DataError
-from photos.files import FORMATS, open_photo
-from photos.jsonl import Jsonl
+from readers.dataset import DataError
+from readers.files import FORMATS, open_photo
+from readers.jsonl import Jsonl
 
 CASES = int(os.environ.get("FUZZ_CASES", 20))
 fuzzed = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))

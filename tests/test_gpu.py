@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
-from harness.batches import augmented
-from harness.config import MAX_GRAD_NORM, ema_decay, grouping_of, parse_config
-from harness.ranks import Ranks
-from harness.run import FiniteWatch, Job, Step, build_optimizer, build_run
-from photos.synthetic import Synthetic
+from engine.batches import augmented
+from engine.config import MAX_GRAD_NORM, ema_decay, grouping_of, parse_config
+from engine.ranks import Ranks
+from engine.run import FiniteWatch, Job, Step, build_optimizer, build_run
+from readers.synthetic import Synthetic
 from sampler import GroupedBatchSampler
 
 # as PyTorch documents it, what occurs here of it ("Autocast Op Reference")
@@ -98,7 +98,7 @@ def test_a_step_mixes_neither_devices_nor_types_and_asks_for_nothing(recipe, fla
     run = on_stand_in(build_run(config, dataset, tokenizer))
     gpu = FakeTensorMode(allow_non_fake_inputs=True)
     gpu.allow_meta = True
-    places = [mock.patch(f"{where}.pick", eight) for where in ("train", "harness.wiring")]
+    places = [mock.patch(f"{where}.pick", eight) for where in ("train", "engine.wiring")]
     with gpu, mock.patch("torch.autocast", CudaAutocast), places[0], places[1]:
         batch = data.to_device(batch, run.device)
         with BackToTheHost() as copies:

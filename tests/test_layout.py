@@ -10,21 +10,21 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: a file imports from its own row only what stands before it, and from the rows before as it likes.
 FLOORS = [
     ["model", "masking", "losses", "sampler"],
-    ["photos.prompts", "photos.dataset", "photos.files", "photos.wardrobe", "photos.camera", "photos.synthetic", "photos.fashiongen",
-     "photos.jsonl", "photos.triplets", "photos.families", "photos.fashioniq", "photos.karpathy", "photos.statements",
-     "photos.snlive"],
+    ["readers.prompts", "readers.dataset", "readers.files", "readers.wardrobe", "readers.camera", "readers.synthetic", "readers.fashiongen",
+     "readers.jsonl", "readers.triplets", "readers.families", "readers.fashioniq", "readers.karpathy", "readers.statements",
+     "readers.snlive"],
     ["data"],
-    ["harness.flags", "harness.host", "harness.precision", "harness.config", "harness.ranks", "harness.writer", "harness.run", "harness.trust",
-     "harness.wiring", "harness.checkpoints", "harness.batches", "harness.log", "harness.weights",
-     "harness.finetune_config", "harness.splits"],
-    ["measures.scores", "measures.validation", "measures.choice", "measures.truth", "measures.pictures",
-     "measures.search"],
+    ["engine.flags", "engine.host", "engine.precision", "engine.config", "engine.ranks", "engine.writer", "engine.run", "engine.trust",
+     "engine.wiring", "engine.checkpoints", "engine.batches", "engine.log", "engine.weights",
+     "engine.finetune_config", "engine.splits"],
+    ["evaluation.scores", "evaluation.validation", "evaluation.choice", "evaluation.truth", "evaluation.pictures",
+     "evaluation.search"],
     ["train"],
     ["finetune"],
 ]  # fmt: skip
 ORDER = [module for floor in FLOORS for module in floor]
 FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
-         for folder in (".", "photos", "harness", "measures")
+         for folder in (".", "readers", "engine", "evaluation")
          for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
 
 
@@ -38,7 +38,11 @@ def test_imports_point_down(module):
     tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
     found = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     found += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    above = [name for name in found if name in ORDER[ORDER.index(module) :] or name.split(".")[0] in ("study", "tests")]
+    above = [
+        name
+        for name in found
+        if name in ORDER[ORDER.index(module) :] or name.split(".")[0] in ("tutorial", "experiments", "tests")
+    ]
     assert not above, f"{module} imports {above}"
 
 
@@ -48,6 +52,11 @@ def test_the_ground_floor_knows_of_no_recipe():
 
 
 def test_links_lead_somewhere():
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("study/**/*.md")]
+    pages = [
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("tutorial/**/*.md"),
+        *ROOT.glob("experiments/*.md"),
+    ]
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text())]
     assert len(links) > 20 and not [link for page, link in links if not (page.parent / link).exists()]

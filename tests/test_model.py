@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
 
-from harness.weights import load_pretrained
+from engine.weights import load_pretrained
 from model import (
     PRESETS,
     Attention,

@@ -7,22 +7,22 @@ import pytest
 import torch
 
 from data import normalise
-from harness.batches import text_features
-from study.figures import open_run
+from engine.batches import text_features
+from experiments.figures import open_run
 from tests.small import ROOT, run, unresolved
 
 PAGE = (ROOT / "docs/questions.md").read_text()
 ANSWERS = re.split(r"(?m)^\*\*(?=\S)", PAGE)[1:]
 
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "study").glob("*.md")]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").glob("*.md")]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_name_is_in_the_code(path):
     page = re.sub(r"(`[\w/]+\.py)`: `", r"\1:", path.read_text())  # `file.py`: `name` as in the README's table
     assert not unresolved(page)[0]
-    if path.parent.name != "study":
+    if path.parent.name != "experiments":
         assert all((ROOT / name).exists() for name in re.findall(r"`(\w+/[\w/]+\.py)`", page))
 
 
@@ -55,7 +55,14 @@ def test_flags_are_flags(capsys):
         "--items",
         "--again",
     }
-    known |= {"--grid", "--only", "--seeds", "--repeats", "--hint", "--root"}  # of scripts in study/
+    known |= {
+        "--grid",
+        "--only",
+        "--seeds",
+        "--repeats",
+        "--hint",
+        "--root",
+    }  # of scripts in experiments/ and tutorial/
     for page in PAGES:
         text = re.sub(r"\(.*?#.*?\)", "", page.read_text())  # anchors of links
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - known

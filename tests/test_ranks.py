@@ -26,11 +26,11 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import masking  # noqa: E402
 import train  # noqa: E402
-from harness import config as run_config  # noqa: E402
-from harness.config import parse_config  # noqa: E402
-from harness.ranks import Ranks  # noqa: E402
-from harness.trust import load_checkpoint  # noqa: E402
-from measures import truth  # noqa: E402
+from engine import config as run_config  # noqa: E402
+from engine.config import parse_config  # noqa: E402
+from engine.ranks import Ranks  # noqa: E402
+from engine.trust import load_checkpoint  # noqa: E402
+from evaluation import truth  # noqa: E402
 from sampler import GroupedBatchSampler  # noqa: E402
 
 # nine photos a batch on two ranks: four and five; fourteen steps: the third epoch is grouped by all ranks' features

@@ -20,13 +20,13 @@ from test_model import make_model
 
 import data
 import train
-from harness.flags import ConfigError
-from harness.trust import load_checkpoint
-from harness.weights import WeightsError, load_pretrained
-from harness.writer import whole_file, write_whole
-from photos.dataset import DataError
-from photos.jsonl import Jsonl
-from photos.synthetic import Synthetic
+from engine.flags import ConfigError
+from engine.trust import load_checkpoint
+from engine.weights import WeightsError, load_pretrained
+from engine.writer import whole_file, write_whole
+from readers.dataset import DataError
+from readers.jsonl import Jsonl
+from readers.synthetic import Synthetic
 
 ROOT = Path(train.__file__).parent
 pytestmark = pytest.mark.usefixtures("quick")
@@ -66,7 +66,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     path.write_bytes(b"whole")
     failed = mock.Mock(side_effect=RuntimeError("PytorchStreamWriter failed\nat"))
-    monkeypatch.setattr("harness.writer.torch.save", failed)
+    monkeypatch.setattr("engine.writer.torch.save", failed)
     for fails in (
         mock.Mock(side_effect=OSError(28, "No space left on device")),
         lambda file: write_whole({}, path, True),

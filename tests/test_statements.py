@@ -9,12 +9,12 @@ import torch
 from small import write_karpathy, write_snlive
 
 import data
-from harness.batches import different_photos, texts_to_search
-from measures.scores import full_rankings, recalls_of
-from photos.dataset import DataError
-from photos.families import clause
-from photos.statements import LABELS, synthetic_statements
-from photos.wardrobe import COLOURS, Detail
+from engine.batches import different_photos, texts_to_search
+from evaluation.scores import full_rankings, recalls_of
+from readers.dataset import DataError
+from readers.families import clause
+from readers.statements import LABELS, synthetic_statements
+from readers.wardrobe import COLOURS, Detail
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,16 @@ from torch._dynamo.testing import CompileCounter
 
 import data
 import train
-from harness import config as run_config
-from harness import log
-from harness.batches import augmented
-from harness.checkpoints import config_from_dict
-from harness.config import parse_config
-from harness.run import NonFiniteLoss
-from harness.wiring import Teacher, contrast, teach
+from engine import config as run_config
+from engine import log
+from engine.batches import augmented
+from engine.checkpoints import config_from_dict
+from engine.config import parse_config
+from engine.run import NonFiniteLoss
+from engine.wiring import Teacher, contrast, teach
+from evaluation.truth import word_truth
 from masking import word_counts
-from measures.truth import word_truth
-from photos.fashiongen import export_fashiongen
+from readers.fashiongen import export_fashiongen
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
@@ -370,7 +370,7 @@ def known_masks(flags, monkeypatch):
     last_words = (described.cumsum(1) > first) & described
     attention = torch.zeros(6, 1, described.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
-    monkeypatch.setattr("harness.wiring.clean_attention", lambda *_: [attention])
+    monkeypatch.setattr("engine.wiring.clean_attention", lambda *_: [attention])
     teacher = teach(state, batch | {"images": data.normalise(batch["images"])})
 
     def chosen(seed):

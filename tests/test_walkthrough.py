@@ -1,4 +1,4 @@
-"""docs/walkthrough.md says what study/walkthrough.py prints, and names what the code has."""
+"""docs/walkthrough.md says what tutorial/walkthrough.py prints, and names what the code has."""
 
 import re
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from study import walkthrough
 from tests.small import ROOT, run, unresolved
+from tutorial import walkthrough
 
 PAGE = (ROOT / "docs/walkthrough.md").read_text()
 NUMBER, SHAPE = r"-?\d+\.\d+", r"\(\d+(?:, \d+)+\)"

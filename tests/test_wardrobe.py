@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from photos.camera import render, shade
-from photos.dataset import DataError
-from photos.families import FAMILY, synthetic_triplets
-from photos.synthetic import Synthetic
-from photos.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
+from readers.camera import render, shade
+from readers.dataset import DataError
+from readers.families import FAMILY, synthetic_triplets
+from readers.synthetic import Synthetic
+from readers.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
 
 
 def test_synthetic_is_deterministic_and_seeded_and_splits_share_no_style(wardrobe):

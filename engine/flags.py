@@ -1,0 +1,110 @@
+"""Flags out of the fields of a config dataclass: help, ranges, one-line refusals."""
+
+import argparse
+import difflib
+import math
+import types
+import typing
+from dataclasses import field, fields
+from typing import Literal
+
+import torch
+
+from readers.dataset import legible
+
+
+class ConfigError(ValueError):
+    """Flags that do not fit together, or a checkpoint that does not fit the flags."""
+
+    def __init__(self, message: str):
+        super().__init__(legible(message))
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says to the user; of the system's own, which file it is about and what is wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return str(error)
+
+
+def option(default, help: str, low: float | None = None, high: float | None = None):
+    """A config field with what the command line needs: help and the allowed range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses with one line instead of a page of usage, and suggests the flag that was meant."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split()[2].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(flag, known, n=1)
+            message = f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[str, dict]) -> None:
+    """One flag for each field of a config dataclass; a flag that is not given leaves no trace.
+
+    layers: what overrides the defaults under which name, for --help alone."""
+    hints = typing.get_type_hints(config_class)
+    for spec in fields(config_class):
+        if "help" not in spec.metadata:
+            continue
+        flag, kind = flag_of(spec.name), hints[spec.name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        defaults = [str(spec.default)] if spec.default not in (None, ()) else []
+        defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
+        text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, nargs="+", metavar="FILE", default=argparse.SUPPRESS, help=text)
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
+
+
+def check_ranges(config) -> None:
+    """Raise ConfigError for a field of a config dataclass outside the range that its metadata gives."""
+    for spec in fields(config):
+        value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be a finite number")
+        if value is None or (low is None and high is None):
+            continue
+        if not (low if low is not None else -math.inf) <= value <= (high if high is not None else math.inf):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be {bounds}")
+
+
+def check_readers(kind: str, mine: str, given: set[str], flags: dict[str, tuple[str, ...]]) -> None:
+    """Raise ConfigError for a given flag that others of this `kind` (recipe, task) read and `mine` does not.
+
+    flags: who reads which fields that not all read"""
+    for name in sorted(given):
+        readers = [reader for reader, names in flags.items() if name in names]
+        if readers and mine not in readers:
+            raise ConfigError(f"{flag_of(name)} is for --{kind} {' or '.join(readers)}, not for {mine}")
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError for a device that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: no such kind of device; try cpu or cuda") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {name}: cpu, cuda or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")

@@ -1,0 +1,239 @@
+"""Published weights: the tensors of ViT, BERT and ALBEF files under our names."""
+
+import argparse
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model import ModelConfig, VisionLanguageModel
+from readers.dataset import DataError, legible
+from readers.prompts import SYMBOLS
+
+# A line holds our name of a module or parameter, then what others call it; # is the number of a layer.
+# Of a ViT: ours after `vision.`; Hugging Face's files; transformers 5, where that differs; timm, DeiT, MAE and ALBEF.
+# The last have one matrix `attn.qkv` for query, key and value, which is split on reading.
+VIT_NAMES = """
+cls_token                  embeddings.cls_token                       cls_token
+position_embed             embeddings.position_embeddings             pos_embed
+patch_embed                embeddings.patch_embeddings.projection     patch_embed.proj
+norm                       layernorm                                  norm
+layers.#.norm1             encoder.layer.#.layernorm_before           layers.#.layernorm_before  blocks.#.norm1
+layers.#.norm2             encoder.layer.#.layernorm_after            layers.#.layernorm_after   blocks.#.norm2
+layers.#.attention.query   encoder.layer.#.attention.attention.query  layers.#.attention.q_proj  blocks.#.attn.query
+layers.#.attention.key     encoder.layer.#.attention.attention.key    layers.#.attention.k_proj  blocks.#.attn.key
+layers.#.attention.value   encoder.layer.#.attention.attention.value  layers.#.attention.v_proj  blocks.#.attn.value
+layers.#.attention.output  encoder.layer.#.attention.output.dense     layers.#.attention.o_proj  blocks.#.attn.proj
+layers.#.mlp.0             encoder.layer.#.intermediate.dense         layers.#.mlp.fc1           blocks.#.mlp.fc1
+layers.#.mlp.2             encoder.layer.#.output.dense               layers.#.mlp.fc2           blocks.#.mlp.fc2
+"""
+# Of a BERT: ours; Hugging Face's. Its layers are numbered through our text encoder and then our fusion encoder.
+BERT_NAMES = """
+text.word_embeddings             bert.embeddings.word_embeddings
+text.position_embeddings         bert.embeddings.position_embeddings.weight
+text.norm                        bert.embeddings.LayerNorm
+layers.#.attention.query         bert.encoder.layer.#.attention.self.query
+layers.#.attention.key           bert.encoder.layer.#.attention.self.key
+layers.#.attention.value         bert.encoder.layer.#.attention.self.value
+layers.#.attention.output        bert.encoder.layer.#.attention.output.dense
+layers.#.attention_norm          bert.encoder.layer.#.attention.output.LayerNorm
+layers.#.cross_attention.query   bert.encoder.layer.#.crossattention.self.query
+layers.#.cross_attention.key     bert.encoder.layer.#.crossattention.self.key
+layers.#.cross_attention.value   bert.encoder.layer.#.crossattention.self.value
+layers.#.cross_attention.output  bert.encoder.layer.#.crossattention.output.dense
+layers.#.cross_attention_norm    bert.encoder.layer.#.crossattention.output.LayerNorm
+layers.#.mlp.0                   bert.encoder.layer.#.intermediate.dense
+layers.#.mlp.2                   bert.encoder.layer.#.output.dense
+layers.#.mlp_norm                bert.encoder.layer.#.output.LayerNorm
+mlm_head.0                       cls.predictions.transform.dense
+mlm_head.2                       cls.predictions.transform.LayerNorm
+mlm_bias                         cls.predictions.bias
+"""
+# BERT adds the embedding of token type 0 at every position. Ours is part of the position embeddings.
+TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+# How names in files begin, and how they begin in the tables above.
+PREFIXES = {
+    "visual_encoder.": "vit.",
+    "deit.": "vit.",
+    "model.": "vit.",
+    "text_encoder.bert.": "bert.",
+    "text_encoder.cls.": "cls.",
+    "text_encoder.": "bert.",
+}
+NO_PREFIX = {"whole": "", "BERT": "bert.", "ViT": "vit."}  # how a name without prefix begins, by kind of file
+# A file is of the first kind that one of its names matches.
+KINDS = {
+    "whole": r"(visual_encoder|text_encoder|vision_proj|text_proj)\.",
+    "BERT": r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention\.self)\.",
+    "ViT": r"((vit|deit|model)\.)?(embeddings\.)?(cls_token|patch_embed|pos_embed)",
+}
+
+
+class WeightsError(DataError):
+    """A weights file that cannot be read, or of which nothing fits the model."""
+
+
+@dataclass
+class LoadReport:
+    """What `load_pretrained` did."""
+
+    loaded: list[str] = field(default_factory=list)  # our names
+    skipped: dict[str, str] = field(default_factory=dict)  # name -> reason; ours where only the shape differs
+    missing: list[str] = field(default_factory=list)  # our names
+    kinds: dict[str, str | Path] = field(default_factory=dict)  # whole, ViT or BERT -> the file
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
+        shapes_first = sorted(self.skipped, key=lambda name: not self.skipped[name].startswith("shape"))
+        lines += [f"  skipped {name}: {self.skipped[name]}" for name in shapes_first[:8]]
+        lines += [f"  missing {name}" for name in self.missing[:8]]
+        return "\n".join(lines)
+
+
+def read_table(lines: str, our_prefix: str = "", other_prefix: str = "") -> dict[str, list[str]]:
+    """Our names -> the other names."""
+    table = {}
+    for line in lines.strip().split("\n"):
+        ours, *others = line.split()
+        table[our_prefix + ours] = [other_prefix + name for name in others]
+    return table
+
+
+TABLE = read_table(VIT_NAMES, "vision.", "vit.") | read_table(BERT_NAMES)
+
+
+def other_names(ours: str, config: ModelConfig) -> list[str]:
+    """What others call one of our parameters, Hugging Face's name first; nothing where nobody else has it."""
+    name, number = ours, 0
+    if match := re.match(r"(vision|text|fusion)\.layers\.(\d+)\.", ours):
+        part, number = match[1], int(match[2])
+        if part == "fusion":
+            number += config.text_layers
+        name = ("vision." if part == "vision" else "") + "layers.#." + ours[match.end() :]
+    suffix = ""
+    if name not in TABLE:
+        name, _, last = name.rpartition(".")
+        suffix = f".{last}"
+    return [other.replace("#", str(number)) + suffix for other in TABLE.get(name, [])]
+
+
+def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> LoadReport:
+    """Fill `model` in place from published weights: `.safetensors`, or `.pth`/`.bin` without running pickled code.
+
+    files: one or two, each of a kind of its own, which is recognised by its tensor names
+        ViT: in the naming of Hugging Face, timm, DeiT or MAE; position embeddings are interpolated
+        BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
+        whole: a checkpoint of ALBEF, or a file of experiments/export.py
+    Raises WeightsError when a file cannot be read, is of no kind or of the kind of the other file, or when none of its
+    tensors fits.
+    """
+    report, states = LoadReport(), {}
+    for path in files:
+        state = _read_weights(Path(path))
+        kind = next((kind for kind, names in KINDS.items() if any(re.match(names, name) for name in state)), None)
+        if kind is None:
+            raise WeightsError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
+        if kind in states:
+            raise WeightsError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
+        report.kinds[kind], states[kind] = path, state
+    for kind in sorted(states, reverse=True):  # whole first: a ViT or BERT beside it replaces its part
+        loaded = _copy_fitting(_rename(states[kind], kind, model, report), model, report)
+        if not loaded:
+            raise WeightsError(f"{report.kinds[kind]}: none of its tensors fits this model; is it the right preset?")
+        report.loaded = list(dict.fromkeys(report.loaded + loaded))
+    report.missing = sorted({name for name, _ in model.named_parameters()} - set(report.loaded))
+    return report
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DeiT store their options
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such weights file") from None
+    except Exception:  # damaged files raise many kinds
+        raise WeightsError(f"{path}: damaged, or not plain tensors; pickled code is never run") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
+    named = {legible(str(name)): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name.removeprefix("module."): tensor for name, tensor in named.items()}
+
+
+def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, report: LoadReport) -> dict[str, Tensor]:
+    """The tensors of a file under our names, tables of positions cut or interpolated; the rest is reported."""
+    ours = {TOKEN_TYPES: TOKEN_TYPES}
+    for name, _ in model.named_parameters():
+        for other in other_names(name, model.config) or [name]:
+            ours[other] = name
+    renamed = {}
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.isfinite().all():
+            report.skipped[name] = "no dense tensor of finite numbers"
+            continue
+        other = _as_in_table(name, kind)
+        parts = {other: tensor}
+        if ".attn.qkv." in other and tensor.ndim:
+            parts = dict(zip((other.replace("qkv", part) for part in ("query", "key", "value")), tensor.chunk(3)))
+        for other, part in parts.items():
+            if other in ours:
+                renamed[ours[other]] = part
+            else:
+                report.skipped[name] = "no counterpart in this model"
+    if (table := renamed.get("vision.position_embed")) is not None:
+        renamed["vision.position_embed"] = _interpolate_positions(table, model.config.grid)
+    types, positions = renamed.pop(TOKEN_TYPES, None), renamed.get("text.position_embeddings")
+    if positions is not None and positions.ndim == 2:
+        positions = positions[: model.config.max_length]
+        if types is not None and types.ndim == 2 and len(types) and types.shape[1:] == positions.shape[1:]:
+            positions = positions + types[0]
+        renamed["text.position_embeddings"] = positions
+    return renamed
+
+
+def _as_in_table(name: str, kind: str) -> str:
+    """A name in a file of some kind -> the name in VIT_NAMES or BERT_NAMES."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # TensorFlow
+    for theirs, ours in PREFIXES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name if name.startswith(("vit.", "bert.", "cls.")) else NO_PREFIX[kind] + name
+
+
+def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
+    """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
+    if table.ndim != 3 or len(table) != 1 or table.shape[1] < 2:
+        return table
+    side = math.isqrt(table.shape[1] - 1)
+    if side == grid or 1 + side**2 != table.shape[1]:
+        return table
+    patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1].float(), rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+@torch.no_grad()
+def _copy_fitting(renamed: dict[str, Tensor], model: nn.Module, report: LoadReport) -> list[str]:
+    """Copy the tensors that have the shape of ours. -> their names."""
+    loaded, parameters = [], dict(model.named_parameters())
+    for name, tensor in renamed.items():
+        target = parameters[name]
+        if name in ("text.word_embeddings.weight", "mlm_bias") and tensor.shape == target[: -len(SYMBOLS)].shape:
+            target = target[: -len(SYMBOLS)]  # the symbols are the last words of our vocabulary
+        if tensor.shape != target.shape:
+            report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(parameters[name].shape)}"
+        else:
+            target.copy_(tensor)
+            loaded.append(name)
+    return loaded

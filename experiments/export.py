@@ -1,0 +1,130 @@
+"""Trained weights for others to read: safetensors, no pickle, under Hugging Face's names.
+
+python experiments/export.py --checkpoint runs/…/last.pt --file exported/model.safetensors     --momentum: the average's
+
+Beside the file stand config.json and vocab.txt, and `transformers` reads the folder:
+
+    vit.*     our ViT           ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    bert.*    text encoder      BertModel.from_pretrained(folder, add_pooling_layer=False): the lower layers of one BERT
+              fusion encoder    its upper layers, which have cross-attention ("multimodal_config"); run them not causal
+    cls.*     MLM head          BertForMaskedLM's, its decoder tied to the word embeddings; it reads fused tokens
+
+What has no counterpart there keeps our name, and the command prints it. With `vision.registers`, or with patches of an
+earlier layer (`patch_layer`), ViTModel alone computes something else: registers stand after the patches, and are
+dropped before the last norm. Token types are written as zeros, since ours live in the position embeddings. Poolers are
+not written.
+
+`python train.py --weights exported/model.safetensors --vocab exported/vocab.txt` starts from it, bit for bit.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data import IMAGENET_MEAN, IMAGENET_STD
+from engine.flags import ConfigError
+from engine.trust import load_checkpoint, read_tokenizer
+from engine.weights import TOKEN_TYPES, other_names
+from model import ModelConfig, VisionLanguageModel
+
+
+def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of a model under Hugging Face's names, and of what model parts the names had to stay ours."""
+    # from_pretrained draws at random what it does not find
+    tensors, own = {TOKEN_TYPES: torch.zeros(2, model.config.width)}, []
+    for name, tensor in model.state_dict().items():
+        others = other_names(name, model.config)
+        tensors[others[0] if others else name] = tensor.contiguous()
+        part = name if name == "vision.registers" else name.split(".")[0]
+        if not others and tensor.numel() and part not in own:  # a model without registers has an empty tensor
+            own.append(part)
+    return tensors, own
+
+
+def their_config(config: ModelConfig, pad: int) -> dict:
+    """Sizes for ViTConfig and BertConfig, ours whole, and how images are normalised."""
+    sizes = {
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "intermediate_size": 4 * config.width,
+    }
+    vision = sizes | {
+        "model_type": "vit",
+        "num_hidden_layers": config.vision_layers,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "layer_norm_eps": 1e-6,
+    }
+    text = sizes | {
+        "model_type": "bert",
+        "num_hidden_layers": config.text_layers,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_length,
+        "pad_token_id": pad,
+        "attention_probs_dropout_prob": config.dropout,
+        "hidden_dropout_prob": config.dropout,
+    }
+    layers = config.text_layers + config.fusion_layers
+    fusion = text | {"num_hidden_layers": layers, "is_decoder": True, "add_cross_attention": True}
+    return {
+        "model_type": "albef",
+        "vision_config": vision,
+        "multimodal_config": fusion,
+        "text_config": text,  # of two BERTs transformers reads the last
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+        "model": asdict(config),
+    }
+
+
+def export(checkpoint: str, file: Path, momentum: bool = False) -> None:
+    """Write model.safetensors, config.json and vocab.txt, and print what was written. Raises ConfigError or OSError."""
+    state = load_checkpoint(checkpoint)
+    try:
+        model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))
+        model.load_state_dict(state["momentum" if momentum else "model"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{checkpoint}: does not fit its own config; another version of this code saved it") from None
+    tokenizer = read_tokenizer(state, checkpoint)
+    config_file, words_file = file.with_name("config.json"), file.with_name("vocab.txt")
+    for path in (file, config_file, words_file):
+        if path.exists():
+            raise ConfigError(f"{path} is there already; give a --file in another folder")
+    tensors, own = rename(model)
+    words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config_file.write_text(json.dumps(their_config(model.config, tokenizer.token_to_id("[PAD]")), indent=1) + "\n")
+    words_file.write_text("\n".join(words) + "\n", encoding="utf-8")
+    print(f"{file}: {len(tensors)} tensors; beside it config.json and vocab.txt")
+    print(f"under our names, without a counterpart: {', '.join(own)}")
+    if model.config.registers or model.config.patch_layer:
+        print(
+            "registers or patch_layer: ViTModel alone computes something else (see the head of export.py)"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a run")
+    parser.add_argument("--file", type=Path, required=True, help="model.safetensors, in a folder of its own")
+    parser.add_argument("--momentum", action="store_true", help="the momentum model's weights instead of the model's")
+    args = parser.parse_args(argv)
+    if args.file.suffix != ".safetensors":
+        parser.error(f"--file {args.file}: its name has to end with .safetensors")
+    try:
+        export(args.checkpoint, args.file, args.momentum)
+    except (ConfigError, OSError) as error:
+        sys.exit(f"export.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

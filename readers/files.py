@@ -1,0 +1,73 @@
+"""What is read from files: text, JSON, photos. Whatever is wrong with one is said in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from readers.dataset import DataError, PhotoDataset
+
+
+def parse_json(text: str, where: str) -> object:
+    """The value that a JSON text holds. Raises DataError, in one line, also for what Python will not read: nested
+    ten thousand deep, or numbers of thousands of digits."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+
+
+def read_text(path: Path, hint: str) -> str:
+    """The text of a file. Raises DataError, with a hint when it is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"), 64_000_000
+
+
+def open_photo(path: Path, size: int) -> Image.Image:
+    """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
+
+    Raises OSError when it cannot be decoded, is none of FORMATS, has more than MOST_PIXELS, or pixels that are neither
+    8 nor 16 bits.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            file.draft("RGB", (size, size))
+            if file.width * file.height > MOST_PIXELS:  # a small file can hold so many that decoding takes gigabytes
+                raise OSError(f"{file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
+            if file.mode in ("I", "F"):
+                raise OSError(f"pixels of kind {file.mode}, neither 8 nor 16 bits")
+            photo = ImageOps.exif_transpose(file)
+            if photo.mode.startswith("I;16"):  # Pillow would cut off at 255
+                photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
+            if photo.has_transparency_data:
+                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
+            return photo.convert("RGB")
+    except UnidentifiedImageError:
+        raise OSError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise many kinds for damaged files
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise OSError(reason.splitlines()[0]) from None
+
+
+class PhotoFiles(PhotoDataset):
+    """Photos by name, without text."""
+
+    def __init__(self, paths: dict[str, Path], image_size: int):
+        self.names, self.paths = list(paths), list(paths.values())
+        blank = [""] * len(paths)
+        super().__init__(blank, self.names, blank, blank, image_size)
+
+    def photo(self, row: int) -> Image.Image:
+        """The photo of a name."""
+        return open_photo(self.paths[row], self.image_size)
+
+    def name_of(self, row: int) -> str:
+        return self.names[row]

@@ -1,0 +1,318 @@
+"""Figures against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import FAST, batch_of, built
+
+import data
+from engine.config import parse_config
+from engine.run import build_run
+from engine.splits import numbers_of
+from evaluation import choice
+from evaluation.scores import (
+    Ranking,
+    full_rankings,
+    match_rank,
+    most_confused,
+    recalls_of,
+    sampled_candidates,
+    scores_by_class,
+    triplet_recalls,
+)
+from evaluation.truth import mask_truth, negative_truth, word_truth
+from evaluation.validation import validate
+from readers.files import PhotoFiles
+from readers.synthetic import Synthetic
+from readers.triplets import Triplets
+from readers.wardrobe import WHOLE, Detail, Product
+
+
+def with_truth(dataset, rows, tokenizer, monkeypatch):
+    """A batch that brings the truth."""
+    monkeypatch.setattr(dataset, "truths", True)
+    return data.Collate(tokenizer)([dataset[row] for row in rows])
+
+
+def test_word_truth_is_the_truth_token_by_token(wardrobe, monkeypatch):
+    tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
+    rows = list(range(0, 60, 5))
+    known = word_truth(with_truth(wardrobe, rows, tokenizer, monkeypatch), 8)
+    encodings = data.encode(tokenizer, [wardrobe.text(row) for row in rows])
+    assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
+    hidden = 0
+    for b, row in enumerate(rows):
+        truth = wardrobe.truth(row)
+        for i, ((start, end), special) in enumerate(zip(encodings[b].offsets, encodings[b].special_tokens_mask)):
+            keys = [key for first, last, key, _ in truth.spans if first <= start and end <= last and not special]
+            assert known.attribute[b, i] == bool(keys) and known.detail[b, i] == bool(keys and keys[0] not in WHOLE)
+            shown = [key for key in keys if key in truth.regions]
+            assert known.visible[b, i] == bool(shown)
+            if shown:
+                cover = truth.region(shown[0]).reshape(8, 8, 8, 8).mean(axis=(1, 3)).ravel()
+                expected = cover >= min(0.25, cover.max() / 2)
+                assert known.regions[b, i].tolist() == expected.tolist()
+            hidden += bool(keys) and not shown
+    assert hidden > 10 and not (known.visible & ~known.attribute).any()
+
+
+def test_match_rank_by_hand():
+    """Ties count against the model, the best of several right ones counts, none right is a miss."""
+    sim = torch.tensor([[0.9, 0.5, 0.1], [0.5, 0.5, 0.1], [0.2, 0.9, 0.3], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    right = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    assert match_rank(sim, right)[:4].tolist() == [0, 1, 1, 0] and match_rank(sim, right)[4] > 10**9
+    # what is equal or not a number earns nothing
+    assert [match_rank(torch.full((1, 3), score), right[:1]).item() for score in (1.0, torch.nan)] == [2, 2]
+
+
+def test_recalls_one_to_many_by_hand():
+    """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
+    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), torch.arange(2), top=2))
+    figures = recalls_of(rankings)
+    assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
+    assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
+    assert figures["full_mean"] == pytest.approx((2 / 3 + 1 + 1 + 0.5 + 1 + 1) / 6)
+    assert rankings[1].pairs.tolist() == [[[0, 0], [2, 0]], [[1, 1], [2, 1]]]
+    assert rankings[1].right.tolist() == [[True, False], [False, True]]
+
+
+def test_full_rankings_agree_with_a_slow_definition():
+    generator = torch.Generator().manual_seed(0)
+    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
+    owner = torch.randint(0, 15, (60,), generator=generator)
+    owner[:15] = torch.arange(15)
+    images, texts = feats(60), feats(15)
+    figures = recalls_of([*full_rankings(images, texts, owner, torch.arange(15))])
+    sim = images @ texts.T  # (60, 15)
+    for k in (1, 5, 10):
+        texts_found = [owner[i] in sim[i].topk(k).indices for i in range(60)]
+        photos_found = [t in owner[sim[:, t].topk(k).indices] for t in range(15)]
+        assert figures[f"full_i2t_r{k}"] == pytest.approx(np.mean(texts_found))
+        assert figures[f"full_t2i_r{k}"] == pytest.approx(np.mean(photos_found))
+
+
+def test_chance_is_what_a_random_order_gives():
+    sizes = torch.tensor([[20, 1]] * 50 + [[20, 4]] * 50)
+    ranking = Ranking("x", torch.zeros(100), torch.zeros(0), torch.zeros(0), sizes)
+    rng, hits = np.random.default_rng(0), {1: [], 5: [], 10: []}
+    for _ in range(20_000):
+        for right in (1, 4):
+            best = rng.permutation(20)[:right].min()
+            for k in hits:
+                hits[k].append(best < k)
+    for k, found in hits.items():
+        assert ranking.chance()[f"x_r{k}"] == pytest.approx(np.mean(found), abs=0.01)
+    assert Ranking("x", torch.zeros(1), sizes, sizes, torch.tensor([[3, 1]])).chance()["x_r5"] == 1
+
+
+def test_reranking_orders_the_best_and_leaves_the_rest():
+    sim = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1]])
+    right = torch.zeros(3, 4, dtype=torch.bool)
+    right[0, 1] = right[1, 3] = right[2, 0] = True
+    ranking = Ranking.of("full_i2t", sim, right, torch.arange(3)[:, None], torch.arange(4), top=2)
+    assert ranking.rank.tolist() == [1, 3, 0]
+    assert ranking.pairs[1].tolist() == [[1, 0], [1, 1]]
+    assert ranking.reranked(torch.tensor([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]])).tolist() == [0, 3, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
+def test_macro_f1_equals_a_second_implementation(pairs):
+    """By confusion of labels, one against the rest; class 6 as the one that is never answered rightly is no exception."""
+    right, answered = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    figures = scores_by_class(right, answered)
+    assert set(figures) == {label for pair in pairs for label in pair}
+    for label, (precision, recall, f1) in figures.items():
+        tp = sum(a == label == b for a, b in pairs)
+        fp = sum(a != label == b for a, b in pairs)
+        fn = sum(a == label != b for a, b in pairs)
+        p, r = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+        assert precision == pytest.approx(p) and recall == pytest.approx(r)
+        assert f1 == pytest.approx(2 * p * r / (p + r) if p + r else 0)
+
+
+def test_triplet_recalls_by_hand():
+    """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
+    photos = PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
+    triplets = Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
+    assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
+    sim = torch.zeros(2, 60)
+    sim[0, 2] = 1.0  # found at once
+    sim[1, 3], sim[1, 10:21] = 0.5, 0.9  # eleven others before it
+    small = sim[:, :4]
+    asked = np.array([0, 1])
+    ranked = [("dress", "original", sim, asked, np.arange(60)), ("dress", "union", small, asked, np.arange(4))]
+    figures, chance = triplet_recalls(triplets, ranked)
+    assert figures["dress_original_r1"] == figures["dress_original_r10"] == 0.5 and figures["dress_original_r50"] == 1
+    assert figures["dress_union_r1"] == figures["mean_union_r1"] == 1
+    assert chance["mean_original_r10"] == 10 / 60 and chance["dress_union_r1"] == 0.25
+
+
+PRODUCTS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=2, max_size=30)
+
+
+@given(PRODUCTS, st.integers(1, 12), st.integers(0, 5))
+def test_sampled_candidates_follow_their_definition(products, negatives, seed):
+    """products: (sub-category, photos) each."""
+    owner = np.repeat(np.arange(len(products)), [photos for _, photos in products])
+    kind_of = [str(kind) for kind, _ in products]  # strings: "10" sorts before "2"
+    kinds = numbers_of([kind_of[product] for product in owner])
+    kind_of = kinds[np.unique(owner, return_index=True)[1]]
+    draw = lambda: sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed))
+    lists, again = draw(), draw()
+    assert all(torch.equal(lists[way], again[way]) for way in lists)
+    for way, owner_of in (("i2t", np.arange(len(products))), ("t2i", owner)):
+        queries = lists[way].numpy()
+        assert len(queries) == min(8, len(owner)) and len(set(queries[:, 0])) == len(queries)
+        fewest = min((owner_of != owner[photo]).sum() for photo in queries[:, 0])
+        assert queries.shape[1] == 2 + min(negatives, fewest)
+        for photo, right, *wrong in queries.tolist():
+            assert right == (owner[photo] if way == "i2t" else photo)
+            assert len(set(wrong)) == len(wrong) and owner[photo] not in owner_of[wrong]
+            alike = [kind_of[owner_of[candidate]] == kinds[photo] for candidate in wrong]
+            there = sum(kind_of[o] == kinds[photo] for o in owner_of if o != owner[photo])
+            assert sum(alike) == min(len(wrong), there) and alike == sorted(alike, reverse=True)
+
+
+class Oracle:
+    """Stands in for a momentum model: gives every photo and text the feature that the test wants it to have."""
+
+    def __init__(self, dataset, image_feat, text_feat):
+        self.of_photo = {dataset[row]["image"].numpy().tobytes(): feat for row, feat in enumerate(image_feat)}
+        self.texts, self.feats = dataset, text_feat
+
+    def encode_image(self, images):
+        return images
+
+    def project_image(self, images):
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+        pixels = ((images * std + mean) * 255).round().byte()
+        return torch.stack([self.of_photo[photo.numpy().tobytes()] for photo in pixels])
+
+    def encode_text(self, ids, keep):
+        return ids
+
+    def project_text(self, ids):
+        whole = [tuple(e.ids) for e in self.tokenizer.encode_batch(self.texts.captions)]
+        found = [[text[: len(row)] for text in whole].index(tuple(row)) for row in ids.tolist()]
+        return self.feats[found]
+
+
+def test_false_negatives_are_counted_by_hand():
+    """Four products seen from the front. 0: a blue shirt with stripes. 1: the same without it, so its text fits photo 0,
+    but not the other way round. 2: the shirt in red. 3: a bag. Similarities are chosen so that the hardest negatives
+    are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
+    stripes = {"chest": Detail("light", "stripes")}
+    shirt = Product("shirt", "blue", None, "long", "collared", "buttoned", stripes, {})
+    bag = Product("tote", "red", None, None, None, None, {}, {})
+    products = [shirt, replace(shirt, details={}), replace(shirt, colour="red"), bag]
+    dataset = Synthetic("train", 4, 64, progress=False)
+    dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
+    dataset.captions = [product.caption_and_spans()[0] for product in products]
+    dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
+    dataset.photos = [dataset._render(row)[0] for row in range(4)]
+    own, above, below, far = 0.75, 0.9, 0.5, 0.1
+    rows = [own, above, below, far], [above, own, far, below], [below, far, own, above], [far, below, above, own]
+    sim = torch.tensor(rows)
+    flags = "--image-size 64 --patch-size 16 --batch-size 4 --negatives semihard"
+    config, _ = parse_config([*FAST, *flags.split()])
+    state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
+    state.momentum = Oracle(dataset, sim, torch.eye(4))
+    state.momentum.tokenizer = state.tokenizer
+    figures = negative_truth(state, dataset)
+    # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no stripes), 2 and 3 each other's;
+    # texts the same way round: text 1 gets photo 0 (false)
+    assert figures["false_negative_rate_hard"] == pytest.approx(2 / 8)
+    assert figures["false_negative_rate"] == 0 and 0 <= figures["false_negative_rate_random"] <= 1
+
+
+def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
+    """With the truth itself as attention every mask and every word is right; beside it what random masks get."""
+    flags = "--mim-ratio 0.05 --mlm-ratio 0.1 --mask-source clean --word-pool 0 --patch-size 4"
+    state, dataset = built(*flags.split(), products=10)
+
+    def attention(momentum, batch, *_):
+        regions = word_truth(batch, 8).regions.float()
+        return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
+
+    monkeypatch.setattr("engine.wiring.clean_attention", attention)
+    figures = mask_truth(state, dataset)
+    for key in ("patch_cooccurrence", "word_cooccurrence", "pointing"):
+        assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
+
+
+def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
+    state, dataset = built("--dropout", "0", products=12)
+    state.telling = data.telling_pieces(state.tokenizer, dataset.captions)
+    batch = batch_of(state, dataset, [dataset.product_ids.tolist().index(product) for product in range(6)])
+    assert not torch.equal(*restored_logits(state, batch))
+    look = state.model.look
+    monkeypatch.setattr(state.model, "look", lambda image_embeds: look(torch.zeros_like(image_embeds)))
+    assert torch.equal(*restored_logits(state, batch))
+    figures = mask_truth(state, dataset) | validate(state, dataset)[0]
+    for key in ("photo_gain", "photo_gain_detail", "photo_gain_whole", "val_photo_gain"):
+        assert figures[key] == 0, key
+
+
+def restored_logits(state, batch):
+    """What is answered for every token, from the own photo and from that of another product."""
+    photos = state.model.look(state.model.encode_image(data.normalise(batch["images"])))
+    text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
+    fuse = lambda rows: state.model.fuse(text_embeds, batch["attention_mask"], photos, rows)
+    return fuse(None), fuse(torch.arange(6).roll(1))
+
+
+def test_trials_are_texts_that_differ_in_one_thing_that_the_photo_shows(wardrobe):
+    rows = list(range(0, len(wardrobe), 9))
+    kinds, numbers, texts = choice.trials(wardrobe, rows)
+    assert (kinds, numbers, texts) == choice.trials(wardrobe, rows) and len(set(kinds)) >= 8
+    assert len(set(zip(kinds, numbers, strict=True))) == len(kinds)  # one of a kind and photo
+    for kind, number, text in zip(kinds, numbers, texts, strict=True):
+        row = rows[number]
+        variants = wardrobe.products[wardrobe.rows[row][0]].variants()
+        found = [(name, key) for name, key, variant in variants if variant.caption_and_spans()[0] == text]
+        assert len(found) == 1 and found[0][0] == kind and found[0][1] in wardrobe.regions[row]
+
+
+@pytest.mark.parametrize(("better", "worse", "share"), [(1.0, 0.0, 1), (0.0, 1.0, 0), (0.5, 0.5, 0)])
+def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share, monkeypatch):
+    """A score that knows which texts are right, one that is always wrong, one that ties; of necks always wrong."""
+    dataset = Synthetic("train", 30, 32, progress=False)
+    part, products = dataset.part((dataset.product_ids < 24).nonzero()[0]), 24
+    kinds, _, others = choice.trials(dataset, part.source)
+    asked = []
+
+    def text_features(run, texts):
+        asked.append(texts)
+        scores = [better] * len(part) + [9.0 if kind == "neck" else worse for kind in kinds]
+        return torch.tensor(scores)[:, None]
+
+    def match_scores(run, photos, texts, pairs):
+        own = [texts[text] == photos.text(photo) for photo, text in pairs.tolist()]
+        assert own == [True] * len(kinds) + [False] * len(kinds)
+        wrong = [9.0 if kind == "neck" else worse for kind in kinds]
+        return torch.tensor([better] * len(kinds) + wrong)
+
+    features = lambda run, photos: (np.arange(len(photos)), torch.ones(len(photos), 1))
+    stand_ins = {"photo_features": features, "text_features": text_features, "match_scores": match_scores}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(choice, name, stand_in)
+    figures = choice.choices(None, dataset, products)
+    assert asked == [[part.text(row) for row in range(len(part))] + [("", text) for text in others]]
+    details = set(kinds) - {*WHOLE}
+    fine = pytest.approx(share * (len(details) - 1) / len(details))
+    expected = {"choice_coarse": share, "choice_fine": fine}
+    assert figures == expected | {f"{key}_itm": value for key, value in expected.items()}
+    dataset.regions = [{} for _ in dataset.regions]  # nothing is shown, so there is nothing to choose
+    assert choice.choices(None, dataset, products) == {}
+
+
+def test_a_confusion_of_many_classes_shows_the_most_confused():
+    truth, said = torch.tensor([0, 1, 1, 2, 3, 3, 4]), torch.tensor([0, 3, 3, 5, 1, 3, 4])
+    assert most_confused(truth, said, 2).tolist() == [1, 3]
+    assert most_confused(truth, said, 9).tolist() == [*range(6)]

@@ -1,0 +1,112 @@
+"""Pictures are drawn, experiments go on where they stopped, and a step's passes are those that its recipe names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small import FAST
+
+import train
+from engine.config import parse_config
+from experiments import ablate, benchmark, figures
+
+ROOT = Path(__file__).parent.parent
+SMALL = [*FAST, "--steps", "2"]
+
+
+def test_contact_sheet(tmp_path):
+    command = [sys.executable, "experiments/figures.py", "sheet", "--products", "2", "--file", str(tmp_path / "s.png")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert Image.open(tmp_path / "s.png").width > 600
+
+
+def test_masks_of_a_checkpoint(tmp_path, capsys):
+    config, given = parse_config([*SMALL, "--out", str(tmp_path / "run")])
+    train.train(config, given)
+    checkpoint = str(tmp_path / "run" / "last.pt")
+    figures.main(["masks", "--checkpoint", checkpoint, "--rows", "0", "4", "--file", str(tmp_path / "m.png")])
+    assert np.array(Image.open(tmp_path / "m.png")).std() > 10
+    for flags, message in (
+        (["masks", "--checkpoint", checkpoint, "--rows", "999999"], "--rows: the validation split has photos"),
+        (["masks", "--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+        (["masks"], "masks needs --checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            figures.main(flags)
+        assert message in str(refused.value.code) + capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    grid = {"one": ["--negatives", "hard"], "two": ["--word-mask", "random"]}
+    monkeypatch.setitem(ablate.GRIDS, "negatives", grid)
+    started = []
+
+    def stand_in(command):
+        """Train in this process in place of another one; the first run is stopped before its end."""
+        started.append(command)
+        config, given = parse_config(command[2:])
+        train.train(config, given, stop_at=1 if len(started) == 1 else None)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", stand_in)
+    flags = ["--grid", "negatives", "--seeds", "2", "--out", str(tmp_path), *SMALL]
+    with pytest.raises(SystemExit, match="the run did not finish; the same command goes on with it"):
+        ablate.main(flags)
+    ablate.main(flags)
+    assert len(started) == 5 and "--resume" in started[1]
+    table = capsys.readouterr().out
+    ablate.main(flags)
+    assert len(started) == 5 and capsys.readouterr().out.strip().endswith(table.strip().splitlines()[-1])
+    with pytest.raises(SystemExit, match="holds a run with other flags"):
+        ablate.main([*flags, "--alpha", "0.3"])
+
+
+def test_the_table_by_hand():
+    lines = [{"val_i2t_r1": 0.1, "val_t2i_r1": 0.5}, {"val_i2t_r1": 0.3, "val_t2i_r1": 0.5}]
+    others = [{"val_i2t_r1": 0.2, "val_t2i_r1": 0.6}, {"val_i2t_r1": 0.4, "val_t2i_r1": 0.8}]
+    rows = [row.split(" | ") for row in ablate.table({"a": lines, "b": others}).splitlines()]
+    assert rows[0] == ["| condition", "R@1 i2t %", "R@1 t2i % |"]
+    assert rows[2] == ["| a", "20.0 ± 14.1", "50.0 ± 0.0 |"]
+    assert rows[3] == ["| b", "30.0 ± 14.1", "70.0 ± 14.1 |"]
+    assert rows[4] == ["| b − a", "10.0 ± 0.0", "20.0 ± 14.1 |"]
+
+
+def test_every_condition_of_the_ablations_is_a_valid_run():
+    for grid in ablate.GRIDS.values():
+        for flags in grid.values():
+            parse_config(flags)
+
+
+PASSES = {  # with alpha 0; each is named in the recipe's docstring
+    "syncmask": {"vision": 2, "text": 2, "fusion": 4, "decoder": 1, "vision_m": 1, "text_m": 3, "fusion_m": 4},
+    "softmask": {"vision": 1, "text": 1, "fusion": 4, "vision_m": 1, "text_m": 1},
+    "fashionfine": {"vision": 1, "text": 1, "fusion": 3, "vision_m": 1, "text_m": 1},
+    "albef": {"vision": 1, "text": 2, "fusion": 4, "vision_m": 1, "text_m": 1},
+}
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_no_recipe_makes_more_passes_than_it_says(recipe):
+    """Whoever adds a pass has to say so here and in the docstring of the recipe."""
+    flags = [*SMALL, "--fusion-layers", "2", "--recipe", recipe]
+    counts = benchmark.count_passes(*benchmark.open_run(parse_config([*flags, "--alpha", "0"])[0]))
+    assert counts == PASSES[recipe]
+    more = benchmark.count_passes(*benchmark.open_run(parse_config([*flags, "--alpha", "0.4"])[0]))
+    extra = {part for part in more if more[part] > counts.get(part, 0)}
+    assert extra == (set() if recipe == "fashionfine" else {"text_m", "fusion_m"})
+
+
+def test_the_benchmark_prints_what_a_step_costs(capsys):
+    benchmark.main(["step", "--repeats", "1", *SMALL])
+    said = capsys.readouterr().out
+    for part in ("syncmask, tiny, batch 8, fp32, cpu", "images a second", "forward", "update", "MiB", "matrix product"):
+        assert part in said
+    benchmark.main(["passes", *SMALL, "--fusion-layers", "2"])
+    said = capsys.readouterr().out
+    assert all(f"{recipe}: " in said for recipe in train.RECIPES)
+    with pytest.raises(SystemExit, match="benchmark.py: image_size 0"):
+        benchmark.main(["step", "--image-size", "0"])
