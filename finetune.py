@@ -28,20 +28,24 @@ from torch import Tensor
 
 from engine.batches import (
     batches_of,
+    compose,
     different_photos,
     match_scores,
     photo_features,
     text_features,
     texts_to_search,
 )
-from engine.checkpoints import begin, load_weights
-from engine.finetune_config import FinetuneConfig, check_flags, parse_config
+from engine.checkpoints import begin, load_checkpoint, load_weights, read_tokenizer, restore
+from engine.finetune_config import (
+    FinetuneConfig,
+    check_flags,
+    open_photos,
+    open_statements,
+    open_triplets,
+    parse_config,
+)
 from engine.flags import ConfigError, in_one_line
-from engine.host import claimed
-from engine.run import Job, Logged, Losses, NonFiniteLoss, Run, autocast, build_run
-from engine.splits import hold_out, numbers_of, open_photos, open_statements, open_triplets
-from engine.trust import load_checkpoint, read_tokenizer
-from engine.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
+from engine.run import Run, autocast, build_run, build_sampler
 from evaluation.pictures import draw_answers, draw_confusion
 from evaluation.scores import (
     Figures,
@@ -59,7 +63,15 @@ from readers.dataset import DataError, PhotoDataset
 from readers.prompts import Text
 from readers.statements import Statements
 from readers.triplets import Triplets
-from train import work
+from train import (
+    NonFiniteLoss,
+    Values,
+    compute_itc,
+    compute_itm,
+    encode_momentum,
+    fit,
+    sample_itm_negatives,
+)
 
 
 class Task:
@@ -93,22 +105,26 @@ class Retrieval(Task):
     """Cross-modal retrieval: ITC + ITM; full protocol and, where a photo has one caption, the sampled one."""
 
     select = "val_mean"
-    panels = {
-        "loss": ["itc", "itm"],
-        "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
-    }
     queries, negatives, draws = 1000, 100, 5  # of the sampled protocol
 
-    def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
+    def losses(self, run: Run, batch: dict) -> tuple[Values, Values]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
-        model, ids, keep = run.model, batch["token_ids"], batch["attention_mask"]
-        image_embeds, text_embeds = model.vision(batch["images"]), model.text(ids, keep)
-        feats = model.image_feature(image_embeds), model.text_feature(text_embeds, keep)
-        itc = contrast(run, batch, *feats, teach(run, batch))
-        photos = model.fusion.project_image_kv(image_embeds)
-        pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
-        itm, right = match_pairs(run, model.fusion(*pairs.inputs, cls_only=True), pairs.labels)
-        return {"itc": run.config.itc_weight * itc.loss, "itm": itm}, {"itm_accuracy": right}
+        model, ids, attention_mask = run.model, batch["token_ids"], batch["attention_mask"]
+        _, _, image_feat_m, text_feat_m = encode_momentum(run, batch)
+        image_embeds, text_embeds = model.vision(batch["images"]), model.text(ids, attention_mask)
+        image_feat, text_feat = model.image_feature(image_embeds), model.text_feature(text_embeds, attention_mask)
+        itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
+
+        # ITM: images with a wrong caption, captions with a wrong image, own pairs
+        wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
+        own = torch.arange(len(ids), device=run.device)
+        pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
+        pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+        pair_images = torch.cat([own, wrong_image, own])
+        image_kv = model.fusion.project_image_kv(image_embeds)
+        fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)
+        itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
+        return {"itc": run.config.itc_weight * itc, "itm": itm}, {"itm_accuracy": itm_accuracy}
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
         """Full protocol on the held-out products."""
@@ -168,7 +184,6 @@ class TextGuided(Task):
     """
 
     select = "val_mean"
-    panels = {"loss": ["itc"], "held-out recall": ["val_r1", "val_r10", "val_r50"]}
 
     @property
     def fused(self) -> bool:
@@ -183,7 +198,7 @@ class TextGuided(Task):
         """To train on, to choose the best step by: no reference photo (synthetic: no family) is in both."""
         return self.parts(dataset, dataset.families)
 
-    def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
+    def losses(self, run: Run, batch: dict) -> tuple[Values, Values]:
         """ITC of queries with the targets of the batch, both ways; references and targets are encoded in one call."""
         both = run.model.vision(torch.cat([batch["images"], batch["target_images"]]))
         references, targets = both.chunk(2)
@@ -260,7 +275,6 @@ def write_ranks(dataset: Triplets, ranked: Iterable[RankedTriplets], path: Path)
 class Recognition(Task):
     """Category or sub-category from the fused [CLS] of photo and text, or from the [CLS] of one of them alone."""
 
-    panels = {"loss": ["class"], "held-out": ["val_accuracy", "val_macro_f1"]}
     select = "val_accuracy"
 
     def labels_of(self, dataset: PhotoDataset) -> list[str]:
@@ -321,7 +335,7 @@ class Recognition(Task):
         image_kv = run.model.fusion.project_image_kv(image_embeds)
         return run.model.class_head(run.model.fusion(text_embeds, keep, image_kv, cls_only=True)[:, 0])
 
-    def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
+    def losses(self, run: Run, batch: dict) -> tuple[Values, Values]:
         """Cross-entropy; of the head alone, on encoders in evaluation mode, with --freeze."""
         if self.config.freeze:
             run.model.eval()
@@ -388,6 +402,35 @@ class Entailment(Recognition):
         return {f"accuracy_{kind}": hits[kinds == kind].float().mean().item() for kind in sorted({*kinds} - {""})}
 
 
+def hold_out(
+    groups: np.ndarray, share: float, most: int, seed: int, labels: list[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on, rows to choose the best step by: whole groups (N,), `share` of them but no more than `most`.
+
+    No label (N,) leaves training altogether: its last group is kept. Raises DataError if nothing can be held out.
+    """
+    names = np.random.default_rng((5, seed)).permutation(np.unique(groups))
+    wanted, chosen = min(most, max(2, round(share * len(names))), len(names) - 1), []
+    kinds = numbers_of(labels or [""] * len(groups))
+    left = np.bincount(kinds)
+    for name in names:
+        kind = kinds[groups == name] if labels else kinds[:0]
+        if len(chosen) < wanted and (left - np.bincount(kind, minlength=len(left)) > 0)[kind].all():
+            left -= np.bincount(kind, minlength=len(left))
+            chosen.append(name)
+        elif len(chosen) == wanted:
+            break
+    held = np.isin(groups, chosen)
+    if held.all() or not held.any():
+        raise DataError("too few products to hold any out of training; give more")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def numbers_of(labels: list[str]) -> np.ndarray:
+    """Labels as numbers in alphabetical order. -> int64 (N,)."""
+    return np.unique(labels, return_inverse=True)[1]
+
+
 TASKS = {"retrieval": Retrieval, "tgir": TextGuided, "category": Recognition, "subcategory": Recognition,
          "entailment": Entailment}  # fmt: skip
 
@@ -396,15 +439,10 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
     """Fine-tune, keep the step that does best on held-out products, and report it. -> results, None if stopped.
 
     stop_at: save and stop after this step."""
-    with claimed(Path(config.out)):
-        return train_and_report(config, given, source, stop_at)
-
-
-def train_and_report(config: FinetuneConfig, given: set[str], source: dict, stop_at: int | None = None) -> dict | None:
-    """`finetune` in a folder that is its own."""
     state, out = None, Path(config.out)
     if not config.eval_only:
         config, state = begin(config, given, check_flags)
+    out.mkdir(parents=True, exist_ok=True)
     if not config.resume and (out / "results.json").exists():
         raise ConfigError(f"{out}/results.json is there already; choose another --out")
     task = TASKS[config.task](config)
@@ -443,12 +481,15 @@ def train_task(
         run.model.class_head.requires_grad_(True)
     name = f"{config.task} from {'scratch' if config.from_scratch else config.checkpoint}"
 
-    def validate(run: Run) -> tuple[Figures, list[str]]:
+    def validate(run: Run) -> Figures:
         run.model.eval()
-        return task.validate(run, held_out), []
+        return task.validate(run, held_out)
 
-    job = Job(name, task.losses, validate, task.panels, task.select, config.patience)
-    final = work(run, job, train_set, state, stop_at)
+    run.sampler = build_sampler(run, train_set)
+    if state:
+        restore(run, state)
+    print(name)
+    final = fit(run, train_set, task.losses, validate, task.select, config.patience, stop_at)
     return run if final else None
 
 

@@ -14,6 +14,7 @@ published weights load.
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -493,6 +494,10 @@ class VisionLanguageModel(nn.Module):
         """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""
         return F.linear(self.mlm_head(tokens), self.text.word_embeddings.weight, self.mlm_bias)
 
+    def forward(self, compute: Callable, *args):
+        """Call compute(*args). DistributedDataParallel averages the gradients of what passes through forward."""
+        return compute(*args)
+
     @torch.no_grad()
     def clamp_temp(self) -> None:
         """Keep the learnable temperature in ALBEF's range."""
@@ -519,40 +524,3 @@ class MomentumModel(nn.Module):
         """Move the average towards `model`, by 1 − decay (the constructor's decay unless given)."""
         ours, theirs = list(self.model.parameters()), list(model.parameters())
         torch._foreach_lerp_(ours, theirs, 1 - (self.decay if decay is None else decay))
-
-
-class FeatureQueue(nn.Module):
-    """The last K momentum features with their products and captions, for more ITC negatives (MoCo, ALBEF)."""
-
-    def __init__(self, length: int, embed_dim: int = EMBED_DIM):
-        super().__init__()
-        self.register_buffer("image_feat", torch.zeros(length, embed_dim))
-        self.register_buffer("text_feat", torch.zeros(length, embed_dim))
-        self.register_buffer("product_ids", torch.full((length,), -1))
-        self.register_buffer("caption_ids", torch.full((length,), -1))
-        self.pushed = 0  # counted here: asking the device would wait for it
-
-    def get_extra_state(self) -> Tensor:
-        """How many were pushed, for checkpoints."""
-        return torch.tensor(self.pushed)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.pushed = int(state)
-
-    @property
-    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """image_feat (K, E), text_feat (K, E), product_ids (K,), caption_ids (K,)."""
-        return self.image_feat, self.text_feat, self.product_ids, self.caption_ids
-
-    def filled(self) -> list[Tensor]:
-        """`entries`, but only those pushed so far."""
-        return [entry[: self.pushed] for entry in self.entries]
-
-    @torch.no_grad()
-    def push(self, *batch: Tensor) -> None:
-        """Overwrite the oldest entries with a batch of (B, E), (B, E), (B,) and (B,)."""
-        if length := len(self.product_ids):
-            at = (self.pushed + torch.arange(len(batch[0]), device=self.product_ids.device)) % length
-            for entry, new in zip(self.entries, batch, strict=True):
-                entry[at[-length:]] = new[-length:].to(entry.dtype)
-            self.pushed += len(batch[0])

@@ -1,22 +1,19 @@
-"""Pretraining: one recipe per method, one flat loop.
-
-A recipe is a function here and a row of RECIPE_DEFAULTS in engine/config.py, which sets what is not written out: how
-batches are grouped and negatives chosen, focal ITC, distortion, framed texts. Its docstring counts the passes of a
-step, in photos or captions; "to [CLS]" where the last fusion layer makes [CLS] alone.
+"""Pretraining: a method is a function here, a recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
 
     python train.py                                            tiny model, synthetic photos, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
-    torchrun --nproc-per-node N train.py …                     N GPUs: see engine/ranks.py
+    torchrun --nproc-per-node N train.py …                     N GPUs: see engine/distributed.py
 
 What a run leaves in --out: config.json, metrics.jsonl (its keys: engine/log.py), curves.png, masks.png, last.pt.
+
+Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys.
+The suffix _m marks what the momentum encoder computes.
 """
 
 import json
-import os
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,241 +21,391 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from data import build_dataset, telling_pieces, word_regions
 from engine.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
-from engine.checkpoints import begin, restore, save_checkpoint
+from engine.checkpoints import begin, read_tokenizer, restore, save_checkpoint
 from engine.config import (
-    FREE_ON_RESUME,
     MAX_GRAD_NORM,
     TrainConfig,
     check_flags,
     ema_decay,
     grouping_of,
+    itm_hard_ratio,
     learning_rate,
     parse_config,
 )
+from engine.distributed import any_process, average, gather, is_main_process, join_processes, rank, world_size
 from engine.flags import ConfigError, in_one_line
-from engine.host import claimed
-from engine.log import Metrics, Progress, StopSignals
-from engine.precision import fitting_precision
-from engine.ranks import Ranks, speak_up
-from engine.run import FiniteWatch, Job, Logged, Losses, NonFiniteLoss, Run, Step, build_run
-from engine.trust import read_tokenizer
+from engine.log import StopSignals, peak_memory_mib, read_metrics, trim_metrics, write_metrics
+from engine.run import Run, autocast, build_run, build_sampler
 from engine.weights import WeightsError, load_pretrained
-from engine.wiring import (
-    Teacher,
-    add_matches,
-    contrast,
-    match_pairs,
-    pick,
-    restore_words,
-    synchronize,
-    teach,
-    wrong_pairs,
-)
-from evaluation.pictures import PANELS, draw_curves, draw_masks, first_photos
+from evaluation.pictures import draw_curves, draw_masks, first_photos
 from evaluation.truth import truth, truth_in_words
 from evaluation.validation import validate
-from losses import accuracy, alignment_loss, cross_entropy, mim_loss
-from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask, split_patches, true_mask
+from losses import (
+    accuracy,
+    alignment_loss,
+    cross_entropy,
+    itc_loss,
+    itc_targets,
+    itm_loss,
+    mim_loss,
+    mlm_loss,
+    pick_negatives,
+    same_pairs,
+)
+from masking import (
+    corrupt_words,
+    grad_cam,
+    middle_layer,
+    random_patch_mask,
+    random_word_mask,
+    replace_words,
+    score_words,
+    soft_mask,
+    split_patches,
+    sync_mask,
+    true_mask,
+)
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import DESCRIPTION
-from sampler import GroupedBatchSampler
+
+Values = dict[str, Tensor]  # scalars by name: the losses of a step, or metrics of a step
 
 
-def albef(run: Run, batch: dict) -> tuple[Losses, Logged]:
-    """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets.
+# --- recipes: what a method encodes, masks, pairs and fuses ---
 
-    Passes: image B; text 2B (clean, masked); fusion 3B to [CLS] (B matching pairs, 2B wrong) and B of masked texts.
-    Momentum: image B, text B; with alpha > 0 text and fusion B (masked) more.
+
+def albef(run: Run, batch: dict) -> tuple[Values, Values]:
+    """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets. -> losses, metrics"""
+    model, ids, attention_mask = run.model, batch["token_ids"], batch["attention_mask"]
+    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+
+    # mask: random words
+    word_mask = random_word_mask(batch["words"], run.config.mlm_ratio, run.generator)
+    masked_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+
+    # encode: captions and masked captions in one call
+    image_embeds = model.vision(batch["images"])  # (B, N, D)
+    both_ids, both_masks = torch.cat([ids, masked_ids]), torch.cat([attention_mask, attention_mask])
+    text_embeds, masked_embeds = model.text(both_ids, both_masks).chunk(2)  # (B, L, D) each
+
+    # ITC
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)  # (B, E)
+    itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
+
+    # ITM: images with a wrong caption, captions with a wrong image, own pairs; the head reads [CLS] alone
+    wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    own = torch.arange(len(ids), device=run.device)
+    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
+    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_images = torch.cat([own, wrong_image, own])
+    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (3B, 1, D)
+    itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
+
+    # MLM: masked captions with their images
+    fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
+    fused_m = fuse_momentum(run, masked_ids, attention_mask, image_embeds_m)
+    mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
+
+    losses = {"itc": run.config.itc_weight * itc, "itm": itm, "mlm": mlm}
+    return losses, {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
+
+
+def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
+    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM. Words and patches to mask come from the momentum encoder's
+    cross-attention; batches are grouped and negatives semi-hard (RECIPE_DEFAULTS). -> losses, metrics
+
+    Our choices: how attention becomes masks, the form of MIM (visible patches with the unmasked caption), its weight.
     """
-    config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    teacher = teach(run, batch)
+    config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
-    # mask, encode: clean and masked captions share one call
+    # mask: words and patches that the image and the caption have in common
+    patch_mask, word_mask = choose_masks(run, batch, image_embeds_m, text_embeds_m)  # (B, P), (B, L)
+    ids_keep, ids_masked = split_patches(patch_mask, config.mim_ratio)
+    masked_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+
+    # encode: captions and masked captions in one call; images whole, and their visible patches alone
+    image_embeds = model.vision(batch["images"])  # (B, N, D)
+    visible_embeds = model.vision(batch["images"], ids_keep)
+    both_ids, both_masks = torch.cat([ids, masked_ids]), torch.cat([attention_mask, attention_mask])
+    text_embeds, masked_embeds = model.text(both_ids, both_masks).chunk(2)  # (B, L, D) each
+
+    # ITC
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)  # (B, E)
+    itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
+
+    # ITM: images with a wrong caption, captions with a wrong image, own pairs; the head reads [CLS] alone
+    wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    own = torch.arange(len(ids), device=run.device)
+    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
+    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_images = torch.cat([own, wrong_image, own])
+    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (3B, 1, D)
+    itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
+
+    # MLM: masked captions with their unmasked images
+    fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
+    fused_m = fuse_momentum(run, masked_ids, attention_mask, image_embeds_m)
+    mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
+
+    # MIM: masked images with their unmasked captions
+    pixels = model.decoder(visible_embeds, ids_keep, ids_masked, text_embeds, attention_mask)  # (B, M, 3p²)
+    mim = mim_loss(pixels, batch["images"], ids_masked)
+
+    losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm, "mim": config.mim_weight * mim}
+    return losses, {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
+
+
+def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
+    """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked image as one more positive + MLM, on
+    masked captions and distorted images (RECIPE_DEFAULTS). -> losses, metrics
+
+    Our choice: ITC, ITM and MLM read one encoding of the masked caption, so MLM needs no pass of its own.
+    """
+    config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+
+    # mask: random words
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels = run.corrupt(ids, word_mask)
-    image_embeds = model.vision(batch["images"])
-    text_embeds, masked_embeds = model.text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
+    masked_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
 
-    # contrast
-    itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
+    # encode: the masked caption serves all objectives; the momentum encoder sees the unmasked one
+    image_embeds = model.vision(batch["images"])  # (B, N, D)
+    masked_embeds = model.text(masked_ids, attention_mask)  # (B, L, D)
+    text_embeds = masked_embeds if config.mask_text else model.text(ids, attention_mask)
 
-    # fuse: matching pairs and wrong ones, of which ITM reads [CLS] alone; masked texts with their photos
-    photos = model.fusion.project_image_kv(image_embeds)
-    pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
-    fused_cls = model.fusion(*pairs.inputs, cls_only=True)
-    filled = model.fusion(masked_embeds, keep, photos)
+    # ITC
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)  # (B, E)
+    itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
-    # losses
-    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
-    losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, pairs.labels)
-    losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
-    return losses, figures
-
-
-def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
-    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, both masks from the momentum model's cross-attention.
-
-    Choices: how the attention becomes masks, the form of MIM (masked photo, clean text, a pass of its own), its weight.
-    From RECIPE_DEFAULTS: grouped batches, semi-hard negatives.
-
-    Passes: those of `albef`; image B of half of the patches (the visible ones), decoder B. Momentum, for the masks:
-    text 2B and fusion 4B more (source masked), or fusion B (clean).
-    """
-    config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    teacher = teach(run, batch)
-
-    # mask: what the momentum model finds in both, the photo and the text
-    patch_mask, word_mask = choose_masks(run, batch, teacher)
-    masked_ids, mlm_labels = run.corrupt(ids, word_mask)
-
-    # encode: clean and masked captions share one call; of the masked photos only the visible patches
-    visible, hidden = split_patches(patch_mask, config.mim_ratio)  # (B, K), (B, M)
-    image_embeds = model.vision(batch["images"])
-    visible_embeds = model.vision(batch["images"], visible)
-    text_embeds, masked_embeds = model.text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
-
-    # contrast
-    itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
-
-    # fuse: matching pairs and wrong ones, of which ITM reads [CLS] alone; masked texts with their photos
-    photos = model.fusion.project_image_kv(image_embeds)
-    pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
-    fused_cls = model.fusion(*pairs.inputs, cls_only=True)
-    filled = model.fusion(masked_embeds, keep, photos)
-    # reconstruct: masked photos with their texts
-    pixels = model.decoder(visible_embeds, visible, hidden, text_embeds, keep)
-
-    # losses
-    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
-    losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, pairs.labels)
-    losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
-    losses["mim"] = run.ranks.mean(config.mim_weight * mim_loss(pixels, batch["images"], hidden), hidden.numel())
-    return losses, figures
-
-
-def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
-    """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked photo as one more match + MLM, on
-    masked text and distorted photos.
-
-    Choice: ITC, ITM and MLM read one encoding of the masked text, so MLM needs no pass of its own. From
-    RECIPE_DEFAULTS: focal ITC, distortion.
-
-    Passes: image B; text B (masked; with --no-mask-text 2B); fusion B matching pairs, with attention, and 3B to [CLS]
-    (2B wrong, B soft-masked); with --no-mask-text B of masked texts more. Momentum as `albef`.
-    """
-    config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    teacher = teach(run, batch)
-
-    # mask, encode: the masked text serves all objectives; the momentum model sees the clean one
-    word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels = run.corrupt(ids, word_mask)
-    image_embeds = model.vision(batch["images"])
-    masked_embeds = model.text(masked_ids, keep)
-    text_embeds = masked_embeds if config.mask_text else model.text(ids, keep)
-
-    # contrast
-    itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
-
-    # fuse: wrong pairs; matching ones; as one more match the photo without what one of the legible words is about
-    photos = model.fusion.project_image_kv(image_embeds)
-    pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos)
-    fused_cls = [model.fusion(*pairs.inputs, cls_only=True)]
+    # ITM: images with a wrong caption, captions with a wrong image, soft-masked pairs, own pairs
+    wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    own = torch.arange(len(ids), device=run.device)
+    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
+    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_images = torch.cat([own, wrong_image])
+    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (2B, 1, D)
     if config.soft_mask:
-        matching, attentions = model.fusion(text_embeds, keep, photos, return_attention=True)
-        legible = (batch["words"] > 0) & ~word_mask if config.mask_text else batch["words"] > 0
-        soft_kv = model.fusion.project_image_kv(soften(run, legible, matching, attentions, image_embeds))
-        fused_cls += [model.fusion(text_embeds, keep, soft_kv, cls_only=True)]
+        # one more positive: the image without what one of the words is about
+        fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
+        words = batch["words"] > 0
+        if config.mask_text:
+            words = words & ~word_mask  # a masked word is about nothing
+        soft_embeds = apply_soft_mask(run, words, fused, attentions, image_embeds)
+        soft_kv = model.fusion.project_image_kv(soft_embeds)
+        soft_cls = model.fusion(text_embeds, attention_mask, soft_kv, cls_only=True)
+        fused_cls = torch.cat([fused_cls, soft_cls])
+        itm_labels = torch.cat([itm_labels, torch.ones_like(own)])
     else:
-        matching = model.fusion(text_embeds, keep, photos)
-    fused_cls = torch.cat([*fused_cls, matching[:, :1]])
-    filled = matching if config.mask_text else model.fusion(masked_embeds, keep, photos)
+        fused = model.fusion(text_embeds, attention_mask, image_kv)
+    fused_cls = torch.cat([fused_cls, fused[:, :1]])
+    itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
-    # losses
-    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
-    itm_labels = torch.cat([pairs.labels, pairs.labels.new_ones(len(fused_cls) - len(pairs.labels))])
-    losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, itm_labels)
-    losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, filled, masked_ids, mlm_labels, teacher)
-    return losses, figures
+    # MLM: from the same fused tokens, where the caption was masked
+    if not config.mask_text:
+        fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
+    fused_m = fuse_momentum(run, masked_ids, attention_mask, image_embeds_m)
+    mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
+
+    losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm}
+    return losses, {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
 
 
-def fashionfine(run: Run, batch: dict) -> tuple[Losses, Logged]:
+def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     """Fashion-FINE (Jin et al. 2024): focal ITC on features with local tokens in them (MAA, HNM-F) + ITM + the category
-    symbol and phrases aligned with the photo (C-CmA) + MLM + replaced-token detection.
+    symbol and phrases aligned with the image (C-CmA) + MLM + replaced-token detection (RTD). -> losses, metrics
 
-    As in the authors' code all objectives read one text, some of whose words are masked and some replaced, only online
-    features have local tokens in them, and MLM has no soft targets. Choices: the momentum model reads the clean text;
-    C-CmA's start. From RECIPE_DEFAULTS: focal ITC, framed texts.
-
-    Passes: image B; text B (masked); fusion B matching pairs and 2B wrong ones to [CLS]. Momentum: image B, text B.
+    As in the authors' code all objectives read one caption, some of whose words are masked and some replaced; only
+    online features have local tokens in them; MLM has no soft targets. Our choices: the momentum encoder reads the
+    clean caption; how C-CmA starts.
     """
-    config, model, ids, keep = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    teacher = teach(run, batch)
+    config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
+    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
-    # mask, encode: the corrupted text serves all objectives; the momentum model sees the clean one
+    # mask: random words, of which some are replaced
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels, replaced = run.replace_words(ids, batch["words"], word_mask)
-    image_embeds = model.vision(batch["images"])
-    text_embeds = model.text(masked_ids, keep)
+    masked_ids, mlm_labels, replaced = replace_words(
+        ids, batch["words"], word_mask, run.mask_id, run.word_ids, run.antonyms, run.synonyms, run.generator
+    )
 
-    # contrast: integrated features with momentum keys of [CLS] alone
-    image_feat = model.image_feature(image_embeds)
-    itc = contrast(run, batch, image_feat, model.text_feature(text_embeds, keep), teacher)
+    # encode: one caption serves all objectives
+    image_embeds = model.vision(batch["images"])  # (B, N, D)
+    text_embeds = model.text(masked_ids, attention_mask)  # (B, L, D)
 
-    # fuse: wrong pairs; matching ones, from which words are restored
-    photos = model.fusion.project_image_kv(image_embeds)
-    pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos)
-    matching = model.fusion(text_embeds, keep, photos)
-    fused_cls = torch.cat([model.fusion(*pairs.inputs, cls_only=True), matching[:, :1]])
+    # ITC: integrated features against momentum keys of [CLS] alone
+    image_feat, text_feat = model.image_feature(image_embeds), model.text_feature(text_embeds, attention_mask)  # (B, E)
+    itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
-    # losses
-    losses, figures = {"itc": config.itc_weight * itc.loss}, {}
-    itm_labels = torch.cat([pairs.labels, torch.ones_like(ids[:, 0])])
-    losses["itm"], figures["itm_accuracy"] = match_pairs(run, fused_cls, itm_labels)
-    losses["mlm"], figures["mlm_accuracy"] = restore_words(run, batch, matching, masked_ids, mlm_labels)
+    # ITM: images with a wrong caption, captions with a wrong image, own pairs
+    wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    own = torch.arange(len(ids), device=run.device)
+    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
+    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_images = torch.cat([own, wrong_image])
+    fused = model.fusion(text_embeds, attention_mask, image_kv)  # (B, L, D)
+    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (2B, 1, D)
+    itm, itm_accuracy = compute_itm(run, torch.cat([fused_cls, fused[:, :1]]), itm_labels)
+
+    # MLM: from the same fused tokens
+    mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels)
+
+    losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm}
+    metrics = {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
     if config.model.alignment:
-        # choice: ramped up, since from random weights its full pull gathers all features in one point
-        alignment = alignment_loss(model.category_feature(text_embeds, keep), image_feat)
-        losses["align"] = run.ranks.mean(run.ramp * alignment, len(ids))
+        # our choice: ramped up, since from random weights its full pull gathers all features in one point
+        losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, attention_mask), image_feat)
     if config.model.detector:
-        losses["rtd"], figures["replaced_recall"] = detect_replaced(run, batch, matching, masked_ids, replaced)
-    return losses, figures
+        readable = batch["described"] & (masked_ids != run.mask_id)  # (B, L)
+        losses["rtd"], metrics["replaced_recall"] = compute_rtd(run, fused, readable, replaced)
+    return losses, metrics
 
 
 RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "fashionfine": fashionfine, "albef": albef}
 
 
-def soften(run: Run, words: Tensor, matching: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
-    """The image tokens (B, N, D) with the patches suppressed that one of the `words` (B, L), drawn at random, is about:
-    ṽ_p = (1 − M_p) · v_p, the CLS as it is. A text without any such word leaves its photo as it is.
-
-    By Grad-CAM of the model in training itself, on its `matching` tokens and their attentions, one a layer."""
-    score = run.model.itm_logits(matching)[:, 1].sum()  # pairs are independent, so one gradient serves all
-    maps = grad_cam(attentions[middle_layer(len(attentions))], score)
-    any_word = words.any(dim=1, keepdim=True)
-    word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
-    soft = soft_mask(maps, word) * any_word  # (B, P)
-    return torch.cat([image_embeds[:, :1], image_embeds[:, 1:] * (1 - soft[..., None]).to(image_embeds.dtype)], dim=1)
+# --- what recipes share: the momentum encoder, the objectives, the choice of masks ---
 
 
-TRUE_RATIO = 0.5  # share of the words that an image shows, which true masks hide (choice)
+@torch.no_grad()
+def encode_momentum(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encode the unmasked pairs with the momentum encoder.
+    -> image_embeds_m (B, N, D), text_embeds_m (B, L, D), image_feat_m (B, E), text_feat_m (B, E)"""
+    momentum = run.momentum.model
+    image_embeds_m = momentum.vision(batch["images"])
+    text_embeds_m = momentum.text(batch["token_ids"], batch["attention_mask"])
+    return image_embeds_m, text_embeds_m, momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
 
 
-def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tensor]:
-    """Patch mask (B, P) and word mask (B, L) of a training batch: each random, synchronized or true, as configured."""
-    config, words, where = run.config, batch["words"], dict(generator=run.generator, device=run.device)
-    patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, **where)
-    word_mask = random_word_mask(words, config.mlm_ratio, run.generator)
-    chosen, modes = {}, {config.patch_mask, config.word_mask}
+@torch.no_grad()
+def fuse_momentum(run: Run, masked_ids: Tensor, attention_mask: Tensor, image_embeds_m: Tensor) -> Tensor | None:
+    """Fuse masked captions with their images in the momentum encoder, for MLM's soft targets. -> (B, L, D), or None
+    where no soft targets are asked for (alpha = 0)."""
+    if run.alpha == 0:
+        return None
+    momentum = run.momentum.model
+    image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
+    return momentum.fusion(momentum.text(masked_ids, attention_mask), attention_mask, image_kv_m)
+
+
+def compute_itc(
+    run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, image_feat_m: Tensor, text_feat_m: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ITC (ALBEF eq. 1, 6) of online features (B, E) against momentum features: those of the batch, then the queue's.
+    The keys then go into the queue, and to the sampler, which groups the next epoch by them.
+
+    -> loss; logits (B, B) of this process's images to its captions, and of its captions to its images"""
+    config, temp = run.config, run.model.temp
+    keys = []
+    new_keys = [gather(x) for x in (image_feat_m, text_feat_m, batch["product_ids"], batch["caption_ids"])]
+    for new, old in zip(new_keys, run.queue, strict=True):
+        keys.append(torch.cat([new, old]))
+    image_keys, text_keys, key_products, key_captions = keys  # (K, E), (K, E), (K,), (K,)
+    positives = same_pairs(batch["product_ids"], batch["caption_ids"], key_products, key_captions)  # (B, K)
+    # in full precision: at a temperature of 0.02, bf16 would round the logits to steps of a quarter
+    with torch.autocast(run.device.type, enabled=False):
+        sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
+        with torch.no_grad():
+            targets_i2t = itc_targets(positives, image_feat_m @ text_keys.T / temp, run.alpha)
+            targets_t2i = itc_targets(positives, text_feat_m @ image_keys.T / temp, run.alpha)
+        loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, config.focal_gamma)
+    run.queue = [key[: config.queue] for key in keys]
+    if run.sampler and grouping_of(config) != "random":
+        run.sampler.collect(gather(batch["rows"]), *new_keys[:2])
+    first = rank() * len(image_feat)
+    own = slice(first, first + len(image_feat))
+    return loss, sim_i2t[:, own], sim_t2i[:, own]
+
+
+def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose for each image a wrong caption of the batch, and for each caption a wrong image, as --negatives says; a
+    share of them is random. sim_i2t, sim_t2i (B, B) logits of this process's pairs.
+
+    -> wrong_caption (B,), wrong_image (B,), labels (3B,) of the pairs with these and of the own pairs: 0 no match, 1
+    match, −100 where every other pair of the batch would match"""
+    config = run.config
+    margin = config.margin / run.model.temp.detach()  # logits are cosines over the temperature
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
+    negatives = []
+    for sim in (sim_i2t, sim_t2i):
+        chosen = pick_negatives(sim, forbidden, None, config.negatives, run.generator, margin)
+        drawn = pick_negatives(sim, forbidden, None, "random", run.generator)
+        dice = torch.rand(len(sim), device=run.device, generator=run.generator)
+        negatives.append(torch.where(dice < itm_hard_ratio(run.step, config), chosen, drawn))
+    wrong_caption, wrong_image = negatives
+    impossible = torch.cat(negatives) < 0
+    labels = torch.cat([torch.where(impossible, -100, 0), torch.ones_like(wrong_caption)])
+    return wrong_caption.clamp(min=0), wrong_image.clamp(min=0), labels
+
+
+def compute_itm(run: Run, fused_cls: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """ITM (ALBEF eq. 4) of fused pairs (n, 1, D) with labels (n,). -> loss, accuracy"""
+    logits = run.model.itm_logits(fused_cls)  # (n, 2)
+    return itm_loss(logits, labels), accuracy(logits, labels)
+
+
+def compute_mlm(run: Run, fused: Tensor, mlm_labels: Tensor, fused_m: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """MLM (ALBEF eq. 3, 7) from the fused tokens (B, L, D) of masked captions; labels (B, L), −100 where not masked.
+    fused_m: the momentum encoder's, whose predictions are soft targets. -> loss, accuracy"""
+    masked = mlm_labels != -100
+    tokens, labels = gather_masked(masked, fused, mlm_labels)  # (M, D), (M,)
+    logits, logits_m = run.model.mlm_logits(tokens), None  # (M, V)
+    if fused_m is not None:
+        (tokens_m,) = gather_masked(masked, fused_m)
+        with torch.no_grad():
+            logits_m = run.momentum.model.mlm_logits(tokens_m)
+    return mlm_loss(logits, labels, logits_m, run.alpha), accuracy(logits, labels)
+
+
+def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> tuple[Tensor, Tensor]:
+    """Replaced-token detection (Fashion-FINE) on the fused tokens (B, L, D) of the `readable` words (B, L); replaced
+    (B, L) bool. -> loss, recall of the replaced words"""
+    tokens, labels = gather_masked(readable, fused, replaced.long())
+    logits = run.model.detector(tokens)  # (M, 2)
+    of_replaced = labels.masked_fill(labels == 0, -100)
+    return cross_entropy(logits, labels), accuracy(logits, of_replaced)
+
+
+def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The masked tokens of some tensors (B, L, …), as x[mask]; but a GPU is asked only once how many there are, and not
+    again in the backward pass. -> (M, …) each"""
+    marked = mask.flatten().nonzero().squeeze(1)
+    return [x.flatten(0, 1).index_select(0, marked) for x in tensors]
+
+
+TRUE_RATIO = 0.5  # our choice: share of the words that an image shows which true masks hide
+
+
+def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or true, as
+    --patch-mask and --word-mask say; random during --mask-warmup and for a share --mask-hint of the pairs."""
+    config, words, generator = run.config, batch["words"], run.generator
+    patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
+    word_mask = random_word_mask(words, config.mlm_ratio, generator)
+    modes = (config.patch_mask, config.word_mask)
+    chosen = {}
     if "true" in modes:
-        shares = config.mim_ratio, TRUE_RATIO
-        chosen["true"] = true_mask(word_regions(batch, config.model.grid), words, *shares, run.generator)
+        regions = word_regions(batch, config.model.grid)
+        chosen["true"] = true_mask(regions, words, config.mim_ratio, TRUE_RATIO, generator)
     if "sync" in modes and run.step >= config.mask_warmup:
-        chosen["sync"] = synchronize(run, batch, teacher, run.generator)[1:]
+        momentum = run.momentum.model
+        image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
+        attention, scores = score_words(
+            momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
+        )
+        chosen["sync"] = sync_mask(
+            attention, scores, words, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+        )
     if chosen:
-        keep_random = torch.rand(len(words), 1, **where) < config.mask_hint
+        keep_random = torch.rand(len(words), 1, generator=generator, device=run.device) < config.mask_hint
         if config.patch_mask in chosen:
             patch_mask = torch.where(keep_random, patch_mask, chosen[config.patch_mask][0])
         if config.word_mask in chosen:
@@ -266,164 +413,192 @@ def choose_masks(run: Run, batch: dict, teacher: Teacher) -> tuple[Tensor, Tenso
     return patch_mask, word_mask
 
 
-def detect_replaced(
-    run: Run, batch: dict, fused: Tensor, masked_ids: Tensor, replaced: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Replaced-token detection on the fused tokens (B, L, D) of all words that can be read. -> loss, recall."""
-    legible = batch["described"] & (masked_ids != run.mask_id)
-    fused, replaced = pick(legible, fused, replaced)
-    logits, labels = run.model.detector(fused), replaced.long()
-    found = labels.masked_fill(labels == 0, -100)
-    loss = run.ranks.mean(cross_entropy(logits, labels), legible)
-    return loss, run.ranks.mean(accuracy(logits, found), found >= 0)
+def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
+    """Suppress the patches that one random word is about: ṽ_p = (1 − M_p) · v_p, CLS as it is. A caption without any of
+    the `words` (B, L) leaves its image as it is.
+
+    M by Grad-CAM of the model in training, from its `fused` tokens and their attentions, one a layer. -> (B, N, D)"""
+    score = run.model.itm_logits(fused)[:, 1].sum()  # pairs are independent, so one gradient serves all
+    maps = grad_cam(attentions[middle_layer(len(attentions))], score)
+    any_word = words.any(dim=1, keepdim=True)
+    word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
+    mask = soft_mask(maps, word) * any_word  # (B, P)
+    patches = image_embeds[:, 1:] * (1 - mask[..., None]).to(image_embeds.dtype)
+    return torch.cat([image_embeds[:, :1], patches], dim=1)
+
+
+# --- building a run, the loop, the command line ---
 
 
 def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | None = None) -> dict | None:
     """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early.
 
-    stop_at: save and stop after this step. Under torchrun every process calls this; the lines of all but the first lack
-    the validation."""
-    with claimed(Path(config.out)):
-        return pretrain(*begin(config, given, check_flags), stop_at)
-
-
-def pretrain(config: TrainConfig, state: dict | None, stop_at: int | None = None) -> dict | None:
-    """`train` by a recipe, from the start or from a checkpoint's state."""
-    ranks = Ranks.join(config.device)
-    where = config.model.image_size, config.seed, config.products
-    train_set, val_set = (build_dataset(config.data, config.root, split, *where) for split in ("train", "val"))
-    if config.prompts:  # held-out texts as the downstream tasks give them: without what the prompts would tell
-        train_set.prompts, val_set.lead = True, DESCRIPTION
+    stop_at: save and stop after this step. Under torchrun every process calls this."""
+    device = join_processes(config.device)
+    config, state = begin(config, given, check_flags)
+    sizes = (config.model.image_size, config.seed, config.products)
+    train_set = build_dataset(config.data, config.root, "train", *sizes)
+    val_set = build_dataset(config.data, config.root, "val", *sizes)
+    train_set.prompts = config.prompts
+    if config.prompts:  # held-out captions as the downstream tasks give them: without what the prompts would tell
+        val_set.lead = DESCRIPTION
+    train_set.truths = "true" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     tokenizer = read_tokenizer(state, f"{config.out}/last.pt") if state else learn_vocabulary(config, train_set)
     report_cut_texts(train_set, tokenizer)
-    run = build_run(config, train_set, tokenizer, ranks)
+
+    run = build_run(config, train_set, tokenizer, device)
     run.telling = telling_pieces(tokenizer, train_set.captions)
-    train_set.truths = "true" in (config.patch_mask, config.word_mask)
-    ranks.check_same("training photos or vocabularies", zlib.crc32(tokenizer.to_str().encode(), run.data))
-    if config.weights and not state:
+    run.sampler = build_sampler(run, train_set)
+    if state:
+        restore(run, state)
+    elif config.weights:
         report = load_pretrained(run.model, config.weights)
         if not config.vocab and report.kinds.keys() != {"ViT"}:
             raise ConfigError("--weights of text need --vocab: word embeddings belong to their vocabulary")
         print(report)
         run.momentum.update(run.model, decay=0)
 
-    def held_out(run: Run) -> tuple[dict[str, float], list[str]]:
-        (figures, chance), known = validate(run, val_set), truth(run, train_set, val_set) if ranks.leads else {}
-        return figures | known, [*chance, *truth_in_words(known)]
+    def validate_run(run: Run) -> dict[str, float]:
+        metrics, chance = validate(run, val_set)
+        known = truth(run, train_set, val_set)
+        for line in [*chance, *truth_in_words(known)]:
+            tqdm.write("    " + line)
+        return metrics | known
 
-    job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
-    final = work(run, job, train_set, state, stop_at)
-    if ranks.leads:
+    print(f"{config.recipe}, {config.preset}")
+    final = fit(run, train_set, RECIPES[config.recipe], validate_run, stop_at=stop_at)
+    if is_main_process():
         draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
     return final
 
 
-def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None, stop_at: int | None = None) -> dict | None:
-    """The loop over `dataset`, from the start or from a checkpoint's state, with what it leaves in --out."""
-    config, ranks, out = run.config, run.ranks, Path(run.config.out)
-    run.sampler = GroupedBatchSampler(
-        len(dataset),
-        config.batch_size,
-        mode=grouping_of(config),
-        product_ids=dataset.product_ids,
-        caption_ids=dataset.caption_ids,
-        seed=config.seed,
-        margin=config.margin,
-        ranks=ranks,
-    )
-    if len(dataset) // len(run.sampler) < ranks.count:
-        raise ConfigError(f"--batch-size {config.batch_size}: too few photos for {ranks.count} processes")
-    resumed_step = None
-    if state:
-        restore(run, state)
-        resumed_step = run.step
-        decides = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
-        ranks.check_same("flags or checkpoints", zlib.crc32(repr((run.step, decides)).encode()))
-    size = f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters"
-    where = f"{run.device}" + (f", {ranks.count} processes" if ranks.count > 1 else "")
-    print(f"{job.name}: {size}, {run.total_steps} steps on {where}, into {out}/")
-    taken, why = fitting_precision(run.device)
-    print(f"precision {config.precision}" + (f", {why}" if config.precision == taken else f"; auto takes {taken} here"))
-    if ranks.leads:
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    metrics = Metrics(out / "metrics.jsonl" if ranks.leads else Path(os.devnull), resumed_step)
-    progress = Progress(run, metrics)
-    try:
-        with StopSignals(second_stops=ranks.count == 1) as stop:
-            return loop(run, job, dataset, progress, stop, stop_at)
-    finally:
-        progress.bar.close()  # or an error would stand behind it
-        if ranks.leads and any("loss" in line for line in metrics.lines):
-            draw_curves(metrics.lines, out / "curves.png", job.panels)
-
-
-def loop(
-    run: Run, job: Job, dataset: PhotoDataset, progress: Progress, stop: StopSignals, stop_at: int | None
+def fit(
+    run: Run,
+    dataset: PhotoDataset,
+    compute_losses: Callable[[Run, dict], tuple[Values, Values]],
+    validate_run: Callable[[Run], dict[str, float]],
+    select: str | None = None,
+    patience: int = 0,
+    stop_at: int | None = None,
 ) -> dict | None:
-    """schedule → forward → backward → clip → step → EMA → log → save → validate, until the last step."""
-    config, ranks, last = run.config, run.ranks, Path(run.config.out) / "last.pt"
-    batches, forward = endless_batches(run, dataset), ranks.parallel(Step(run, job))
-    metrics, watch = progress.metrics, FiniteWatch(run, last)
-    validate_when_due(run, job, metrics, progress.say)  # a run may have been stopped between saving and validating
-    while run.step < run.total_steps and not job.stalled(metrics.lines):  # only fine-tuning, in one process, stalls
-        start, lr = time.perf_counter(), learning_rate(run.step, config, run.total_steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.seed_step()
-        batch, values = next(batches), {}
-        progress.left_out(batch["unreadable"])
-        if all(ranks.rows):  # otherwise no photo of some rank's share could be read: the step is passed over
-            losses, figures = forward(augmented(run, batch))
+    """Train from run.step on: schedule → forward → backward → clip → step → EMA → log → validate → save.
+
+    compute_losses: a recipe, or a task's losses · validate_run: metrics on held-out images
+    select: of these the one whose highest value is kept as best.pt · patience: stop after so many validations without
+    a better one, 0: never · stop_at: save and stop after this step
+    -> the final line of metrics.jsonl, None when stopped early. Raises NonFiniteLoss, DataError.
+    """
+    config, out = run.config, Path(run.config.out)
+    size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
+    where = f"{run.device}, {world_size()} processes" if world_size() > 1 else run.device
+    print(f"{size:.1f} M parameters, {run.total_steps} steps in {config.precision} on {where}, into {out}/")
+    if is_main_process():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        trim_metrics(out / "metrics.jsonl", run.step)
+    model = DistributedDataParallel(run.model, static_graph=True) if world_size() > 1 else run.model
+    batches = endless_batches(run, dataset)
+    images, seconds, stopping = 0, 0.0, False  # images and seconds since the last line of metrics
+    bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
+    with bar, StopSignals(second_stops=world_size() == 1) as signals:
+        while run.step < run.total_steps and not stopping and not stalled(run, patience):
+            start = time.perf_counter()
+            lr = learning_rate(run.step, config, run.total_steps)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            run.seed_step()
+            batch = next(batches)
+
+            with autocast(run):
+                losses, metrics = model(compute_losses, run, augmented(run, batch))
             loss = sum(losses.values())
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
-            values = losses | figures | {"loss": loss, "grad_norm": grad_norm}
-            watch.note(values)
+            check_finite(run, losses, grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.model.clamp_temp()
             run.momentum.update(run.model, ema_decay(run.step, config.ema_decay))
-        elif len(run.unreadable) > len(dataset) // 2:
-            raise DataError(f"most photos cannot be read, the last one: {batch['unreadable'][-1]}")
-        run.step += 1
-        run.sampler.set_epoch(*divmod(run.step, len(run.sampler)))
 
-        done = run.step == run.total_steps
-        stopping = ranks.on_any(not done and (bool(stop.caught) or run.step == stop_at))
-        log, save = (done or stopping or not run.step % n for n in (config.log_every, config.val_every))
-        watch.check(now=log or save)
-        progress.count(sum(ranks.rows) if values else 0, time.perf_counter() - start)
-        if values and log:
-            progress.write(values, lr)
-        if save:
-            save_checkpoint(run, last)
-        if stopping:
-            run.writer.wait()
-            return progress.stop("as asked" if run.step == stop_at else stop.caught or "signal")
-        validate_when_due(run, job, metrics, progress.say)
-    run.writer.wait()
-    return progress.finish()
+            run.step += 1
+            run.sampler.set_epoch(*divmod(run.step, len(run.sampler)))
+            took = time.perf_counter() - start
+            run.seconds += took
+            seconds += took
+            images += len(batch["rows"]) * world_size()
+            bar.update()
+            for reason in sorted(set(batch["unreadable"]) - run.unreadable):
+                bar.write(f"left out: {reason}")
+            run.unreadable |= set(batch["unreadable"])
+
+            done = run.step == run.total_steps
+            stopping = any_process(bool(signals.caught) or run.step == stop_at, run.device) and not done
+            if done or stopping or run.step % config.log_every == 0:
+                means = average(losses | metrics | {"loss": loss, "grad_norm": grad_norm})
+                bar.set_postfix({name: f"{means[name]:.2f}" for name in losses})
+                if is_main_process():
+                    write_metrics(
+                        out / "metrics.jsonl",
+                        step=run.step,
+                        epoch=run.step / run.epoch_steps,
+                        **means,
+                        lr=lr,
+                        temp=run.model.temp.item(),
+                        unreadable=len(run.unreadable),
+                        conflicts=run.sampler.conflicts,
+                        samples_per_second=images / seconds,
+                    )
+                images, seconds = 0, 0.0
+
+            at_validation = done or run.step % config.val_every == 0
+            if at_validation:
+                run.validation = validate_run(run)
+                run.model.train()
+                if select and (not run.best_step or run.validation[select] > run.best_score):
+                    run.best_step, run.best_score = run.step, run.validation[select]
+                    save_checkpoint(run, out / "best.pt")
+                if is_main_process():
+                    write_metrics(out / "metrics.jsonl", step=run.step, **run.validation)
+                shown = [f"{k[4:]} {v:.3f}" for k, v in run.validation.items() if k.startswith("val_")]
+                bar.write(f"step {run.step}: " + "  ".join(shown))
+            if at_validation or stopping:
+                save_checkpoint(run, out / "last.pt")
+
+    if is_main_process():
+        draw_curves(read_metrics(out / "metrics.jsonl"), out / "curves.png")
+    if stopping:
+        why = signals.caught or ("as asked" if run.step == stop_at else "signal")
+        print(f"stopped at step {run.step} ({why}); saved in {out}/last.pt, go on with --resume")
+        return None
+    print(f"done at step {run.step}, {run.seconds / 60:.1f} min of training; see {out}/curves.png")
+    cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
+    final = {"step": run.step, "final": True, **run.validation, **cost}
+    if is_main_process():
+        write_metrics(out / "metrics.jsonl", **final)
+    return final
 
 
-def validate_when_due(run: Run, job: Job, metrics: Metrics, say: Callable[[str], None]) -> None:
-    """After every so many steps and after the last: write held-out figures, and keep the weights that are best."""
-    if not run.step or (run.step < run.total_steps and run.step % run.config.val_every):
+def stalled(run: Run, patience: int) -> bool:
+    """Whether there were `patience` validations, 0: any number, since the best one."""
+    return bool(patience and run.best_step) and run.step - run.best_step >= patience * run.config.val_every
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or the gradient became NaN or infinite; the last good checkpoint is kept."""
+
+
+def check_finite(run: Run, losses: Values, grad_norm: Tensor) -> None:
+    """Raise NonFiniteLoss, before the weights change, where a loss or the gradient is not finite."""
+    parts = losses | {"grad_norm": grad_norm}
+    if torch.stack([part.detach() for part in parts.values()]).isfinite().all():
         return
-    if run.ranks.first_says(metrics.validation(run.step)):
-        return
-    figures, remarks = job.validate(run)
-    run.model.train()
-    line = metrics.line(step=run.step, **figures)  # as those before it were written, or a tie would not be one
-    if run.ranks.first_says(job.best_step([*metrics.lines, line]) == run.step):
-        save_checkpoint(run, Path(run.config.out) / "best.pt")
-        run.writer.wait()  # so that the line never lacks its weights
-    if run.ranks.leads:
-        metrics.write(**line)
-        say(f"step {run.step}: " + "  ".join(f"{k[4:]} {v:.3f}" for k, v in figures.items() if k.startswith("val_")))
-        for remark in remarks:
-            say("    " + remark)
-    run.ranks.wait()
+    values = ", ".join(f"{name} {part:.3g}" for name, part in parts.items())
+    last = Path(run.config.out) / "last.pt"
+    advice = "there is no checkpoint yet; try a lower --lr"
+    if last.exists():
+        advice = f"{last} is the last good state: --resume with a lower --lr; before it was {last.stem}-2.pt"
+    raise NonFiniteLoss(f"step {run.step + 1}: not finite: {values}; {advice}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -432,7 +607,7 @@ def main(argv: list[str] | None = None) -> None:
         config, given = parse_config(argv)
         train(config, given)
     except (ConfigError, DataError, WeightsError, NonFiniteLoss, OSError) as error:
-        speak_up()
+        sys.stderr = sys.__stderr__  # of a process that is otherwise silent
         sys.exit(f"train.py: {in_one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped before the first step")

@@ -1,11 +1,10 @@
 """Photos and texts on their way into the model: endless batches to train on, whole data sets to encode."""
 
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -13,30 +12,18 @@ from tqdm import tqdm
 
 from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
 from engine.config import TrainConfig
-from engine.host import own_session
-from engine.ranks import Ranks
+from engine.log import own_session
 from engine.run import Run, autocast
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import Text
-from sampler import GroupedBatchSampler
-
-
-@dataclass
-class Share:
-    """Of every batch of a sampler the part that is one rank's to load."""
-
-    sampler: GroupedBatchSampler
-    ranks: Ranks
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.ranks.part, self.sampler)
 
 
 def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
-    """This rank's share of the batches from the current step on, epoch after epoch, on its device."""
+    """This process's share of the batches from the current step on, epoch after epoch, on its device. In place of an
+    image that cannot be read another one of the share comes twice."""
     loader = DataLoader(
         dataset,
-        batch_sampler=Share(run.sampler, run.ranks),
+        batch_sampler=run.sampler,
         collate_fn=run.collate,
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
@@ -47,10 +34,9 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
     epoch, first_batch = divmod(run.step, len(run.sampler))
     while True:
         run.sampler.set_epoch(epoch, first_batch)
-        run.ranks.check_same("batches", zlib.crc32(run.sampler.order))
         try:
             for batch in loader:
-                yield run.ranks.agree(to_device(batch, run.device))
+                yield to_device(batch, run.device)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
@@ -181,3 +167,14 @@ def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tenso
     result = torch.empty_like(scores)
     result[order.to(run.device)] = scores
     return result
+
+
+def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
+    """Unit-length queries (B, E) of photos, encoded (B, N, D), and texts: after fine-tuning the projected fused [CLS],
+    before it the sum of both features."""
+    model, keep = run.model, batch["attention_mask"]
+    text_embeds = model.text(batch["token_ids"], keep)
+    if fused:
+        image_kv = model.fusion.project_image_kv(references)
+        return model.project_text(model.fusion(text_embeds, keep, image_kv, cls_only=True))
+    return F.normalize(model.image_feature(references) + model.text_feature(text_embeds, keep), dim=-1)

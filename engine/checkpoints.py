@@ -1,46 +1,130 @@
-"""Checkpoints, last.pt and best.pt: what is in them, how runs go on from them, how tasks start from them."""
+"""Checkpoints, last.pt and best.pt: what is in them, how runs go on from them, how tasks start from them.
 
-from collections.abc import Callable
+A file is written whole or not at all, so a kill at any moment leaves a whole checkpoint. It is read as data: no pickled
+code is run, and damage is found by the archive's checksums.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from tokenizers import Tokenizer
 
 from engine.config import FREE_ON_RESUME, LoopConfig, TrainConfig
+from engine.distributed import is_main_process
 from engine.flags import ConfigError, flag_of
-from engine.run import NonFiniteLoss, Run, way_back
-from engine.trust import does_not_fit, load_checkpoint
+from engine.run import Run
 from model import ModelConfig
+from readers.dataset import legible
+
+SIMPLE = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "telling")  # of Run, as they are
+PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, keep_older: bool = False) -> Iterator[BinaryIO]:
+    """Open a file beside `path` for writing; flush it to the disk, then rename it over `path`. Of a failure nothing is
+    left. keep_older: the version before stays, as `last-2.pt` beside `last.pt`."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_older and path.exists():
+            copy_older(path)
+        os.replace(scratch, path)
+    except OSError as error:  # which often does not say of which file it speaks
+        raise OSError(error.errno, f"{error.strerror or error}; what was there before is whole", str(path)) from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def copy_older(path: Path) -> None:
+    """Give a file a second name, `last-2.pt` for `last.pt`; at no moment is `path` itself away."""
+    older = path.with_stem(f"{path.stem}-2")
+    scratch = older.with_name(f".{older.name}.part")
+    scratch.unlink(missing_ok=True)
+    try:
+        os.link(path, scratch)
+    except (OSError, AttributeError):  # a file system, or a system, without links
+        shutil.copyfile(path, scratch)
+    os.replace(scratch, older)
+
+
+def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
+    """Write a checkpoint by `whole_file`."""
+    with whole_file(path, keep_older) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            full = shutil.disk_usage(path.parent).free < 2**20
+            raise OSError(errno.ENOSPC if full else None, None if full else str(error).splitlines()[0]) from None
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Have a checkpoint written by the first rank's `run.writer`, for all have the same; every rank calls this. Raises
-    NonFiniteLoss for weights that are not finite: what is saved is a state that one can go back to.
+    """Write all that a run needs to go on, from the first process.
 
     There is no random state to save: every step seeds itself from (seed, step), the sampler from (seed, epoch).
     """
-    if not torch.stack([weight.isfinite().all() for weight in run.model.parameters()]).all():
-        run.writer.wait()
-        advice = way_back(path.with_name("last.pt"))
-        raise NonFiniteLoss(f"step {run.step}: the weights are not finite any more; {advice}")
-    sampler = run.sampler.state_dict()
-    if not run.ranks.leads:
+    if not is_main_process():
         return
-    state = {
+    state = {name: getattr(run, name) for name in SIMPLE}
+    state |= {
         "model": run.model.state_dict(),
         "momentum": run.momentum.model.state_dict(),
-        "queue": run.queue.state_dict(),
         "optimizer": run.optimizer.state_dict(),
-        "sampler": sampler,
-        "data": run.data,
-        "step": run.step,
-        "seconds": run.seconds,
+        "sampler": run.sampler.state_dict(),
         "unreadable": sorted(run.unreadable),
         "config": asdict(run.config),
         "tokenizer": run.tokenizer.to_str(),
-        "telling": run.telling,
     }
-    run.writer.write(state, path, keep_older=path.name == "last.pt")
+    write_whole(state, path, keep_older=path.name == "last.pt")
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read the parts of a checkpoint without running pickled code. Raises ConfigError, in one line.
+
+    torch.save writes a zip archive with a checksum for each tensor. torch.load does not check it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such checkpoint") from None
+    except Exception:  # zipfile and torch raise many kinds for a file that is not their own
+        raise ConfigError(f"{path}: damaged, or not a checkpoint of train.py") from None
+    if damaged:
+        raise ConfigError(f"{path}: damaged, its checksum is wrong at {damaged}; take the one before, or copy it again")
+    if not isinstance(state, dict) or not state.keys() >= PARTS:
+        raise ConfigError(f"{path}: not a checkpoint of train.py, or of another version of this code")
+    return state
+
+
+def read_tokenizer(state: dict, where: str | Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint. Raises ConfigError for one of another vocabulary size than the model."""
+    try:
+        tokenizer = Tokenizer.from_str(state["tokenizer"])
+        fits = tokenizer.get_vocab_size() == state["config"]["model"]["vocab_size"]
+    except Exception:  # tokenizers raises Exception itself
+        fits = False
+    if not fits:
+        raise ConfigError(f"{where}: its tokenizer does not go with its model")
+    return tokenizer
+
+
+def does_not_fit(path: str | Path, error: Exception) -> ConfigError:
+    """Say in one line why the parts of a checkpoint could not be restored."""
+    said = legible(" ".join(str(error).split()))[:200] or type(error).__name__
+    return ConfigError(f"{path}: does not fit this run ({said})")
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
@@ -49,16 +133,30 @@ def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopC
         raise ConfigError(f"the run is a fine-tuning, --task {saved['task']} of finetune.py; this is for pretraining")
     try:
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        config = kind(**fields | {"model": ModelConfig(**saved["model"])})  # JSON has lists for tuples
+        return kind(**fields | {"model": ModelConfig(**saved["model"])})  # JSON has lists for tuples
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"the run was saved by another version of this code ({error})") from None
-    return config
+
+
+def begin(
+    config: LoopConfig, given: set[str], check: Callable[[LoopConfig, set[str]], None]
+) -> tuple[LoopConfig, dict | None]:
+    """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten.
+
+    check: the script's check_flags"""
+    last = Path(config.out) / "last.pt"
+    if config.resume:
+        state = load_checkpoint(last)
+        return resumed_config(config, given, state, check), state
+    if last.exists():
+        raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
+    return config, None
 
 
 def resumed_config(
     config: LoopConfig, given: set[str], state: dict, check: Callable[[LoopConfig, set[str]], None]
 ) -> LoopConfig:
-    """The checkpoint's config; a flag that would change the result is refused. `check` is the script's check_flags."""
+    """The checkpoint's config; a flag that would change the result is refused."""
     saved = config_from_dict(state["config"], type(config))
     free = FREE_ON_RESUME | {"lr"}  # or a run that has diverged could not go on from an earlier checkpoint
     for name in sorted(given - free - {"vocab_size"}):  # the saved size is what training it came to
@@ -77,24 +175,24 @@ def resumed_config(
 
 
 def restore(run: Run, state: dict) -> None:
-    """Put a run where its checkpoint left off, and let go of the state, which is as large as the run itself. Raises
-    ConfigError for a state that is not one of this run."""
+    """Put a run where its checkpoint left off. Raises ConfigError for a state that is not one of this run."""
     last = f"{run.config.out}/last.pt"
     if state["data"] != run.data:
         raise ConfigError(f"{last} was trained on other rows than the training split holds now")
     fill(run, state, last)
     try:
-        run.queue.load_state_dict(state["queue"])
         # betas and weight decay come from the config, the moments from the checkpoint
         moments = {"state": state["optimizer"]["state"]}
         run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
         run.sampler.load_state_dict(state["sampler"])
-        run.step, run.seconds, run.unreadable = int(state["step"]), float(state["seconds"]), set(state["unreadable"])
     except Exception as error:  # each part raises its own kind for a state that is not its own
         raise does_not_fit(last, error) from None
+    for name in SIMPLE:
+        setattr(run, name, state[name])
+    run.queue = [part.to(run.device) for part in run.queue]
+    run.unreadable = set(state["unreadable"])
     if run.step > run.total_steps:
         raise ConfigError(f"{last} is at step {run.step} of {run.total_steps}")
-    state.clear()
 
 
 def fill(run: Run, state: dict, where: str | Path) -> None:
@@ -106,32 +204,19 @@ def fill(run: Run, state: dict, where: str | Path) -> None:
         raise does_not_fit(where, error) from None
 
 
-def begin(
-    config: LoopConfig, given: set[str], check: Callable[[LoopConfig, set[str]], None]
-) -> tuple[LoopConfig, dict | None]:
-    """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten."""
-    last = Path(config.out) / "last.pt"
-    if config.resume:
-        state = load_checkpoint(last)
-        return resumed_config(config, given, state, check), state
-    if last.exists():
-        raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
-    return config, None
-
-
 def load_weights(run: Run, source: dict, where: str) -> None:
     """Load a checkpoint's weights into both models. Heads that the run does not have are left out, and a class head of
     its own stays as it was initialised. Raises ConfigError for weights that do not fit."""
-    unused = ("class_head", "adapter", "phrases", "detector")
-    mine, fills = run.model.state_dict(), {}
+    own = run.model.state_dict()
+    weights = {}
     for name, tensor in source["model"].items():
-        if name in mine or not str(name).startswith(unused):
-            fills[name] = tensor
-    for name, tensor in mine.items():
+        if name in own or not str(name).startswith(("class_head", "adapter", "phrases", "detector")):
+            weights[name] = tensor
+    for name, tensor in own.items():
         if name.startswith("class_head"):
-            fills.setdefault(name, tensor)
+            weights.setdefault(name, tensor)
     try:
-        run.model.load_state_dict(fills)
+        run.model.load_state_dict(weights)
     except Exception as error:  # of names, shapes or types that are not the model's
         raise does_not_fit(where, error) from None
     run.momentum.update(run.model, decay=0)

@@ -8,13 +8,13 @@ import torch
 
 from data import DataName
 from engine.flags import ConfigError, OneLineParser, add_flags, check_device, check_ranges, check_readers, option
-from engine.precision import Precision
 from losses import NegativeMode
 from masking import MaskSource
 from model import PRESETS, ModelConfig
 from sampler import SEARCH_SIZE, SamplerMode
 
 MaskMode = Literal["random", "sync", "true"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -219,3 +219,11 @@ def grouping_of(config: LoopConfig) -> SamplerMode:
 def ema_decay(step: int, decay: float) -> float:
     """The momentum model follows closely at first, (1 + s)/(10 + s), until its decay is reached (choice)."""
     return min(decay, (1 + step) / (10 + step))
+
+
+def itm_hard_ratio(step: int, config: LoopConfig) -> float:
+    """Share of the ITM negatives that are chosen rather than drawn at random. A curriculum (our choice): with hard
+    negatives from the first step on ITM does not leave chance; with nothing else it forgets the easy ones."""
+    if not config.itm_warmup:
+        return config.itm_share
+    return config.itm_share * min(1.0, max(0.0, step / config.itm_warmup - 1))

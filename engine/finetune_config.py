@@ -5,10 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from data import build_dataset, build_statements, build_triplets
+from engine.checkpoints import load_checkpoint
 from engine.config import LoopConfig, check_loop
 from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
-from engine.trust import load_checkpoint
 from model import ModelConfig
+from readers.dataset import PhotoDataset
+from readers.prompts import DESCRIPTION, DIFFERENCE
+from readers.statements import Statements
+from readers.triplets import Triplets
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
 RECOGNITION = ("category", "subcategory", "entailment")
@@ -186,3 +191,34 @@ def check_search(config: FinetuneConfig) -> None:
         raise ConfigError("--rerank contradicts --image: the matching head compares photos with words alone")
     if 0 < config.rerank < FOUND:
         raise ConfigError(f"--rerank {config.rerank}: {FOUND} photos are shown, give at least as many")
+
+
+def open_photos(config: FinetuneConfig, split: str) -> PhotoDataset:
+    """A data set of photos; what is in which split follows the pretraining run's seed."""
+    photos = open_triplets(config, split).photos if config.data == "fashioniq" else build_dataset(*where(config, split))
+    photos.lead = lead_of(config)
+    return photos
+
+
+def open_triplets(config: FinetuneConfig, split: str) -> Triplets:
+    """A set of triplets, by the same rule."""
+    triplets = build_triplets(*where(config, split))
+    triplets.lead = lead_of(config)
+    return triplets
+
+
+def open_statements(config: FinetuneConfig, split: str) -> Statements:
+    """A set of statements, by the same rule."""
+    statements = build_statements(*where(config, split))
+    statements.lead = lead_of(config)
+    return statements
+
+
+def where(config: FinetuneConfig, split: str) -> tuple:
+    """Arguments of `build_dataset`, `build_triplets` and `build_statements`."""
+    return config.data, config.root, split, config.model.image_size, config.data_seed, config.products
+
+
+def lead_of(config: FinetuneConfig) -> str:
+    """What stands before each text, where pretraining has framed its texts."""
+    return (DIFFERENCE if "tgir" in (config.task, config.start) else DESCRIPTION) if config.prompts else ""

@@ -51,98 +51,46 @@ The last line, with the last validation
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
-from torch import Tensor
-from tqdm import tqdm
+import torch
 
-from engine.host import peak_memory_mib
-from engine.run import LOSSES, Run
-from engine.writer import whole_file
+from engine.checkpoints import whole_file
 
-
-class Metrics:
-    """metrics.jsonl: one JSON object a line. A resumed run drops the lines after its checkpoint."""
-
-    def __init__(self, path: Path, resumed_step: int | None = None):
-        lines = []
-        if resumed_step is not None and path.exists():
-            lines = [line for line in map(_json_or_none, path.read_text().splitlines()) if line]
-            lines = [line for line in lines if line["step"] <= resumed_step and not line.get("final")]
-        self.path, self.lines = path, lines
-        if path != Path(os.devnull):
-            with whole_file(path) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-
-    def validation(self, step: int) -> dict[str, float]:
-        """The held-out figures written for `step`, or nothing."""
-        found = [line for line in self.lines if line["step"] == step and any(key.startswith("val_") for key in line)]
-        return {key: value for line in found for key, value in line.items() if key != "step"}
-
-    def line(self, **figures) -> dict:
-        """Figures as they are written, to six digits."""
-        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
-
-    def write(self, **figures) -> None:
-        line = self.line(**figures)
-        self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
-def _json_or_none(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # a line that a killed run left half written
-        return None
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a line that a killed run left half written is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
-class Progress:
-    """The bar, the photos that are left out, and the training lines of metrics.jsonl."""
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the lines after a step, which a resumed run writes again; at step 0 all lines."""
+    lines = [line for line in read_metrics(path) if line["step"] <= step and not line.get("final") and step]
+    with whole_file(path) as file:
+        for line in lines:
+            file.write(json.dumps(line).encode() + b"\n")
 
-    def __init__(self, run: Run, metrics: Metrics):
-        self.run, self.metrics, self.seen, self.took = run, metrics, 0, 0.0
-        self.bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
-        self.say = self.bar.write
 
-    def left_out(self, reasons: list[str]) -> None:
-        """Name photos that cannot be decoded, each once."""
-        for reason in set(reasons) - self.run.unreadable:
-            self.say(f"left out: {reason}")
-        self.run.unreadable |= set(reasons)
-
-    def count(self, photos: int, seconds: float) -> None:
-        """A step has taken so long for so many photos."""
-        self.bar.update()
-        self.run.seconds += seconds
-        self.seen, self.took = self.seen + photos, self.took + seconds
-
-    def write(self, values: dict[str, Tensor], lr: float) -> None:
-        """A line about the step: its values, averaged over the ranks; photos a second since the last line."""
-        run, means = self.run, self.run.ranks.average(values)
-        rate = self.seen / self.took
-        self.metrics.write(step=run.step, epoch=run.step / run.epoch_steps, **means, lr=lr, temp=run.model.temp.item(),
-                           unreadable=len(run.unreadable), conflicts=run.sampler.conflicts,
-                           samples_per_second=rate)  # fmt: skip
-        shown = [key for key in means if key in LOSSES]
-        self.bar.set_postfix({key: f"{means[key]:.2f}" for key in shown} | {"photos/s": f"{rate:.0f}"})
-        self.seen, self.took = 0, 0.0
-
-    def stop(self, why: str) -> None:
-        """Say that the run was stopped before its end."""
-        self.bar.close()
-        last = f"{self.run.config.out}/last.pt"
-        print(f"stopped at step {self.run.step} ({why}); saved in {last}, go on with --resume")
-
-    def finish(self) -> dict:
-        """The final line: the last validation, and what training has cost."""
-        self.bar.close()
-        run = self.run
-        cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
-        final = {"step": run.step, "final": True, **self.metrics.validation(run.step), **cost}
-        self.metrics.write(**final)
-        print(f"done at step {run.step}, {run.seconds / 60:.1f} min of training; see {run.config.out}/curves.png")
-        return final
+def write_metrics(path: Path, **metrics) -> dict:
+    """Append a line to metrics.jsonl, numbers to six digits. -> the line"""
+    line = {}
+    for key, value in metrics.items():
+        line[key] = float(f"{value:.6g}") if isinstance(value, float) else value
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
 
 
 class StopSignals:
@@ -151,17 +99,35 @@ class StopSignals:
 
     def __init__(self, second_stops: bool):
         self.second_stops = second_stops
+        self.caught: str | None = None
 
     def __enter__(self) -> "StopSignals":
-        self.caught: str | None = None
-        self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _catch(self, number: int, _frame) -> None:
+    def catch(self, number: int, _frame) -> None:
+        """Note the signal."""
         self.caught = signal.Signals(number).name
         if self.second_stops:
             signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def own_session(_worker: int) -> None:
+    """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Most memory this process held: on the GPU if it trains there, otherwise resident; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

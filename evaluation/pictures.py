@@ -9,9 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import encode, normalise, to_device
+from engine.checkpoints import whole_file
 from engine.run import Run, autocast
-from engine.wiring import teach
-from engine.writer import whole_file
 from evaluation.scores import most_confused
 from evaluation.truth import shown_masks
 from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask
@@ -20,23 +19,27 @@ from readers.prompts import Text
 
 TRUTHS = ("patch_cooccurrence", "word_cooccurrence", "pointing")
 PANELS = {
-    "loss": ["itc", "itm", "mlm", "mim", "rtd", "align"],
-    "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
+    "loss": ["itc", "itm", "mlm", "mim", "rtd", "align", "class"],
+    "held-out recall": [
+        *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)),
+        *("val_r1", "val_r10", "val_r50"),
+    ],
+    "held-out": ["val_accuracy", "val_macro_f1"],
     "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "choice_fine", "choice_fine_itm"],
     "what the photo adds, held out": ["val_photo_gain", "photo_gain_whole", "photo_gain_detail"],
     "held-out truth of the masks": [key + end for key in TRUTHS for end in ("", "_random")],
 }
 
 
-def draw_curves(lines: list[dict], path: Path, panels: dict[str, list[str]] = PANELS) -> None:
-    """curves.png: for each of the panels, title -> keys of metrics.jsonl, what there is of these over the steps."""
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """curves.png: for each of PANELS, title -> keys of metrics.jsonl, what there is of these over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = {key: [(line["step"], line[key]) for line in lines if key in line] for key in sum(panels.values(), [])}
-    panels = {title: [key for key in keys if curves[key]] for title, keys in panels.items()}
+    curves = {key: [(line["step"], line[key]) for line in lines if key in line] for key in sum(PANELS.values(), [])}
+    panels = {title: [key for key in keys if curves[key]] for title, keys in PANELS.items()}
     panels = {title: keys for title, keys in panels.items() if keys}
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
@@ -113,11 +116,13 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
     if layers == 1:
         return []
     with autocast(run):
-        teacher = teach(run, batch | {"images": normalise(batch["images"])})
+        with torch.no_grad():
+            image_kv = run.momentum.model.fusion.project_image_kv(run.momentum.model.vision(normalise(batch["images"])))
+            text_embeds = run.momentum.model.text(batch["token_ids"], batch["attention_mask"])
         with torch.enable_grad():
-            text = teacher.text_embeds.detach().requires_grad_()
+            text = text_embeds.detach().requires_grad_()
             fused, attentions = run.momentum.model.fusion(
-                text, batch["attention_mask"], teacher.photos, return_attention=True
+                text, batch["attention_mask"], image_kv, return_attention=True
             )
             maps = grad_cam(attentions[middle_layer(layers)], run.momentum.model.itm_logits(fused)[:, 1].sum())
     words = words > 0

@@ -12,15 +12,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from data import encode, normalise, to_device, tokenize
-from engine.batches import different_photos, match_scores, photo_features, text_features
-from engine.checkpoints import load_weights
-from engine.finetune_config import FOUND, FinetuneConfig
+from engine.batches import compose, different_photos, match_scores, photo_features, text_features
+from engine.checkpoints import load_weights, read_tokenizer, whole_file
+from engine.finetune_config import FOUND, FinetuneConfig, lead_of, open_photos
 from engine.flags import ConfigError
 from engine.run import Run, autocast, build_run
-from engine.splits import lead_of, open_photos
-from engine.trust import read_tokenizer
-from engine.wiring import compose
-from engine.writer import whole_file
 from evaluation.pictures import draw_answers
 from readers.dataset import DataError, PhotoDataset, legible, square
 from readers.files import open_photo

@@ -12,10 +12,9 @@ from data import normalise, to_device, word_regions
 from engine.batches import first_products
 from engine.config import TrainConfig, grouping_of
 from engine.run import Run, autocast
-from engine.wiring import synchronize, teach
 from evaluation.choice import choices
 from losses import NegativeMode, pick_negatives, same_pairs
-from masking import cooccurrence, pointing, random_patch_mask, random_word_mask
+from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, score_words, sync_mask
 from readers.dataset import PhotoDataset
 from readers.synthetic import Synthetic
 from readers.wardrobe import WHOLE
@@ -142,12 +141,13 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
 def momentum_features(run: Run, dataset: PhotoDataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """image_feat, text_feat (n, E) of some rows by the momentum model, on the CPU; no photo is cropped or flipped."""
     loader = DataLoader(torch.utils.data.Subset(dataset, rows.tolist()), 128, collate_fn=run.collate)
-    feats = []
+    momentum, feats = run.momentum.model, []
     for batch in tqdm(loader, "negatives against the truth", unit=" batches", leave=False, disable=None):
         batch = to_device(batch, run.device)
         with autocast(run):
-            teacher = teach(run, batch | {"images": normalise(batch["images"])})
-        feats.append((teacher.image_feat.cpu(), teacher.text_feat.cpu()))
+            image_feat = momentum.project_image(momentum.vision(normalise(batch["images"])))
+            text_feat = momentum.project_text(momentum.text(batch["token_ids"], batch["attention_mask"]))
+        feats.append((image_feat.cpu(), text_feat.cpu()))
     image_feat, text_feat = map(torch.cat, zip(*feats, strict=True))
     return image_feat, text_feat
 
@@ -172,12 +172,20 @@ def batch_negatives(
     return found
 
 
+@torch.no_grad()
 def shown_masks(run: Run, batch: dict, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """Attention (B, L, P) and synchronized masks (B, P), (B, L) of photos that are neither cropped nor flipped."""
-    run.model.eval()  # or what photos add to words would be learnt from this, and by the first rank alone
+    config, momentum = run.config, run.momentum.model
     with autocast(run):
-        teacher = teach(run, batch | {"images": normalise(batch["images"])})
-        return synchronize(run, batch, teacher, generator)
+        image_kv_m = momentum.fusion.project_image_kv(momentum.vision(normalise(batch["images"])))
+        text_embeds_m = momentum.text(batch["token_ids"], batch["attention_mask"])
+        attention, scores = score_words(
+            momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
+        )
+        patch_mask, word_mask = sync_mask(
+            attention, scores, batch["words"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+        )
+    return attention, patch_mask, word_mask
 
 
 def chance_corrected(figures: dict[str, float], key: str) -> float:

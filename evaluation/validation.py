@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from data import normalise, to_device
 from engine.batches import first_products, text_features, texts_to_search
-from engine.host import own_session
+from engine.log import own_session
 from engine.run import Run, autocast
 from evaluation.scores import full_rankings, recalls_of
 from losses import pick_negatives, same_pairs
@@ -17,14 +17,13 @@ from readers.dataset import DataError, PhotoDataset
 
 @torch.no_grad()
 def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[str]]:
-    """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped. Every rank
-    takes its share of the batches, and the first one, to whom the figures are given, ranks photos and texts.
+    """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped.
     -> figures, and in a line what chance would give."""
-    config, ranks = run.config, run.ranks
+    config = run.config
     run.model.eval()
     shown = first_products(dataset, config.val_products)
     batches = [rows.tolist() for rows in torch.arange(len(shown)).split(min(config.batch_size, 64))]  # some for each
-    mine, found = range(len(batches))[ranks.rank :: ranks.count], [None] * len(batches)
+    mine, found = range(len(batches)), [None] * len(batches)
     loader = DataLoader(
         shown, batch_sampler=[batches[number] for number in mine], collate_fn=run.collate,
         num_workers=config.workers, worker_init_fn=own_session,
@@ -41,9 +40,7 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[st
         batch = to_device(batch, run.device)
         with autocast(run):
             found[number][1].extend(part.cpu() for part in (batch["rows"], *held_out_batch(run, batch)))
-    merged = ranks.merge(found)
-    if not ranks.leads:
-        return {}, []
+    merged = found
     if not any(parts for _, parts in merged):
         raise DataError("no photo of the validation split could be read")
     parts = zip(*(parts for _, parts in merged if parts), strict=True)

@@ -22,7 +22,7 @@ from data import Collate, build_dataset, build_tokenizer, to_device
 from engine.batches import augmented
 from engine.config import MAX_GRAD_NORM, TrainConfig, parse_config
 from engine.flags import ConfigError, OneLineParser
-from engine.host import peak_memory_mib
+from engine.log import peak_memory_mib
 from engine.run import Run, autocast, build_run
 from readers.dataset import DataError
 from train import RECIPES

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import IMAGENET_MEAN, IMAGENET_STD
+from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.flags import ConfigError
-from engine.trust import load_checkpoint, read_tokenizer
 from engine.weights import TOKEN_TYPES, other_names
 from model import ModelConfig, VisionLanguageModel
 

@@ -18,10 +18,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from data import DataName, build_dataset
-from engine.checkpoints import config_from_dict, fill
+from engine.checkpoints import config_from_dict, fill, load_checkpoint, read_tokenizer
 from engine.flags import ConfigError, check_device
 from engine.run import Run, build_run
-from engine.trust import load_checkpoint, read_tokenizer
 from evaluation.pictures import draw_masks, first_photos
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import DESCRIPTION

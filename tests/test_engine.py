@@ -1,10 +1,7 @@
 """Flags, schedules, resuming, published weights, splits, wiring."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +15,11 @@ from transformers import BertModel
 import data
 import train
 from engine import config as run_config
-from engine.config import ema_decay, learning_rate, parse_config
+from engine.config import ema_decay, itm_hard_ratio, learning_rate, parse_config
 from engine.flags import ConfigError
 from engine.run import autocast, build_optimizer
-from engine.splits import hold_out
 from engine.weights import WeightsError, load_pretrained
-from engine.wiring import Teacher, contrast
+from finetune import hold_out
 from model import PRESETS, VisionLanguageModel
 from readers.dataset import DataError
 
@@ -141,27 +137,14 @@ def test_published_words_fill_a_vocabulary_that_ends_with_the_symbols(tmp_path):
 
 
 def test_the_precision_taken_is_recorded_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run.fitting_precision", lambda _: ("bf16", "for this test"))
+    monkeypatch.setattr("engine.run.fitting_precision", lambda _: "bf16")
     run(tmp_path, "--precision", "auto", "--steps", "2", stop_at=1)
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
-    monkeypatch.setattr("engine.run.fitting_precision", lambda _: ("fp32", "for another machine"))
+    monkeypatch.setattr("engine.run.fitting_precision", lambda _: "fp32")
     with pytest.raises(ConfigError, match="--precision fp32 contradicts"):
         resume(tmp_path, "--precision", "fp32")
     resume(tmp_path, "--precision", "auto")
     assert checkpoint(tmp_path)["config"]["precision"] == "bf16"
-
-
-def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
-    script = "import sys, time; from pathlib import Path; from engine.host import claimed\n"
-    script += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(train.__file__).parent, text=True) as other:
-        assert other.stdout.readline() == "mine\n"
-        with pytest.raises(ConfigError, match=f"is being written by process {other.pid}; choose another --out"):
-            run(tmp_path, "--steps", "1")
-        assert not (tmp_path / "config.json").exists()
-        other.kill()
-    run(tmp_path, "--steps", "1")  # what is left of a killed run claims nothing
 
 
 def test_similarities_stay_in_full_precision_under_bf16():
@@ -171,10 +154,10 @@ def test_similarities_stay_in_full_precision_under_bf16():
         image_embeds = state.model.vision(data.normalise(batch["images"]))
         text_embeds = state.model.text(batch["token_ids"], batch["attention_mask"])
         feats = state.model.project_image(image_embeds), state.model.project_text(text_embeds)
-        itc = contrast(state, batch, *feats, Teacher(state.momentum, image_embeds, text_embeds, *feats))
-    assert itc.sim_i2t.dtype == torch.float32
+        _, sim_i2t, _ = train.compute_itc(state, batch, *feats, *feats)
+    assert sim_i2t.dtype == torch.float32
     exact = feats[0].double() @ feats[1].double().T / state.model.temp.item()
-    assert (itc.sim_i2t.double() - exact).abs().max() < 0.05
+    assert (sim_i2t.double() - exact).abs().max() < 0.05
 
 
 def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
@@ -272,14 +255,15 @@ def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
     seen = []
     for step in (0, 1, 10, 15, 1000):
         state.step = step
-        seen.append((state.alpha, state.hard_share))
+        seen.append((state.alpha, itm_hard_ratio(step, state.config)))
     assert seen[0] == (0.0, 0.0) and seen[2][1] == 0 and seen[3][1] == pytest.approx(0.3) and seen[4] == (0.4, 0.6)
     assert seen[1][0] == pytest.approx(0.4 / state.epoch_steps)
     assert ema_decay(0, 0.99) == 0.1 and ema_decay(10**6, 0.99) == 0.99
     state.generator = torch.Generator().manual_seed(0)
-    sim, forbidden = torch.arange(200.0).expand(200, 200), torch.zeros(200, 200, dtype=torch.bool)
-    assert 0.45 < (state.negatives(sim, forbidden) == 199).float().mean() < 0.75  # 0.6 of them the hardest one
-    assert replace(state, config=replace(state.config, itm_warmup=0), step=0).hard_share == 0.6
+    sim, batch = torch.arange(200.0).expand(200, 200), dict.fromkeys(("product_ids", "caption_ids"), torch.arange(200))
+    hardest = train.sample_itm_negatives(state, batch, sim, sim)[0] == 199
+    assert 0.45 < hardest.float().mean() < 0.75  # 0.6 of them
+    assert itm_hard_ratio(0, replace(state.config, itm_warmup=0)) == 0.6
 
 
 def test_weight_decay_is_on_matrices_only():

@@ -14,7 +14,6 @@ from small import FAST, batch_of, built
 import data
 from engine.config import parse_config
 from engine.run import build_run
-from engine.splits import numbers_of
 from evaluation import choice
 from evaluation.scores import (
     Ranking,
@@ -28,6 +27,7 @@ from evaluation.scores import (
 )
 from evaluation.truth import mask_truth, negative_truth, word_truth
 from evaluation.validation import validate
+from finetune import numbers_of
 from readers.files import PhotoFiles
 from readers.synthetic import Synthetic
 from readers.triplets import Triplets

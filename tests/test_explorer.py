@@ -16,9 +16,8 @@ from small import run as train_small
 from data import build_dataset, build_tokenizer, normalise, telling_pieces
 from engine.config import parse_config
 from engine.run import build_run
-from engine.wiring import synchronize, teach
 from evaluation.pictures import first_photos
-from evaluation.truth import word_truth
+from evaluation.truth import shown_masks, word_truth
 from losses import pick_negatives, same_pairs
 from masking import first_pieces
 from tutorial import explore
@@ -43,16 +42,14 @@ def made(tmp_path_factory):
     run.model.eval()
     file = out / "explore.html"  # where it is put by default
     batch = run.collate([dataset[row] for row in first_photos(dataset, PHOTOS)])
-    with torch.no_grad():
-        teacher = teach(run, batch | {"images": normalise(batch["images"])})
-    return SimpleNamespace(out=out, file=file, run=run, found=page_of(file), batch=batch, teacher=teacher)
+    return SimpleNamespace(out=out, file=file, run=run, found=page_of(file), batch=batch)
 
 
 @torch.no_grad()
 def by_python(made, source="masked", share=0.5):
     """Attention and synchronized masks, as training makes them."""
     run = replace(made.run, config=replace(made.run.config, mask_source=source, mim_ratio=share, mlm_ratio=share))
-    return synchronize(run, made.batch, made.teacher, explore.fixed_draws(run))
+    return shown_masks(run, made.batch, explore.fixed_draws(run))
 
 
 def test_masks_of_every_stop_are_those_of_training(made):

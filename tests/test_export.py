@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFa
 
 import train
 from data import build_tokenizer
-from engine.trust import PARTS
+from engine.checkpoints import PARTS
 from engine.weights import WeightsError, load_pretrained
 from experiments import export
 from model import ModelConfig, VisionLanguageModel

@@ -15,12 +15,10 @@ import data
 import finetune
 from engine import finetune_config
 from engine.batches import match_scores
-from engine.checkpoints import load_weights
-from engine.finetune_config import FOUND
+from engine.checkpoints import load_checkpoint, load_weights
+from engine.finetune_config import FOUND, open_photos
 from engine.flags import ConfigError
 from engine.run import build_run
-from engine.splits import open_photos
-from engine.trust import load_checkpoint
 from evaluation.search import search
 from readers.dataset import DataError
 from readers.fashiongen import export_fashiongen

@@ -18,9 +18,9 @@ from PIL import Image
 from small import checkpoint, run
 
 from data import Collate, build_tokenizer, telling_pieces
+from engine.checkpoints import PARTS, load_checkpoint
 from engine.config import TrainConfig, parse_config
 from engine.flags import ConfigError, flag_of
-from engine.trust import PARTS, load_checkpoint
 from model import ModelConfig
 from readers.dataset import DataError
 from readers.files import FORMATS, open_photo

@@ -11,7 +11,6 @@ from engine.weights import load_pretrained
 from model import (
     PRESETS,
     Attention,
-    FeatureQueue,
     ModelConfig,
     MomentumModel,
     VisionLanguageModel,
@@ -228,22 +227,6 @@ def test_momentum_follows_by_the_decay_and_never_trains():
     assert not momentum.train().model.training
     images = torch.randn(1, 3, 32, 32)
     close(momentum.model.vision(images), model.vision(images))
-
-
-def test_queue_keeps_the_newest_in_a_ring():
-    queue = FeatureQueue(5, 2)
-    features = torch.arange(16.0).reshape(8, 2)
-    push = lambda features, numbers: queue.push(features, -features, numbers, numbers + 10)
-    push(features[:3], torch.arange(3))
-    assert queue.filled()[2].tolist() == [0, 1, 2]
-    push(features[3:7], torch.arange(3, 7))
-    image_feat, text_feat, products, captions = queue.filled()
-    assert products.tolist() == [5, 6, 2, 3, 4]
-    close(image_feat, features[products])
-    close(text_feat, -features[products])
-    close(captions, products + 10)
-    push(features, torch.arange(8))  # more than fits: the last five stay
-    assert sorted(queue.filled()[2].tolist()) == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])

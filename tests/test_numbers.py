@@ -11,7 +11,7 @@ from PIL import Image
 from small import checkpoint, run, run_files, same_state, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
+from model import VisionLanguageModel
 
 STEPS = os.environ.get("STEPS", "6")
 EXTREME = {
@@ -58,12 +58,12 @@ def traced(out, monkeypatch, *flags):
     """All operations of the losses of a run's steps."""
     trace = Trace()
 
-    def watched(self, batch, forward=train.Step.forward):
+    def watched(self, *args, forward=VisionLanguageModel.forward):
         with trace:
-            return forward(self, batch)
+            return forward(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Step, "forward", watched)
+        patch.setattr(VisionLanguageModel, "forward", watched)
         run(out, "--steps", "9", *flags, stop_at=2)
     return trace.done
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from engine.ranks import Ranks  # noqa: E402
 from small import FAST, OF_FILES, lines, resume  # noqa: E402
 
 import data  # noqa: E402
@@ -27,9 +28,8 @@ import finetune  # noqa: E402
 import masking  # noqa: E402
 import train  # noqa: E402
 from engine import config as run_config  # noqa: E402
+from engine.checkpoints import load_checkpoint  # noqa: E402
 from engine.config import parse_config  # noqa: E402
-from engine.ranks import Ranks  # noqa: E402
-from engine.trust import load_checkpoint  # noqa: E402
 from evaluation import truth  # noqa: E402
 from sampler import GroupedBatchSampler  # noqa: E402
 

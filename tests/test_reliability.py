@@ -20,10 +20,9 @@ from test_model import make_model
 
 import data
 import train
+from engine.checkpoints import load_checkpoint, whole_file, write_whole
 from engine.flags import ConfigError
-from engine.trust import load_checkpoint
 from engine.weights import WeightsError, load_pretrained
-from engine.writer import whole_file, write_whole
 from readers.dataset import DataError
 from readers.jsonl import Jsonl
 from readers.synthetic import Synthetic
@@ -66,7 +65,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     path.write_bytes(b"whole")
     failed = mock.Mock(side_effect=RuntimeError("PytorchStreamWriter failed\nat"))
-    monkeypatch.setattr("engine.writer.torch.save", failed)
+    monkeypatch.setattr("engine.checkpoints.torch.save", failed)
     for fails in (
         mock.Mock(side_effect=OSError(28, "No space left on device")),
         lambda file: write_whole({}, path, True),
@@ -174,12 +173,12 @@ def test_control_characters_stay_out_of_the_terminal(tmp_path, capsys):
 
 def test_it_trains_on_a_system_without_unix(tmp_path):
     script = (
-        "import os, sys; sys.modules['fcntl'] = sys.modules['resource'] = None; del os.setsid, os.link, os.sysconf\n"
+        "import os, sys; sys.modules['resource'] = None; del os.setsid, os.link, os.sysconf\n"
         f"import train; train.main({[*FAST, '--steps', '2', '--val-every', '1', '--workers', '1', '--out', str(tmp_path)]!r})"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "no locks" in done.stdout and lines(tmp_path)[-1]["peak_memory_mib"] is None
+    assert lines(tmp_path)[-1]["peak_memory_mib"] is None
 
 
 def test_a_loader_process_that_dies_is_named(tmp_path, monkeypatch):

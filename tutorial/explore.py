@@ -26,9 +26,8 @@ from torch import Tensor
 from data import imagenet, normalise, to_device
 from engine.flags import ConfigError
 from engine.run import Run
-from engine.wiring import Teacher, synchronize, teach
 from evaluation.pictures import first_photos
-from evaluation.truth import WordTruth, word_truth
+from evaluation.truth import WordTruth, shown_masks, word_truth
 from experiments.figures import open_run
 from losses import pick_negatives, same_pairs
 from masking import (
@@ -62,15 +61,14 @@ def gather(run: Run, dataset: PhotoDataset, count: int) -> dict:
     config = run.config
     truth = word_truth(batch, config.model.grid) if dataset.truths else None
     with torch.no_grad():
-        teacher = teach(run, batch | {"images": normalise(batch["images"])})
         return {
             "run": {"recipe": config.recipe, "preset": config.preset, "data": config.data, "step": run.step},
             "grid": config.model.grid,
             "images": [to_jpeg(image) for image in batch["images"]],
-            "captions": captions(run, batch, teacher, truth),
+            "captions": captions(run, batch, truth),
             "shares": SHARES,
-            "masks": masks(run, batch, teacher, truth),
-            "negatives": negatives(run, batch, teacher, dataset),
+            "masks": masks(run, batch, truth),
+            "negatives": negatives(run, batch, dataset),
         }
 
 
@@ -91,16 +89,16 @@ def fixed_draws(run: Run) -> torch.Generator:
     return torch.Generator(run.device).manual_seed(run.config.seed)
 
 
-def captions(run: Run, batch: dict, teacher: Teacher, truth: WordTruth | None) -> list[list[dict]]:
+def captions(run: Run, batch: dict, truth: WordTruth | None) -> list[list[dict]]:
     """List the words of each caption, as the tokenizer splits it.
 
     A word that may be masked has a `place`, the place of its first token, and maps over the patches in 255ths: its
     attention by each mask source, scaled to its highest patch, and its soft mask. With ground truth it also has
     `named`, whether it names an attribute, and `region`, the patches that show the attribute.
     """
-    maps = {"soft": soft_masks(run, batch, teacher)}
+    maps = {"soft": soft_masks(run, batch)}
     for source in get_args(MaskSource):
-        attention, *_ = synchronized(run, batch, teacher, source, SHARES[0])
+        attention, *_ = synchronized(run, batch, source, SHARES[0])
         maps[source] = attention / attention.amax(dim=2, keepdim=True)
     maps = {name: (255 * values).round().byte() for name, values in maps.items()}  # (B, L, P) each
     found = []
@@ -123,34 +121,33 @@ def captions(run: Run, batch: dict, teacher: Teacher, truth: WordTruth | None) -
     return found
 
 
-def synchronized(
-    run: Run, batch: dict, teacher: Teacher, source: MaskSource, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def synchronized(run: Run, batch: dict, source: MaskSource, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Make synchronized masks as training does. -> attention (B, L, P), patch mask (B, P), word mask (B, L)."""
     trained = run.config
     run.config = replace(trained, mask_source=source, mim_ratio=share, mlm_ratio=share)
-    made = synchronize(run, batch, teacher, fixed_draws(run))
+    made = shown_masks(run, batch, fixed_draws(run))
     run.config = trained
     return made
 
 
-def soft_masks(run: Run, batch: dict, teacher: Teacher) -> Tensor:
+def soft_masks(run: Run, batch: dict) -> Tensor:
     """Compute the soft mask of every token from the layer that the recipe `softmask` reads. -> (B, L, P)
 
     With one fusion layer all are 0: the ITM head reads [CLS] alone, so other rows of that layer have no gradient."""
+    momentum = run.momentum.model
+    image_kv = momentum.fusion.project_image_kv(momentum.vision(normalise(batch["images"])))
+    text_embeds = momentum.text(batch["token_ids"], batch["attention_mask"])
     with torch.enable_grad():
-        text = teacher.text_embeds.detach().requires_grad_()
-        fused, attentions = run.momentum.model.fusion(
-            text, batch["attention_mask"], teacher.photos, return_attention=True
-        )
-        match_logit = run.momentum.model.itm_logits(fused)[:, 1].sum()
+        text_embeds = text_embeds.detach().requires_grad_()
+        fused, attentions = momentum.fusion(text_embeds, batch["attention_mask"], image_kv, return_attention=True)
+        match_logit = momentum.itm_logits(fused)[:, 1].sum()
         maps = grad_cam(attentions[middle_layer(len(attentions))], match_logit)  # (B, h, L, N)
     rows, tokens = batch["words"].shape
     by_token = [soft_mask(maps, torch.full((rows,), place, device=run.device)) for place in range(tokens)]
     return torch.stack(by_token, dim=1)
 
 
-def masks(run: Run, batch: dict, teacher: Teacher, truth: WordTruth | None) -> dict[str, list[dict]]:
+def masks(run: Run, batch: dict, truth: WordTruth | None) -> dict[str, list[dict]]:
     """Make random masks and synchronized ones of each source, for each of SHARES; of the recipe `syncmask` also what
     MIM reconstructs from the mask that the run trains with."""
     own_source, words, grid = run.config.mask_source, batch["words"], run.config.model.grid
@@ -160,7 +157,7 @@ def masks(run: Run, batch: dict, teacher: Teacher, truth: WordTruth | None) -> d
         patch_mask = random_patch_mask(len(words), grid**2, share, draws, run.device)
         found["random"].append(mask_facts(patch_mask, random_word_mask(words, share, draws), truth))
         for source in get_args(MaskSource):
-            _, patch_mask, word_mask = synchronized(run, batch, teacher, source, share)
+            _, patch_mask, word_mask = synchronized(run, batch, source, share)
             facts = mask_facts(patch_mask, word_mask, truth)
             if source == own_source and run.config.recipe == "syncmask" and run.config.mim_weight:
                 facts["reconstructed"] = [to_jpeg(image) for image in reconstruct(run, batch, patch_mask, share)]
@@ -208,13 +205,16 @@ def paint(images: Tensor, pixels: Tensor, ids_masked: Tensor) -> Tensor:
     return (255 * (painted * std + mean)).round().clamp(0, 255).byte()
 
 
-def negatives(run: Run, batch: dict, teacher: Teacher, dataset: PhotoDataset) -> dict:
+def negatives(run: Run, batch: dict, dataset: PhotoDataset) -> dict:
     """Choose the ITM negatives of every image and every caption: the hard one, and the semi-hard one at each margin.
 
     -> cosines (B, B) of images and captions; `false` (B, B), which pairs would be false negatives, only with ground
     truth; `chosen`, by whether an image or a caption is the anchor, where −1 stands for none"""
     forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-    cosines = teacher.image_feat @ teacher.text_feat.T
+    momentum = run.momentum.model
+    image_feat = momentum.project_image(momentum.vision(normalise(batch["images"])))
+    text_feat = momentum.project_text(momentum.text(batch["token_ids"], batch["attention_mask"]))
+    cosines = image_feat @ text_feat.T
     margins = [stop * (run.config.margin or 0.2) for stop in MARGIN_STOPS]
     chosen = {}
     for anchor, scores in (("image", cosines), ("caption", cosines.T)):

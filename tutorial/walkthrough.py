@@ -20,26 +20,27 @@ from torch import Tensor
 
 from data import FREQUENT, normalise, telling_pieces
 from engine.batches import learn_vocabulary
-from engine.config import ema_decay, parse_config
+from engine.config import ema_decay, itm_hard_ratio, parse_config
 from engine.flags import ConfigError
 from engine.run import Run, build_run
-from engine.wiring import contrast, synchronize, teach
 from evaluation.truth import grouped, mask_truth, momentum_features, word_truth
 from experiments.figures import open_run
 from losses import NegativeMode, cross_entropy, itc_targets, mim_loss, pick_negatives, same_pairs
 from masking import (
     average_attention,
+    corrupt_words,
     grad_cam,
     masked_attention,
     middle_layer,
     random_word_mask,
+    score_words,
     soft_mask,
     split_patches,
+    sync_mask,
 )
-from model import FeatureQueue
 from readers.dataset import DataError
 from readers.synthetic import Synthetic
-from train import RECIPES
+from train import RECIPES, compute_itc, encode_momentum
 
 PRODUCTS = 96
 BATCH = 16  # the image, another view of its product, the fronts of the next fourteen products
@@ -73,7 +74,6 @@ def walk(run: Run, dataset: Synthetic) -> None:
     dataset.truths = True
     run.config = replace(run.config, val_products=PRODUCTS // 2, precision="fp32")
     run.step = 10**6  # past every warm-up
-    run.queue = FeatureQueue(0)  # or features of one stop would be keys of the next
     config, model = run.config, run.model.eval()
     begins = [caption.split(".")[0] for caption in dataset.captions]
 
@@ -112,7 +112,7 @@ def walk(run: Run, dataset: Synthetic) -> None:
     show("another image", moved, "moves the tokens by this share of their length")
 
     print("3 momentum")
-    teacher = teach(run, batch)
+    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
     weights = sum(parameter.numel() for parameter in model.parameters())
     vocabulary = config.model.vocab_size
     show("weights", f"{weights:,}", f"of a vocabulary of {vocabulary}; as many again in the momentum encoder")
@@ -120,28 +120,29 @@ def walk(run: Run, dataset: Synthetic) -> None:
         show(f"decay, step {step:,}", ema_decay(step, config.ema_decay))
 
     print("4 ITC")
-    itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
+    image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)
+    itc, sim_i2t, _ = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
     forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
     targets = itc_targets(forbidden, torch.zeros(BATCH, BATCH), 0.0)
     least = torch.special.entr(targets).sum(dim=1).mean()
     temp = model.temp.item()
-    show("image_feat", teacher.image_feat, "of the momentum encoder: the keys; unit length")
-    show("sim_i2t", itc.sim_i2t, f"cosines over the temperature, {temp:.3f}")
+    show("image_feat", image_feat_m, "of the momentum encoder: the keys; unit length")
+    show("sim_i2t", sim_i2t, f"cosines over the temperature, {temp:.3f}")
     show("targets", targets, f"row 0: {targets[0, 0]:.1f} itself, {targets[0, 1]:.1f} the other view")
-    show("loss", itc.loss, f"ln {BATCH} = {math.log(BATCH):.3f} if all look alike; {least:.3f} at best")
+    show("loss", itc, f"ln {BATCH} = {math.log(BATCH):.3f} if all look alike; {least:.3f} at best")
 
     print("5 negatives")
-    cosines = itc.sim_i2t[0] * temp
+    cosines = sim_i2t[0] * temp
     show("forbidden", forbidden, f"{int(forbidden.sum())} pairs: the diagonal, and both views both ways")
     show("own pair", cosines[0], "cosine")
     for mode in get_args(NegativeMode):
-        chosen = pick_negatives(itc.sim_i2t, forbidden, None, mode, seeded(run), config.margin / temp)[0]
+        chosen = pick_negatives(sim_i2t, forbidden, None, mode, seeded(run), config.margin / temp)[0]
         show(mode, cosines[chosen], f"cosine; '{begins[rows[chosen]]}'")
-    show("hard_share", run.hard_share, f"are {config.negatives}, the others random")
+    show("hard_share", itm_hard_ratio(run.step, config), f"are {config.negatives}, the others random")
 
     print("6 MLM")
     word_mask = random_word_mask(words, config.mlm_ratio, seeded(run))
-    masked_ids, labels = run.corrupt(ids, word_mask)
+    masked_ids, labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
     masked_embeds = model.text(masked_ids, keep)
     logits = model.mlm_logits(model.fusion(masked_embeds, keep, image_kv)[word_mask])
     loss = cross_entropy(logits, labels[word_mask])
@@ -154,7 +155,8 @@ def walk(run: Run, dataset: Synthetic) -> None:
     show("loss", loss, f"ln {vocabulary} = {math.log(vocabulary):.3f} if all words were as likely")
 
     print("7 image gain")
-    maps, log_p = masked_attention(run.momentum.model, batch, teacher.photos, run.mask_id, seeded(run))
+    image_kv_m = run.momentum.model.fusion.project_image_kv(image_embeds_m)
+    maps, log_p = masked_attention(run.momentum.model, batch, image_kv_m, run.mask_id, seeded(run))
     gains = log_p[0] - log_p[1]
     named = attribute & (words > 0)
     show("maps", maps[0], f"a row of each word's own pass, for each of {len(maps)} layers")
@@ -163,7 +165,12 @@ def walk(run: Run, dataset: Synthetic) -> None:
     show("of words not shown", gains[named & ~visible].mean())
 
     print("8 sync_mask")
-    attention, patch_mask, word_mask = synchronize(run, batch, teacher, seeded(run))
+    attention, scores = score_words(
+        run.momentum.model, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, seeded(run)
+    )
+    patch_mask, word_mask = sync_mask(
+        attention, scores, words, config.mim_ratio, config.mlm_ratio, config.word_pool, run.generator
+    )
     on_named = regions.any(dim=1)  # (B, P)
     show("attention", attention, "mean over heads, geometric mean over layers")
     show("patch mask", patch_mask, f"{int(patch_mask[0].sum())} of {patches} patches")

@@ -1,0 +1,83 @@
+"""Several processes under torchrun. Each has the whole model and an equal share of every batch.
+
+ITC compares with the features of all processes, and DistributedDataParallel averages the gradients. Masks, ITM
+negatives, MLM and MIM stay within a process, as in ALBEF. Without torchrun nothing here does anything.
+"""
+
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.flags import ConfigError
+
+
+def join_processes(device: str) -> torch.device:
+    """Join the processes of torchrun: over NCCL with a GPU each, over Gloo on CPUs. All but the first fall silent.
+    -> the device of this process. Raises ConfigError where there are too few GPUs."""
+    own = torch.device(device)
+    if not dist.is_torchelastic_launched():
+        return own
+    if own.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if own.index is not None:
+            raise ConfigError(f"--device {device}: torchrun gives each process its own GPU; say cuda")
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}")
+        own = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    if not is_main_process():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.excepthook = print_error
+    return own
+
+
+def print_error(*error) -> None:
+    """Print a traceback, also from a process that is otherwise silent."""
+    traceback.print_exception(*error, file=sys.__stderr__)
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """x (B, …) of all processes, one after the other, without gradients. -> (world_size · B, …)"""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def average(values: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each value over all processes."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
