@@ -119,7 +119,7 @@ def _paint_detail(canvas: Canvas, key: str, detail: Detail, y: float, tone: tupl
 
 
 def _paint_closure(canvas: Canvas, closure: str, garment: Garment, tone: tuple, body: Image.Image) -> None:
-    top, bottom = -0.42, garment.hem
+    top, bottom = -0.42, garment.bottom
     if closure == "buttoned":
         polygons = [_disc(0, h, 0.07) for h in np.linspace(top + 0.06, bottom - 0.12, 5)]
     else:
@@ -134,15 +134,15 @@ def render(product: Product, view: str, size: int, rng: np.random.Generator) -> 
     """
     garment = GARMENTS[product.garment]
     front = view != "back"
-    middle = (garment.outline[0][1] + garment.hem) / 2
-    heights = {"close-up": list(garment.places.values()), "half": [garment.outline[0][1] + 0.25, garment.hem - 0.3]}
+    middle = (garment.outline[0][1] + garment.bottom) / 2
+    heights = {"close-up": list(garment.places.values()), "half": [garment.outline[0][1] + 0.25, garment.bottom - 0.3]}
     focus = pick(rng, tuple(heights.get(view, [middle])))
-    canvas = Canvas(size * SUPERSAMPLING, view, rng, focus, fit=0.84 / max(0.55, garment.hem - middle))
+    canvas = Canvas(size * SUPERSAMPLING, view, rng, focus, fit=0.84 / max(0.55, garment.bottom - middle))
     tone = tuple(int(np.clip(c + rng.uniform(-9, 9), 0, 255)) for c in COLOURS[product.colour])
     cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6))
 
-    if garment.extras:
-        canvas.paint("garment", canvas.mask(list(garment.extras)), tone)
+    if garment.extra:
+        canvas.paint("garment", canvas.mask([garment.extra]), tone)
     sleeves = canvas.mask([SLEEVES[product.sleeve]]) if SLEEVES.get(product.sleeve) else Image.new("L", cloth.size)
     if product.sleeve not in (None, "sleeveless"):
         canvas.paint("sleeve", sleeves, cloth)
