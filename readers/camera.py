@@ -5,40 +5,38 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 from PIL.ImageChops import darker, lighter, subtract  # of masks: what both cover, what one covers, what only the first
 
-from readers.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Garment, Polygon, Product, pick
+from readers.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Polygon, Product, pick
 
 SUPERSAMPLING = 3
 Colour = tuple[int, ...]
 Mask = Image.Image  # mode "L": 255 where something is, else 0
-_COLLAR = ((0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3))
-_SHOULDER = ((0.3, -0.57), (0.46, -0.57), (0.46, -0.27), (0.3, -0.27))
 
 
 class Canvas:
     """A supersampled photo under way, and for every attribute the mask of where it shows."""
 
     def __init__(self, garment: Garment, view: str, size: int, rng: Generator):
-        top = garment.outline[0][1]
-        middle = (top + garment.bottom) / 2
         if view == "close-up":
             focus = pick(rng, list(garment.places.values()))
             zooms = (1.7, 2.2)
         elif view == "half":
-            focus = pick(rng, (top + 0.25, garment.bottom - 0.3))
+            focus = pick(rng, (garment.top + 0.25, garment.bottom - 0.3))
             zooms = (1.3, 1.6)
         else:  # the whole garment
-            focus = middle
-            fit = 0.84 / max(0.55, garment.bottom - middle)
+            focus = garment.middle
+            fit = 0.84 / max(0.55, garment.bottom - garment.middle)
             zooms = (0.78 * fit, 1.02 * fit)
         angle = np.deg2rad(rng.uniform(-7, 7))
-        cos, sin = np.cos(angle), np.sin(angle)
+        cos = np.cos(angle)
+        sin = np.sin(angle)
         zoom = rng.uniform(*zooms)
         self.size = size
         self.unit = zoom * size / 2  # pixels of one garment unit
         self.turn = np.array([[cos, sin], [-sin, cos]])
-        self.centre = np.array([0, focus]) + rng.uniform(-0.08, 0.08, 2) / zoom
-        background = rng.uniform(196, 236) + rng.uniform(-8, 8, 3)
-        self.image = Image.new("RGB", (size, size), tuple(background.astype(int).tolist()))
+        self.centre = (0, focus) + rng.uniform(-0.08, 0.08, 2) / zoom
+        grey = rng.uniform(196, 236)
+        background = _colour(grey + rng.uniform(-8, 8, 3))
+        self.image = Image.new("RGB", (size, size), background)
         self.regions: dict[str, Mask] = {}
 
     def mask(self, *polygons: Polygon) -> Mask:
@@ -76,29 +74,37 @@ class Canvas:
         image = Image.new("RGB", (size, size), colour)
         draw = ImageDraw.Draw(image)
         step = period * self.unit
-        width = 0.42 * step
+        dot = 0.55 * step
         starts = np.arange(0, size, step).tolist()
         for row, start in enumerate(starts):
+            end = start + 0.42 * step
             if weave in ("striped", "checked", "stripes"):
-                draw.rectangle((0, start, size, start + width), fill=ink)
+                draw.rectangle((0, start, size, end), fill=ink)
             if weave in ("pinstriped", "checked", "pleats"):
-                draw.rectangle((start, 0, start + width, size), fill=ink)
+                draw.rectangle((start, 0, end, size), fill=ink)
             if weave in ("dotted", "eyelets"):
                 for column in starts:
-                    x = column + row % 2 * step / 2  # every other row stands between the dots of the one above
-                    draw.ellipse((x, start, x + 0.55 * step, start + 0.55 * step), fill=ink)
+                    x = column + row % 2 * step / 2  # the dots of every other row stand between those above
+                    draw.ellipse((x, start, x + dot, start + dot), fill=ink)
         if weave == "quilting":
-            for x in np.arange(-size, size, 1.4 * step).tolist():
-                draw.line((x, 0, x + size, size), fill=ink, width=int(0.35 * step))
-                draw.line((x + size, 0, x, size), fill=ink, width=int(0.35 * step))
+            width = int(0.35 * step)
+            for start in np.arange(-size, size, 1.4 * step).tolist():
+                end = start + size
+                draw.line((start, 0, end, size), ink, width)
+                draw.line((end, 0, start, size), ink, width)
         return image
+
+
+def _colour(values: np.ndarray) -> Colour:
+    return tuple(values.astype(int).tolist())
 
 
 def shade(colour: Colour, by: float) -> Colour:
     """A colour, by some share of the way to white, or if negative to black."""
+    values = np.array(colour)
     if by > 0:
-        return tuple(int(c + (255 - c) * by) for c in colour)
-    return tuple(int(c * (1 + by)) for c in colour)
+        return _colour(values + (255 - values) * by)
+    return _colour(values * (1 + by))
 
 
 def _shift(mask: Mask, by: int) -> Mask:
@@ -113,9 +119,8 @@ def _sides(half: Polygon) -> tuple[Polygon, Polygon]:
     return half, [(-x, y) for x, y in half]
 
 
-def _box(y: float, half_width: float, half_height: float) -> Polygon:
-    top, bottom = y - half_height, y + half_height
-    return [(-half_width, top), (half_width, top), (half_width, bottom), (-half_width, bottom)]
+def _box(left: float, top: float, right: float, bottom: float) -> Polygon:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def _arc(y: float, width: float, height: float, end: float = 2 * np.pi, corners: int = 25) -> np.ndarray:
@@ -124,48 +129,56 @@ def _arc(y: float, width: float, height: float, end: float = 2 * np.pi, corners:
     return np.stack([width * np.cos(angles), y + height * np.sin(angles)], axis=1)
 
 
+_COLLAR = ((0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3))
+_RIMS = {
+    "hooded": _arc(-0.72, 0.3, 0.26),
+    "high": _box(-0.19, -0.79, 0.19, -0.53),
+    "crew": _arc(-0.61, 0.26, 0.16, np.pi, corners=12),
+    "v": _arc(-0.61, 0.26, 0.5, np.pi, corners=3),
+}
+_OPENINGS = {
+    "hooded": _arc(-0.7, 0.19, 0.17),
+    "crew": _arc(-0.61, 0.2, 0.128, np.pi, corners=12),
+    "v": _arc(-0.61, 0.2, 0.4, np.pi, corners=3),
+}
+
+
 def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: Colour) -> None:
-    dark = shade(tone, -0.38)
-    inside = tuple(int(c * 0.45 + 20) for c in tone)
-    if neck == "hooded":
-        canvas.paint("neck", canvas.mask(_arc(-0.72, 0.3, 0.26)), dark)
-        if front:
-            canvas.paint("neck", canvas.mask(_arc(-0.7, 0.19, 0.17)), inside)
-    elif neck == "high":
-        canvas.paint("neck", canvas.mask(_box(-0.66, 0.19, 0.13)), dark)
-    elif front and neck == "collared":
-        canvas.paint("neck", canvas.mask(*_sides(_COLLAR)), shade(tone, 0.75))
-    elif front:
-        depth, corners = (0.16, 12) if neck == "crew" else (0.5, 3)  # half an ellipse, or a triangle
-        rim = _arc(-0.61, 0.26, depth, np.pi, corners)
-        opening = _arc(-0.61, 0.2, 0.8 * depth, np.pi, corners)
-        canvas.paint("neck", canvas.mask(rim), dark)
-        canvas.paint("neck", canvas.mask(opening), inside)
+    """Paint a collar, or the rim of a neckline and what one sees inside it."""
+    if neck in ("hooded", "high") or (front and neck in _RIMS):
+        rim = canvas.mask(_RIMS[neck])
+        canvas.paint("neck", rim, shade(tone, -0.38))
+    if front and neck in _OPENINGS:
+        opening = canvas.mask(_OPENINGS[neck])
+        canvas.paint("neck", opening, _colour(np.array(tone) * 0.45 + 20))
+    if front and neck == "collared":
+        collar = canvas.mask(*_sides(_COLLAR))
+        canvas.paint("neck", collar, shade(tone, 0.75))
 
 
-def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, inner: Mask) -> None:
-    """Paint bands across the garment, lighter or darker than it, each with a texture of its own."""
-    garment = GARMENTS[product.garment]
-    back_height = (garment.outline[0][1] + garment.bottom) / 2 + 0.08
+def _paint_details(canvas: Canvas, details: dict[str, Detail], places: dict[str, float], tone: Colour, clip: Mask):
+    """Paint a band for each detail at some places: lighter or darker than the garment, with a texture of its own."""
     bands = []
-    for place, detail in product.details.items():
-        if place != "inside" and front == (place != "back"):
-            bands.append((-LOOKS[detail.look][0], place, detail))
-    for _, place, detail in sorted(bands):  # the widest first, or they would cover the others
+    for place, y in places.items():
+        if place in details:
+            half_height = LOOKS[details[place].look][0]
+            bands.append((-half_height, place, y))
+    for _, place, y in sorted(bands):  # the widest first, or they would cover the others
+        detail = details[place]
         half_height, ground, ink = LOOKS[detail.look]
-        band = canvas.mask(_box(garment.places.get(place, back_height), 1, half_height))
+        band = _box(-1, y - half_height, 1, y + half_height)
         cloth = canvas.cloth(shade(tone, ground), detail.noun, shade(tone, ink), period=0.18)
-        canvas.paint(place, darker(band, inner), cloth)
+        canvas.paint(place, darker(canvas.mask(band), clip), cloth)
 
 
-def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, body: Mask) -> None:
-    """Paint buttons or a zip from the chest to the hem."""
-    top = -0.42
+def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, clip: Mask) -> None:
+    """Paint five buttons or a zip from the chest to the hem."""
     if closure == "buttoned":
-        polygons = [_arc(y, 0.07, 0.07) for y in np.linspace(top + 0.06, bottom - 0.12, 5)]
+        heights = np.linspace(-0.36, bottom - 0.12, 5)
+        polygons = [_arc(y, 0.07, 0.07) for y in heights]
     else:
-        polygons = [_box((top + bottom) / 2, 0.04, (bottom - top) / 2)]
-    mask = darker(canvas.mask(*polygons), body)
+        polygons = [_box(-0.04, -0.42, 0.04, bottom)]
+    mask = darker(canvas.mask(*polygons), clip)
     canvas.paint("closure", mask, shade(tone, -0.85))
 
 
@@ -177,7 +190,7 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     garment = GARMENTS[product.garment]
     front = view != "back"
     canvas = Canvas(garment, view, size * SUPERSAMPLING, rng)
-    tone = tuple(int(c + rng.uniform(-9, 9)) for c in COLOURS[product.colour])
+    tone = _colour(COLOURS[product.colour] + rng.uniform(-9, 9, 3))
     cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6), period=0.24)
 
     if garment.extra:
@@ -193,18 +206,20 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
         canvas.regions["pattern"] = lighter(body, sleeves)
     narrower = np.array(garment.outline) * (0.8, 1)  # so that the outline shows beside the details
     inner = darker(canvas.mask(*_sides(narrower)), body)
-    _paint_details(canvas, product, front, tone, inner)
+    places = garment.places if front else {"back": garment.middle + 0.08}
+    _paint_details(canvas, product.details, places, tone, inner)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
         _paint_closure(canvas, product.closure, garment.bottom, tone, body)
     canvas.regions["garment"] = canvas.regions["colour"] = silhouette  # whatever lies on it
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
-        canvas.regions["sleeve"] = canvas.mask(*_sides(_SHOULDER))
+        canvas.regions["sleeve"] = canvas.mask(*_sides(_box(0.3, -0.57, 0.46, -0.27)))
 
-    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), dtype=np.float32)
+    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), np.float32)
     top_light, bottom_light = rng.uniform(0.9, 1.08, 2)
     light = np.linspace(top_light, bottom_light, size, dtype=np.float32)
     noise = rng.normal(0, 4, pixels.shape).astype(np.float32)
     pixels = pixels * light[:, None, None] + noise
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), canvas.regions
+    photo = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return photo, canvas.regions

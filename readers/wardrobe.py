@@ -57,6 +57,14 @@ class Garment:
     closures: tuple = NONE
     extra: Polygon = ()  # a strap, handle or brim of the same cloth
 
+    @property
+    def top(self) -> float:
+        return self.outline[0][1]
+
+    @property
+    def middle(self) -> float:
+        return (self.top + self.bottom) / 2
+
 
 def _top(
     category: str, waist: float, hem: float, bottom: float, sleeves: tuple, necks: tuple, closures: tuple = NONE
