@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
+from numpy.random import Generator, default_rng
 
 COLOURS = {
     "red": (196, 52, 52),
@@ -126,7 +126,7 @@ GARMENTS = {
 }
 
 
-def pick(rng: np.random.Generator, options: Sequence):
+def pick(rng: Generator, options: Sequence):
     return options[int(rng.integers(len(options)))]
 
 
@@ -138,7 +138,7 @@ class Detail:
     noun: str
 
 
-def draw_detail(rng: np.random.Generator) -> Detail:
+def draw_detail(rng: Generator) -> Detail:
     look = pick(rng, tuple(LOOKS))
     return Detail(look, pick(rng, NOUNS))
 
@@ -157,7 +157,7 @@ class Product:
     unseen: dict[str, str] = field(default_factory=dict)  # some of UNSEEN
     wording: int = 0
 
-    def with_own_words(self, rng: np.random.Generator) -> "Product":
+    def with_own_words(self, rng: Generator) -> "Product":
         """The same to the eye, with another inside, care, season, … and wording."""
         chosen = rng.permutation(list(UNSEEN)).tolist()[:4]
         unseen = {what: pick(rng, UNSEEN[what]) for what in sorted(chosen)}
@@ -230,7 +230,7 @@ class Product:
     def _phrases(self) -> list[list[tuple[str, str, str]]]:
         """The title, and in random order what else there is to say. A phrase is a list of (words, key, kind): key is
         the attribute that the words name, "" where they name none."""
-        rng = np.random.default_rng(self.wording)
+        rng = default_rng(self.wording)
         garment = (self.garment, "garment", "garment")
         colour = (self.colour, "colour", "colour")
         title = pick(rng, ([garment, ("in", "", ""), colour], [colour, garment]))
@@ -267,7 +267,7 @@ def _cut_alike(product: Product) -> list[str]:
     return names
 
 
-def draw_product(rng: np.random.Generator) -> Product:
+def draw_product(rng: Generator) -> Product:
     """A random product."""
     name = pick(rng, tuple(GARMENTS))
     garment = GARMENTS[name]
@@ -285,7 +285,7 @@ def draw_product(rng: np.random.Generator) -> Product:
     return product.with_own_words(rng)
 
 
-def pick_variant(rng: np.random.Generator, variants: list[tuple[str, Product]]) -> Product:
+def pick_variant(rng: Generator, variants: list[tuple[str, Product]]) -> Product:
     """One of some variants, given with their kinds: first a kind is drawn, then a variant of it."""
     by_kind = defaultdict(list)
     for kind, variant in variants:
@@ -297,7 +297,7 @@ def pick_variant(rng: np.random.Generator, variants: list[tuple[str, Product]]) 
 STYLE_COLOURS = 3  # in how many colours a style comes
 
 
-def draw_family(rng: np.random.Generator, owns: Callable[[Product], bool]) -> list[Product]:
+def draw_family(rng: Generator, owns: Callable[[Product], bool]) -> list[Product]:
     """Two styles that `owns` admits and that differ in one thing which a photo can show, in STYLE_COLOURS colours each:
     hard neighbours. What no photo shows, and the wording, is each product's own."""
     sisters = []
