@@ -5,7 +5,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 from PIL.ImageChops import darker, lighter, subtract  # of masks: what both cover, what one covers, what only the first
 
-from readers.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Polygon, Product, pick
+from readers.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Garment, Polygon, Product, pick
 
 SUPERSAMPLING = 3
 Colour = tuple[int, ...]
@@ -37,7 +37,7 @@ class Canvas:
         grey = rng.uniform(196, 236)
         background = _colour(grey + rng.uniform(-8, 8, 3))
         self.image = Image.new("RGB", (size, size), background)
-        self.regions: dict[str, Mask] = {}
+        self.regions = {}  # key of an attribute -> Mask
 
     def mask(self, *polygons: Polygon) -> Mask:
         """What polygons of garment space cover of the photo."""
@@ -48,6 +48,10 @@ class Canvas:
             pixels = points * self.unit + self.size / 2
             draw.polygon(pixels.ravel().tolist(), fill=255)
         return mask
+
+    def both_sides(self, half: Polygon) -> Mask:
+        """What the right half of a shape and its mirror image cover of the photo."""
+        return self.mask(half, [(-x, y) for x, y in half])
 
     def paint(self, key: str, mask: Mask, cloth: Image.Image | Colour) -> None:
         """Fill `mask` with a cloth, with a darker edge, and remember it as a region of `key`; what it covers is no
@@ -114,11 +118,6 @@ def _shift(mask: Mask, by: int) -> Mask:
     return moved
 
 
-def _sides(half: Polygon) -> tuple[Polygon, Polygon]:
-    """The right half of a shape, and the left."""
-    return half, [(-x, y) for x, y in half]
-
-
 def _box(left: float, top: float, right: float, bottom: float) -> Polygon:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
@@ -152,19 +151,21 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: Colour) -> None:
         opening = canvas.mask(_OPENINGS[neck])
         canvas.paint("neck", opening, _colour(np.array(tone) * 0.45 + 20))
     if front and neck == "collared":
-        collar = canvas.mask(*_sides(_COLLAR))
+        collar = canvas.both_sides(_COLLAR)
         canvas.paint("neck", collar, shade(tone, 0.75))
 
 
-def _paint_details(canvas: Canvas, details: dict[str, Detail], places: dict[str, float], tone: Colour, clip: Mask):
-    """Paint a band for each detail at some places: lighter or darker than the garment, with a texture of its own."""
+def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, clip: Mask) -> None:
+    """Paint a band for each detail that can be seen: lighter or darker than the garment, with a texture of its own."""
+    garment = GARMENTS[product.garment]
+    places = garment.places if front else {"back": garment.middle + 0.08}
     bands = []
     for place, y in places.items():
-        if place in details:
-            half_height = LOOKS[details[place].look][0]
+        if place in product.details:
+            half_height = LOOKS[product.details[place].look][0]
             bands.append((-half_height, place, y))
     for _, place, y in sorted(bands):  # the widest first, or they would cover the others
-        detail = details[place]
+        detail = product.details[place]
         half_height, ground, ink = LOOKS[detail.look]
         band = _box(-1, y - half_height, 1, y + half_height)
         cloth = canvas.cloth(shade(tone, ground), detail.noun, shade(tone, ink), period=0.18)
@@ -194,27 +195,26 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6), period=0.24)
 
     if garment.extra:
-        canvas.paint("garment", canvas.mask(*_sides(garment.extra)), tone)
+        canvas.paint("garment", canvas.both_sides(garment.extra), tone)
     sleeves = canvas.mask()  # none
     if product.sleeve in SLEEVES:
-        sleeves = canvas.mask(*_sides(SLEEVES[product.sleeve]))
+        sleeves = canvas.both_sides(SLEEVES[product.sleeve])
         canvas.paint("sleeve", sleeves, cloth)
-    body = canvas.mask(*_sides(garment.outline))
+    body = canvas.both_sides(garment.outline)
     canvas.paint("garment", body, cloth)
     silhouette = lighter(canvas.regions["garment"], sleeves)
     if product.pattern:
         canvas.regions["pattern"] = lighter(body, sleeves)
     narrower = np.array(garment.outline) * (0.8, 1)  # so that the outline shows beside the details
-    inner = darker(canvas.mask(*_sides(narrower)), body)
-    places = garment.places if front else {"back": garment.middle + 0.08}
-    _paint_details(canvas, product.details, places, tone, inner)
+    inner = darker(canvas.both_sides(narrower), body)
+    _paint_details(canvas, product, front, tone, inner)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
         _paint_closure(canvas, product.closure, garment.bottom, tone, body)
     canvas.regions["garment"] = canvas.regions["colour"] = silhouette  # whatever lies on it
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
-        canvas.regions["sleeve"] = canvas.mask(*_sides(_box(0.3, -0.57, 0.46, -0.27)))
+        canvas.regions["sleeve"] = canvas.both_sides(_box(0.3, -0.57, 0.46, -0.27))
 
     pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), np.float32)
     top_light, bottom_light = rng.uniform(0.9, 1.08, 2)

@@ -22,11 +22,11 @@ class Synthetic(PhotoDataset):
     def __init__(self, split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True):
         self.split = split
         self.seed = seed
-        self.products: list[Product] = []
+        self.products = []
         while len(self.products) < products:
             self.products += self._family(len(self.products))
         del self.products[products:]
-        self.rows: list[tuple[int, str]] = []  # product and view of each photo
+        self.rows = []  # of each photo the product, by number, and the view
         captions = []
         for index, product in enumerate(self.products):
             caption, _ = product.caption_and_spans()
@@ -41,8 +41,8 @@ class Synthetic(PhotoDataset):
             subcategories=[garment.upper() for garment in garments],
             image_size=image_size,
         )
-        self.photos: list[Image.Image] = []
-        self.regions: list[dict[str, np.ndarray]] = []
+        self.photos = []
+        self.regions = []
         quiet = None if progress else True  # None: quiet unless in a terminal
         rows = range(len(self.rows))
         for row in tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False):
