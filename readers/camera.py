@@ -27,25 +27,26 @@ class Canvas:
             fit = 0.84 / max(0.55, garment.bottom - garment.middle)
             zooms = (0.78 * fit, 1.02 * fit)
         angle = np.deg2rad(rng.uniform(-7, 7))
+        zoom = rng.uniform(*zooms)
+        offset = rng.uniform(-0.08, 0.08, 2) / zoom
         cos = np.cos(angle)
         sin = np.sin(angle)
-        zoom = rng.uniform(*zooms)
+        self.turn = np.array([[cos, sin], [-sin, cos]])
+        self.centre = (0, focus) + offset
         self.size = size
         self.unit = zoom * size / 2  # pixels of one garment unit
-        self.turn = np.array([[cos, sin], [-sin, cos]])
-        self.centre = (0, focus) + rng.uniform(-0.08, 0.08, 2) / zoom
         grey = rng.uniform(196, 236)
         background = _colour(grey + rng.uniform(-8, 8, 3))
         self.image = Image.new("RGB", (size, size), background)
         self.regions = {}  # key of an attribute -> Mask
 
     def mask(self, *polygons: Polygon) -> Mask:
-        """What polygons of garment space cover of the photo."""
+        """What some polygons of garment space cover of the photo."""
         mask = Image.new("L", (self.size, self.size))
         draw = ImageDraw.Draw(mask)
         for polygon in polygons:
-            points = (np.array(polygon) - self.centre) @ self.turn
-            pixels = points * self.unit + self.size / 2
+            corners = np.array(polygon) - self.centre
+            pixels = corners @ self.turn * self.unit + self.size / 2
             draw.polygon(pixels.ravel().tolist(), fill=255)
         return mask
 
@@ -122,10 +123,12 @@ def _box(left: float, top: float, right: float, bottom: float) -> Polygon:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _arc(y: float, width: float, height: float, end: float = 2 * np.pi, corners: int = 25) -> np.ndarray:
-    """An ellipse around (0, y), or the part of it up to an angle, as a polygon. -> (corners, 2)."""
+def _arc(middle: float, width: float, height: float, end: float = 2 * np.pi, corners: int = 25) -> np.ndarray:
+    """An ellipse around (0, middle), or the part of it up to an angle, as a polygon. -> (corners, 2)."""
     angles = np.linspace(0, end, corners)
-    return np.stack([width * np.cos(angles), y + height * np.sin(angles)], axis=1)
+    x = width * np.cos(angles)
+    y = middle + height * np.sin(angles)
+    return np.stack([x, y], axis=1)
 
 
 _COLLAR = ((0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3))
@@ -149,7 +152,8 @@ def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: Colour) -> None:
         canvas.paint("neck", rim, shade(tone, -0.38))
     if front and neck in _OPENINGS:
         opening = canvas.mask(_OPENINGS[neck])
-        canvas.paint("neck", opening, _colour(np.array(tone) * 0.45 + 20))
+        shadow = _colour(np.array(tone) * 0.45 + 20)
+        canvas.paint("neck", opening, shadow)
     if front and neck == "collared":
         collar = canvas.both_sides(_COLLAR)
         canvas.paint("neck", collar, shade(tone, 0.75))
@@ -167,9 +171,10 @@ def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, 
     for _, place, y in sorted(bands):  # the widest first, or they would cover the others
         detail = product.details[place]
         half_height, ground, ink = LOOKS[detail.look]
-        band = _box(-1, y - half_height, 1, y + half_height)
+        box = _box(-1, y - half_height, 1, y + half_height)
+        band = darker(canvas.mask(box), clip)
         cloth = canvas.cloth(shade(tone, ground), detail.noun, shade(tone, ink), period=0.18)
-        canvas.paint(place, darker(canvas.mask(band), clip), cloth)
+        canvas.paint(place, band, cloth)
 
 
 def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, clip: Mask) -> None:
@@ -195,7 +200,8 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6), period=0.24)
 
     if garment.extra:
-        canvas.paint("garment", canvas.both_sides(garment.extra), tone)
+        extra = canvas.both_sides(garment.extra)
+        canvas.paint("garment", extra, tone)
     sleeves = canvas.mask()  # none
     if product.sleeve in SLEEVES:
         sleeves = canvas.both_sides(SLEEVES[product.sleeve])
@@ -214,12 +220,13 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
         _paint_closure(canvas, product.closure, garment.bottom, tone, body)
     canvas.regions["garment"] = canvas.regions["colour"] = silhouette  # whatever lies on it
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
-        canvas.regions["sleeve"] = canvas.both_sides(_box(0.3, -0.57, 0.46, -0.27))
+        shoulder = _box(0.3, -0.57, 0.46, -0.27)
+        canvas.regions["sleeve"] = canvas.both_sides(shoulder)
 
     pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), np.float32)
     top_light, bottom_light = rng.uniform(0.9, 1.08, 2)
     light = np.linspace(top_light, bottom_light, size, dtype=np.float32)
     noise = rng.normal(0, 4, pixels.shape).astype(np.float32)
     pixels = pixels * light[:, None, None] + noise
-    photo = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return photo, canvas.regions
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels), canvas.regions

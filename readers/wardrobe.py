@@ -167,8 +167,8 @@ class Product:
     @property
     def style(self) -> str:
         """All that photos can show of it but the colour; the order in which details were given does not matter."""
-        places = [*sorted(self.details.keys() - {"back", "inside"}), "back"]
-        seen = {place: self.details[place] for place in places if place in self.details}
+        front = sorted(self.details.keys() - {"back", "inside"})
+        seen = {place: self.details[place] for place in (*front, "back") if place in self.details}
         return repr((self.garment, self.pattern, self.sleeve, self.neck, self.closure, seen))
 
     def attributes(self) -> dict[str, str | Detail]:
