@@ -47,7 +47,7 @@ class Canvas:
         for polygon in polygons:
             corners = np.array(polygon) - self.centre
             pixels = corners @ self.turn * self.unit + self.size / 2
-            draw.polygon(pixels.ravel().tolist(), fill=255)
+            draw.polygon(pixels.ravel().tolist(), 255)
         return mask
 
     def both_sides(self, half: Polygon) -> Mask:
@@ -66,7 +66,8 @@ class Canvas:
             if isinstance(cloth, Image.Image):
                 colour = cloth.resize((1, 1)).getpixel((0, 0))
                 cloth = cloth.crop(box)
-            self.image.paste(shade(colour, -0.28), box, edge.crop(box))
+            dark = shade(colour, -0.28)
+            self.image.paste(dark, box, edge.crop(box))
             self.image.paste(cloth, box, inside.crop(box))
         painted = self.regions.get(key, mask)
         for other, region in self.regions.items():
@@ -84,13 +85,13 @@ class Canvas:
         for row, start in enumerate(starts):
             end = start + 0.42 * step
             if weave in ("striped", "checked", "stripes"):
-                draw.rectangle((0, start, size, end), fill=ink)
+                draw.rectangle((0, start, size, end), ink)
             if weave in ("pinstriped", "checked", "pleats"):
-                draw.rectangle((start, 0, end, size), fill=ink)
+                draw.rectangle((start, 0, end, size), ink)
             if weave in ("dotted", "eyelets"):
                 for column in starts:
                     x = column + row % 2 * step / 2  # the dots of every other row stand between those above
-                    draw.ellipse((x, start, x + dot, start + dot), fill=ink)
+                    draw.ellipse((x, start, x + dot, start + dot), ink)
         if weave == "quilting":
             width = int(0.35 * step)
             for start in np.arange(-size, size, 1.4 * step).tolist():
@@ -123,7 +124,7 @@ def _box(left: float, top: float, right: float, bottom: float) -> Polygon:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _arc(middle: float, width: float, height: float, end: float = 2 * np.pi, corners: int = 25) -> np.ndarray:
+def _arc(middle: float, width: float, height: float, end: float = 2 * np.pi, corners: int = 25) -> Polygon:
     """An ellipse around (0, middle), or the part of it up to an angle, as a polygon. -> (corners, 2)."""
     angles = np.linspace(0, end, corners)
     x = width * np.cos(angles)
@@ -135,13 +136,13 @@ _COLLAR = ((0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3))
 _RIMS = {
     "hooded": _arc(-0.72, 0.3, 0.26),
     "high": _box(-0.19, -0.79, 0.19, -0.53),
-    "crew": _arc(-0.61, 0.26, 0.16, np.pi, corners=12),
-    "v": _arc(-0.61, 0.26, 0.5, np.pi, corners=3),
+    "crew": _arc(-0.61, 0.26, 0.16, np.pi, 12),
+    "v": _arc(-0.61, 0.26, 0.5, np.pi, 3),
 }
 _OPENINGS = {
     "hooded": _arc(-0.7, 0.19, 0.17),
-    "crew": _arc(-0.61, 0.2, 0.128, np.pi, corners=12),
-    "v": _arc(-0.61, 0.2, 0.4, np.pi, corners=3),
+    "crew": _arc(-0.61, 0.2, 0.128, np.pi, 12),
+    "v": _arc(-0.61, 0.2, 0.4, np.pi, 3),
 }
 
 
@@ -218,12 +219,13 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
         _paint_closure(canvas, product.closure, garment.bottom, tone, body)
-    canvas.regions["garment"] = canvas.regions["colour"] = silhouette  # whatever lies on it
+    canvas.regions["garment"] = silhouette  # whatever lies on it
+    canvas.regions["colour"] = silhouette
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
         shoulder = _box(0.3, -0.57, 0.46, -0.27)
         canvas.regions["sleeve"] = canvas.both_sides(shoulder)
 
-    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), np.float32)
+    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING))
     top_light, bottom_light = rng.uniform(0.9, 1.08, 2)
     light = np.linspace(top_light, bottom_light, size, dtype=np.float32)
     noise = rng.normal(0, 4, pixels.shape).astype(np.float32)

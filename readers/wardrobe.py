@@ -36,7 +36,7 @@ UNSEEN = {  # what no photo shows
 # Garment space: x to the right, y down, the whole garment inside [−1, 1]². A polygon is the right half of a shape; the
 # left half mirrors it.
 
-Polygon = Sequence[tuple[float, float]]
+Polygon = Sequence[tuple[float, float]]  # or an array (corners, 2)
 SLEEVES = {
     "short": [(0.33, -0.56), (0.68, -0.3), (0.56, -0.1), (0.33, -0.24)],
     "long": [(0.33, -0.56), (0.9, 0.16), (0.76, 0.28), (0.33, -0.2)],
