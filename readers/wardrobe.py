@@ -211,7 +211,8 @@ class Product:
             return
         for other in GARMENTS[self.garment].places:
             if other not in self.details:
-                yield "place", {other if key == place else key: value for key, value in self.details.items()}
+                moved = {other if key == place else key: value for key, value in self.details.items()}
+                yield "place", moved
 
     def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str, str]]]:
         """The description, and (start, end, key, kind) of every stretch of it that names an attribute."""
@@ -234,14 +235,15 @@ class Product:
         garment = (self.garment, "garment", "garment")
         colour = (self.colour, "colour", "colour")
         title = pick(rng, ([garment, ("in", "", ""), colour], [colour, garment]))
+        if self.sleeve in SLEEVES:
+            title = [("sleeve", "", ""), *title]
         if self.sleeve:
-            end = [] if self.sleeve == "sleeveless" else [("sleeve", "", "")]
-            title = [(self.sleeve, "sleeve", "sleeve"), *end, *title]
+            title = [(self.sleeve, "sleeve", "sleeve"), *title]
         phrases = []
-        for kind, end in (("pattern", "pattern"), ("neck", "neckline"), ("closure", "front")):
+        for kind, noun in (("pattern", "pattern"), ("neck", "neckline"), ("closure", "front")):
             value = getattr(self, kind)
             if value:
-                phrases.append([(value, kind, kind), (end, "", "")])
+                phrases.append([(value, kind, kind), (noun, "", "")])
         for place, detail in self.details.items():
             phrase = [(detail.look, place, "look"), (detail.noun, place, "noun")]
             if place == "inside":
@@ -253,7 +255,8 @@ class Product:
             phrases.append(phrase)
         for what, value in self.unseen.items():
             phrases.append([(value, "unseen", "unseen"), (what, "", "")])
-        return [title, *(phrases[number] for number in rng.permutation(len(phrases)))]
+        order = rng.permutation(len(phrases))
+        return [title, *(phrases[number] for number in order)]
 
 
 def _cut_alike(product: Product) -> list[str]:
@@ -304,7 +307,9 @@ def draw_family(rng: Generator, owns: Callable[[Product], bool]) -> list[Product
     while not sisters:
         style = draw_product(rng)
         if owns(style):
-            sisters = [(kind, other) for kind, _, other in style.variants() if kind != "colour" and owns(other)]
+            for kind, _, variant in style.variants():
+                if kind != "colour" and owns(variant):
+                    sisters.append((kind, variant))
     sister = pick_variant(rng, sisters)
     family = []
     for colour in rng.permutation(list(COLOURS)).tolist()[:STYLE_COLOURS]:
