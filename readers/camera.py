@@ -124,9 +124,9 @@ def _box(left: float, top: float, right: float, bottom: float) -> Polygon:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _arc(middle: float, width: float, height: float, end: float = 2 * np.pi, corners: int = 25) -> Polygon:
+def _arc(middle: float, width: float, height: float, degrees: float = 360, corners: int = 25) -> Polygon:
     """An ellipse around (0, middle), or the part of it up to an angle, as a polygon. -> (corners, 2)."""
-    angles = np.linspace(0, end, corners)
+    angles = np.deg2rad(np.linspace(0, degrees, corners))
     x = width * np.cos(angles)
     y = middle + height * np.sin(angles)
     return np.stack([x, y], axis=1)
@@ -136,13 +136,13 @@ _COLLAR = ((0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3))
 _RIMS = {
     "hooded": _arc(-0.72, 0.3, 0.26),
     "high": _box(-0.19, -0.79, 0.19, -0.53),
-    "crew": _arc(-0.61, 0.26, 0.16, np.pi, 12),
-    "v": _arc(-0.61, 0.26, 0.5, np.pi, 3),
+    "crew": _arc(-0.61, 0.26, 0.16, 180, 12),
+    "v": _arc(-0.61, 0.26, 0.5, 180, 3),
 }
 _OPENINGS = {
     "hooded": _arc(-0.7, 0.19, 0.17),
-    "crew": _arc(-0.61, 0.2, 0.128, np.pi, 12),
-    "v": _arc(-0.61, 0.2, 0.4, np.pi, 3),
+    "crew": _arc(-0.61, 0.2, 0.128, 180, 12),
+    "v": _arc(-0.61, 0.2, 0.4, 180, 3),
 }
 
 
@@ -171,10 +171,12 @@ def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, 
             bands.append((-half_height, place, y))
     for _, place, y in sorted(bands):  # the widest first, or they would cover the others
         detail = product.details[place]
-        half_height, ground, ink = LOOKS[detail.look]
+        half_height, ground_shade, ink_shade = LOOKS[detail.look]
         box = _box(-1, y - half_height, 1, y + half_height)
         band = darker(canvas.mask(box), clip)
-        cloth = canvas.cloth(shade(tone, ground), detail.noun, shade(tone, ink), period=0.18)
+        ground = shade(tone, ground_shade)
+        ink = shade(tone, ink_shade)
+        cloth = canvas.cloth(ground, detail.noun, ink, period=0.18)
         canvas.paint(place, band, cloth)
 
 
@@ -197,8 +199,10 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     garment = GARMENTS[product.garment]
     front = view != "back"
     canvas = Canvas(garment, view, size * SUPERSAMPLING, rng)
-    tone = _colour(COLOURS[product.colour] + rng.uniform(-9, 9, 3))
-    cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6), period=0.24)
+    jitter = rng.uniform(-9, 9, 3)
+    tone = _colour(COLOURS[product.colour] + jitter)
+    ink = shade(tone, 0.6)
+    cloth = canvas.cloth(tone, product.pattern, ink, period=0.24)
 
     if garment.extra:
         extra = canvas.both_sides(garment.extra)
