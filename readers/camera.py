@@ -17,7 +17,7 @@ class Canvas:
 
     def __init__(self, garment: Garment, view: str, size: int, rng: Generator):
         if view == "close-up":
-            focus = pick(rng, list(garment.places.values()))
+            focus = pick(rng, garment.places.values())
             zooms = (1.7, 2.2)
         elif view == "half":
             focus = pick(rng, (garment.top + 0.25, garment.bottom - 0.3))

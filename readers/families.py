@@ -30,7 +30,7 @@ class SyntheticFamilies(Synthetic):
 
 def vary(product: Product, rng: Generator) -> Product:
     """A product that differs in one or two attributes, of those that a photo of the front shows."""
-    for _ in range(int(rng.integers(1, 3))):
+    for _ in range(rng.integers(1, 3)):
         variants = []
         for kind, key, variant in product.variants():
             if kind != "garment" and key != "back":

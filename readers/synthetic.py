@@ -66,7 +66,7 @@ class Synthetic(PhotoDataset):
     def _views(self, index: int) -> list[str]:
         rng = self._rng(1, index)
         third = pick(rng, ("close-up", "half"))
-        count = int(rng.integers(3, 5))
+        count = rng.integers(3, 5)
         return ["front", "back", third, "close-up"][:count]
 
     def _render(self, product: Product, row: int) -> tuple[Image.Image, dict[str, np.ndarray]]:

@@ -6,7 +6,7 @@ something varies on its own: no other word of the description gives it away.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from numpy.random import Generator, default_rng
@@ -125,8 +125,10 @@ GARMENTS = {
 }
 
 
-def pick(rng: Generator, options: Sequence):
-    return options[int(rng.integers(len(options)))]
+def pick(rng: Generator, options: Iterable):
+    """One of some options, each as likely."""
+    options = list(options)
+    return options[rng.integers(len(options))]
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,7 @@ class Detail:
 
 
 def draw_detail(rng: Generator) -> Detail:
-    look = pick(rng, tuple(LOOKS))
-    return Detail(look, pick(rng, NOUNS))
+    return Detail(look=pick(rng, LOOKS), noun=pick(rng, NOUNS))
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Product:
         for phrase in self._phrases():
             for number, (words, key, kind) in enumerate(phrase):
                 if number == 0:  # a sentence begins
-                    words = words[0].upper() + words[1:]
+                    words = words.capitalize()
                 if key:
                     spans.append((len(caption), len(caption) + len(words), key, kind))
                 caption += f"{words} "
@@ -271,13 +272,13 @@ def _cut_alike(product: Product) -> list[str]:
 
 def draw_product(rng: Generator) -> Product:
     """A random product."""
-    name = pick(rng, tuple(GARMENTS))
+    name = pick(rng, GARMENTS)
     garment = GARMENTS[name]
     places = rng.permutation(list(garment.places)).tolist()
-    front = places[: int(rng.integers(1, 3))]
+    front = places[: rng.integers(1, 3)]
     product = Product(
         garment=name,
-        colour=pick(rng, tuple(COLOURS)),
+        colour=pick(rng, COLOURS),
         pattern=pick(rng, PATTERNS) if rng.random() < 0.3 else None,
         sleeve=pick(rng, garment.sleeves),
         neck=pick(rng, garment.necks),
@@ -292,7 +293,7 @@ def pick_variant(rng: Generator, variants: list[tuple[str, Product]]) -> Product
     by_kind = defaultdict(list)
     for kind, variant in variants:
         by_kind[kind].append(variant)
-    kind = pick(rng, tuple(by_kind))
+    kind = pick(rng, by_kind)
     return pick(rng, by_kind[kind])
 
 
