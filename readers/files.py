@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError
 
 
 def parse_json(text: str, where: str) -> object:
@@ -57,17 +57,12 @@ def open_photo(path: Path, size: int) -> Image.Image:
         raise OSError(reason.splitlines()[0]) from None
 
 
-class PhotoFiles(PhotoDataset):
-    """Photos by name, without text."""
+class ImageFiles:
+    """Image files: `[i]` decodes one of them, see `open_photo`."""
 
-    def __init__(self, paths: dict[str, Path], image_size: int):
-        self.names, self.paths = list(paths), list(paths.values())
-        blank = [""] * len(paths)
-        super().__init__(blank, self.names, blank, blank, image_size)
+    def __init__(self, paths: list[Path], image_size: int):
+        self.paths = paths
+        self.image_size = image_size
 
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a name."""
-        return open_photo(self.paths[row], self.image_size)
-
-    def name_of(self, row: int) -> str:
-        return self.names[row]
+    def __getitem__(self, number: int) -> Image.Image:
+        return open_photo(self.paths[number], self.image_size)

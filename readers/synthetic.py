@@ -23,16 +23,25 @@ class Synthetic(PhotoDataset):
         self.products = self._draw(products)
         self.rows = [(i, view) for i in range(products) for view in self._views(i)]
         described = [product.caption_and_spans()[0] for product in self.products]
+        drawn = [self.products[i] for i, _ in self.rows]
+        known = {  # what is true of the product, whatever a photo shows of it
+            "category": [GARMENTS[product.garment].category for product in drawn],
+            "subcategory": [product.garment.upper() for product in drawn],
+            "colour": [product.colour for product in drawn],
+            "sleeve": [product.sleeve or "" for product in drawn],
+            "neck": [product.neck or "" for product in drawn],
+            "pattern": [product.pattern or "" for product in drawn],
+        }
+        self.photos, self.regions = [], []
         super().__init__(
             captions=[described[i] for i, _ in self.rows],
             products=[i for i, _ in self.rows],
-            categories=[GARMENTS[self.products[i].garment].category for i, _ in self.rows],
-            subcategories=[self.products[i].garment.upper() for i, _ in self.rows],
+            images=self.photos,
             image_size=image_size,
+            known=known,
         )
         rows, quiet = range(len(self.rows)), None if progress else True  # None: quiet unless in a terminal
         bar = tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False)
-        self.photos, self.regions = [], []
         for row in bar:
             photo, regions = self._render(row)
             self.photos.append(photo)
@@ -55,16 +64,6 @@ class Synthetic(PhotoDataset):
     def _render(self, row: int) -> tuple[Image.Image, dict]:
         index, view = self.rows[row]
         return render(self.products[index], view, self.image_size, self._rng(2, row))
-
-    def attributes(self, row: int) -> dict[str, str]:
-        """What is true of the product, whatever this photo shows of it."""
-        product = self.products[self.rows[row][0]]
-        known = {"colour": product.colour, "sleeve": product.sleeve or "", "neck": product.neck or ""}
-        return super().attributes(row) | known | {"pattern": product.pattern or ""}
-
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a row, drawn when the data set was made."""
-        return self.photos[row]
 
     def truth(self, row: int) -> Truth:
         """What the photo of a row really shows."""

@@ -14,7 +14,7 @@ import data
 from data import Collate, build_dataset, build_tokenizer
 from readers.dataset import DataError
 from readers.families import synthetic_triplets
-from readers.fashiongen import FashionGen, export_fashiongen
+from readers.fashiongen import FILES, export_fashiongen, main
 from readers.files import FORMATS, open_photo
 from readers.prompts import prompted, symbol_of
 from readers.synthetic import Synthetic
@@ -32,7 +32,7 @@ def open_fashiongen(folder, size=32):
 
 
 def test_exported_fashiongen_has_the_published_layout_and_reads_back(fashiongen):
-    with h5py.File(fashiongen / FashionGen.FILES["train"]) as file:
+    with h5py.File(fashiongen / FILES["train"]) as file:
         keys = "index index_2 input_brand input_category input_composition input_concat_description input_department input_description input_gender input_image input_msrpUSD input_name input_pose input_productID input_season input_subcategory"
         assert sorted(file) == keys.split()
         assert file["input_image"].shape[1:] == (32, 32, 3) and file["input_productID"].dtype == np.int32
@@ -46,14 +46,14 @@ def test_exported_fashiongen_has_the_published_layout_and_reads_back(fashiongen)
 
 
 def test_fashiongen_reads_latin_1_and_counts_empty_descriptions(fashiongen):
-    with h5py.File(fashiongen / FashionGen.FILES["train"], "r+") as file:
+    with h5py.File(fashiongen / FILES["train"], "r+") as file:
         file["input_description"][0] = "Robe d'été".encode("latin-1")
         file["input_description"][4] = b"  "
     dataset = open_fashiongen(fashiongen)
     assert dataset.captions[0] == "Robe d'été"
     assert dataset.problems == ["row 4: empty input_description"] and "1 left out (row 4" in dataset.report()
     assert dataset[4]["row"] == 4 and dataset.name_of(4).endswith("row 5")
-    with h5py.File(fashiongen / FashionGen.FILES["val"], "r+") as file:
+    with h5py.File(fashiongen / FILES["val"], "r+") as file:
         file["input_description"][:] = b""
     with pytest.raises(DataError, match="every row is empty"):
         build_dataset("fashiongen", fashiongen, "val", 32)
@@ -80,18 +80,18 @@ def replace_key(path, key, values):
     ],
 )
 def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
-    damage(fashiongen / FashionGen.FILES["train"])
+    damage(fashiongen / FILES["train"])
     with pytest.raises(DataError, match=message) as caught:
         open_fashiongen(fashiongen)
     assert "fashiongen_256_256_train.h5" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_export_writes_256_pixels_and_does_not_overwrite(tmp_path):
-    data.main(["export-fashiongen", str(tmp_path), "--items", "2"])
-    with h5py.File(tmp_path / FashionGen.FILES["train"]) as file:
+    main([str(tmp_path), "--items", "2"])
+    with h5py.File(tmp_path / FILES["train"]) as file:
         assert file["input_image"].shape[1:] == (256, 256, 3)
     with pytest.raises(SystemExit, match="exists"):
-        data.main(["export-fashiongen", str(tmp_path), "--items", "2"])
+        main([str(tmp_path), "--items", "2"])
 
 
 def write_jsonl(folder, lines, name="train.jsonl"):
@@ -255,7 +255,7 @@ def test_prompts_of_files(fashiongen, tmp_path):
     said = spoken(dataset.text(0))
     assert said["season"] == "spring summer 2018" and said["composition"] == "100% cotton." and said["gender"] == "Men"
     assert said["name"].lower() in dataset.captions[0].lower() or len(said["name"].split()) > 1
-    path = fashiongen / FashionGen.FILES["train"]
+    path = fashiongen / FILES["train"]
     replace_key(path, "input_season", None)
     dataset = open_fashiongen(fashiongen)
     dataset.prompts = True
