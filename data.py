@@ -26,8 +26,10 @@ batch · V tokens of the vocabulary · K planes of a photo, one for each attribu
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -83,8 +85,9 @@ class Collate:
     replace_unreadable: bool = False
 
     def __call__(self, items: list[dict | Unreadable]) -> dict:
+        readable = [item for item in items if isinstance(item, dict)]
         unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
-        items = self.replaced(items) if self.replace_unreadable else self.readable(items)
+        items = _replaced(items, readable) if self.replace_unreadable else readable
         batch = {"rows": torch.tensor([item["row"] for item in items], dtype=torch.long), "unreadable": unreadable}
         if not items:
             return batch
@@ -105,22 +108,13 @@ class Collate:
             batch |= _truth(encodings, [item["truth"] for item in items])
         return batch
 
-    def readable(self, items: list[dict | Unreadable]) -> list[dict]:
-        """The items whose photo can be read."""
-        return [item for item in items if not isinstance(item, Unreadable)]
 
-    def replaced(self, items: list[dict | Unreadable]) -> list[dict]:
-        """The items, with readable ones, in turn, in the place of those whose photo cannot be read."""
-        readable = self.readable(items)
-        if not readable:
-            raise DataError(f"no photo of a batch could be read, the last one: {items[-1].reason}")
-        result, replacements = [], 0
-        for item in items:
-            if isinstance(item, Unreadable):
-                item = readable[replacements % len(readable)]
-                replacements += 1
-            result.append(item)
-        return result
+def _replaced(items: list[dict | Unreadable], readable: list[dict]) -> list[dict]:
+    """The items, with the readable ones, in turn, in the place of those whose photo cannot be read."""
+    if not readable:
+        raise DataError(f"no photo of a batch could be read, the last one: {items[-1].reason}")
+    replacements = cycle(readable)
+    return [next(replacements) if isinstance(item, Unreadable) else item for item in items]
 
 
 def _truth(encodings: list[Encoding], truths: list[Truth]) -> dict[str, Tensor]:
@@ -316,31 +310,24 @@ def _read_vocabulary(path: str | Path) -> list[str]:
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
-    if len(set(words)) < len(words):
-        twice = next(word for i, word in enumerate(words) if word in words[:i])
-        raise DataError(f"{path}: the same word stands on two lines, {twice!r}")
+    word, count = Counter(words).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: the same word stands on two lines, {word!r}")
     return words
 
 
 def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[str]:
     """The WordPiece vocabulary of some captions, and of `whole` words, in order of id; the same one every time."""
     tokenizer = _bert_style(["[UNK]"])
-    texts = set()
-    for caption in captions:
-        if re.search(r"\S{101}", caption):
-            # words of over 100 letters will be [UNK], and the trainer takes for ever over them
-            words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(caption))
-            caption = " ".join(word for word, _ in words if len(word) <= 100)
-        texts.add(caption)
-    letters = set()
-    for text in texts:
-        letters.update(tokenizer.normalizer.normalize_str(text))
+    # words of over 100 letters will be [UNK], and the trainer takes for ever over them
+    texts = sorted({re.sub(r"[A-Za-z0-9]{101,}", "", caption) for caption in captions})
+    letters = set(tokenizer.normalizer.normalize_str("".join(texts)))
     # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
     # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
     inner = ["##" + letter for letter in sorted(letters - {" "})]
     special = [*SPECIAL_TOKENS, *inner, *whole]
     trainer = WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(sorted(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
 
 

@@ -163,34 +163,26 @@ class PhotoDataset(Dataset):
         return part
 
     def report(self) -> str:
-        """For the user: how much there is, and what was left out and why; with prompts, a line on these."""
+        """For the user: how much there is, and what was left out and why; with prompts, the category symbols."""
         products = self.product_ids.max() + 1
         lines = [f"{len(self):,} {self.what} of {products:,} {self.group}{self.left_out()}", *self.notes]
         if self.prompts:
             symbols = Counter(map(symbol_of, self.categories, self.subcategories))
-            prompts = Counter()
-            for row in range(len(self)):
-                prompts.update(name for name, value in self.attributes(row).items() if value)
-            lines.append(f"photos by symbol: {counted(symbols)}; by prompt: {counted(prompts)}")
+            counts = [f"{symbol} {count:,}" for symbol, count in symbols.most_common()]
+            lines.append(f"photos by symbol: {', '.join(counts)}")
         return "\n  ".join(lines)
 
     def left_out(self) -> str:
         """The end of a report's first line: what was left out and why."""
         reasons = list(self.dropped)
         if self.problems:
-            reasons.insert(0, f"{len(self.problems):,} left out ({first_three(self.problems, '; ')})")
+            reasons.insert(0, f"{len(self.problems):,} left out ({first_three(self.problems)})")
         return legible("".join(f", {reason}" for reason in reasons))
 
 
-def counted(counts: Counter) -> str:
-    """The counts, the largest first, for a report."""
-    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
-
-
-def first_three(texts: list[str], separator: str) -> str:
+def first_three(texts: list[str]) -> str:
     """Up to three texts in a line, and whether there are more."""
-    shown = texts[:3] if len(texts) <= 3 else [*texts[:3], "…"]
-    return separator.join(shown)
+    return "; ".join(texts[:3]) + ("; …" if len(texts) > 3 else "")
 
 
 def numbered(values: list) -> np.ndarray:

@@ -107,37 +107,30 @@ def _opened(path: Path, _process: int) -> h5py.File:
 
 
 def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int = 0) -> None:
-    """Write `items` synthetic products a split in FashionGen's HDF5 layout (validation: a tenth, at least 8)."""
+    """Write `items` synthetic products a split in FashionGen's HDF5 layout, those of its columns that are read
+    (validation: a tenth, at least 8)."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, products in (("train", items), ("val", max(8, items // 10))):
         path = folder / FILES[split]
         if path.exists():
             raise DataError(f"{path} exists; give an empty folder")
         dataset = Synthetic(split, products, image_size, seed)
-        rows = [(dataset.products[i], i, view) for i, view in dataset.rows]
-        columns = {
-            "index": np.arange(len(rows), dtype=np.int32),
-            "index_2": np.arange(len(rows), dtype=np.int32),
-            "input_brand": ["SYNTHETIC"] * len(rows),
-            "input_category": dataset.categories,
-            "input_composition": ["100% cotton."] * len(rows),
-            "input_concat_description": dataset.captions,
-            "input_department": ["CLOTHING"] * len(rows),
+        drawn = [dataset.products[i] for i in dataset.product_ids]
+        texts = {
             "input_description": dataset.captions,
-            "input_gender": ["Women" if i % 2 else "Men" for _, i, _ in rows],
-            "input_msrpUSD": np.full(len(rows), 100.0),
-            "input_name": [f"{product.colour} {product.garment}".title() for product, _, _ in rows],
-            "input_pose": [f"id_gridfs_{dataset._views(i).index(view) + 1}" for _, i, view in rows],
-            "input_productID": np.array([i for _, i, _ in rows], dtype=np.int32),
-            "input_season": ["SS2018"] * len(rows),
+            "input_category": dataset.categories,
             "input_subcategory": dataset.subcategories,
+            "input_name": [f"{product.colour} {product.garment}".title() for product in drawn],
+            "input_gender": ["Women" if i % 2 else "Men" for i in dataset.product_ids],
+            "input_composition": ["100% cotton."] * len(dataset),
+            "input_season": ["SS2018"] * len(dataset),
         }
         with h5py.File(path, "w") as file:
             images = np.stack([np.asarray(photo) for photo in dataset.photos])
-            file.create_dataset("input_image", data=images, chunks=(1, image_size, image_size, 3))
-            for key, values in columns.items():
-                column = np.array([text.encode() for text in values]) if isinstance(values, list) else values
-                file.create_dataset(key, data=column[:, None])
+            file.create_dataset("input_image", data=images, chunks=(1, *images.shape[1:]))
+            file.create_dataset("input_productID", data=dataset.product_ids.astype(np.int32)[:, None])
+            for key, values in texts.items():
+                file.create_dataset(key, data=np.array([text.encode() for text in values])[:, None])
         print(f"{path}: {dataset.report()}")
 
 

@@ -21,43 +21,50 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     for subset in FASHIONIQ:
         path = folder / "captions" / f"cap.{subset}.{split}.json"
         for number, record in enumerate(_read_list(path, "one object a pair")):
-            pairs.append((subset, *_parse(f"{path} entry {number}", record, split)))
+            names, text = _parse(f"{path} entry {number}", record, split)
+            pairs.append((subset, names, text))
         path = folder / "image_splits" / f"split.{subset}.{split}.json"
-        listed[subset] = list(dict.fromkeys(map(str, _read_list(path, "one image id an entry"))))
+        listed[subset] = [str(name) for name in _read_list(path, "one image id an entry")]
         wanted += listed[subset]
-    for _, candidate, target, _ in pairs:
-        wanted += [candidate] if split == "test" else [candidate, target]
+    for _, names, _ in pairs:
+        wanted += names
+    wanted = list(dict.fromkeys(wanted))
 
-    files = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix in (".jpg", ".png")}
-    names = [name for name in dict.fromkeys(wanted) if name in files]
-    row_of = {name: row for row, name in enumerate(names)}
+    files = {}
+    for path in sorted((folder / "images").glob("*")):
+        if path.suffix in (".jpg", ".png"):
+            files[path.stem] = path
+    found = [name for name in wanted if name in files]
+    row_of = {name: row for row, name in enumerate(found)}
+    images = ImageFiles([files[name] for name in found], image_size)
+    photos = PhotoDataset([""] * len(found), found, images, image_size, names=found)
+
     subsets, references, targets, texts = [], [], [], []
-    for subset, candidate, target, text in pairs:
-        if candidate in files and (split == "test" or target in files):
-            subsets.append(subset)
-            references.append(row_of[candidate])
-            targets.append(-1 if split == "test" else row_of[target])
-            texts.append(text)
-    usable = set(subsets)
-    for subset, candidate, _, _ in pairs:
-        if subset not in usable:
-            missing = f"no photos of any {split} pair of {subset}; expected {candidate}.jpg or .png"
-            raise DataError(f"{folder}/images: {missing}")
-
-    images = ImageFiles([files[name] for name in names], image_size)
-    photos = PhotoDataset([""] * len(names), names, images, image_size, names=names)
+    for subset, names, text in pairs:
+        rows = [row_of.get(name) for name in names]
+        if None in rows:
+            continue
+        subsets.append(subset)
+        references.append(rows[0])
+        targets.append(-1 if split == "test" else rows[1])
+        texts.append(text)
     originals = {}
-    for subset, ids in listed.items():
-        originals[subset] = [row_of[name] for name in ids if name in row_of]
-    triplets = Triplets(photos, references, targets, texts, subsets, families=references, originals=originals)
-    triplets.problems = [f"no photo {name}" for name in dict.fromkeys(wanted) if name not in files]
+    for subset, names in listed.items():
+        if subset not in subsets:
+            example = next(names[0] for other, names, _ in pairs if other == subset)
+            missing = f"no photos of any {split} pair of {subset}; expected {example}.jpg or .png"
+            raise DataError(f"{folder}/images: {missing}")
+        originals[subset] = [row_of[name] for name in dict.fromkeys(names) if name in row_of]
+
+    triplets = Triplets(photos, references, targets, texts, subsets, references, originals)
+    triplets.problems = [f"no photo {name}" for name in wanted if name not in files]
     if len(texts) < len(pairs):
         triplets.dropped = [f"{len(pairs) - len(texts):,} pairs of photos that are not there"]
     return triplets
 
 
-def _parse(where: str, record: object, split: str) -> tuple[str, str, str]:
-    """-> candidate, target ("" in the test split), text."""
+def _parse(where: str, record: object, split: str) -> tuple[list[str], str]:
+    """-> candidate and, unless it is the test split's, target; text."""
     keys = ["candidate"] if split == "test" else ["candidate", "target"]
     try:
         names = [record[key] for key in keys]
@@ -66,8 +73,7 @@ def _parse(where: str, record: object, split: str) -> tuple[str, str, str]:
         names, texts = [], []
     if not texts or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
-    target = "" if split == "test" else names[1]
-    return names[0], target, " and ".join(text for text in texts if text)
+    return names, " and ".join(text for text in texts if text)
 
 
 def _read_list(path: Path, what: str) -> list:

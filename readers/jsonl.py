@@ -43,7 +43,7 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
         trained = {record["product_id"] for record in _read(train_path)[0]}
         both = [product for product in dict.fromkeys(products) if product in trained]
         if both:
-            named = legible(first_three(both, ", "))
+            named = legible(first_three(both))
             dataset.notes.append(f"{len(both):,} of these products are in train.jsonl too: {named}")
     return dataset
 
