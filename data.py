@@ -98,11 +98,8 @@ class Collate:
         batch["caption_ids"] = torch.tensor([int(item["caption_id"]) for item in items])
         encodings = encode(self.tokenizer, [item["text"] for item in items])
         batch |= _tensors(encodings)
-        if self.telling is None:
-            continues = torch.zeros(self.tokenizer.get_vocab_size(), dtype=torch.bool)
-            telling = ~continues
-        else:
-            continues, telling = self.telling
+        every = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
+        continues, telling = self.telling or (~every, every)
         batch["words"] = which_words(batch["token_ids"], batch["described"], continues, telling)
         if "truth" in items[0]:
             batch |= _truth(encodings, [item["truth"] for item in items])

@@ -72,7 +72,12 @@ class PhotoDataset(Dataset):
     what, group: what a row, and what a product, is called in the report
     """
 
-    lead, prompts, truths, several, what, group = "", False, False, False, "photos", "products"
+    lead = ""
+    prompts = False
+    truths = False
+    several = False
+    what = "photos"
+    group = "products"
 
     def __init__(
         self,
@@ -158,8 +163,11 @@ class PhotoDataset(Dataset):
             self.names,
             [self.source[row] for row in rows],
         )
-        part.lead, part.prompts = self.lead, self.prompts
-        part.several, part.what, part.group = self.several, self.what, self.group
+        part.lead = self.lead
+        part.prompts = self.prompts
+        part.several = self.several
+        part.what = self.what
+        part.group = self.group
         return part
 
     def report(self) -> str:

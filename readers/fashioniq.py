@@ -26,8 +26,6 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
         path = folder / "image_splits" / f"split.{subset}.{split}.json"
         listed[subset] = [str(name) for name in _read_list(path, "one image id an entry")]
         wanted += listed[subset]
-    for _, names, _ in pairs:
-        wanted += names
     wanted = list(dict.fromkeys(wanted))
 
     files = {}
@@ -51,10 +49,9 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     originals = {}
     for subset, names in listed.items():
         if subset not in subsets:
-            example = next(names[0] for other, names, _ in pairs if other == subset)
-            missing = f"no photos of any {split} pair of {subset}; expected {example}.jpg or .png"
+            missing = f"no photos of any {split} pair of {subset}; expected {names[0]}.jpg or .png"
             raise DataError(f"{folder}/images: {missing}")
-        originals[subset] = [row_of[name] for name in dict.fromkeys(names) if name in row_of]
+        originals[subset] = [row_of[name] for name in names if name in row_of]
 
     triplets = Triplets(photos, references, targets, texts, subsets, references, originals)
     triplets.problems = [f"no photo {name}" for name in wanted if name not in files]

@@ -36,7 +36,9 @@ def karpathy(
         raise DataError(f"{path}: no usable photo of the {split} split; {'; '.join(problems[:3]) or 'it has none'}")
     images = ImageFiles(paths, image_size)
     dataset = PhotoDataset(captions, photos, images, image_size, names=[path.name for path in paths], source=photos)
-    dataset.several, dataset.what, dataset.group = True, "captions", "photos"
+    dataset.several = True
+    dataset.what = "captions"
+    dataset.group = "photos"
     dataset.problems = problems
     if empty:
         dataset.dropped = [f"{empty:,} captions without words"]

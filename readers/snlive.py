@@ -56,7 +56,8 @@ def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int
         names=list(row_of),
         source=rows,
     )
-    dataset.what, dataset.group = "statements", "photos"
+    dataset.what = "statements"
+    dataset.group = "photos"
     dataset.problems = problems
     dataset.dropped = [f"{count:,} {why}" for why, count in left_out.items()]
     return dataset

@@ -350,7 +350,7 @@ PAIR = '[{"candidate": "a", "target": "b", "captions": %s}]'
         ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate"),
         ("captions/cap.dress.val.json", PAIR % "[]", "captions, a list of texts"),
-        ("captions/cap.dress.val.json", PAIR % '["x"]', "no photos of any val pair of dress; expected a.jpg"),
+        ("captions/cap.dress.val.json", PAIR % '["x"]', "no photos of any val pair of dress; expected dress00000.jpg"),
     ],
 )
 def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
