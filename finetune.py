@@ -101,12 +101,12 @@ class Retrieval(Task):
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
         model, ids, keep = run.model, batch["token_ids"], batch["attention_mask"]
-        image_embeds, text_embeds = model.encode_image(batch["images"]), model.encode_text(ids, keep)
+        image_embeds, text_embeds = model.vision(batch["images"]), model.text(ids, keep)
         feats = model.image_feature(image_embeds), model.text_feature(text_embeds, keep)
         itc = contrast(run, batch, *feats, teach(run, batch))
-        photos = model.look(image_embeds)
+        photos = model.fusion.project_image_kv(image_embeds)
         pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
-        itm, right = match_pairs(run, model.fuse_cls(*pairs.inputs), pairs.labels)
+        itm, right = match_pairs(run, model.fusion(*pairs.inputs, cls_only=True), pairs.labels)
         return {"itc": run.config.itc_weight * itc.loss, "itm": itm}, {"itm_accuracy": right}
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
@@ -184,7 +184,7 @@ class TextGuided(Task):
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC of queries with the targets of the batch, both ways; references and targets are encoded in one call."""
-        both = run.model.encode_image(torch.cat([batch["images"], batch["target_images"]]))
+        both = run.model.vision(torch.cat([batch["images"], batch["target_images"]]))
         references, targets = both.chunk(2)
         query = compose(run, batch, references, fused=True)
         target_feat = run.model.image_feature(targets)
@@ -203,7 +203,7 @@ class TextGuided(Task):
         queries, triplets = [], []
         for batch in batches_of(run, dataset.queries(), "encoding queries"):
             with autocast(run), torch.no_grad():
-                queries.append(compose(run, batch, run.model.encode_image(batch["images"]), self.fused))
+                queries.append(compose(run, batch, run.model.vision(batch["images"]), self.fused))
             triplets.append(batch["rows"].cpu())
         if not queries:
             raise DataError("no reference photo could be read")
@@ -311,13 +311,14 @@ class Recognition(Task):
         """(B, classes)."""
         sees, keep = self.config.modality, batch["attention_mask"]
         if sees != "text":
-            image_embeds = run.model.encode_image(batch["images"])
+            image_embeds = run.model.vision(batch["images"])
         if sees == "image":
-            return run.model.class_logits(image_embeds)
-        text_embeds = run.model.encode_text(batch["token_ids"], keep)
+            return run.model.class_head(image_embeds[:, 0])
+        text_embeds = run.model.text(batch["token_ids"], keep)
         if sees == "text":
-            return run.model.class_logits(text_embeds)
-        return run.model.class_logits(run.model.fuse_cls(text_embeds, keep, image_embeds))
+            return run.model.class_head(text_embeds[:, 0])
+        image_kv = run.model.fusion.project_image_kv(image_embeds)
+        return run.model.class_head(run.model.fusion(text_embeds, keep, image_kv, cls_only=True)[:, 0])
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """Cross-entropy; of the head alone, on encoders in evaluation mode, with --freeze."""

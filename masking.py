@@ -8,14 +8,13 @@ Every draw takes a generator on the tensors' device.
 Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model import MomentumModel, Photos
+from model import VisionLanguageModel
 
 MaskSource = Literal["masked", "clean"]
 
@@ -85,78 +84,82 @@ def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def clean_attention(momentum: MomentumModel, batch: dict, photos: Photos, text_embeds_m: Tensor) -> list[Tensor]:
-    """The momentum model's cross-attention of the clean pair, the plainest reading of SyncMask.
+def clean_attention(
+    momentum: VisionLanguageModel, batch: dict, image_kv: list[Tensor], text_embeds_m: Tensor
+) -> list[Tensor]:
+    """Compute the momentum encoder's cross-attention of the clean pair, the plainest reading of SyncMask.
 
-    batch: attention_mask (B, L) · photos, by `momentum.look` · text_embeds_m (B, L, D)
+    batch: attention_mask (B, L) · image_kv: by `FusionEncoder.project_image_kv` · text_embeds_m (B, L, D)
     -> one map (B, h, L, N) a fusion layer
     """
-    return momentum.fusion(text_embeds_m, batch["attention_mask"], photos, return_attention=True)[1]
+    _, attentions = momentum.fusion(text_embeds_m, batch["attention_mask"], image_kv, return_attention=True)
+    return attentions
 
 
 @torch.no_grad()
-def hidden_words(
-    momentum: MomentumModel, batch: dict, photos: Photos, mask_id: int, generator: torch.Generator | None = None
+def masked_attention(
+    momentum: VisionLanguageModel,
+    batch: dict,
+    image_kv: list[Tensor],
+    mask_id: int,
+    generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The momentum model's cross-attention of each word while the word is masked, and how well it predicts the word
-    (choice). A word that is there needs not attend to the image; a masked word must. There are two passes, and each
-    masks one random half of the words.
+    """Compute the momentum encoder's cross-attention of each word while the word is masked, and how well it is
+    predicted (our choice). A word that is there needs not attend to the image; a masked word must. There are two
+    passes, and each masks one random half of the words.
 
     log p(w | own image, rest of the caption),   log p(w | another image of the batch, rest of the caption)
-    batch: token_ids, attention_mask, words (B, L) · photos, by `momentum.look`
+    batch: token_ids, attention_mask, words (B, L) · image_kv: by `FusionEncoder.project_image_kv`
     -> one map (B, h, L, N) a fusion layer, log-probabilities (2, B, L)
     """
     ids, words = batch["token_ids"], batch["words"]
-    half = random_word_mask(words, 0.5, generator)
-    hidden = torch.stack([half, (words > 0) & ~half])  # (2, B, L)
-    keep = batch["attention_mask"].repeat(2, 1)
-    rows = torch.arange(len(ids), device=ids.device)
-    text = momentum.encode_text(ids.masked_fill(hidden, mask_id).flatten(0, 1), keep)
-    fused, attentions = momentum.fusion(text, keep, photos, return_attention=True, rows=rows.repeat(2))
-    attentions = [torch.where(half[:, None, :, None], *a.chunk(2)) for a in attentions]  # each row of its own pass
-    others = momentum.fusion(text, keep, photos, rows=rows.roll(len(rows) // 2).repeat(2))  # far off in grouped batches
+    first_half = random_word_mask(words, 0.5, generator)  # (B, L)
+    second_half = (words > 0) & ~first_half
+    masked = torch.cat([first_half, second_half])  # (2B, L)
+    attention_mask = batch["attention_mask"].repeat(2, 1)
+    text_embeds = momentum.text(ids.repeat(2, 1).masked_fill(masked, mask_id), attention_mask)  # (2B, L, D)
+
+    own = torch.arange(len(ids), device=ids.device)
+    other = own.roll(len(own) // 2)  # far off, since neighbours are alike in grouped batches
+    fused, attentions = momentum.fusion(
+        text_embeds, attention_mask, image_kv, image_index=own.repeat(2), return_attention=True
+    )
+    fused_other = momentum.fusion(text_embeds, attention_mask, image_kv, image_index=other.repeat(2))
+
+    # of each word the row of the pass in which it was masked
+    maps = []
+    for attention in attentions:
+        first_pass, second_pass = attention.chunk(2)  # (B, h, L, N) each
+        maps.append(torch.where(first_half[:, None, :, None], first_pass, second_pass))
     log_p = []
-    for tokens in (fused, others):  # of all tokens: asking a GPU how many are words would make it wait
-        logits = momentum.mlm_logits(torch.where(half[..., None], *tokens.chunk(2)))  # (B, L, V)
-        log_p.append(-F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape))
-    return attentions, torch.stack(log_p) * (words > 0)
+    for tokens in (fused, fused_other):  # of all tokens: asking a GPU how many are words would make it wait
+        first_pass, second_pass = tokens.chunk(2)
+        logits = momentum.mlm_logits(torch.where(first_half[..., None], first_pass, second_pass))  # (B, L, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
+        log_p.append(-loss.view(ids.shape))
+    return maps, torch.stack(log_p) * (words > 0)
 
 
-class PhotoWorth(nn.Module):
-    """For each token of the vocabulary what photos add to it when it is hidden, its gain, and how surely it is restored
-    (choice: SyncMask's own scores could not be read).
+@torch.no_grad()
+def score_words(
+    momentum: VisionLanguageModel,
+    batch: dict,
+    image_kv: list[Tensor],
+    text_embeds_m: Tensor,
+    mask_id: int,
+    source: MaskSource,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `sync_mask` reads: the attention (B, L, P) of words to patches, and a score (B, L) of each word.
 
-    g = log p(w | photo, rest) − log p(w | another photo, rest),   l = log p(w | photo, rest)
-    What no photo shows, such as the care of a fabric, gains nothing on average, nor does what the text alone gives
-    away."""
-
-    def __init__(self, vocab_size: int, decay: float = 0.99):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("sums", torch.zeros(5, vocab_size))  # running, of 1, g, g², l, l²
-
-    @torch.no_grad()
-    def update(
-        self, token_ids: Tensor, words: Tensor, answers: Tensor, over_ranks: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> None:
-        """token_ids, words (B, L), answers (2, B, L) of a step; over_ranks adds up what all processes have."""
-        log_p, gain = answers[0], answers[0] - answers[1]
-        new = torch.stack([torch.ones_like(gain), gain, gain**2, log_p, log_p**2]) * (words > 0)  # (5, B, L)
-        new = torch.zeros_like(self.sums).index_add_(1, token_ids.flatten(), new.flatten(1))
-        self.sums.mul_(self.decay).add_(over_ranks(new))
-
-    def forward(self, token_ids: Tensor, answers: Tensor) -> Tensor:
-        """Scores of words (B, L): do photos tell this token at all, does this one, and more surely than is usual?
-
-        5 · min(ḡ / 0.1, 1) + z + s,   z = g / √(mean g²),   s = (l − l̄) / σ_l,   of the token, each within ±3
-        A tenth of a nat on average is enough, and z and s are in units of the token's own: in nats, colours, which gain
-        most, would leave no room for details.
-        """
-        log_p, gain = answers[0], answers[0] - answers[1]
-        usual, square, mean, mean_square = (self.sums[1:] / self.sums[0].clamp(min=1e-6))[:, token_ids]  # (B, L) each
-        z = gain / square.clamp(min=1e-6).sqrt()
-        s = (log_p - mean) / (mean_square - mean**2).clamp(min=1e-4).sqrt()
-        return 5 * (usual / 0.1).clamp(max=1) + z.clamp(-3, 3) + s.clamp(-3, 3)
+    source `masked`: a word scores by its image gain, log p(w | own image, rest) − log p(w | another image, rest)
+    source `clean`: a word scores by how concentrated its attention is
+    """
+    if source == "clean":
+        attention = average_attention(clean_attention(momentum, batch, image_kv, text_embeds_m))
+        return attention, concentration(attention)
+    attentions, log_p = masked_attention(momentum, batch, image_kv, mask_id, generator)
+    return average_attention(attentions), log_p[0] - log_p[1]
 
 
 def average_attention(attentions: list[Tensor]) -> Tensor:

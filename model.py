@@ -101,8 +101,8 @@ class Attention(nn.Module):
         self.skipped = 0  # tokens of a context that are not looked at, at its beginning
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
-    def look(self, context: Tensor) -> Tensor:
-        """What others see of a context (B, N, D): its keys and values, side by side. -> (B, N, 2D)."""
+    def project_kv(self, context: Tensor) -> Tensor:
+        """Compute the keys and values of a context (B, N, D), side by side. -> (B, N, 2D)"""
         return together(context[:, self.skipped :], self.key, self.value)
 
     def forward(
@@ -223,9 +223,9 @@ class VisionLayer(nn.Module):
         if first is None:
             x = x + self.attention(normed)[0]
         else:
-            x = x[:, :first] + self.attention(normed[:, :first], self.attention.look(normed))[0]
+            x = x[:, :first] + self.attention(normed[:, :first], self.attention.project_kv(normed))[0]
         if text_embeds is not None:
-            x = x + self.cross_attention(self.cross_norm(x), self.cross_attention.look(text_embeds), keep)[0]
+            x = x + self.cross_attention(self.cross_norm(x), self.cross_attention.project_kv(text_embeds), keep)[0]
         return x + self.mlp(self.norm2(x))
 
 
@@ -285,7 +285,7 @@ class TextLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x (B, L, D), keep (B, L) True where a token may be attended to, photos (C, N, 2D) -> x (B, L, D), or of the
         `first` tokens alone; cross-attention (B, h, L, N) or None. rows (B,): the photo that each text looks at."""
-        seen = None if first is None else self.attention.look(x)
+        seen = None if first is None else self.attention.project_kv(x)
         x = x[:, :first]
         x = self.attention_norm(x + self.dropout(self.attention(x, seen, keep)[0]))
         attention = None
@@ -316,9 +316,6 @@ class TextEncoder(nn.Module):
         return x
 
 
-Photos = list[Tensor]  # what texts look at: keys and values (B, N, 2D) of the photos in every fusion layer
-
-
 class FusionEncoder(nn.Module):
     """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder). Without `cls_context` the
     text does not look at the image CLS, whose probability is then 0."""
@@ -329,29 +326,34 @@ class FusionEncoder(nn.Module):
         for layer in self.layers:
             layer.cross_attention.skipped = 0 if config.cls_context else 1
 
-    def look(self, image_embeds: Tensor) -> Photos:
-        """image_embeds (B, N, D) -> their keys and values, made once for all texts that look at them."""
-        return [layer.cross_attention.look(image_embeds) for layer in self.layers]
+    def project_image_kv(self, image_embeds: Tensor) -> list[Tensor]:
+        """Compute the keys and values of the image tokens (B, N, D) once, for all captions that attend to them.
+        -> image_kv: (B, N, 2D) for each layer"""
+        return [layer.cross_attention.project_kv(image_embeds) for layer in self.layers]
 
     def forward(
-        self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, return_attention: bool = False,
-        rows: Tensor | None = None, first: int | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """text_embeds (B, L, D), attention_mask (B, L), photos: image_embeds (B, N, D), or what `look` made of them
-        -> fused (B, L, D); with `return_attention` also the list, one per layer, of probabilities (B, h, L, N), kept in
-        the graph, so that Grad-CAM can take their gradient.
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image_kv: list[Tensor],
+        image_index: Tensor | None = None,
+        cls_only: bool = False,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """text_embeds (B, L, D), attention_mask (B, L), image_kv by `project_image_kv` -> fused (B, L, D); with
+        `return_attention` also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that
+        Grad-CAM can take their gradient.
 
-        rows (B,): which of C photos each text is paired with · first: so many tokens are asked for; the last layer is
-        spared the others
+        image_index (B,): which of C images each caption is paired with; by default number b with number b
+        cls_only: the last layer computes [CLS] alone, at less cost -> fused (B, 1, D)
         """
         x, keep, attentions = text_embeds, attention_mask.bool(), []
-        photos = self.look(photos) if isinstance(photos, Tensor) else photos
         # compiled code would lose the way from what is made of the attention back to it
         eagerly = torch.compiler.set_stance("force_eager") if return_attention else contextlib.nullcontext()
         with eagerly:
-            for layer, seen in zip(self.layers, photos, strict=True):
-                wanted = first if layer is self.layers[-1] else None
-                x, attention = layer(x, keep, seen, return_attention, rows, wanted)
+            for layer, layer_kv in zip(self.layers, image_kv, strict=True):
+                first = 1 if cls_only and layer is self.layers[-1] else None
+                x, attention = layer(x, keep, layer_kv, return_attention, image_index, first)
                 attentions.append(attention)
         return (x, attentions) if return_attention else x
 
@@ -448,14 +450,6 @@ class VisionLanguageModel(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.07))
         initialise(self)
 
-    def encode_image(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W), normalised -> image_embeds (B, N, D)."""
-        return self.vision(images, keep)
-
-    def encode_text(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """token_ids (B, L), attention_mask (B, L) -> text_embeds (B, L, D)."""
-        return self.text(token_ids, attention_mask)
-
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """image_embeds (B, N, D) -> image_feat (B, E), unit length, float32 also under autocast."""
         return unit(self.vision_proj(image_embeds[:, 0]))
@@ -489,45 +483,15 @@ class VisionLanguageModel(nn.Module):
         phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
         return mix(unit(self.text_proj(text_embeds[:, 1])), unit(self.text_proj(phrase)), PHRASE_SHARE)
 
-    def look(self, image_embeds: Tensor) -> Photos:
-        """image_embeds (B, N, D) as texts see them; see `FusionEncoder.look`."""
-        return self.fusion.look(image_embeds)
-
-    def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, rows: Tensor | None = None
-    ) -> Tensor:
-        """Text tokens that have looked at the image. -> fused (B, L, D); arguments as `FusionEncoder`'s."""
-        return self.fusion(text_embeds, attention_mask, photos, rows=rows)
-
-    def fuse_cls(
-        self, text_embeds: Tensor, attention_mask: Tensor, photos: Tensor | Photos, rows: Tensor | None = None
-    ) -> Tensor:
-        """The same where [CLS] alone is asked for, at less cost. -> (B, 1, D)."""
-        return self.fusion(text_embeds, attention_mask, photos, rows=rows, first=1)
-
     def itm_logits(self, fused: Tensor) -> Tensor:
         """fused (B, L, D) -> (B, 2); class 1 is "match". In float32 at least: by bf16 many pairs would rank alike."""
         cls = fused[:, 0].to(torch.promote_types(fused.dtype, torch.float32))
         with torch.autocast(cls.device.type, enabled=False):
             return self.itm_head(cls)
 
-    def class_logits(self, tokens: Tensor) -> Tensor:
-        """Fused tokens (B, L, D), or image_embeds (B, N, D) -> (B, classes), from [CLS]."""
-        return self.class_head(tokens[:, 0])
-
     def mlm_logits(self, tokens: Tensor) -> Tensor:
         """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""
         return F.linear(self.mlm_head(tokens), self.text.word_embeddings.weight, self.mlm_bias)
-
-    def replaced_logits(self, tokens: Tensor) -> Tensor:
-        """Fused tokens (..., D) -> (..., 2); class 1 is "replaced"."""
-        return self.detector(tokens)
-
-    def reconstruct_patches(
-        self, visible_embeds: Tensor, visible: Tensor, hidden: Tensor, text_embeds: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        """encode_image(images, visible) and the text -> pixels of the `hidden` ones (B, M, 3p²); by `PatchDecoder`."""
-        return self.decoder(visible_embeds, visible, hidden, text_embeds, attention_mask)
 
     @torch.no_grad()
     def clamp_temp(self) -> None:
@@ -546,12 +510,6 @@ class MomentumModel(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
 
     def train(self, mode: bool = True) -> "MomentumModel":
         return super().train(False)

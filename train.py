@@ -79,17 +79,17 @@ def albef(run: Run, batch: dict) -> tuple[Losses, Logged]:
     # mask, encode: clean and masked captions share one call
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     masked_ids, mlm_labels = run.corrupt(ids, word_mask)
-    image_embeds = model.encode_image(batch["images"])
-    text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
+    image_embeds = model.vision(batch["images"])
+    text_embeds, masked_embeds = model.text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
 
     # contrast
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
     # fuse: matching pairs and wrong ones, of which ITM reads [CLS] alone; masked texts with their photos
-    photos = model.look(image_embeds)
+    photos = model.fusion.project_image_kv(image_embeds)
     pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
-    fused_cls = model.fuse_cls(*pairs.inputs)
-    filled = model.fuse(masked_embeds, keep, photos)
+    fused_cls = model.fusion(*pairs.inputs, cls_only=True)
+    filled = model.fusion(masked_embeds, keep, photos)
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
@@ -116,20 +116,20 @@ def syncmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
 
     # encode: clean and masked captions share one call; of the masked photos only the visible patches
     visible, hidden = split_patches(patch_mask, config.mim_ratio)  # (B, K), (B, M)
-    image_embeds = model.encode_image(batch["images"])
-    visible_embeds = model.encode_image(batch["images"], visible)
-    text_embeds, masked_embeds = model.encode_text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
+    image_embeds = model.vision(batch["images"])
+    visible_embeds = model.vision(batch["images"], visible)
+    text_embeds, masked_embeds = model.text(torch.cat([ids, masked_ids]), torch.cat([keep, keep])).chunk(2)
 
     # contrast
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
     # fuse: matching pairs and wrong ones, of which ITM reads [CLS] alone; masked texts with their photos
-    photos = model.look(image_embeds)
+    photos = model.fusion.project_image_kv(image_embeds)
     pairs = add_matches(wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos), text_embeds, keep)
-    fused_cls = model.fuse_cls(*pairs.inputs)
-    filled = model.fuse(masked_embeds, keep, photos)
+    fused_cls = model.fusion(*pairs.inputs, cls_only=True)
+    filled = model.fusion(masked_embeds, keep, photos)
     # reconstruct: masked photos with their texts
-    pixels = model.reconstruct_patches(visible_embeds, visible, hidden, text_embeds, keep)
+    pixels = model.decoder(visible_embeds, visible, hidden, text_embeds, keep)
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
@@ -155,25 +155,26 @@ def softmask(run: Run, batch: dict) -> tuple[Losses, Logged]:
     # mask, encode: the masked text serves all objectives; the momentum model sees the clean one
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     masked_ids, mlm_labels = run.corrupt(ids, word_mask)
-    image_embeds = model.encode_image(batch["images"])
-    masked_embeds = model.encode_text(masked_ids, keep)
-    text_embeds = masked_embeds if config.mask_text else model.encode_text(ids, keep)
+    image_embeds = model.vision(batch["images"])
+    masked_embeds = model.text(masked_ids, keep)
+    text_embeds = masked_embeds if config.mask_text else model.text(ids, keep)
 
     # contrast
     itc = contrast(run, batch, model.project_image(image_embeds), model.project_text(text_embeds), teacher)
 
     # fuse: wrong pairs; matching ones; as one more match the photo without what one of the legible words is about
-    photos = model.look(image_embeds)
+    photos = model.fusion.project_image_kv(image_embeds)
     pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos)
-    fused_cls = [model.fuse_cls(*pairs.inputs)]
+    fused_cls = [model.fusion(*pairs.inputs, cls_only=True)]
     if config.soft_mask:
         matching, attentions = model.fusion(text_embeds, keep, photos, return_attention=True)
         legible = (batch["words"] > 0) & ~word_mask if config.mask_text else batch["words"] > 0
-        fused_cls += [model.fuse_cls(text_embeds, keep, soften(run, legible, matching, attentions, image_embeds))]
+        soft_kv = model.fusion.project_image_kv(soften(run, legible, matching, attentions, image_embeds))
+        fused_cls += [model.fusion(text_embeds, keep, soft_kv, cls_only=True)]
     else:
-        matching = model.fuse(text_embeds, keep, photos)
+        matching = model.fusion(text_embeds, keep, photos)
     fused_cls = torch.cat([*fused_cls, matching[:, :1]])
-    filled = matching if config.mask_text else model.fuse(masked_embeds, keep, photos)
+    filled = matching if config.mask_text else model.fusion(masked_embeds, keep, photos)
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
@@ -199,18 +200,18 @@ def fashionfine(run: Run, batch: dict) -> tuple[Losses, Logged]:
     # mask, encode: the corrupted text serves all objectives; the momentum model sees the clean one
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     masked_ids, mlm_labels, replaced = run.replace_words(ids, batch["words"], word_mask)
-    image_embeds = model.encode_image(batch["images"])
-    text_embeds = model.encode_text(masked_ids, keep)
+    image_embeds = model.vision(batch["images"])
+    text_embeds = model.text(masked_ids, keep)
 
     # contrast: integrated features with momentum keys of [CLS] alone
     image_feat = model.image_feature(image_embeds)
     itc = contrast(run, batch, image_feat, model.text_feature(text_embeds, keep), teacher)
 
     # fuse: wrong pairs; matching ones, from which words are restored
-    photos = model.look(image_embeds)
+    photos = model.fusion.project_image_kv(image_embeds)
     pairs = wrong_pairs(run, batch, itc, text_embeds, image_embeds, photos)
-    matching = model.fuse(text_embeds, keep, photos)
-    fused_cls = torch.cat([model.fuse_cls(*pairs.inputs), matching[:, :1]])
+    matching = model.fusion(text_embeds, keep, photos)
+    fused_cls = torch.cat([model.fusion(*pairs.inputs, cls_only=True), matching[:, :1]])
 
     # losses
     losses, figures = {"itc": config.itc_weight * itc.loss}, {}
@@ -271,7 +272,7 @@ def detect_replaced(
     """Replaced-token detection on the fused tokens (B, L, D) of all words that can be read. -> loss, recall."""
     legible = batch["described"] & (masked_ids != run.mask_id)
     fused, replaced = pick(legible, fused, replaced)
-    logits, labels = run.model.replaced_logits(fused), replaced.long()
+    logits, labels = run.model.detector(fused), replaced.long()
     found = labels.masked_fill(labels == 0, -100)
     loss = run.ranks.mean(cross_entropy(logits, labels), legible)
     return loss, run.ranks.mean(accuracy(logits, found), found >= 0)

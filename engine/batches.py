@@ -116,7 +116,7 @@ def text_features(run: Run, texts: list[Text]) -> Tensor:
     for start in tqdm(range(0, len(wordings), 256), "encoding texts", unit=" batches", leave=False, disable=None):
         encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
         with autocast(run):
-            text_embeds = run.model.encode_text(encoded["token_ids"], encoded["attention_mask"])
+            text_embeds = run.model.text(encoded["token_ids"], encoded["attention_mask"])
             feats.append(run.model.text_feature(text_embeds, encoded["attention_mask"]))
     number = {wording: i for i, wording in enumerate(wordings)}
     return torch.cat(feats)[[number[text] for text in texts]]
@@ -140,7 +140,7 @@ def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]
     rows, feats = [np.arange(0)], []
     for batch in batches_of(run, dataset, "encoding photos"):
         with autocast(run):
-            feats.append(run.model.image_feature(run.model.encode_image(batch["images"])))
+            feats.append(run.model.image_feature(run.model.vision(batch["images"])))
         rows.append(batch["rows"].cpu().numpy())
     if not feats:
         raise DataError("no photo could be read")
@@ -156,16 +156,14 @@ def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tenso
     encoded = to_device(tokenize(run.tokenizer, texts), run.device)
     ids, keep = encoded["token_ids"], encoded["attention_mask"]
     with autocast(run):
-        text_embeds = torch.cat(
-            [run.model.encode_text(i, k) for i, k in zip(ids.split(256), keep.split(256), strict=True)]
-        )
+        text_embeds = torch.cat([run.model.text(i, k) for i, k in zip(ids.split(256), keep.split(256), strict=True)])
     rows, place = pairs[:, 0].unique(return_inverse=True)
     order, scores = place.argsort(), torch.empty(len(pairs), device=run.device)
     place, done = place[order].to(run.device), 0
     asked, seen = pairs[order, 1].to(run.device), 0
     for batch in batches_of(run, photos.part(rows.numpy()), "matching"):
         with autocast(run):
-            image_embeds = run.model.encode_image(batch["images"])
+            image_embeds = run.model.vision(batch["images"])
             until = int(torch.searchsorted(place, seen + len(image_embeds)))
             for at in torch.arange(done, until, device=run.device).split(4 * run.config.batch_size):
                 if not len(at):
@@ -173,7 +171,9 @@ def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tenso
                 t, which = asked[at], place[at] - seen
                 first, last = which[0], which[-1]  # photos are in order: of most batches a few are asked for
                 shown = image_embeds[first : last + 1]
-                logits = run.model.itm_logits(run.model.fuse_cls(text_embeds[t], keep[t], shown, which - first))
+                image_kv = run.model.fusion.project_image_kv(shown)
+                fused_cls = run.model.fusion(text_embeds[t], keep[t], image_kv, which - first, cls_only=True)
+                logits = run.model.itm_logits(fused_cls)
                 scores[at] = (logits[:, 1] - logits[:, 0]).float()
         seen, done = seen + len(image_embeds), until
     if done < len(pairs):

@@ -39,7 +39,6 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "config": asdict(run.config),
         "tokenizer": run.tokenizer.to_str(),
         "telling": run.telling,
-        "worth": run.worth.state_dict(),
     }
     run.writer.write(state, path, keep_older=path.name == "last.pt")
 
@@ -99,11 +98,10 @@ def restore(run: Run, state: dict) -> None:
 
 
 def fill(run: Run, state: dict, where: str | Path) -> None:
-    """Load the weights of both models, and what photos are worth, from a checkpoint into a run. Raises ConfigError."""
+    """Load the weights of both models from a checkpoint into a run. Raises ConfigError."""
     try:
         run.model.load_state_dict(state["model"])
         run.momentum.model.load_state_dict(state["momentum"])
-        run.worth.load_state_dict(state["worth"])
     except Exception as error:  # of names, shapes or types that are not the run's
         raise does_not_fit(where, error) from None
 

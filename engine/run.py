@@ -15,7 +15,7 @@ from engine.precision import fitting_precision
 from engine.ranks import Ranks
 from engine.writer import Writer
 from losses import pick_negatives
-from masking import PhotoWorth, corrupt_words, replace_words
+from masking import corrupt_words, replace_words
 from model import FeatureQueue, MomentumModel, VisionLanguageModel
 from readers.dataset import PhotoDataset
 from sampler import GroupedBatchSampler
@@ -42,7 +42,6 @@ class Run:
     ranks: Ranks
     epoch_steps: int  # in one pass over the photos
     data: int  # fingerprint of the training photos
-    worth: PhotoWorth | None = None  # set by build_run
     telling: tuple[Tensor, Tensor] | None = None  # of a run that masks words, see data.telling_pieces
     sampler: GroupedBatchSampler | None = None  # of a run that trains
     step: int = 0
@@ -168,13 +167,12 @@ def build_run(config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, r
     if config.compile:
         # a layer is asked in more forms than the default of 8: with and without photos, gradients, all tokens
         torch._dynamo.config.recompile_limit = 32
-        for part in (*(p for m in (model, momentum) for p in (m.vision, m.text, m.fusion)), model.decoder):
+        for part in (*(p for m in (model, momentum.model) for p in (m.vision, m.text, m.fusion)), model.decoder):
             for layer in part.layers:
                 layer.compile(dynamic=True)
     queue = FeatureQueue(config.queue).to(ranks.device)
     epoch_steps, optimizer = -(-len(dataset) // config.batch_size), build_optimizer(model, config)
     run = Run(config, tokenizer, model, momentum, queue, optimizer, ranks, epoch_steps, dataset.fingerprint())
-    run.worth = PhotoWorth(config.model.vocab_size).to(ranks.device)
     return run
 
 

@@ -15,7 +15,6 @@ PARTS = (
     "queue",
     "optimizer",
     "sampler",
-    "worth",
     "config",
     "data",
     "step",

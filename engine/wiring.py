@@ -14,8 +14,8 @@ from torch import Tensor
 from engine.config import grouping_of
 from engine.run import Run
 from losses import accuracy, itc_loss, itc_targets, itm_loss, mlm_loss, same_pairs
-from masking import average_attention, clean_attention, concentration, hidden_words, sync_mask
-from model import MomentumModel, Photos
+from masking import score_words, sync_mask
+from model import MomentumModel
 
 
 @dataclass
@@ -29,18 +29,18 @@ class Teacher:
     text_feat: Tensor  # (B, E)
 
     @cached_property
-    def photos(self) -> Photos:
+    def photos(self) -> list[Tensor]:
         """What its texts look at, made when it is first asked for."""
         with torch.no_grad():
-            return self.model.look(self.image_embeds)
+            return self.model.model.fusion.project_image_kv(self.image_embeds)
 
 
 @torch.no_grad()
 def teach(run: Run, batch: dict) -> Teacher:
     """Encode a batch with the momentum model."""
-    image_embeds = run.momentum.encode_image(batch["images"])
-    text_embeds = run.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-    feats = run.momentum.project_image(image_embeds), run.momentum.project_text(text_embeds)
+    image_embeds = run.momentum.model.vision(batch["images"])
+    text_embeds = run.momentum.model.text(batch["token_ids"], batch["attention_mask"])
+    feats = run.momentum.model.project_image(image_embeds), run.momentum.model.project_text(text_embeds)
     return Teacher(run.momentum, image_embeds, text_embeds, *feats)
 
 
@@ -50,14 +50,9 @@ def synchronize(
     """Synchronized masks as the config says. -> the attention (B, L, P) that they are made of, patch mask (B, P), word
     mask (B, L)."""
     config, words = run.config, batch["words"]
-    if config.mask_source == "masked":
-        attentions, answers = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, generator)
-        if run.model.training:
-            run.worth.update(batch["token_ids"], words, answers, run.ranks.sum)
-        attention, scores = average_attention(attentions), run.worth(batch["token_ids"], answers)
-    else:
-        attention = average_attention(clean_attention(run.momentum, batch, teacher.photos, teacher.text_embeds))
-        scores = concentration(attention)
+    attention, scores = score_words(
+        run.momentum.model, batch, teacher.photos, teacher.text_embeds, run.mask_id, config.mask_source, generator
+    )
     shares = config.mim_ratio, config.mlm_ratio, config.word_pool
     return attention, *sync_mask(attention, scores, words, *shares, generator)
 
@@ -96,22 +91,22 @@ def contrast(run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, teach
 
 
 class Pairs(NamedTuple):
-    """Texts with the photos that they are to be fused with, as `model.fuse_cls(*pairs.inputs)` takes them."""
+    """Texts with the photos that they are to be fused with, as `FusionEncoder` takes them."""
 
     text_embeds: Tensor  # (n, L, D)
     keep: Tensor  # (n, L)
-    photos: Photos  # C photos, the batch's own first
+    photos: list[Tensor]  # C photos, the batch's own first
     rows: Tensor  # (n,) which of the photos each text is paired with
     labels: Tensor  # (n,) 1 match, 0 no match, −100 where every other pair would match
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Photos, Tensor]:
+    def inputs(self) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         """All but the labels."""
         return self[:4]
 
 
 def wrong_pairs(
-    run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image_embeds: Tensor, photos: Photos
+    run: Run, batch: dict, itc: Contrast, text_embeds: Tensor, image_embeds: Tensor, photos: list[Tensor]
 ) -> Pairs:
     """ITM's negatives (2B), chosen by similarity among all ranks' photos and texts: each photo with a wrong text, each
     text with a wrong photo. photos: what `model.look` made of image_embeds (B, N, D)."""
@@ -124,7 +119,7 @@ def wrong_pairs(
     own = torch.arange(len(keep), device=run.device)
     text_route, photo_route = ranks.routes(text, photo)
     if ranks.count > 1:  # what the others have is sent for, and stands after the batch's own
-        others = run.model.look(ranks.fetch(image_embeds, photo_route))
+        others = run.model.fusion.project_image_kv(ranks.fetch(image_embeds, photo_route))
         photos = [torch.cat(layer) for layer in zip(photos, others, strict=True)]
         photo = own + len(own)
     texts = torch.cat([ranks.fetch(text_embeds, text_route), text_embeds])
@@ -153,9 +148,12 @@ def restore_words(
     keep, chosen, fused_m = batch["attention_mask"], mlm_labels != -100, []
     if teacher and run.alpha > 0:
         with torch.no_grad():
-            fused_m = [run.momentum.fuse(run.momentum.encode_text(masked_ids, keep), keep, teacher.photos)]
+            fused_m = [run.momentum.model.fusion(run.momentum.model.text(masked_ids, keep), keep, teacher.photos)]
     fused, labels, *fused_m = pick(chosen, fused, mlm_labels, *fused_m)  # (M, D), (M,), (M, D)
-    logits, logits_m = run.model.mlm_logits(fused), run.momentum.mlm_logits(*fused_m) if fused_m else None  # (M, V)
+    logits, logits_m = (
+        run.model.mlm_logits(fused),
+        run.momentum.model.mlm_logits(*fused_m) if fused_m else None,
+    )  # (M, V)
     loss = mlm_loss(logits, labels, logits_m, run.alpha)
     return run.ranks.mean(loss, chosen), run.ranks.mean(accuracy(logits, labels), chosen)
 
@@ -171,7 +169,8 @@ def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
     """Unit-length queries (B, E) of photos, encoded (B, N, D), and texts: after fine-tuning the projected fused [CLS],
     before it the sum of both features."""
     model, keep = run.model, batch["attention_mask"]
-    text_embeds = model.encode_text(batch["token_ids"], keep)
+    text_embeds = model.text(batch["token_ids"], keep)
     if fused:
-        return model.project_text(model.fuse_cls(text_embeds, keep, references))
+        image_kv = model.fusion.project_image_kv(references)
+        return model.project_text(model.fusion(text_embeds, keep, image_kv, cls_only=True))
     return F.normalize(model.image_feature(references) + model.text_feature(text_embeds, keep), dim=-1)

@@ -116,10 +116,10 @@ def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[
         teacher = teach(run, batch | {"images": normalise(batch["images"])})
         with torch.enable_grad():
             text = teacher.text_embeds.detach().requires_grad_()
-            fused, attentions = run.momentum.fusion(
+            fused, attentions = run.momentum.model.fusion(
                 text, batch["attention_mask"], teacher.photos, return_attention=True
             )
-            maps = grad_cam(attentions[middle_layer(layers)], run.momentum.itm_logits(fused)[:, 1].sum())
+            maps = grad_cam(attentions[middle_layer(layers)], run.momentum.model.itm_logits(fused)[:, 1].sum())
     words = words > 0
     word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
     mask = soft_mask(maps, word.squeeze(1))

@@ -94,7 +94,7 @@ def query_feature(run: Run, lead: str, text: str | None, photo: Image.Image | No
     batch = to_device(tokenize(run.tokenizer, [(lead, text)]), run.device) if text else None
     with autocast(run):
         pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(run.device)
-        embeds = run.model.encode_image(normalise(pixels))
+        embeds = run.model.vision(normalise(pixels))
         return compose(run, batch, embeds, fused)[0] if text else run.model.image_feature(embeds)[0]
 
 

@@ -107,12 +107,12 @@ def restored(run: Run, batch: dict, generator: torch.Generator, parts: int = 3) 
     other = pick_negatives(torch.zeros(forbidden.shape, device=run.device), forbidden, None, "random", generator)
     right = torch.zeros(2, *words.shape, dtype=torch.bool, device=run.device)
     with autocast(run):
-        photos = model.look(model.encode_image(normalise(batch["images"])))
+        photos = model.fusion.project_image_kv(model.vision(normalise(batch["images"])))
         for part in range(parts):
             hidden = (words > 0) & (part_of == part)
-            text_embeds = model.encode_text(ids.masked_fill(hidden, run.mask_id), keep)
+            text_embeds = model.text(ids.masked_fill(hidden, run.mask_id), keep)
             for whose, rows in enumerate((None, other.clamp(min=0))):
-                logits = model.mlm_logits(model.fuse(text_embeds, keep, photos, rows)[hidden])
+                logits = model.mlm_logits(model.fusion(text_embeds, keep, photos, rows)[hidden])
                 right[whose][hidden] = logits.argmax(-1) == ids[hidden]
     return words > 0, *right
 

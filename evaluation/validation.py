@@ -67,14 +67,14 @@ def held_out_batch(run: Run, batch: dict) -> tuple[Tensor, ...]:
     model, own = run.model, torch.arange(len(batch["rows"]), device=run.device)
     ids, keep, masked, wrong = (batch[key] for key in ("token_ids", "attention_mask", "masked", "wrong"))
     elsewhere = wrong.clamp(min=0)
-    image_embeds = model.encode_image(normalise(batch["images"]))
+    image_embeds = model.vision(normalise(batch["images"]))
     both = torch.cat([ids, ids.masked_fill(masked, run.mask_id)]), torch.cat([keep, keep])
-    text_embeds, masked_embeds = model.encode_text(*both).chunk(2)
-    photos = model.look(image_embeds)
+    text_embeds, masked_embeds = model.text(*both).chunk(2)
+    photos = model.fusion.project_image_kv(image_embeds)
     order = torch.cat([own, elsewhere])  # each photo with its own text, then with a wrong one
-    fused_cls = model.fuse_cls(text_embeds[order], keep[order], photos, own.repeat(2))
+    fused_cls = model.fusion(text_embeds[order], keep[order], photos, own.repeat(2), cls_only=True)
     matching, not_matching = model.itm_logits(fused_cls).argmax(-1).chunk(2)
-    filled = model.fuse(masked_embeds, keep, photos), model.fuse(masked_embeds, keep, photos, elsewhere)
+    filled = model.fusion(masked_embeds, keep, photos), model.fusion(masked_embeds, keep, photos, elsewhere)
     restored = [model.mlm_logits(fused[masked]).argmax(-1) == ids[masked] for fused in filled]
     told = torch.cat([matching == 1, (not_matching == 0)[wrong >= 0]])
     return model.image_feature(image_embeds), *restored, told

@@ -110,7 +110,7 @@ def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
     """Count what passes each part of the model, and of the momentum model (…_m), per pair of a step."""
     counts = Counter()
     hooks = []
-    for model, suffix in ((run.model, ""), (run.momentum, "_m")):
+    for model, suffix in ((run.model, ""), (run.momentum.model, "_m")):
         for part in ("vision", "text", "fusion", "decoder"):
 
             def count(_module, args, key=part + suffix):

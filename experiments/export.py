@@ -106,9 +106,7 @@ def export(checkpoint: str, file: Path, momentum: bool = False) -> None:
     print(f"{file}: {len(tensors)} tensors; beside it config.json and vocab.txt")
     print(f"under our names, without a counterpart: {', '.join(own)}")
     if model.config.registers or model.config.patch_layer:
-        print(
-            "registers or patch_layer: ViTModel alone computes something else (see the head of export.py)"
-        )
+        print("registers or patch_layer: ViTModel alone computes something else (see the head of export.py)")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -116,7 +116,7 @@ def lines(out):
 
 
 def same_state(one, two):
-    for part in ("model", "momentum", "queue", "worth"):
+    for part in ("model", "momentum", "queue"):
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part] | two[part]), part
     for mine, theirs in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)

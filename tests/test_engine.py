@@ -168,8 +168,8 @@ def test_similarities_stay_in_full_precision_under_bf16():
     state, dataset = built("--precision", "bf16")
     batch = batch_of(state, dataset, range(6))
     with autocast(state):
-        image_embeds = state.model.encode_image(data.normalise(batch["images"]))
-        text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
+        image_embeds = state.model.vision(data.normalise(batch["images"]))
+        text_embeds = state.model.text(batch["token_ids"], batch["attention_mask"])
         feats = state.model.project_image(image_embeds), state.model.project_text(text_embeds)
         itc = contrast(state, batch, *feats, Teacher(state.momentum, image_embeds, text_embeds, *feats))
     assert itc.sim_i2t.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Figures against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ class Oracle:
         self.of_photo = {dataset[row]["image"].numpy().tobytes(): feat for row, feat in enumerate(image_feat)}
         self.texts, self.feats = dataset, text_feat
 
-    def encode_image(self, images):
+    def vision(self, images):
         return images
 
     def project_image(self, images):
@@ -193,7 +194,7 @@ class Oracle:
         pixels = ((images * std + mean) * 255).round().byte()
         return torch.stack([self.of_photo[photo.numpy().tobytes()] for photo in pixels])
 
-    def encode_text(self, ids, keep):
+    def text(self, ids, keep):
         return ids
 
     def project_text(self, ids):
@@ -221,8 +222,9 @@ def test_false_negatives_are_counted_by_hand():
     flags = "--image-size 64 --patch-size 16 --batch-size 4 --negatives semihard"
     config, _ = parse_config([*FAST, *flags.split()])
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
-    state.momentum = Oracle(dataset, sim, torch.eye(4))
-    state.momentum.tokenizer = state.tokenizer
+    oracle = Oracle(dataset, sim, torch.eye(4))
+    oracle.tokenizer = state.tokenizer
+    state.momentum = SimpleNamespace(model=oracle)
     figures = negative_truth(state, dataset)
     # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no stripes), 2 and 3 each other's;
     # texts the same way round: text 1 gets photo 0 (false)
@@ -239,7 +241,7 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
         regions = word_truth(batch, 8).regions.float()
         return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
 
-    monkeypatch.setattr("engine.wiring.clean_attention", attention)
+    monkeypatch.setattr("masking.clean_attention", attention)
     figures = mask_truth(state, dataset)
     for key in ("patch_cooccurrence", "word_cooccurrence", "pointing"):
         assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
@@ -250,8 +252,8 @@ def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
     state.telling = data.telling_pieces(state.tokenizer, dataset.captions)
     batch = batch_of(state, dataset, [dataset.product_ids.tolist().index(product) for product in range(6)])
     assert not torch.equal(*restored_logits(state, batch))
-    look = state.model.look
-    monkeypatch.setattr(state.model, "look", lambda image_embeds: look(torch.zeros_like(image_embeds)))
+    project = state.model.fusion.project_image_kv
+    monkeypatch.setattr(state.model.fusion, "project_image_kv", lambda embeds: project(torch.zeros_like(embeds)))
     assert torch.equal(*restored_logits(state, batch))
     figures = mask_truth(state, dataset) | validate(state, dataset)[0]
     for key in ("photo_gain", "photo_gain_detail", "photo_gain_whole", "val_photo_gain"):
@@ -260,9 +262,9 @@ def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
 
 def restored_logits(state, batch):
     """What is answered for every token, from the own photo and from that of another product."""
-    photos = state.model.look(state.model.encode_image(data.normalise(batch["images"])))
-    text_embeds = state.model.encode_text(batch["token_ids"], batch["attention_mask"])
-    fuse = lambda rows: state.model.fuse(text_embeds, batch["attention_mask"], photos, rows)
+    photos = state.model.fusion.project_image_kv(state.model.vision(data.normalise(batch["images"])))
+    text_embeds = state.model.text(batch["token_ids"], batch["attention_mask"])
+    fuse = lambda rows: state.model.fusion(text_embeds, batch["attention_mask"], photos, rows)
     return fuse(None), fuse(torch.arange(6).roll(1))
 
 

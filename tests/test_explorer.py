@@ -52,7 +52,6 @@ def made(tmp_path_factory):
 def by_python(made, source="masked", share=0.5):
     """Attention and synchronized masks, as training makes them."""
     run = replace(made.run, config=replace(made.run.config, mask_source=source, mim_ratio=share, mlm_ratio=share))
-    run.worth = made.run.worth
     return synchronize(run, made.batch, made.teacher, explore.fixed_draws(run))
 
 

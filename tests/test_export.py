@@ -57,7 +57,7 @@ def test_transformers_reads_it_with_the_same_outputs(tmp_path):
     images, ids = torch.randn(3, 3, 32, 32), torch.randint(5, model.config.vocab_size, (3, 11))
     keep = torch.ones(3, 11, dtype=torch.long)
     keep[1, 7:] = 0
-    image_embeds, text_embeds = model.encode_image(images), model.encode_text(ids, keep)
+    image_embeds, text_embeds = model.vision(images), model.text(ids, keep)
 
     vit, report = ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert not report["missing_keys"]
@@ -75,7 +75,7 @@ def test_transformers_reads_it_with_the_same_outputs(tmp_path):
         layer.attention.self.is_causal = False
         out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
         hidden = out[0] if isinstance(out, tuple) else out
-    fused = model.fuse(text_embeds, keep, image_embeds)
+    fused = model.fusion(text_embeds, keep, model.fusion.project_image_kv(image_embeds))
     close(fused, hidden, keep)
     close(model.mlm_logits(fused), whole.cls(hidden), keep)
 
@@ -92,7 +92,7 @@ def test_with_registers_and_earlier_patches_vit_needs_a_few_lines_more(tmp_path,
     for number, layer in enumerate(vit.layers, start=1):
         x = layer(x)
         patches = x[:, 1:17] if number == FULL.patch_layer else patches
-    close(model.encode_image(images), vit.layernorm(torch.cat([x[:, :1], patches], dim=1)))
+    close(model.vision(images), vit.layernorm(torch.cat([x[:, :1], patches], dim=1)))
 
 
 @pytest.mark.parametrize("config", [PLAIN, FULL])

@@ -67,9 +67,11 @@ def test_match_scores_equal_pair_by_pair(pretrained):
     for (photo, text), score in zip(pairs.tolist(), scores.tolist(), strict=True):
         words = data.tokenize(state.tokenizer, [texts[text]])
         with torch.no_grad():
-            image = model.encode_image(data.normalise(photos[photo]["image"][None]))
-            text_embeds = model.encode_text(words["token_ids"], words["attention_mask"])
-            logits = model.itm_logits(model.fuse(text_embeds, words["attention_mask"], image))[0]
+            image = model.vision(data.normalise(photos[photo]["image"][None]))
+            text_embeds = model.text(words["token_ids"], words["attention_mask"])
+            logits = model.itm_logits(
+                model.fusion(text_embeds, words["attention_mask"], model.fusion.project_image_kv(image))
+            )[0]
         assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
 
 

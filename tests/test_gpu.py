@@ -62,7 +62,7 @@ def on_stand_in(run):
     """A run made on the CPU, moved; past every warm-up."""
     run.device, run.step, run.generator = torch.device("meta"), 10**6, torch.Generator()
     run.ranks = Ranks(run.device, rows=[8])
-    for module in (run.model, run.momentum, run.queue, run.worth):
+    for module in (run.model, run.momentum, run.queue):
         module.to(run.device)
     for table in ("word_ids", "antonyms", "synonyms"):
         setattr(run, table, getattr(run, table).to(run.device))

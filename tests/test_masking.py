@@ -10,7 +10,6 @@ from small import batch_of, built
 
 import data
 from masking import (
-    PhotoWorth,
     average_attention,
     clean_attention,
     concentration,
@@ -18,8 +17,8 @@ from masking import (
     corrupt_words,
     first_pieces,
     grad_cam,
-    hidden_words,
     mask_words,
+    masked_attention,
     pointing,
     random_patch_mask,
     random_word_mask,
@@ -204,34 +203,19 @@ def test_answers_are_those_of_each_hidden_word_by_its_photo_and_by_another():
     """Against one pass for each of some words, with the same half of the others hidden."""
     state, dataset = built("--fusion-layers", "2")
     batch = batch_of(state, dataset, range(6))
-    momentum, keep, words = state.momentum, batch["attention_mask"], batch["words"]
-    photos = momentum.look(momentum.encode_image(data.normalise(batch["images"])))
-    attentions, answers = hidden_words(momentum, batch, photos, state.mask_id, seeded(3))
+    momentum, keep, words = state.momentum.model, batch["attention_mask"], batch["words"]
+    photos = momentum.fusion.project_image_kv(momentum.vision(data.normalise(batch["images"])))
+    attentions, answers = masked_attention(momentum, batch, photos, state.mask_id, seeded(3))
     assert len(attentions) == 2 and not answers[:, words == 0].any()
     half = random_word_mask(words, 0.5, seeded(3))
     for b, word in ((0, 2), (1, 5), (5, 1)):
         hidden = half if half[b, word] else (words > 0) & ~half
-        text = momentum.encode_text(batch["token_ids"].masked_fill(hidden, state.mask_id)[b : b + 1], keep[b : b + 1])
+        text = momentum.text(batch["token_ids"].masked_fill(hidden, state.mask_id)[b : b + 1], keep[b : b + 1])
         photo_rows = torch.tensor([b, (b + 3) % 6])
-        fused = momentum.fuse(text.expand(2, -1, -1), keep[[b, b]], photos, photo_rows)
+        fused = momentum.fusion(text.expand(2, -1, -1), keep[[b, b]], photos, photo_rows)
         log_p = momentum.mlm_logits(fused[:, word]).log_softmax(-1)
         wanted = log_p[:, batch["token_ids"][b, word]]
         torch.testing.assert_close(answers[:, b, word], wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_the_worth_of_a_word_is_in_units_of_its_own_and_recent_answers_count_more():
-    worth, ids = PhotoWorth(5, decay=0.5), torch.tensor([[1, 1, 2, 3]])
-    answers = lambda gains, log_p: torch.stack([torch.tensor([log_p]), torch.tensor([log_p]) - torch.tensor([gains])])
-    given = answers([0.02, 0.04, -0.1, 7.0], [-1.0, -3.0, -2.0, 9.0])
-    worth.update(ids, torch.tensor([[1, 2, 3, 0]]), given)  # the last is no word
-    scores = worth(ids, answers([0.01, 99.0, 0.0, 0.0], [-2.0, -1.5, -2.0, 0.0]))
-    r = math.sqrt((0.02**2 + 0.04**2) / 2)
-    assert scores[0].tolist() == pytest.approx([1.5 + 0.01 / r, 1.5 + 3 + 0.5, -5, 0], abs=1e-3)
-    worth.update(ids[:, :1], torch.ones(1, 1), answers([0.01], [-2.0]))
-    assert worth(ids[:, :1], answers([0.0], [-2.0])).item() == pytest.approx(50 * (0.03 + 0.01) / 2, abs=1e-4)
-    worth.update(ids[:, :1], torch.ones(1, 1), answers([9.0], [-2.0]))  # more than a tenth of a nat
-    assert worth(ids[:, :1], answers([0.0], [-2.0])).item() == pytest.approx(5, abs=1e-4)
-    assert worth(ids[:, :1], answers([0.0], [-99.0])).item() == pytest.approx(5 - 3, abs=1e-4)
 
 
 def test_exact_ties_fall_anywhere():
@@ -316,13 +300,14 @@ def test_attention_of_each_source(source):
     state, dataset = built("--fusion-layers", "2", "--registers", "2")
     batch = batch_of(state, dataset, range(6))
     count, length = batch["token_ids"].shape
-    image_embeds = state.momentum.encode_image(data.normalise(batch["images"]))
-    text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
-    asked = state.momentum, batch, state.momentum.look(image_embeds)
+    image_embeds = state.momentum.model.vision(data.normalise(batch["images"]))
+    text_embeds = state.momentum.model.text(batch["token_ids"], batch["attention_mask"])
+    image_kv = state.momentum.model.fusion.project_image_kv(image_embeds)
+    asked = state.momentum.model, batch, image_kv
 
     def layers():
         if source == "masked":
-            return hidden_words(*asked, state.mask_id, seeded(0))[0]
+            return masked_attention(*asked, state.mask_id, seeded(0))[0]
         return clean_attention(*asked, text_embeds)
 
     assert len(layers()) == 2
@@ -330,13 +315,13 @@ def test_attention_of_each_source(source):
     assert attention.shape == (count, 2, length, 17) and not attention.requires_grad and (attention[..., 0] == 0).all()
     torch.testing.assert_close(attention[..., 1:].sum(-1)[:, :, 1:2], torch.ones(count, 2, 1))
     if source == "clean":
-        fused = state.momentum.fusion(text_embeds, batch["attention_mask"], image_embeds, return_attention=True)
+        fused = state.momentum.model.fusion(text_embeds, batch["attention_mask"], image_kv, return_attention=True)
         torch.testing.assert_close(attention, fused[1][0])
     # a word that is hidden must be found by the rest of the text and the photo: changing it changes nothing of its row
     word = 3
     batch["token_ids"] = batch["token_ids"].clone()
     batch["token_ids"][:, word] = (batch["token_ids"][:, word] + 7) % 200 + 5
-    text_embeds = state.momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    text_embeds = state.momentum.model.text(batch["token_ids"], batch["attention_mask"])
     same = torch.allclose(attention[:, :, word], layers()[0][:, :, word], rtol=1e-3, atol=0)
     assert same == (source == "masked")
 

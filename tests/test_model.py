@@ -84,7 +84,7 @@ def test_vit_equals_hugging_face(tmp_path):
     assert not report.skipped and all(not name.startswith("vision.") or "registers" in name for name in report.missing)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        close(model.encode_image(images), reference(images).last_hidden_state)
+        close(model.vision(images), reference(images).last_hidden_state)
 
 
 def test_text_encoder_equals_bert(tmp_path):
@@ -95,7 +95,7 @@ def test_text_encoder_equals_bert(tmp_path):
     token_ids, attention_mask = texts()
     with torch.no_grad():
         theirs = reference(token_ids, attention_mask=attention_mask).last_hidden_state
-        close(model.encode_text(token_ids, attention_mask), theirs, attention_mask)
+        close(model.text(token_ids, attention_mask), theirs, attention_mask)
 
 
 def test_fusion_equals_bert_with_cross_attention(tmp_path):
@@ -118,7 +118,9 @@ def test_fusion_equals_bert_with_cross_attention(tmp_path):
             layer.is_decoder = True
             out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
             hidden = out[0] if isinstance(out, tuple) else out
-        ours = model.fuse(model.encode_text(token_ids, attention_mask), attention_mask, image_embeds)
+        ours = model.fusion(
+            model.text(token_ids, attention_mask), attention_mask, model.fusion.project_image_kv(image_embeds)
+        )
         close(ours, hidden, attention_mask)
 
 
@@ -135,7 +137,7 @@ def test_mlm_head_equals_bert(tmp_path):
 def test_attention_is_the_same_with_and_without_probabilities():
     attention = randomise(Attention(32, 4))
     x, context, keep = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.rand(2, 7) > 0.3
-    seen = attention.look(context)
+    seen = attention.project_kv(context)
     fast, none = attention(x, seen, keep)
     slow, probabilities = attention(x, seen, keep, return_attention=True)
     assert none is None and probabilities.shape == (2, 4, 5, 7)
@@ -168,8 +170,8 @@ def test_patches_are_reconstructed_from_the_visible_ones_and_the_text():
     hidden = torch.tensor([[p for p in range(16) if p not in row] for row in visible.tolist()])
 
     def pixels(images, ids, visible=visible, hidden=hidden):
-        seen, words = model.encode_image(images, visible), model.encode_text(ids, keep)
-        return model.reconstruct_patches(seen, visible, hidden, words, keep)
+        seen, words = model.vision(images, visible), model.text(ids, keep)
+        return model.decoder(seen, visible, hidden, words, keep)
 
     with torch.no_grad():
         before = pixels(images, ids)
@@ -225,7 +227,7 @@ def test_momentum_follows_by_the_decay_and_never_trains():
     assert not any(p.requires_grad for p in momentum.parameters())
     assert not momentum.train().model.training
     images = torch.randn(1, 3, 32, 32)
-    close(momentum.encode_image(images), model.encode_image(images))
+    close(momentum.model.vision(images), model.vision(images))
 
 
 def test_queue_keeps_the_newest_in_a_ring():
@@ -248,11 +250,12 @@ def test_queue_keeps_the_newest_in_a_ring():
 def test_pairs_that_share_photos_or_ask_for_cls_alone_fuse_as_if_on_their_own(layers, cls_context):
     model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
     (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width, requires_grad=True)
-    text_embeds = model.encode_text(token_ids, keep).detach().requires_grad_()
+    text_embeds = model.text(token_ids, keep).detach().requires_grad_()
     texts_of, rows = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 1, 0])
-    plain = model.fuse(text_embeds[texts_of], keep[texts_of], image_embeds[rows])
-    shared = model.fuse(text_embeds[texts_of], keep[texts_of], image_embeds, rows)
-    cls = model.fuse_cls(text_embeds[texts_of], keep[texts_of], image_embeds, rows)
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    plain = model.fusion(text_embeds[texts_of], keep[texts_of], model.fusion.project_image_kv(image_embeds[rows]))
+    shared = model.fusion(text_embeds[texts_of], keep[texts_of], image_kv, rows)
+    cls = model.fusion(text_embeds[texts_of], keep[texts_of], image_kv, rows, cls_only=True)
     assert cls.shape == (5, 1, SMALL.width)
     close(shared, plain)
     close(cls, plain[:, :1])
@@ -263,7 +266,8 @@ def test_pairs_that_share_photos_or_ask_for_cls_alone_fuse_as_if_on_their_own(la
         theirs = torch.autograd.grad((plain[:, : weights.shape[1]] * weights).sum(), inputs, retain_graph=True)
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    close(model.fuse_cls(text_embeds, keep, image_embeds), model.fuse(text_embeds, keep, image_embeds)[:, :1])
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    close(model.fusion(text_embeds, keep, image_kv, cls_only=True), model.fusion(text_embeds, keep, image_kv)[:, :1])
 
 
 def test_patches_of_an_earlier_layer_are_not_computed_further():
@@ -272,7 +276,7 @@ def test_patches_of_an_earlier_layer_are_not_computed_further():
     tokens = []
     for number in (1, 2):
         model.vision.layers[number].register_forward_hook(lambda _, __, x: tokens.append(x))
-    embeds = model.encode_image(images)
+    embeds = model.vision(images)
     assert [x.shape[1] for x in tokens] == [1 + 16 + 2, 1]
     whole = model.vision.layers[2](tokens[0])
     close(embeds[:, :1], model.vision.norm(whole[:, :1]))
@@ -328,7 +332,7 @@ def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
     (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
     unit = lambda x: x / x.norm(dim=-1, keepdim=True)
     with torch.no_grad():
-        text_embeds = model.encode_text(token_ids, keep)
+        text_embeds = model.text(token_ids, keep)
         cls, local = unit(model.vision_proj(image_embeds[:, 0])), model.adapter(image_embeds[:, 1:])
         close(model.image_feature(image_embeds), unit(0.95 * cls + 0.05 * unit(model.vision_proj(local))))
         cls, local = unit(model.text_proj(text_embeds[:, 0])), model.adapter(text_embeds[:, 2:], keep[:, 2:].bool())

@@ -81,6 +81,6 @@ def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     exec(compile(code, "questions.md", "exec"), {})
     said = float(re.fullmatch(r"cosine (-?\d\.\d{3})\n", capsys.readouterr().out)[1])
     with torch.no_grad():
-        photo = state.model.eval().encode_image(normalise(dataset[3]["image"][None]))
+        photo = state.model.eval().vision(normalise(dataset[3]["image"][None]))
         cosine = state.model.image_feature(photo) @ text_features(state, [("", "green straight trousers")]).T
     assert said == pytest.approx(cosine.item(), abs=0.001)

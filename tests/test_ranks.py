@@ -67,7 +67,7 @@ def first_of(weights, *_args, **_more):
     return (weights > 0).float().argmax(dim=1, keepdim=True)
 
 
-def known_gains(momentum, batch, *rest, read=masking.hidden_words, **more):
+def known_gains(momentum, batch, *rest, read=masking.masked_attention, **more):
     """In place of log-probabilities by another photo of the own share: some that a word always has."""
     attentions, answers = read(momentum, batch, *rest, **more)
     known = batch["token_ids"] % 7 / 7 * (batch["words"] > 0)
@@ -90,7 +90,7 @@ def fixed_draws():
         "random_word_mask": every_third,
         "random_patch_mask": first_patches,
         "corrupt_words": hide,
-        "hidden_words": known_gains,
+        "masked_attention": known_gains,
         "replace_words": hide_and_replace,
         "augment": lambda images, *_: data.normalise(images),
     }
@@ -149,7 +149,7 @@ def test_two_processes_train_as_one(both, recipe):
         for key in set(mine) - {"samples_per_second", "seconds", "peak_memory_mib"}:
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), (key, mine["step"])
     mine, theirs = (load_checkpoint(out / recipe / "last.pt") for out in (one, two))
-    for part in ("model", "momentum", "queue", "worth"):
+    for part in ("model", "momentum", "queue"):
         for name, tensor in mine[part].items():
             if name.endswith("key.bias"):
                 continue  # the softmax takes it away: its gradient is rounding, which AdamW makes large

@@ -187,10 +187,10 @@ def test_gradients_of_fashionfine_flow_where_they_should_and_nowhere_else():
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         moved = {name.split(".")[0] for name, g in zip(names, gradients, strict=True) if g is not None and g.any()}
         assert moved == reached[key], key
-    momentum = state.momentum  # whose features of [CLS] alone and of the clean text the keys are
-    texts = momentum.encode_text(batch["token_ids"], batch["attention_mask"])
+    momentum = state.momentum.model  # whose features of [CLS] alone and of the clean text the keys are
+    texts = momentum.text(batch["token_ids"], batch["attention_mask"])
     torch.testing.assert_close(state.queue.filled()[1], momentum.project_text(texts))
-    images = momentum.encode_image(batch["images"])
+    images = momentum.vision(batch["images"])
     torch.testing.assert_close(state.queue.filled()[0], momentum.project_image(images))
 
 
@@ -226,9 +226,11 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
 def test_soft_masks_suppress_patches_and_pass_no_gradient_through_the_mask():
     _, state, batch = first_losses("--recipe", "softmask")
     model, keep = state.model, batch["attention_mask"]
-    image_embeds = model.encode_image(batch["images"]).detach().requires_grad_()
-    text_embeds = model.encode_text(batch["token_ids"], keep)
-    fused, attentions = model.fusion(text_embeds, keep, image_embeds, return_attention=True)
+    image_embeds = model.vision(batch["images"]).detach().requires_grad_()
+    text_embeds = model.text(batch["token_ids"], keep)
+    fused, attentions = model.fusion(
+        text_embeds, keep, model.fusion.project_image_kv(image_embeds), return_attention=True
+    )
     words = batch["words"].clone()
     words[2] = False  # a text without a readable word
     soft = train.soften(state, words, fused, attentions, image_embeds)
@@ -370,7 +372,7 @@ def known_masks(flags, monkeypatch):
     last_words = (described.cumsum(1) > first) & described
     attention = torch.zeros(6, 1, described.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
-    monkeypatch.setattr("engine.wiring.clean_attention", lambda *_: [attention])
+    monkeypatch.setattr("masking.clean_attention", lambda *_: [attention])
     teacher = teach(state, batch | {"images": data.normalise(batch["images"])})
 
     def chosen(seed):

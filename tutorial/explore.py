@@ -140,8 +140,10 @@ def soft_masks(run: Run, batch: dict, teacher: Teacher) -> Tensor:
     With one fusion layer all are 0: the ITM head reads [CLS] alone, so other rows of that layer have no gradient."""
     with torch.enable_grad():
         text = teacher.text_embeds.detach().requires_grad_()
-        fused, attentions = run.momentum.fusion(text, batch["attention_mask"], teacher.photos, return_attention=True)
-        match_logit = run.momentum.itm_logits(fused)[:, 1].sum()
+        fused, attentions = run.momentum.model.fusion(
+            text, batch["attention_mask"], teacher.photos, return_attention=True
+        )
+        match_logit = run.momentum.model.itm_logits(fused)[:, 1].sum()
         maps = grad_cam(attentions[middle_layer(len(attentions))], match_logit)  # (B, h, L, N)
     rows, tokens = batch["words"].shape
     by_token = [soft_mask(maps, torch.full((rows,), place, device=run.device)) for place in range(tokens)]
@@ -184,9 +186,9 @@ def reconstruct(run: Run, batch: dict, patch_mask: Tensor, share: float) -> Tens
     """Predict the masked patches from the others and the caption. -> uint8 (B, 3, S, S)"""
     model, images = run.model, normalise(batch["images"])
     ids_keep, ids_masked = split_patches(patch_mask, share)
-    text_embeds = model.encode_text(batch["token_ids"], batch["attention_mask"])
-    visible_embeds = model.encode_image(images, ids_keep)
-    pixels = model.reconstruct_patches(visible_embeds, ids_keep, ids_masked, text_embeds, batch["attention_mask"])
+    text_embeds = model.text(batch["token_ids"], batch["attention_mask"])
+    visible_embeds = model.vision(images, ids_keep)
+    pixels = model.decoder(visible_embeds, ids_keep, ids_masked, text_embeds, batch["attention_mask"])
     return paint(images, pixels, ids_masked)
 
 

@@ -30,7 +30,7 @@ from losses import NegativeMode, cross_entropy, itc_targets, mim_loss, pick_nega
 from masking import (
     average_attention,
     grad_cam,
-    hidden_words,
+    masked_attention,
     middle_layer,
     random_word_mask,
     soft_mask,
@@ -94,10 +94,11 @@ def walk(run: Run, dataset: Synthetic) -> None:
     show("named, not shown", read(run, ids[0, attribute[0] & ~visible[0]]))
 
     print("2 attention")
-    image_embeds = model.encode_image(images)  # (B, N, D)
-    text_embeds = model.encode_text(ids, keep)  # (B, L, D)
-    fused, attentions = model.fusion(text_embeds, keep, image_embeds, return_attention=True)
-    fused_elsewhere = model.fuse(text_embeds, keep, image_embeds, torch.arange(BATCH).roll(2))
+    image_embeds = model.vision(images)  # (B, N, D)
+    text_embeds = model.text(ids, keep)  # (B, L, D)
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    fused, attentions = model.fusion(text_embeds, keep, image_kv, return_attention=True)
+    fused_elsewhere = model.fusion(text_embeds, keep, image_kv, torch.arange(BATCH).roll(2))
     heat = average_attention(attentions[:1])  # (B, L, P)
     place = visible[0].nonzero()[0, 0]
     patches = heat.shape[2]
@@ -141,8 +142,8 @@ def walk(run: Run, dataset: Synthetic) -> None:
     print("6 MLM")
     word_mask = random_word_mask(words, config.mlm_ratio, seeded(run))
     masked_ids, labels = run.corrupt(ids, word_mask)
-    masked_embeds = model.encode_text(masked_ids, keep)
-    logits = model.mlm_logits(model.fuse(masked_embeds, keep, image_embeds)[word_mask])
+    masked_embeds = model.text(masked_ids, keep)
+    logits = model.mlm_logits(model.fusion(masked_embeds, keep, image_kv)[word_mask])
     loss = cross_entropy(logits, labels[word_mask])
     gone = (masked_ids == run.mask_id)[word_mask].float().mean()
     kept = (masked_ids == ids)[word_mask].float().mean()
@@ -153,7 +154,7 @@ def walk(run: Run, dataset: Synthetic) -> None:
     show("loss", loss, f"ln {vocabulary} = {math.log(vocabulary):.3f} if all words were as likely")
 
     print("7 image gain")
-    maps, log_p = hidden_words(run.momentum, batch, teacher.photos, run.mask_id, seeded(run))
+    maps, log_p = masked_attention(run.momentum.model, batch, teacher.photos, run.mask_id, seeded(run))
     gains = log_p[0] - log_p[1]
     named = attribute & (words > 0)
     show("maps", maps[0], f"a row of each word's own pass, for each of {len(maps)} layers")
@@ -174,8 +175,8 @@ def walk(run: Run, dataset: Synthetic) -> None:
 
     print("9 MIM")
     ids_keep, ids_masked = split_patches(patch_mask, config.mim_ratio)
-    visible_embeds = model.encode_image(images, ids_keep)
-    pixels = model.reconstruct_patches(visible_embeds, ids_keep, ids_masked, text_embeds, keep)
+    visible_embeds = model.vision(images, ids_keep)
+    pixels = model.decoder(visible_embeds, ids_keep, ids_masked, text_embeds, keep)
     show("ids_keep", ids_keep, "indices of the patches that the ViT sees")
     show("visible_embeds", visible_embeds, "and CLS")
     show("pixels", pixels, "of the masked patches, three colours each")
