@@ -97,12 +97,7 @@ def test_clauses_say_one_attribute(photos):
 
 def test_snlive_counts_what_it_leaves_out(tmp_path):
     lines = [("1", "A dog runs.", "entailment"), ("1", "A cat.", "contradiction"), ("2", "It is hot.", "neutral")]
-    lines += [
-        ("2", "Nobody agreed.", "-"),
-        ("3", "Gone.", "neutral"),
-        ("3", "Gone too.", "neutral"),
-        ("2", "  ", "neutral"),
-    ]
+    lines += [("2", "Nobody agreed.", "-"), ("3", "Gone.", "neutral"), ("3", "Also.", "neutral"), ("2", " ", "neutral")]
     write_snlive(tmp_path, lines, "12")
     found = data.build_statements("snlive", tmp_path, "val", 32)
     assert found.categories == ["entailment", "contradiction", "neutral"] and found.product_ids.tolist() == [0, 0, 1]
