@@ -69,7 +69,7 @@ def block(photos: Synthetic, rows: list[int], rng: np.random.Generator) -> list[
     So no photo has more statements of one label than of another, and a true claim and its lie are each undecided half
     the time: neither photo nor statement alone tells the label.
     """
-    product = photos.products[photos.rows[rows[0]][0]]
+    product = photos.product(rows[0])
     for one, other in rng.permutation(list(combinations(rows, 2))).tolist():
         one_claim = _claim(photos, product, one, other, rng)
         other_claim = _claim(photos, product, other, one, rng)

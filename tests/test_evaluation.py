@@ -215,7 +215,7 @@ def test_false_negatives_are_counted_by_hand():
     dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
     dataset.captions = [product.caption_and_spans()[0] for product in products]
     dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
-    dataset.photos[:] = [dataset._render(row)[0] for row in range(4)]
+    dataset.photos[:] = [dataset._render(product, row)[0] for row, product in enumerate(products)]
     own, above, below, far = 0.75, 0.9, 0.5, 0.1
     rows = [own, above, below, far], [above, own, far, below], [below, far, own, above], [far, below, above, own]
     sim = torch.tensor(rows)
