@@ -1,12 +1,7 @@
-"""FashionGen's two HDF5 files, read as distributed; and synthetic photos written in the same layout.
+"""FashionGen's two HDF5 files, read as distributed; and synthetic photos written in the same layout."""
 
-python -m readers.fashiongen DIR --items N     write synthetic products as FashionGen's files
-"""
-
-import argparse
 import os
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -106,9 +101,10 @@ def _opened(path: Path, _process: int) -> h5py.File:
     return h5py.File(path, "r")
 
 
-def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int = 0) -> None:
+def export_fashiongen(folder: str | Path, items: int, image_size: int = 256, seed: int = 0) -> None:
     """Write `items` synthetic products a split in FashionGen's HDF5 layout, those of its columns that are read
     (validation: a tenth, at least 8)."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, products in (("train", items), ("val", max(8, items // 10))):
         path = folder / FILES[split]
@@ -132,21 +128,3 @@ def export_fashiongen(folder: Path, items: int, image_size: int = 256, seed: int
             for key, values in texts.items():
                 file.create_dataset(key, data=np.array([text.encode() for text in values])[:, None])
         print(f"{path}: {dataset.report()}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Write synthetic products in FashionGen's HDF5 layout.")
-    parser.add_argument("folder", type=Path, help="where to write; made if it is not there")
-    parser.add_argument("--items", type=int, default=200, help="training products (default 200)")
-    args = parser.parse_args(argv)
-    if args.items < 1:
-        parser.error("--items: at least 1")
-    try:
-        export_fashiongen(args.folder, args.items)
-    except (DataError, OSError) as error:
-        sys.exit(f"fashiongen: {error}")
-
-
-if __name__ == "__main__":
-    main()

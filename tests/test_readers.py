@@ -14,7 +14,7 @@ import data
 from data import Collate, build_dataset, build_tokenizer
 from readers.dataset import DataError
 from readers.families import synthetic_triplets
-from readers.fashiongen import FILES, export_fashiongen, main
+from readers.fashiongen import FILES, export_fashiongen
 from readers.files import FORMATS, open_photo
 from readers.prompts import prompted, symbol_of
 from readers.synthetic import Synthetic
@@ -85,11 +85,11 @@ def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
 
 
 def test_export_writes_256_pixels_and_does_not_overwrite(tmp_path):
-    main([str(tmp_path), "--items", "2"])
+    export_fashiongen(tmp_path, 2)
     with h5py.File(tmp_path / FILES["train"]) as file:
         assert file["input_image"].shape[1:] == (256, 256, 3)
-    with pytest.raises(SystemExit, match="exists"):
-        main([str(tmp_path), "--items", "2"])
+    with pytest.raises(DataError, match="exists"):
+        export_fashiongen(tmp_path, 2)
 
 
 def write_jsonl(folder, lines, name="train.jsonl"):
