@@ -33,16 +33,24 @@ class Synthetic(PhotoDataset):
             for view in self._views(index):
                 self.rows.append((index, view))
                 captions.append(caption)
-        garments = [self.products[index].garment for index, _ in self.rows]
+        drawn = [self.product(row) for row in range(len(self.rows))]
+        known = {  # what is true of the product, whatever a photo shows of it
+            "category": [GARMENTS[product.garment].category for product in drawn],
+            "subcategory": [product.garment.upper() for product in drawn],
+            "colour": [product.colour for product in drawn],
+            "sleeve": [product.sleeve or "" for product in drawn],
+            "neck": [product.neck or "" for product in drawn],
+            "pattern": [product.pattern or "" for product in drawn],
+        }
+        self.photos = []
+        self.regions = []
         super().__init__(
             captions=captions,
             products=[index for index, _ in self.rows],
-            categories=[GARMENTS[garment].category for garment in garments],
-            subcategories=[garment.upper() for garment in garments],
+            images=self.photos,
             image_size=image_size,
+            known=known,
         )
-        self.photos = []
-        self.regions = []
         quiet = None if progress else True  # None: quiet unless in a terminal
         rows = range(len(self.rows))
         for row in tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False):
@@ -84,18 +92,6 @@ class Synthetic(PhotoDataset):
     def product(self, row: int) -> Product:
         """The product on the photo of a row."""
         return self.products[self.rows[row][0]]
-
-    def attributes(self, row: int) -> dict[str, str]:
-        """What is true of the product, whatever this photo shows of it."""
-        product = self.product(row)
-        known = super().attributes(row)
-        for name in ("colour", "sleeve", "neck", "pattern"):
-            known[name] = getattr(product, name) or ""
-        return known
-
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a row, drawn when the data set was made."""
-        return self.photos[row]
 
     def truth(self, row: int) -> Truth:
         """What the photo of a row really shows."""
