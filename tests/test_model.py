@@ -15,8 +15,8 @@ from model import (
     ModelConfig,
     MomentumModel,
     VisionLanguageModel,
-    patch_waves,
-    waves,
+    sincos_pos_embed_2d,
+    sincos_pos_embed,
 )
 
 DEPTHS = dict(vision_layers=3, text_layers=2, fusion_layers=2)
@@ -44,10 +44,10 @@ def test_at_the_start_places_are_alike_to_their_neighbours_and_as_large_as_words
     alike = places @ places.T
     assert all(alike[10, 10 + step] > alike[10, 11 + step] for step in range(3)) and alike[10].argmax() == 10
     torch.testing.assert_close(alike.diagonal(5), alike[0, 5].expand(len(places) - 5))  # only the distance counts
-    grid = patch_waves(4, 16).view(4, 4, 2, 8)  # row, column, of which
+    grid = sincos_pos_embed_2d(4, 16).view(4, 4, 2, 8)  # row, column, of which
     for place in range(4):
-        assert torch.equal(grid[place, :, 0], waves(4, 8)[place].expand(4, 8))
-        assert torch.equal(grid[:, place, 1], waves(4, 8)[place].expand(4, 8))
+        assert torch.equal(grid[place, :, 0], sincos_pos_embed(4, 8)[place].expand(4, 8))
+        assert torch.equal(grid[:, place, 1], sincos_pos_embed(4, 8)[place].expand(4, 8))
 
 
 def sizes(config, layers):
