@@ -557,8 +557,8 @@ class Phrases(nn.Module):
 
 
 class MomentumModel(nn.Module):
-    """An exponential moving average of a model. It is never trained and stays in evaluation mode, so it has no dropout
-    (our choice).
+    """An exponential moving average of a model. It gets no gradients and is in evaluation mode, without dropout (our
+    choice).
 
     θ_m ← decay·θ_m + (1 − decay)·θ      (He et al. 2020, eq. 2)
     """
@@ -567,9 +567,6 @@ class MomentumModel(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-
-    def train(self, mode: bool = True) -> "MomentumModel":
-        return super().train(False)
 
     @torch.no_grad()
     def update(self, model: VisionLanguageModel, decay: float | None = None) -> None:
