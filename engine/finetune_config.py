@@ -12,7 +12,6 @@ from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, f
 from model import ModelConfig
 from readers.dataset import PhotoDataset
 from readers.prompts import DESCRIPTION, DIFFERENCE
-from readers.statements import Statements
 from readers.triplets import Triplets
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
@@ -207,7 +206,7 @@ def open_triplets(config: FinetuneConfig, split: str) -> Triplets:
     return triplets
 
 
-def open_statements(config: FinetuneConfig, split: str) -> Statements:
+def open_statements(config: FinetuneConfig, split: str) -> PhotoDataset:
     """A set of statements, by the same rule."""
     statements = build_statements(*where(config, split))
     statements.lead = lead_of(config)
