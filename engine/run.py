@@ -100,7 +100,7 @@ class Run:
 
     def replace_words(self, token_ids: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`replace_words` with this run's vocabulary and generator."""
-        tables = self.mask_id, self.word_ids, self.antonyms, self.synonyms
+        tables = self.mask_id, self.word_ids, torch.stack([self.antonyms, self.synonyms])
         return replace_words(token_ids, words, word_mask, *tables, self.generator)
 
 
