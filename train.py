@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -323,14 +324,11 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None, stop_at:
     """The loop over `dataset`, from the start or from a checkpoint's state, with what it leaves in --out."""
     config, ranks, out = run.config, run.ranks, Path(run.config.out)
     run.sampler = GroupedBatchSampler(
-        len(dataset),
-        config.batch_size,
+        groups=np.stack([dataset.product_ids, dataset.caption_ids]),
+        batch_size=config.batch_size,
         mode=grouping_of(config),
-        product_ids=dataset.product_ids,
-        caption_ids=dataset.caption_ids,
-        seed=config.seed,
         margin=config.margin,
-        ranks=ranks,
+        seed=config.seed,
     )
     if len(dataset) // len(run.sampler) < ranks.count:
         raise ConfigError(f"--batch-size {config.batch_size}: too few photos for {ranks.count} processes")

@@ -59,7 +59,8 @@ EXERCISES = {
                 reads=("losses.same_pairs",)),
     6: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|semihard",), ("semihard",)),
     7: Exercise(("masking.sync_mask",), ("test_masking:sync_mask|masked_words_are|exact_ties|all_pieces",),
-                reads=("masking.average_attention", "masking.mask_words", "masking.mask_patches", "masking.break_ties")),
+                reads=("masking.average_attention", "masking.mask_words", "masking.mask_patches",
+                       "masking.break_ties")),
     8: Exercise(("masking.grad_cam", "masking.soft_mask"), ("test_masking:soft_mask_equals",)),
 }  # fmt: skip
 
