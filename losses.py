@@ -24,62 +24,82 @@ def itc_targets(right: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
     return alpha * sim_m.float().softmax(dim=1) + (1 - alpha) * hard
 
 
-def itc_loss(sim_i2t: Tensor, sim_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor, gamma: float = 0.0) -> Tensor:
-    """Image-text contrastive loss, focal when gamma > 0. All arguments (B, K) -> scalar.
+def itc_loss(
+    sim_i2t: Tensor,
+    sim_t2i: Tensor,
+    targets_i2t: Tensor,
+    targets_t2i: Tensor,
+    gamma: float = 0.0,
+) -> Tensor:
+    """Image-text contrastive loss, focal when gamma > 0. All tensors (B, K) -> scalar.
 
     L = −½ Σ_directions mean_b Σ_j (1 − p_bj)^γ · y_bj · log p_bj
-    γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (choice: with the soft targets) and Fashion-FINE's
-    hard negative mining.
+    γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (our choice: with the soft targets) and
+    Fashion-FINE's hard negative mining.
     """
 
     def one_way(sim: Tensor, targets: Tensor) -> Tensor:
         log_p = F.log_softmax(sim.float(), dim=1)
-        # 1 − p, never 0: below γ = 1 the slope would be infinite there
-        weights = targets if gamma == 0 else targets * (-torch.expm1(log_p)).clamp(min=1e-12) ** gamma
+        weights = targets
+        if gamma > 0:
+            one_minus_p = -torch.expm1(log_p)
+            # never 0, since below γ = 1 the slope would be infinite there
+            weights = targets * one_minus_p.clamp(min=1e-12) ** gamma
         return -(weights * log_p).sum(dim=1).mean()
 
     return (one_way(sim_i2t, targets_i2t) + one_way(sim_t2i, targets_t2i)) / 2
 
 
 def same_pairs(
-    product_ids: Tensor, caption_ids: Tensor, key_product_ids: Tensor | None = None,
+    product_ids: Tensor,
+    caption_ids: Tensor,
+    key_product_ids: Tensor | None = None,
     key_caption_ids: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Which keys are right answers, and so no negatives, of which rows: those of the same product, or whose caption is
-    the same to the letter, which nobody could tell apart (choice).
+) -> Tensor:
+    """Mark the keys that are right for a row, and so no negatives of it: keys of the same product, and keys with the
+    same caption to the letter, which nobody could tell apart (our choice).
 
-    product_ids, caption_ids (B,), those of the keys (K,), by default the same -> (B, K) bool.
+    product_ids, caption_ids (B,), of the keys (K,), by default the rows themselves -> (B, K) bool
     """
-    key_product_ids = product_ids if key_product_ids is None else key_product_ids
-    key_caption_ids = caption_ids if key_caption_ids is None else key_caption_ids
-    return (product_ids[:, None] == key_product_ids) | (caption_ids[:, None] == key_caption_ids)
+    if key_product_ids is None:
+        key_product_ids = product_ids
+    if key_caption_ids is None:
+        key_caption_ids = caption_ids
+    same_product = product_ids[:, None] == key_product_ids
+    same_caption = caption_ids[:, None] == key_caption_ids
+    return same_product | same_caption
 
 
 def pick_negatives(
-    sim: Tensor, forbidden: Tensor, positive_sim: Tensor | None = None, mode: NegativeMode = "similar",
-    generator: torch.Generator | None = None, margin: float | Tensor = 0.0,
-) -> Tensor:  # fmt: skip
-    """One in-batch negative for each row of `sim` (B, K): its column (B,), or −1 where every column is forbidden.
+    sim: Tensor,
+    forbidden: Tensor,
+    positive_sim: Tensor | None = None,
+    mode: NegativeMode = "similar",
+    generator: torch.Generator | None = None,
+    margin: float | Tensor = 0.0,
+) -> Tensor:
+    """Pick one negative in the batch for each row of `sim` (B, K): its column (B,), or −1 where all are forbidden.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
     semihard: the most similar one below `positive_sim` (B,), by default the diagonal, by at least `margin`; if none
-    is below, the least similar one (choice; `sampler.chain` follows the same rule). FaceNet's semi-hard negatives are
-    less similar than the own pair, too, but by *less* than the margin; here the margin keeps away from false negatives
-    Logits are masked before the softmax: masking probabilities can leave an all-zero row at low temperature.
+    is below, the least similar one (our choice; `sampler.chain` follows the same rule). FaceNet's semi-hard negatives
+    are less similar than the own pair, too, but by *less* than the margin; here the margin keeps away from false
+    negatives.
     """
     sim = sim.detach().float()
     possible = ~forbidden.all(dim=1)
-    if mode in ("hard", "semihard"):
-        scores = sim
-        if mode == "semihard":
-            limit = (sim.diagonal() if positive_sim is None else positive_sim.detach().float())[:, None]
-            below = (sim < limit - margin) & ~forbidden
-            # rows with none below take the least similar: the order turned round
-            scores = torch.where(below.any(dim=1, keepdim=True), sim.masked_fill(~below, -torch.inf), -sim)
-        chosen = scores.masked_fill(forbidden, -torch.inf).argmax(dim=1)
+    if mode == "hard":
+        chosen = sim.masked_fill(forbidden, -torch.inf).argmax(dim=1)
+    elif mode == "semihard":
+        limit = sim.diagonal() if positive_sim is None else positive_sim.detach().float()
+        below = (sim < limit[:, None] - margin) & ~forbidden
+        most_similar_below = sim.masked_fill(~below, -torch.inf).argmax(dim=1)
+        least_similar = sim.masked_fill(forbidden, torch.inf).argmin(dim=1)
+        chosen = torch.where(below.any(dim=1), most_similar_below, least_similar)
     else:
-        logits = torch.zeros_like(sim) if mode == "random" else sim
-        logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)  # rows without any keep finite logits
+        logits = sim if mode == "similar" else torch.zeros_like(sim)
+        # before the softmax: at a low temperature probabilities can be 0 everywhere but at the positive
+        logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)
         chosen = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
     return torch.where(possible, chosen, -1)
 
@@ -98,23 +118,27 @@ def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alp
     loss = cross_entropy(logits, labels)
     if logits_m is None or alpha == 0:
         return loss
-    soft = -(logits_m.float().softmax(dim=-1) * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+    targets = logits_m.float().softmax(dim=-1)
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    soft = -(targets * log_p).sum(dim=-1)
     labelled = labels != -100
-    return (1 - alpha) * loss + alpha * (soft * labelled).sum() / labelled.sum().clamp(min=1)
+    count = labelled.sum().clamp(min=1)
+    return (1 - alpha) * loss + alpha * (soft * labelled).sum() / count
 
 
-def mim_loss(pixels: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+def mim_loss(pixels: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
     """Masked image modelling: mean squared error on the masked patches (MAE, He et al. 2022, §3). -> scalar.
 
     L = mean over masked patches p and their pixels of (x̂_p − (x_p − mean x_p) / std x_p)²
-    choice: std over the patch; MAE's code takes the sample's, which is 0.3 % more for 192 numbers
-    pixels (B, M, 3p²) predicted of the patches `hidden` (B, M), images (B, 3, H, W).
+    our choice: std over the patch; MAE's code takes the sample's, which is 0.3 % more for 192 numbers
+    pixels (B, M, 3p²) predicted of the patches `ids_masked` (B, M), images (B, 3, H, W)
     """
     side = round((pixels.shape[2] / 3) ** 0.5)
     patches = rearrange(images.float(), "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
-    target = patches.gather(1, repeat(hidden, "b m -> b m x", x=pixels.shape[2]))
-    error = F.mse_loss(pixels.float(), F.layer_norm(target, target.shape[2:], eps=1e-6), reduction="sum")
-    return error / max(1, target.numel())  # 0, not NaN, where nothing is hidden
+    target = patches.gather(1, repeat(ids_masked, "b m -> b m x", x=pixels.shape[2]))
+    target = F.layer_norm(target, target.shape[2:], eps=1e-6)
+    error = F.mse_loss(pixels.float(), target, reduction="sum")
+    return error / max(1, target.numel())  # 0, not NaN, where nothing is masked
 
 
 def alignment_loss(text_feat: Tensor, image_feat: Tensor) -> Tensor:
@@ -122,7 +146,8 @@ def alignment_loss(text_feat: Tensor, image_feat: Tensor) -> Tensor:
 
     L = mean_b (1 − (cos(t_b, i_b) + 1) / 2), in [0, 1]
     """
-    return (1 - ((text_feat.float() * image_feat.float()).sum(dim=1) + 1) / 2).mean()
+    cosine = (text_feat.float() * image_feat.float()).sum(dim=1)
+    return (1 - (cosine + 1) / 2).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -133,5 +158,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of the labelled rows (label ≥ 0) whose highest logit is the label's. logits (M, C), labels (M,)."""
-    right = (logits.argmax(dim=-1) == labels) & (labels >= 0)
-    return right.sum() / (labels >= 0).sum().clamp(min=1)
+    labelled = labels >= 0
+    right = (logits.argmax(dim=-1) == labels) & labelled
+    return right.sum() / labelled.sum().clamp(min=1)

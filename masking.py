@@ -1,11 +1,9 @@
-"""Every mask: which words and which patches are hidden, how attention becomes a mask, what replaces a hidden word; and
-how masks are measured against the truth.
+"""Every mask: what may be masked, random, synchronized, soft and oracle masks, what replaces a masked word, and how
+masks are measured against the ground truth.
 
-Functions on tensors; one of them asks the momentum model. Masks are boolean, True = masked. `words` (B, L) says which
-tokens may be masked, never [CLS], [SEP] or [PAD], and which of them are one word, masked together: see `which_words`.
-Every draw takes a generator on the tensors' device.
+Functions on tensors. Masks are boolean, True = masked. Every draw takes a generator on the tensors' device.
 
-Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, V vocabulary.
+Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, D width, V vocabulary.
 """
 
 from typing import Literal
@@ -18,69 +16,105 @@ from model import VisionLanguageModel
 
 MaskSource = Literal["masked", "clean"]
 
+# What may be masked. `words` (B, L) gives each token the place of its word's first piece, counted from 1, or 0 where
+# the token must stay. Tokens with the same number are one word, masked together:
+#
+#     token   [CLS]  a  ##b  c  [SEP]
+#     place     1    2   3   4    5
+#     words     0    2   2   4    0
 
-def mask_top(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tensor:
-    """The `counts` (B, 1) highest-scoring `candidates` (B, X) of each row of `scores` (B, X) -> mask (B, X)."""
+
+def which_words(token_ids: Tensor, described: Tensor, continues: Tensor, telling: Tensor) -> Tensor:
+    """Number the words that may be masked: `words` (B, L), as above.
+
+    Our choice: whole words, since one piece gives the others away, and only words with a piece that tells something,
+    which is no punctuation and does not stand in most captions.
+    token_ids (B, L) · described (B, L) bool: tokens of the caption
+    continues, telling (V,) bool: pieces of the vocabulary that continue a word, that tell something
+    """
+    place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
+    first_place = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # of the token's word, (B, L)
+    telling_piece = (telling[token_ids] & described).long()
+    telling_word = torch.zeros_like(first_place).scatter_reduce(1, first_place - 1, telling_piece, "amax")
+    maskable = described & telling_word.gather(1, first_place - 1).bool()
+    return first_place * maskable
+
+
+def first_pieces(words: Tensor) -> Tensor:
+    """Mark one token of each word, the first. (B, L) -> (B, L) bool."""
+    return words == torch.arange(1, words.shape[1] + 1, device=words.device)
+
+
+def word_counts(words: Tensor, ratio: float) -> Tensor:
+    """Count the words of each row to mask: max(1, round(ratio · words)), 0 where there is no word. (B, L) -> (B, 1)"""
+    total = first_pieces(words).sum(dim=1, keepdim=True)
+    return (total * ratio).round().long().clamp(min=1).minimum(total)
+
+
+def patch_count(patches: int, ratio: float) -> int:
+    """Count the patches of an image to mask: round(ratio · patches), leaving one at least."""
+    return min(round(ratio * patches), patches - 1)
+
+
+def topk_mask(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tensor:
+    """Mask the `counts` (B, 1) highest-scoring `candidates` (B, X) of each row of `scores` (B, X). -> (B, X)"""
     scores = scores.masked_fill(~candidates, float("-inf"))
     rank = scores.argsort(dim=1, descending=True).argsort(dim=1)
     return (rank < counts) & candidates
 
 
-def which_words(token_ids: Tensor, described: Tensor, continues: Tensor, telling: Tensor) -> Tensor:
-    """The words that may be masked: of each token the place of its word's first piece, counted from 1; else 0. (B, L)
-
-    choice: whole words, since a piece gives its siblings away, and only those with a piece that tells something:
-    neither punctuation nor what stands in most descriptions, whatever the language.
-    token_ids, described (B, L) part of a description · continues, telling (V,): what the vocabulary's pieces do
-    """
-    place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
-    start = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # (B, L)
-    tells = torch.zeros_like(start).scatter_reduce(1, start - 1, (telling[token_ids] & described).long(), "amax")
-    return start * (described & tells.gather(1, start - 1).bool())
-
-
-def first_pieces(words: Tensor) -> Tensor:
-    """One token of each word. (B, L) -> (B, L) bool."""
-    return words == torch.arange(1, words.shape[1] + 1, device=words.device)
-
-
-def word_counts(words: Tensor, ratio: float) -> Tensor:
-    """How many of the `words` (B, L) of each row to mask: max(1, round(ratio·words)), 0 where there are none. (B, 1)"""
-    total = first_pieces(words).sum(dim=1, keepdim=True)
-    return (total * ratio).round().long().clamp(min=1).minimum(total)
-
-
 def mask_words(scores: Tensor, words: Tensor, ratio: float) -> Tensor:
-    """The words of each row whose first pieces score highest, with all of their pieces; exact counts. -> (B, L)"""
-    if words.dtype == torch.bool:  # every token a word of its own
-        words = words * torch.arange(1, words.shape[1] + 1, device=words.device)
-    first = mask_top(scores, first_pieces(words), word_counts(words, ratio))
-    return first.gather(1, (words - 1).clamp(min=0)) & (words > 0)
+    """Mask the words whose first pieces score highest, with all of their pieces; exact counts. (B, L) -> (B, L)"""
+    masked_first = topk_mask(scores, first_pieces(words), word_counts(words, ratio))
+    masked_word = masked_first.gather(1, (words - 1).clamp(min=0))
+    return masked_word & (words > 0)
+
+
+def mask_patches(scores: Tensor, ratio: float) -> Tensor:
+    """Mask the patches that score highest; exact counts. (B, P) -> (B, P)"""
+    every_patch = torch.ones_like(scores, dtype=torch.bool)
+    return topk_mask(scores, every_patch, patch_count(scores.shape[1], ratio))
+
+
+def break_ties(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Add noise far below any real difference, so that exact ties do not always fall to the first. (B, X) -> (B, X)"""
+    largest = scores.abs().amax(dim=1, keepdim=True)
+    noise = torch.randn(scores.shape, device=scores.device, generator=generator)
+    return scores + (1e-7 * largest).clamp(min=1e-30) * noise
+
+
+# Random masks
 
 
 def random_word_mask(words: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """A uniformly random share of the words of each row; exact counts (see `word_counts`). (B, L) -> (B, L)."""
-    return mask_words(torch.rand(words.shape, device=words.device, generator=generator), words, ratio)
-
-
-def patch_count(patches: int, ratio: float) -> int:
-    """How many of the patches of a photo to mask: round(ratio·patches), leaving one at least."""
-    return min(round(ratio * patches), patches - 1)
+    """Mask a uniformly random share of the words of each row, counts as `word_counts`. (B, L) -> (B, L)"""
+    scores = torch.rand(words.shape, device=words.device, generator=generator)
+    return mask_words(scores, words, ratio)
 
 
 def random_patch_mask(
-    rows: int, patches: int, ratio: float, generator: torch.Generator | None = None, device: torch.device | None = None
+    rows: int,
+    patches: int,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """A uniformly random share of the patches of each photo, exact counts (see `patch_count`). -> (rows, patches)."""
+    """Mask a uniformly random share of the patches of each image, counts as `patch_count`. -> (rows, patches)"""
     scores = torch.rand(rows, patches, device=device, generator=generator)
-    return mask_top(scores, torch.ones_like(scores, dtype=torch.bool), patch_count(patches, ratio))
+    return mask_patches(scores, ratio)
 
 
 def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Numbers of the patches that a mask (B, P) made with this ratio leaves (B, K), and of those that it hides (B, M).
-    Sorted, not searched for: a GPU need not be asked how many there are."""
+    """List the patches that a mask (B, P) made with this ratio leaves, and those that it masks. -> (B, K), (B, M)
+
+    The indices are sorted rather than searched for, since a search would wait for a GPU to count them."""
     patches = patch_mask.shape[1]
-    return patch_mask.byte().argsort(dim=1, stable=True).tensor_split([patches - patch_count(patches, ratio)], dim=1)
+    kept = patches - patch_count(patches, ratio)
+    kept_first = patch_mask.byte().argsort(dim=1, stable=True)
+    return kept_first[:, :kept], kept_first[:, kept:]
+
+
+# Synchronized masks: cross-attention -> a score of each word -> word mask and patch mask
 
 
 @torch.no_grad()
@@ -132,7 +166,7 @@ def masked_attention(
         first_pass, second_pass = attention.chunk(2)  # (B, h, L, N) each
         maps.append(torch.where(first_half[:, None, :, None], first_pass, second_pass))
     log_p = []
-    for tokens in (fused, fused_other):  # of all tokens: asking a GPU how many are words would make it wait
+    for tokens in (fused, fused_other):  # of all tokens, since counting the words would wait for a GPU
         first_pass, second_pass = tokens.chunk(2)
         logits = momentum.mlm_logits(torch.where(first_half[..., None], first_pass, second_pass))  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
@@ -163,17 +197,20 @@ def score_words(
 
 
 def average_attention(attentions: list[Tensor]) -> Tensor:
-    """What the layers agree on: the geometric mean over layers of the mean over heads, for the patches alone (choice).
+    """Compute where the layers agree: the mean over heads, then the geometric mean over layers (our choice).
 
     attentions: one map (B, h, L, N) a layer, image CLS first -> (B, L, P), detached
     """
-    maps = torch.stack([attention.detach().float().mean(dim=1) for attention in attentions])  # (layers, B, L, N)
-    return maps.clamp(min=1e-12).log().mean(dim=0).exp()[..., 1:]
+    layers = [attention.detach().float().mean(dim=1) for attention in attentions]  # (B, L, N) each
+    log_mean = torch.stack(layers).clamp(min=1e-12).log().mean(dim=0)
+    return log_mean.exp()[..., 1:]
 
 
 def concentration(attention: Tensor) -> Tensor:
-    """Scores of words by their attention (B, L, P), -> (B, L): the negative entropy over the patches, minus a penalty
-    for attention that falls on no patch, but on the image CLS, or where layers do not agree (choice).
+    """Score words by how concentrated their attention (B, L, P) is. -> (B, L)
+
+    Our choice: the negative entropy over the patches, minus a penalty for attention that falls on no patch, but on
+    the image CLS, or on which the layers do not agree.
 
     Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],   q = A[w, p] / Σ_p A[w, p]
     """
@@ -183,47 +220,37 @@ def concentration(attention: Tensor) -> Tensor:
 
 
 def sync_mask(
-    attention: Tensor, scores: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, pool: float = 0.0,
+    attention: Tensor,
+    scores: Tensor,
+    words: Tensor,
+    patch_ratio: float,
+    word_ratio: float,
+    pool: float = 0.0,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Synchronized masks: the words with the highest scores, and the patches that these words attend to most (SyncMask,
-    Song et al. 2024; how scores come out of the attention is our choice).
-
-    attention (B, L, P), scores (B, L) of the words · words (B, L): which may be masked · patch_ratio, word_ratio:
-    shares to mask · pool: share of the words, with the highest scores, of which the masked words are drawn; above
-    word_ratio others are masked from epoch to epoch
-    -> patch mask (B, P), word mask (B, L); exact counts, as the random masks'. CLS, [CLS], [SEP], [PAD] never.
-    """
-    best = mask_words(untied(scores, generator), words, max(pool, word_ratio))
-    draws = torch.rand(best.shape, device=best.device, generator=generator)
-    masked_words = mask_words(best + draws, words, word_ratio)
-    # s_p = mean over masked words of A[w, p]
-    total = masked_words.sum(dim=1, keepdim=True).clamp(min=1)
-    patch_scores = (attention * masked_words[..., None]).sum(dim=1) / total  # (B, P)
-    every_patch = torch.ones_like(patch_scores, dtype=torch.bool)
-    count = patch_count(attention.shape[2], patch_ratio)
-    return mask_top(untied(patch_scores, generator), every_patch, count), masked_words
-
-
-def true_mask(
-    regions: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The masks that synchronized ones are meant to be, where it is known what a photo shows: a share of the words that
-    it shows, and the patches that show them; where these are too few, other patches on what the text names, then any.
+    """Mask the words with the highest scores, and the patches that these words attend to most (SyncMask, Song et al.
+    2024; how scores come out of the attention is our choice).
 
-    regions (B, L, P): where the photo shows what a token names; nowhere if it does not · words (B, L) as elsewhere
-    -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words.
+    attention (B, L, P), scores (B, L) of the words · words (B, L): what may be masked · patch_ratio, word_ratio:
+    shares to mask · pool: share of the words, with the highest scores, of which the masked words are drawn; above
+    word_ratio the masked words differ from epoch to epoch
+    -> patch mask (B, P), word mask (B, L), with the exact counts of the random masks
     """
-    masked_words = random_word_mask(words * regions.any(dim=2), word_ratio, generator)
-    on = lambda words: (regions & words[..., None]).any(dim=1).float()  # (B, P)
-    draws = torch.rand(regions.shape[::2], device=regions.device, generator=generator)
-    scores = 2 * on(masked_words) + on(words > 0) + draws
-    everything = torch.ones_like(scores, dtype=torch.bool)
-    return mask_top(scores, everything, patch_count(regions.shape[2], patch_ratio)), masked_words
+    best = mask_words(break_ties(scores, generator), words, max(pool, word_ratio))
+    draws = torch.rand(best.shape, device=best.device, generator=generator)
+    word_mask = mask_words(best + draws, words, word_ratio)
+    # s_p = mean over masked words of A[w, p]
+    total = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    patch_scores = (attention * word_mask[..., None]).sum(dim=1) / total  # (B, P)
+    patch_mask = mask_patches(break_ties(patch_scores, generator), patch_ratio)
+    return patch_mask, word_mask
+
+
+# Soft masks: cross-attention and its gradient -> how much each patch has to do with one word
 
 
 def grad_cam(attention: Tensor, score: Tensor) -> Tensor:
-    """Grad-CAM of the match logit with respect to cross-attention (ALBEF's grounding): A · max(0, ∂s/∂A).
+    """Compute Grad-CAM of a score with respect to cross-attention (ALBEF's grounding): A · max(0, ∂s/∂A).
 
     attention (B, h, L, N) in the graph of the score, a scalar; the graph is kept -> (B, h, L, N), detached
     """
@@ -232,55 +259,70 @@ def grad_cam(attention: Tensor, score: Tensor) -> Tensor:
 
 
 def middle_layer(layers: int) -> int:
-    """The fusion layer that soft masks read, from 0 on: the third of six, as ALBEF's grounding (choice)."""
+    """Choose the fusion layer that soft masks read, counted from 0: the third of six, as ALBEF's grounding."""
     return (layers + 1) // 2 - 1
 
 
+def itm_grad_cam(model: VisionLanguageModel, attentions: list[Tensor], fused: Tensor) -> Tensor:
+    """Compute Grad-CAM of the ITM logit of "match" with respect to the cross-attention of the middle fusion layer.
+
+    attentions: one map (B, h, L, N) a layer · fused (B, L, D): fused tokens of the pairs -> (B, h, L, N), detached
+    """
+    match_logits = model.itm_logits(fused)[:, 1]
+    attention = attentions[middle_layer(len(attentions))]
+    return grad_cam(attention, match_logits.sum())  # pairs are independent, so one gradient serves all
+
+
 def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
-    """How much each patch has to do with one word: what a soft mask suppresses (text-driven soft masks, Park & Han
-    2023; the mean over heads and the normalisation are our choice).
+    """Compute how much each patch has to do with one word, which is what a soft mask suppresses (text-driven soft
+    masks, Park & Han 2023; the mean over heads and the normalisation are our choice).
 
     G = mean_h maps, in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
-    maps (B, h, L, N) by `grad_cam`, image CLS first; word_index (B,) -> (B, P) in [0, 1]
+    maps (B, h, L, N) by `grad_cam`, image CLS first · word_index (B,): the token of the word -> (B, P) in [0, 1]
     """
-    heat = maps.float()[torch.arange(len(maps), device=maps.device), :, word_index, 1:].mean(dim=1)  # (B, P)
-    low, high = heat.amin(dim=1, keepdim=True), heat.amax(dim=1, keepdim=True)
+    rows = torch.arange(len(maps), device=maps.device)
+    heat = maps.float()[rows, :, word_index, 1:].mean(dim=1)  # (B, P)
+    low = heat.amin(dim=1, keepdim=True)
+    high = heat.amax(dim=1, keepdim=True)
     return (heat - low) / (high - low + 1e-7)
 
 
-def untied(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Exact ties must not always fall to the first: with noise far below any real difference. (B, X) -> (B, X)."""
-    floor = (1e-7 * scores.abs().amax(dim=1, keepdim=True)).clamp(min=1e-30)
-    return scores + floor * torch.randn(scores.shape, device=scores.device, generator=generator)
+# Oracle masks: from the ground truth
 
 
-def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the masked `candidates`, how many are `shared` by photo and text. All (B, X) -> hits, of how many.
+def true_mask(
+    regions: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make the masks that synchronized masks are meant to be, where it is known what an image shows.
 
-    Words: candidates name an attribute, shared ones name one that this photo shows. Patches: all are candidates,
-    shared ones lie on the region of an attribute that the text names.
+    Masked are a share of the words that the image shows, and the patches that show them. Where these patches are too
+    few, patches follow that show any other word, then the rest.
+    regions (B, L, P) bool: where the image shows what a token names · words (B, L): what may be masked
+    -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words
     """
-    masked = mask & candidates
-    return (masked & shared).sum(), masked.sum()
+    visible_words = words * regions.any(dim=2)
+    word_mask = random_word_mask(visible_words, word_ratio, generator)
+    shows_masked = (regions & word_mask[..., None]).any(dim=1).float()  # (B, P)
+    shows_any = (regions & (words > 0)[..., None]).any(dim=1).float()
+    draws = torch.rand(shows_any.shape, device=regions.device, generator=generator)
+    patch_mask = mask_patches(2 * shows_masked + shows_any + draws, patch_ratio)
+    return patch_mask, word_mask
 
 
-def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pointing game (Zhang et al. 2016): is the most attended patch of a word in the word's region?
-
-    attention (B, L, P), regions (B, L, P), words (B, L) with a region -> hits, hits expected of a random patch,
-    of how many words.
-    """
-    hit = regions.gather(2, attention.argmax(dim=2, keepdim=True)).squeeze(2)
-    return (hit & words).sum(), regions.float().mean(dim=2)[words].sum(), words.sum()
+# What replaces a masked word
 
 
 def corrupt_words(
-    token_ids: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
+    token_ids: Tensor,
+    mask: Tensor,
+    mask_id: int,
+    word_ids: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
     one of `word_ids` (V',), 10 % stay.
 
-    token_ids (B, L), mask (B, L) -> corrupted ids (B, L), labels (B, L) with −100 where not masked.
+    token_ids (B, L), mask (B, L) -> corrupted ids (B, L), labels (B, L) with −100 where not masked
     """
     labels = token_ids.masked_fill(~mask, -100)
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
@@ -290,20 +332,55 @@ def corrupt_words(
 
 
 def replace_words(
-    token_ids: Tensor, words: Tensor, mask: Tensor, mask_id: int, word_ids: Tensor, antonyms: Tensor,
-    synonyms: Tensor, generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`corrupt_words` for replaced-token detection (after FashionSAP, Han et al. 2023): of the masked tokens that it
-    replaces, half become their antonym instead of a random word; of the `words` (B, L) left alone, 15 % become their
-    synonym, which is no replacement to detect. Choices: synonyms anywhere, not in the value of one prompt alone; a
-    token without an antonym keeps the random word.
+    token_ids: Tensor,
+    words: Tensor,
+    mask: Tensor,
+    mask_id: int,
+    word_ids: Tensor,
+    swaps: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Corrupt words for replaced-token detection (after FashionSAP, Han et al. 2023), as `corrupt_words` does, but:
 
-    antonyms, synonyms (V,): token id -> token id, −1 where there is none
-    -> corrupted ids (B, L), MLM labels (B, L) with −100 where not masked, replaced (B, L) bool.
+    of the masked tokens that are replaced, half become their antonym instead of a random word;
+    of the `words` (B, L) that are not masked, 15 % become their synonym, which is no replacement to detect.
+    Our choice: synonyms anywhere, not in the value of one prompt alone; a token without an antonym keeps the random
+    word.
+
+    swaps (2, V): the antonym and the synonym of each token id, −1 where there is none
+    -> corrupted ids (B, L), MLM labels (B, L) with −100 where not masked, replaced (B, L) bool
     """
     ids, labels = corrupt_words(token_ids, mask, mask_id, word_ids, generator)
     replaced = mask & (ids != token_ids) & (ids != mask_id)
+    antonym, synonym = swaps[:, token_ids]  # (B, L) each
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
-    antonym, synonym = antonyms[token_ids], synonyms[token_ids]
-    ids = torch.where(replaced & (dice < 0.5) & (antonym >= 0), antonym, ids)
-    return torch.where((words > 0) & ~mask & (dice < 0.15) & (synonym >= 0), synonym, ids), labels, replaced
+    to_antonym = replaced & (dice < 0.5) & (antonym >= 0)
+    to_synonym = (words > 0) & ~mask & (dice < 0.15) & (synonym >= 0)
+    ids = torch.where(to_antonym, antonym, ids)
+    ids = torch.where(to_synonym, synonym, ids)
+    return ids, labels, replaced
+
+
+# Measuring masks
+
+
+def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Count how many of the masked `candidates` are `shared` by image and caption. All (B, X) -> hits, of how many
+
+    Words: candidates name an attribute, shared ones name one that this image shows. Patches: all are candidates,
+    shared ones lie on the region of an attribute that the caption names.
+    """
+    masked = mask & candidates
+    return (masked & shared).sum(), masked.sum()
+
+
+def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Play the pointing game (Zhang et al. 2016): is the most attended patch of a word in the word's region?
+
+    attention (B, L, P), regions (B, L, P), words (B, L) with a region
+    -> hits, hits expected of a random patch, of how many words
+    """
+    most_attended = attention.argmax(dim=2, keepdim=True)
+    hit = regions.gather(2, most_attended).squeeze(2)  # (B, L)
+    by_chance = regions.float().mean(dim=2)
+    return (hit & words).sum(), by_chance[words].sum(), words.sum()

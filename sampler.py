@@ -1,24 +1,13 @@
-"""Which photos share a batch: grouped batch sampling, after GRIT-VLP (Byun et al. 2022, §3.2).
+"""Which images share a batch: grouped batch sampling, after GRIT-VLP (Byun et al. 2022, §3.2).
 
-While an epoch runs, the features of its photos are collected. Whenever a pool of them is full, it is shuffled and cut
-into search blocks, in a thread beside training and shared out among processes; inside a block a greedy chain
+The first epoch is random. While an epoch runs, the features of its items are collected. Whenever a pool of them is
+full, it is shuffled and cut into search blocks, and a greedy chain orders each block, so that similar items follow
+each other. Consecutive items of the chains become the batches of the *next* epoch.
 
-    photo of an item → the most similar text of an unused one → the most similar photo of an unused one → …
-
-orders the items, and consecutive members of the chains become the batches of the *next* epoch. The first epoch is
-random. "Most similar" depends on the mode:
-
-    random     no chains, every epoch
-    hard       the most similar unused item (GRIT-VLP)
-    semihard   the most similar one of those *less* similar than the anchor's own pair, by a margin at least, against
-               false negatives; FaceNet's lie inside its margin, not beyond it. SyncMask's exact rule is not published
-               where we could read it (choice)
-
-Letters: N items, B batch, E feature width, M search block.
+Letters: N items, B batch, E feature width, M items in a search block, G kinds of ids.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -27,130 +16,207 @@ from torch import Tensor
 
 SamplerMode = Literal["random", "hard", "semihard"]
 SEARCH_SIZE = 1920  # items in a search block (GRIT-VLP's M)
+POOL_BLOCKS = 4  # search blocks that are collected before they are shuffled together
+PARTNERS = 100  # random items that an item which repeats an id of its batch is tried to be swapped with (our choice)
 
 
-class Alone:
-    """The one process of a run that has no others: see `engine.ranks.Ranks`, which may take its place."""
+def chain(
+    sim: np.ndarray,
+    groups: np.ndarray,
+    first: int,
+    batch_size: int,
+    mode: SamplerMode = "hard",
+    margin: float = 0.0,
+) -> np.ndarray:
+    """Order the items of a search block greedily, from item `first` on:
 
-    rank, count = 0, 1
+        image of an item → the most similar caption of an unused one → the most similar image of an unused one → …
 
-    @staticmethod
-    def merge(parts: list) -> list:
-        """A list whose entries were made by one process or another, whole."""
-        return parts
+    hard      the most similar unused item (GRIT-VLP)
+    semihard  the most similar one of those *less* similar than the anchor's own pair, by `margin` at least, against
+              false negatives; FaceNet's lie inside its margin, not beyond it. SyncMask's exact rule is not published
+              where we could read it (our choice)
+
+    sim (M, M): cosines of image i and caption j, the items' own pairs on the diagonal · groups (G, M): an item is put
+    off while it shares an id with one of the last batch_size − 1 items, so that a batch may be cut anywhere
+    -> order (M,)
+    """
+    size = len(sim)
+    window = max(1, batch_size - 1)
+    to_captions, to_images = sim, np.ascontiguousarray(sim.T)
+    limits = sim.diagonal() - margin
+    kin = [np.flatnonzero(row) for row in sharing(groups)]  # of each item all that share an id with it
+    near = np.zeros(size, dtype=np.float32)  # how many of the last items share an id with each item
+    used = np.zeros(size, dtype=np.float32)  # ∞ once an item is used
+    order = np.empty(size, dtype=np.int64)
+    anchor = first
+    for position in range(size):
+        order[position] = anchor
+        used[anchor] = np.inf
+        near[kin[anchor]] += 1
+        if position >= window:
+            near[kin[order[position - window]]] -= 1
+        scores = to_captions[anchor] if position % 2 == 0 else to_images[anchor]
+        if mode == "semihard":
+            # cosines lie in [−1, 1]: items below the limit come first, then the others, the least similar first
+            scores = np.where(scores < limits[anchor], scores, -3 - scores)
+        scores = scores - 10 * np.minimum(near, 1) - used
+        anchor = scores.argmax()
+    return order
+
+
+def sharing(ids: np.ndarray) -> np.ndarray:
+    """Mark which items, each a column of `ids` (G, X), have the same id in some row. -> (X, X) bool"""
+    shared = np.zeros((ids.shape[1], ids.shape[1]), dtype=bool)
+    for row in ids:
+        shared |= row[:, None] == row
+    return shared
+
+
+def repeats(ids: np.ndarray) -> np.ndarray:
+    """List the positions in a batch whose item shares an id, in some row of `ids` (G, B), with an earlier item."""
+    return np.flatnonzero(np.tril(sharing(ids), -1).any(axis=1))
+
+
+def separate(batches: list[np.ndarray], groups: np.ndarray, rng: np.random.Generator) -> int:
+    """Swap items between batches, in place, until no batch holds two with the same id in a row of `groups` (G, N).
+
+    Each item that repeats an id is swapped with the first that fits of `PARTNERS` random ones, or stays.
+    -> how many items repeat an id of their batch in the end
+    """
+
+    def fits(item: int, batch: np.ndarray, position: int) -> bool:
+        others = np.delete(batch, position)
+        return not (groups[:, others] == groups[:, item, None]).any()
+
+    for batch in batches:
+        for position in repeats(groups[:, batch]):
+            item = batch[position]
+            if fits(item, batch, position):
+                continue  # an earlier swap has mended it
+            for _ in range(PARTNERS):
+                other_batch = batches[rng.integers(len(batches))]
+                other_position = rng.integers(len(other_batch))
+                other = other_batch[other_position]
+                if fits(other, batch, position) and fits(item, other_batch, other_position):
+                    batch[position], other_batch[other_position] = other, item
+                    break
+    return sum(len(repeats(groups[:, batch])) for batch in batches)
 
 
 class GroupedBatchSampler:
-    """An iterable of index lists: every index exactly once an epoch, deterministic in (seed, epoch, features).
+    """Give batches as lists of indices, every index once an epoch, deterministic in (seed, epoch, features).
 
-    No batch holds two photos of one product, or two identical captions, where a swap can avoid it; `conflicts` counts
-    the photos of the current epoch for which none could.
+    No batch holds two images of one product, or two identical captions, where a swap can avoid it; `conflicts` counts
+    the items of the current epoch for which none could.
 
-    search_size: M, items in a search block · pool_blocks: blocks collected before they are shuffled together
-    product_ids, caption_ids: (N,), default all different
+    groups: int (G, N), a row of product ids and a row of caption ids · mode: as `chain`, or random, without chains
     margin: a semihard negative is at least this much less similar than the anchor's own pair
-    ranks: the processes that share the chaining; `set_epoch` and `state_dict` are then for all to call
+    search_size: M, items in a search block
+    process: rank and number of the processes. All of them compose the same batches and iterate over a share of each.
+    The shares are equal: the fewer than world_size items that are left over in an epoch come first in the next one.
+    Raises ValueError if there are fewer items than processes, or batches cannot be shared evenly.
 
     The position inside an epoch is given, not counted: loader workers fetch ahead of training, so only the training
     loop knows how many batches were used. It calls `collect` after each batch and `set_epoch` to move on.
     """
 
     def __init__(
-        self, dataset_size: int, batch_size: int, search_size: int = SEARCH_SIZE, mode: SamplerMode = "random",
-        product_ids: np.ndarray | None = None, caption_ids: np.ndarray | None = None, seed: int = 0,
-        pool_blocks: int = 4, margin: float = 0.0, ranks: Alone | None = None,
-    ):  # fmt: skip
-        if min(dataset_size, batch_size, search_size, pool_blocks) < 1:
-            raise ValueError(
-                f"nothing to sample: {dataset_size} items, batches of {batch_size}, blocks of {search_size}"
-            )
-        self.dataset_size, self.batch_size, self.search_size = dataset_size, batch_size, search_size
-        self.mode, self.seed, self.pool_blocks, self.margin = mode, seed, pool_blocks, margin
-        self.ranks, self._thread = ranks or Alone(), ThreadPoolExecutor(1, "chaining")
-        groups = (np.arange(dataset_size) if ids is None else np.asarray(ids) for ids in (product_ids, caption_ids))
-        self.groups = np.stack(list(groups))  # (2, N)
+        self,
+        groups: np.ndarray,
+        batch_size: int,
+        mode: SamplerMode = "random",
+        margin: float = 0.0,
+        seed: int = 0,
+        search_size: int = SEARCH_SIZE,
+        process: tuple[int, int] = (0, 1),
+    ):
+        self.groups = groups
+        self.batch_size = batch_size
+        self.mode = mode
+        self.margin = margin
+        self.seed = seed
+        self.search_size = search_size
+        self.rank, self.world_size = process
+        self.dataset_size = groups.shape[1]
+        if self.dataset_size < self.world_size:
+            raise ValueError(f"{self.dataset_size} items are too few for {self.world_size} processes")
+        if batch_size < 1 or batch_size % self.world_size:
+            raise ValueError(f"batches of {batch_size} items cannot be shared among {self.world_size} processes")
         self.epoch, self.first_batch = 0, 0
+        self._left_over = np.arange(0)
         self._begin_epoch(np.arange(0))
 
     def __len__(self) -> int:
-        """Batches in a whole epoch. Their sizes differ by one at most, so none is too small to learn from."""
-        return -(-self.dataset_size // self.batch_size)
+        """Batches in a whole epoch. Their sizes differ by world_size at most, so none is too small to learn from."""
+        batches = -(-self.dataset_size // self.batch_size)
+        return min(batches, self.dataset_size // self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._batches[self.first_batch :]:
-            yield batch.tolist()
+            share = len(batch) // self.world_size
+            yield batch[self.rank * share : (self.rank + 1) * share].tolist()
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Iterate over `epoch` next, from batch `first_batch` on. A new epoch is composed of what was collected."""
         if epoch != self.epoch:
             self._chain_pool()
-            chained = self._gather_chains()
             self.epoch = epoch
-            self._begin_epoch(np.concatenate([np.arange(0), *chained]))
+            self._begin_epoch(np.concatenate([np.arange(0), *self._chains]))
         self.first_batch = first_batch
 
     @torch.no_grad()
     def collect(self, indices: Tensor, image_feat: Tensor, text_feat: Tensor) -> None:
         """Remember the batch just trained on: indices (B,), unit-length features (B, E) and (B, E). They stay on their
-        device until they are chained, for fetching them now would wait for it."""
+        device until they are chained, since fetching them now would wait for it."""
         if self.mode == "random":
             return
         self._pool.append([indices, image_feat.half(), text_feat.half()])
-        if sum(len(part[0]) for part in self._pool) >= self.search_size * self.pool_blocks:
+        if sum(len(part[0]) for part in self._pool) >= self.search_size * POOL_BLOCKS:
             self._chain_pool()
 
     def _begin_epoch(self, chained: np.ndarray) -> None:
-        """Cut what was chained, then in random order what was not, into batches, and forget the last epoch."""
+        """Cut what was left over, then what was chained, then the rest in random order, into batches."""
         rng = np.random.default_rng((1, self.seed, self.epoch))
-        rest = np.setdiff1d(np.arange(self.dataset_size), chained)
-        order = np.concatenate([chained, rng.permutation(rest)]).astype(np.int64)
-        batch_of = np.arange(self.dataset_size) * len(self) // self.dataset_size
-        self.conflicts = separate(order, batch_of, self.groups, rng)
-        batches = np.split(order, np.flatnonzero(np.diff(batch_of)) + 1)
+        known = np.concatenate([self._left_over, chained])
+        # an image that cannot be read is replaced by another, which is then collected twice
+        first_seen = np.sort(np.unique(known, return_index=True)[1])
+        rest = np.setdiff1d(np.arange(self.dataset_size), known)
+        order = np.concatenate([known[first_seen], rng.permutation(rest)]).astype(np.int64)
+        # batch k ends after ceil(k · share / batches) items of each process
+        share = self.dataset_size // self.world_size
+        ends = -(-np.arange(1, len(self) + 1) * share // len(self)) * self.world_size
+        *batches, self._left_over = np.split(order, ends)
+        self.conflicts = separate(batches, self.groups, rng)
         self._batches = [batches[i] for i in rng.permutation(len(batches))]
-        self._pool: list[list[Tensor]] = []
-        self._chains: list[np.ndarray] = []  # what was chained of the epoch under way
-        self._chaining: list[Future] = []  # and what is being chained, a pool each
-        self._blocks = 0  # how many search blocks that is
+        self._pool: list[list[Tensor]] = []  # of each batch that waits for a full pool: indices and features
+        self._chains: list[np.ndarray] = []  # of each search block of this epoch its items, in order
 
     def _chain_pool(self) -> None:
-        if self._pool:
-            where = self._pool[-1][0].device  # what was collected before a resumption is on the CPU
-            with torch.autocast(where.type, enabled=False):  # which has no half precision on a CPU
-                pool = [torch.cat([x.to(where) for x in part]) for part in zip(*self._pool, strict=True)]
-            self._pool = []
-            self._chaining.append(self._thread.submit(self._chain_blocks, pool, self._blocks))
-            self._blocks += -(-len(pool[0]) // self.search_size)
-
-    def _chain_blocks(self, pool: list[Tensor], number: int) -> list[np.ndarray | None]:
-        """The items of a pool's search blocks in order, from block `number` on; None for the blocks of other ranks."""
-        indices, image_feat, text_feat = (part.cpu().numpy() for part in pool)
-        rng, chains = np.random.default_rng((2, self.seed, self.epoch, number)), []
+        """Shuffle what was collected, cut it into search blocks, and chain each."""
+        if not self._pool:
+            return
+        indices = np.concatenate([batch[0].cpu().numpy() for batch in self._pool])
+        image_feat = np.concatenate([batch[1].cpu().numpy() for batch in self._pool])
+        text_feat = np.concatenate([batch[2].cpu().numpy() for batch in self._pool])
+        self._pool = []
+        rng = np.random.default_rng((2, self.seed, self.epoch, len(self._chains)))
         shuffled = rng.permutation(len(indices))
         for start in range(0, len(shuffled), self.search_size):
             block = shuffled[start : start + self.search_size]
-            first, items = int(rng.integers(len(block))), indices[block]
-            if (number + len(chains)) % self.ranks.count != self.ranks.rank:
-                chains.append(None)
-                continue
+            items = indices[block]
             sim = image_feat[block].astype(np.float32) @ text_feat[block].astype(np.float32).T  # (M, M)
+            first = int(rng.integers(len(block)))
             order = chain(sim, self.groups[:, items], first, self.batch_size, self.mode, self.margin)
-            chains.append(items[order])
-        return chains
-
-    def _gather_chains(self) -> list[np.ndarray]:
-        """All that was handed over to be chained, by all ranks, once it is done."""
-        new = [block for pool in self._chaining for block in pool.result()]
-        self._chains, self._chaining = self._chains + self.ranks.merge(new), []
-        return self._chains
+            self._chains.append(items[order])
 
     @property
     def order(self) -> np.ndarray:
-        """All items (N,) in the order of this epoch."""
+        """All items of this epoch in their order."""
         return np.concatenate(self._batches)
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in tensors and plain numbers; waits for what is being chained."""
+        """All that a resumed run needs, in tensors and plain numbers."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
@@ -158,113 +224,14 @@ class GroupedBatchSampler:
             "conflicts": self.conflicts,
             "order": torch.from_numpy(self.order),
             "sizes": [len(batch) for batch in self._batches],
+            "left_over": torch.from_numpy(self._left_over),
             "pool": [[part.cpu() for part in batch] for batch in self._pool],
-            "chains": [torch.from_numpy(part) for part in self._gather_chains()],
+            "chains": [torch.from_numpy(part) for part in self._chains],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.seed, self.epoch, self.first_batch = state["seed"], state["epoch"], state["first_batch"]
         self.conflicts, self._pool = state["conflicts"], state["pool"]
         self._batches = [part.numpy() for part in state["order"].split(state["sizes"])]
+        self._left_over = state["left_over"].numpy()
         self._chains = [part.numpy() for part in state["chains"]]
-        self._chaining, self._blocks = [], len(self._chains)
-
-
-def chain(
-    sim: np.ndarray, groups: np.ndarray, first: int, batch_size: int, mode: SamplerMode = "hard",
-    margin: float = 0.0,
-) -> np.ndarray:  # fmt: skip
-    """Order the items of a search block greedily, from item `first` on.
-
-    sim (M, M): photo i to text j, its diagonal the items' own pairs · groups (G, M): an item is put off while one of
-    its group ids is among the last batch_size − 1 items, so that a batch may be cut anywhere. -> order (M,).
-    """
-    count, window = len(sim), max(1, batch_size - 1)
-    rows = sim, np.ascontiguousarray(sim.T)  # photo to texts, text to photos
-    limits = sim.diagonal() - margin
-    kin = sharing(groups)
-    near = [0] * count  # how many of the last items an item shares an id with
-    penalty = np.zeros(count, dtype=np.float32)  # added to the scores: −10 while near, −∞ once used
-    order = np.empty(count, dtype=np.int64)
-    anchor = first
-    for position in range(count):
-        if position:
-            scores = rows[(position + 1) % 2][anchor]
-            if mode == "semihard":
-                # cosines lie in [−1, 1]: those that qualify come first, then the rest, least violating first
-                scores = np.where(scores < limits[anchor], scores, -3 - scores)
-            anchor = int((scores + penalty).argmax())
-        order[position], penalty[anchor] = anchor, -np.inf
-        for item in kin[anchor]:
-            near[item] += 1
-            if near[item] == 1:
-                penalty[item] -= 10
-        for item in kin[order[position - window]] if position >= window else ():
-            near[item] -= 1
-            if near[item] == 0:
-                penalty[item] += 10
-    return order
-
-
-def sharing(groups: np.ndarray) -> list[set[int]]:
-    """For each item the items, itself among them, that have its id in a row of `groups` (G, M)."""
-    kin: list[set[int]] = [set() for _ in range(groups.shape[1])]
-    for ids in groups.tolist():
-        together: dict[int, list[int]] = {}
-        for item, name in enumerate(ids):
-            together.setdefault(name, []).append(item)
-        for members in together.values():
-            for item in members:
-                kin[item].update(members)
-    return kin
-
-
-def separate(order: np.ndarray, batch_of: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> int:
-    """Swap items of `order` (N,) between batches, in place, until no batch holds two with the same id in a row of
-    `groups` (G, N), each item with a random one of all that fit. -> how many repeat an id of their batch in the end.
-
-    batch_of (N,): the batch that each position of `order` belongs to.
-    """
-
-    def repeated() -> np.ndarray:
-        """Positions (N,) whose item shares an id with an earlier one of its batch."""
-        found = np.zeros(len(order), dtype=bool)
-        for ids in groups:
-            again = np.ones(len(order), dtype=bool)
-            again[np.unique(batch_of * (int(ids.max()) + 1) + ids[order], return_index=True)[1]] = False
-            found |= again
-        return found
-
-    place = np.empty(groups.shape[1], dtype=np.int64)  # the position of each item
-    place[order] = np.arange(len(order))
-    by_id = [(np.argsort(ids, kind="stable"), np.sort(ids)) for ids in groups]
-
-    def kin(items: np.ndarray) -> np.ndarray:
-        """Positions of all that share an id with one of the items."""
-        found = []
-        for (items_by_id, ids), own in zip(by_id, groups, strict=True):
-            next_one, past = np.searchsorted(ids, own[items]), np.searchsorted(ids, own[items], "right")
-            while len(next_one):
-                found.append(items_by_id[next_one])
-                more = next_one + 1 < past
-                next_one, past = next_one[more] + 1, past[more]
-        return place[np.concatenate(found)]
-
-    for position in repeated().nonzero()[0]:
-        start, stop = np.searchsorted(batch_of, [batch_of[position], batch_of[position] + 1])
-        item, others = order[position], np.delete(order[start:stop], position - start)
-        if not (groups[:, others] == groups[:, item, None]).any():
-            continue  # an earlier swap has already mended it
-        # no place for it: where something clashes with those who stay here, and batches where it would clash itself
-        closed = [kin(others)]
-        for batch in np.unique(batch_of[kin(order[position, None])]):
-            closed.append(np.arange(*np.searchsorted(batch_of, [batch, batch + 1])))
-        closed = np.unique(np.concatenate(closed))
-        if len(closed) == len(order):
-            continue
-        # one of the open positions, by its number among them
-        there = rng.choice(len(order) - len(closed))
-        there += np.searchsorted(closed - np.arange(len(closed)), there, "right")
-        order[position], order[there] = order[there], order[position]
-        place[order[[position, there]]] = position, there
-    return int(repeated().sum())

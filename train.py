@@ -233,7 +233,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     # mask: random words, of which some are replaced
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
     masked_ids, mlm_labels, replaced = replace_words(
-        ids, batch["words"], word_mask, run.mask_id, run.word_ids, run.antonyms, run.synonyms, run.generator
+        ids, batch["words"], word_mask, run.mask_id, run.word_ids, run.swaps, run.generator
     )
 
     # encode: one caption serves all objectives

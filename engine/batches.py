@@ -24,7 +24,7 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
     loader = DataLoader(
         dataset,
         batch_sampler=run.sampler,
-        collate_fn=run.collate,
+        collate_fn=replace(run.collate, replace_unreadable=True),
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,

@@ -44,8 +44,8 @@ class Run:
         self.total_steps = self.config.steps or self.config.epochs * self.epoch_steps
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
         self.word_ids = word_ids(self.tokenizer).to(self.device)
-        self.antonyms = word_pairs(self.tokenizer, ANTONYMS).to(self.device)
-        self.synonyms = word_pairs(self.tokenizer, SYNONYMS).to(self.device)
+        antonyms, synonyms = word_pairs(self.tokenizer, ANTONYMS), word_pairs(self.tokenizer, SYNONYMS)
+        self.swaps = torch.stack([antonyms, synonyms]).to(self.device)  # (2, V), see masking.replace_words
 
     @property
     def collate(self) -> Collate:
@@ -143,11 +143,10 @@ def build_sampler(run: Run, dataset: PhotoDataset) -> GroupedBatchSampler:
     if len(dataset) < world_size():
         raise ConfigError(f"{len(dataset)} images are too few for {world_size()} processes")
     return GroupedBatchSampler(
-        len(dataset),
+        np.stack([dataset.product_ids, dataset.caption_ids]),
         config.batch_size,
         mode=grouping_of(config),
-        product_ids=dataset.product_ids,
-        caption_ids=dataset.caption_ids,
-        seed=config.seed,
         margin=config.margin,
+        seed=config.seed,
+        process=(rank(), world_size()),
     )

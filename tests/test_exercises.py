@@ -13,63 +13,63 @@ from tutorial.exercises.checks import check
 
 HERE = Path(catalogue.__file__).parent
 OWN_TESTS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 5, 8: 1}  # of the project's tests, how many
-RANKED = "mask_words(torch.rand(words.shape, device=words.device, generator=generator), words, ratio)"
-MASKED_LOGITS = """logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)  # rows without any keep finite logits
+RANKED = "return mask_words(scores, words, ratio)"
+MASKED_LOGITS = """logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)
         chosen = torch.multinomial(logits.softmax(dim=1), 1"""
-ONE_ARGSORT = """scores = torch.rand(words.shape, generator=generator).masked_fill(~first_pieces(words), -1)
+PLACES = "torch.arange(1, words.shape[1] + 1).expand_as(words)"
+ONE_ARGSORT = """scores = scores.masked_fill(~first_pieces(words), -1)
     first = (scores.argsort(dim=1, descending=True) < word_counts(words, ratio)) & first_pieces(words)
-    words_of = lambda *_: first.gather(1, (words - 1).clamp(min=0)) & (words > 0)
-    """
-IN_TOKENS = """mask_top(
-        untied(scores, generator), words > 0,
+    return first.gather(1, (words - 1).clamp(min=0)) & (words > 0)"""
+IN_TOKENS = """topk_mask(
+        break_ties(scores, generator), words > 0,
         ((words > 0).sum(1, keepdim=True) * max(pool, word_ratio)).round().minimum((words > 0).sum(1, keepdim=True)))"""
 DRAWN = "chosen = torch.multinomial(logits.softmax(dim=1) * ~forbidden, 1"
 # exercise, function, what of it becomes what, the message
 MISTAKES = [
-    (1, "random_word_mask", {RANKED: "(torch.rand(words.shape, generator=generator) < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "no coin for each word"),
-    (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape, generator=generator), torch.ones_like(words) > 0, ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
-    (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape, generator=generator), words > 0, ratio)"}, r"count words \(`word_counts`\), not tokens"),
-    (1, "random_word_mask", {RANKED: "mask_words(torch.rand(words.shape[1:], generator=generator).expand(words.shape), words, ratio)"}, "the same random numbers"),
-    (1, "random_word_mask", {"return mask_words": f"{ONE_ARGSORT}return words_of"}, "or one argsort"),
+    (1, "random_word_mask", {RANKED: "return (scores < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "no coin for each word"),
+    (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES}, ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
+    (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES} * (words > 0), ratio)"}, r"count words \(`word_counts`\), not tokens"),
+    (1, "random_word_mask", {RANKED: "return mask_words(scores[:1].expand(words.shape), words, ratio)"}, "the same random numbers"),
+    (1, "random_word_mask", {RANKED: ONE_ARGSORT}, "or one argsort"),
     (2, "corrupt_words", {"token_ids.masked_fill(~mask, -100)": "token_ids"}, "words that are not masked have labels"),
     (2, "corrupt_words", {"dice < 0.8": "dice < 1"}, r"become \[MASK\] and 0% stay"),
     (2, "corrupt_words", {"token_ids.masked_fill(mask": "token_ids.masked_fill_(mask"}, "token_ids itself is written into"),
     (3, "cooccurrence", {"mask & candidates": "mask"}, "only masked candidates count"),
     (3, "cooccurrence", {"(masked & shared).sum(), masked.sum()": "(masked & shared).sum() / masked.sum()"}, "two counts"),
-    (3, "pointing", {"regions.float().mean(dim=2)[words].sum()": "words.sum() / regions.shape[2]"}, "as often as the region is large"),
-    (4, "same_pairs", {" | (caption_ids[:, None] == key_caption_ids)": ""}, "same caption to the letter counts as wrong"),
+    (3, "pointing", {"by_chance[words].sum()": "words.sum() / regions.shape[2]"}, "as often as the region is large"),
+    (4, "same_pairs", {"same_product | same_caption": "same_product"}, "same caption to the letter counts as wrong"),
     (4, "same_pairs", {"product_ids[:, None] == key_product_ids": "torch.eye(len(product_ids), len(key_product_ids)) > 0"}, "second photo of a product counts as wrong"),
     (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "right"}, "sum to 2.0, not to 1"),
     (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "torch.eye(*right.shape)"}, "right answers share"),
     (4, "itc_targets", {"return alpha * ": "return (1 - alpha) * ", "+ (1 - alpha) *": "+ alpha *"}, "alpha is the share of softmax"),
     (5, "pick_negatives", {MASKED_LOGITS: DRAWN}, "Mask the logits before the softmax"),
-    (5, "pick_negatives", {'"random" else sim': '"random" else -sim'}, r"not drawn ∝ exp\(sim\)"),
+    (5, "pick_negatives", {"logits = sim if": "logits = -sim if"}, r"not drawn ∝ exp\(sim\)"),
     (5, "pick_negatives", {", generator=generator": ""}, "one generator, two draws"),
-    (5, "pick_negatives", {"masked_fill(forbidden, -torch.inf).argmax": "masked_fill(forbidden, 0).argmax"}, "hard: a pair itself, .* −∞ where forbidden"),
-    (5, "pick_negatives", {'torch.zeros_like(sim) if mode == "random" else sim': "sim"}, "random always draws the same"),
-    (5, "pick_negatives", {'torch.zeros_like(sim) if mode == "random" else sim': "torch.zeros_like(sim)"}, r"not drawn ∝ exp\(sim\)"),
-    (5, "pick_negatives", {"scores.masked_fill(": "scores.masked_fill_("}, "sim itself is written into"),
+    (5, "pick_negatives", {"masked_fill(forbidden, -torch.inf)": "masked_fill(forbidden, 0)"}, "hard: a pair itself, .* −∞ where forbidden"),
+    (5, "pick_negatives", {' if mode == "similar" else torch.zeros_like(sim)': ""}, "random always draws the same"),
+    (5, "pick_negatives", {'sim if mode == "similar" else ': ""}, r"not drawn ∝ exp\(sim\)"),
+    (5, "pick_negatives", {"sim.masked_fill(forbidden, -": "sim.masked_fill_(forbidden, -"}, "sim itself is written into"),
     (5, "pick_negatives", {MASKED_LOGITS: DRAWN.replace("forbidden", "forbidden + 1e-9")}, "pair itself, or another forbidden one, is drawn"),
     (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden & False", "masked_fill(forbidden, ": "masked_fill(forbidden & False, "}, "a pair itself, or another"),
     (5, "pick_negatives", {"torch.where(possible, chosen, -1)": "chosen"}, "the answer is −1"),
     (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden"}, "Keep the logits finite"),
-    (6, "pick_negatives", {"limit - margin": "limit + margin"}, "margin is on the wrong side"),
-    (6, "pick_negatives", {"sim < limit - margin": "sim > limit - margin"}, "more similar than the own pair"),
-    (6, "pick_negatives", {", -sim)": ", sim)"}, "then the least similar one"),
-    (6, "pick_negatives", {"sim.masked_fill(~below": "-sim.masked_fill(~below", "-torch.inf), -sim": "torch.inf), -sim"}, "is the easiest"),
-    (7, "sync_mask", {"untied(scores, generator)": "untied(-scores, generator)"}, "the lowest scores are masked"),
-    (7, "sync_mask", {"masked_words = mask_words(best + draws, words, word_ratio)": "masked_words = mask_words(best + draws, torch.ones_like(words) > 0, word_ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
-    (7, "sync_mask", {"attention * masked_words[..., None]": "attention * (words > 0)[..., None]"}, "rows of other words"),
-    (7, "sync_mask", {"attention * masked_words[..., None]": "attention"}, "highest mean attention of the words just masked"),
+    (6, "pick_negatives", {"limit[:, None] - margin": "limit[:, None] + margin"}, "margin is on the wrong side"),
+    (6, "pick_negatives", {"sim < limit": "sim > limit"}, "more similar than the own pair"),
+    (6, "pick_negatives", {"torch.inf).argmin": "-torch.inf).argmax"}, "then the least similar one"),
+    (6, "pick_negatives", {"~below, -torch.inf).argmax": "~below, torch.inf).argmin"}, "is the easiest"),
+    (7, "sync_mask", {"break_ties(scores, generator)": "break_ties(-scores, generator)"}, "the lowest scores are masked"),
+    (7, "sync_mask", {"word_mask = mask_words(best + draws, words, word_ratio)": f"word_mask = mask_words(best + draws, {PLACES}, word_ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
+    (7, "sync_mask", {"attention * word_mask[..., None]": "attention * (words > 0)[..., None]"}, "rows of other words"),
+    (7, "sync_mask", {"attention * word_mask[..., None]": "attention"}, "highest mean attention of the words just masked"),
     (7, "sync_mask", {".clamp(min=1)": ""}, "a caption without a word has always the same patches"),
-    (7, "sync_mask", {"untied(patch_scores, generator)": "-patch_scores"}, "other patches are masked than"),
-    (7, "sync_mask", {"untied(patch_scores, generator)": "patch_scores"}, "always the same patches: `untied`"),
-    (7, "sync_mask", {"untied(scores, generator)": "scores"}, "always the same word: `untied`"),
+    (7, "sync_mask", {"break_ties(patch_scores, generator)": "-patch_scores"}, "other patches are masked than"),
+    (7, "sync_mask", {"break_ties(patch_scores, generator)": "patch_scores"}, "always the same patches: `break_ties`"),
+    (7, "sync_mask", {"break_ties(scores, generator)": "scores"}, "always the same word: `break_ties`"),
     (7, "sync_mask", {"mask_words(best + draws": "mask_words(draws"}, "not of all words"),
     (7, "sync_mask", {"max(pool, word_ratio)": "word_ratio"}, "the pool is ignored"),
     (7, "sync_mask", {"max(pool, word_ratio)": "pool"}, r"the best max\(pool, word_ratio\)"),
-    (7, "sync_mask", {"mask_words(untied(scores, generator), words, max(pool, word_ratio))": IN_TOKENS}, "not of the tokens"),
-    (7, "sync_mask", {"mask_words(best + draws, words, word_ratio)": "mask_top(best + draws, words > 0, word_counts(words, word_ratio))"}, "one piece of a word"),
+    (7, "sync_mask", {"mask_words(break_ties(scores, generator), words, max(pool, word_ratio))": IN_TOKENS}, "not of the tokens"),
+    (7, "sync_mask", {"mask_words(best + draws, words, word_ratio)": "topk_mask(best + draws, words > 0, word_counts(words, word_ratio))"}, "one piece of a word"),
     (8, "grad_cam", {"gradient.clamp(min=0)": "gradient"}, "the ReLU of Grad-CAM"),
     (8, "grad_cam", {"attention * ": ""}, "the attention itself is a factor"),
     (8, "grad_cam", {", retain_graph=True": ""}, "still need the graph"),

@@ -3,6 +3,7 @@ whatever mixes devices, or asks such a tensor for its numbers, raises. Casts are
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def on_stand_in(run):
     for table in ("word_ids", "antonyms", "synonyms"):
         setattr(run, table, getattr(run, table).to(run.device))
     run.optimizer = build_optimizer(run.model, run.config)
-    run.sampler = GroupedBatchSampler(8, 8, mode=grouping_of(run.config))
+    run.sampler = GroupedBatchSampler(np.arange(8)[None], 8, mode=grouping_of(run.config))
     return run
 
 

@@ -17,6 +17,7 @@ from masking import (
     corrupt_words,
     first_pieces,
     grad_cam,
+    itm_grad_cam,
     mask_words,
     masked_attention,
     pointing,
@@ -30,8 +31,8 @@ from masking import (
     word_counts,
 )
 
-TEXTS_OF_WORDS = [0, 1, 1, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8  # the last is a caption without a word
-WORDS = torch.tensor(TEXTS_OF_WORDS).bool()
+# every token a word of its own; a caption of one word; one without a word
+WORDS = torch.tensor([[0, 2, 3, 4, 5, 6, 7, 0], [0, 2, 0, 0, 0, 0, 0, 0], [0] * 8])
 
 
 def seeded(seed):
@@ -41,14 +42,14 @@ def seeded(seed):
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_random_word_mask_has_exact_counts_and_masks_only_words(ratio, seed):
     mask = random_word_mask(WORDS, ratio, seeded(seed))
-    assert not (mask & ~WORDS).any()
+    assert not (mask & (WORDS == 0)).any()
     assert mask.sum(1).tolist() == [max(1, round(6 * ratio)), 1, 0]
 
 
 def test_random_word_mask_is_seeded_and_uniform():
-    draw = lambda seed: random_word_mask(WORDS, 0.5, seeded(seed))
-    assert torch.equal(draw(3), draw(3))
-    share = torch.stack([draw(seed) for seed in range(2000)]).float().mean(0)[0, 1:7]
+    masks = torch.stack([random_word_mask(WORDS, 0.5, seeded(seed)) for seed in range(2000)])
+    assert torch.equal(masks[3], random_word_mask(WORDS, 0.5, seeded(3)))
+    share = masks.float().mean(0)[0, 1:7]
     assert ((share - 0.5).abs() < 0.05).all()
 
 
@@ -114,8 +115,6 @@ def test_mask_words_goes_by_the_first_piece():
     words = torch.tensor([[0, 2, 2, 4, 5, 5, 0]])
     scores = torch.tensor([[9.0, 1.0, 8.0, 2.0, 3.0, 0.0, 9.0]])
     assert mask_words(scores, words, 0.34).tolist() == [[False] * 4 + [True] * 2 + [False]]
-    each = mask_words(scores, words > 0, 0.21)  # a word of its own
-    assert each.tolist() == [[False] * 2 + [True] + [False] * 4]
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
@@ -159,12 +158,12 @@ def test_sync_masks_have_exact_counts_and_mask_only_words(patch_ratio, word_rati
     patches, words = sync_mask(attention, concentration(attention), WORDS, *shares, generator=seeded(seed))
     assert patches.shape == (3, 9) and words.shape == (3, 8)
     assert patches.sum(1).tolist() == [min(round(9 * patch_ratio), 8)] * 3
-    assert not (words & ~WORDS).any() and words.sum(1).tolist() == [max(1, round(6 * word_ratio)), 1, 0]
+    assert not (words & (WORDS == 0)).any() and words.sum(1).tolist() == [max(1, round(6 * word_ratio)), 1, 0]
 
 
 def test_sync_mask_by_hand():
     """One pair, two heads, [CLS] + three words + [SEP] + [PAD], image CLS + four patches."""
-    words = torch.tensor([[False, True, True, True, False, False]])
+    words = torch.tensor([[0, 2, 3, 4, 0, 0]])
     attention = torch.zeros(1, 2, 6, 5)
     # CLS column first; it and the rows of special tokens must not count
     attention[0, :, 0] = attention[0, :, 4] = attention[0, :, 5] = torch.tensor([0.0, 1.0, 0, 0, 0])
@@ -189,8 +188,12 @@ def test_sync_mask_by_hand():
 def test_masked_words_are_drawn_from_the_pool_and_ties_fall_by_chance():
     attention = torch.full((1, 8, 4), 0.25)
     scores = torch.arange(8.0)[None]
-    masks = lambda seed: sync_mask(attention, scores, WORDS[:1], 0.5, 0.34, pool=0.67, generator=seeded(seed))
-    patches, words = (torch.cat([masks(seed)[which] for seed in range(200)]) for which in (0, 1))
+
+    def masks(seed):
+        return sync_mask(attention, scores, WORDS[:1], 0.5, 0.34, pool=0.67, generator=seeded(seed))
+
+    patches = torch.cat([masks(seed)[0] for seed in range(200)])
+    words = torch.cat([masks(seed)[1] for seed in range(200)])
     assert (words.sum(1) == 2).all() and (words[:, :3] == 0).all()  # two of the four best of six
     assert ((words[:, 3:7].float().mean(0) - 0.5).abs() < 0.12).all()
     assert ((patches.float().mean(0) - 0.5).abs() < 0.12).all()
@@ -262,8 +265,8 @@ def test_replaced_words_are_known_and_synonyms_are_not_among_them():
     mask = words & (torch.rand(ids.shape, generator=seeded(2)) < 0.5)
     every = torch.arange(1000)
     antonyms, synonyms = torch.where(every % 2 == 0, every + 1000, -1), torch.where(every >= 500, every + 2000, -1)
-    vocabulary = torch.arange(5, 1000), antonyms, synonyms
-    corrupted, labels, replaced = replace_words(ids, words, mask, 4, *vocabulary, seeded(0))
+    swaps = torch.stack([antonyms, synonyms])
+    corrupted, labels, replaced = replace_words(ids, words, mask, 4, torch.arange(5, 1000), swaps, seeded(0))
     assert torch.equal(labels[mask], ids[mask]) and (labels[~mask] == -100).all()
     assert torch.equal(replaced, mask & (corrupted != ids) & (corrupted != 4))
     assert math.isclose(replaced[mask].float().mean(), 0.1, abs_tol=0.02)
@@ -293,6 +296,20 @@ def test_soft_mask_equals_a_loop():
         torch.testing.assert_close(mask[b], expected, atol=1e-5, rtol=0)
     against = -(attention * gradient.abs()).sum()  # nothing speaks for the match
     assert not soft_mask(grad_cam(attention, against), word).any()
+
+
+def test_grad_cam_of_the_itm_logit_is_empty_in_the_last_layer():
+    """There the ITM head reads the row of [CLS] alone."""
+    state, dataset = built("--fusion-layers", "3")
+    batch, model = batch_of(state, dataset, range(4)), state.model
+    text_embeds = model.text(batch["token_ids"], batch["attention_mask"])
+    image_kv = model.fusion.project_image_kv(model.vision(data.normalise(batch["images"])))
+    fused, attentions = model.fusion(text_embeds, batch["attention_mask"], image_kv, return_attention=True)
+    maps = itm_grad_cam(model, attentions, fused)
+    middle = grad_cam(attentions[1], model.itm_logits(fused)[:, 1].sum())
+    assert torch.equal(maps, middle) and maps[:, :, 1:].any()
+    last = itm_grad_cam(model, attentions[2:], fused)
+    assert last[:, :, 0].any() and not last[:, :, 1:].any()
 
 
 @pytest.mark.parametrize("source", ["masked", "clean"])

@@ -98,7 +98,7 @@ def fixed_draws():
     return [mock.patch.object(module, name, fixed[name]) for module, name in users if module.__name__ != __name__] + [
         mock.patch.object(torch, "multinomial", first_of),
         # coarse scores and features: rounding must not decide between two words or photos that are as good as equal
-        mock.patch.object(masking, "untied", coarse),
+        mock.patch.object(masking, "break_ties", coarse),
         mock.patch.object(GroupedBatchSampler, "collect", coarse_collect),
         mock.patch.dict(run_config.SCHEDULES["tiny"], mask_warmup=0),
         mock.patch.object(data, "VAL_PRODUCTS", 12),

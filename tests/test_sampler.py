@@ -6,15 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler import Alone, GroupedBatchSampler, chain, separate
+from sampler import GroupedBatchSampler, chain, separate
 
 MODES = ["random", "hard", "semihard"]
 
 
 def features(size, seed=0, width=8):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.nn.functional.normalize(torch.randn(size, width, generator=generator), dim=1)
-    return draw(), draw()
+    feats = torch.randn(2, size, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(feats, dim=2)
+
+
+def alone(size):
+    """Ids of items that share none."""
+    return np.arange(size)[None]
 
 
 def run_epoch(sampler, epoch, image_feat, text_feat, first_batch=0):
@@ -29,35 +33,75 @@ def run_epoch(sampler, epoch, image_feat, text_feat, first_batch=0):
 
 
 @settings(max_examples=60)
-@given(
-    size=st.integers(1, 90), batch=st.integers(1, 20), search=st.integers(1, 40), pool=st.integers(1, 3),
-    views=st.integers(1, 4), mode=st.sampled_from(MODES),
-)  # fmt: skip
-def test_every_index_exactly_once_an_epoch(size, batch, search, pool, views, mode):
+@given(size=st.integers(1, 90), batch=st.integers(1, 20), search=st.integers(1, 20), views=st.integers(1, 4),
+       mode=st.sampled_from(MODES))  # fmt: skip
+def test_every_index_exactly_once_an_epoch(size, batch, search, views, mode):
     products = np.arange(size) // views
-    sampler = GroupedBatchSampler(size, batch, search, mode, products, products, seed=1, pool_blocks=pool)
+    sampler = GroupedBatchSampler(products[None], batch, mode, seed=1, search_size=search)
     image_feat, text_feat = features(size)
     for epoch in range(3):
         batches = run_epoch(sampler, epoch, image_feat, text_feat)
         assert sorted(i for b in batches for i in b) == list(range(size))
         sizes = [len(b) for b in batches]
         assert len(batches) == len(sampler) and max(sizes) <= batch and max(sizes) - min(sizes) <= 1
-        repeats = sum(len(b) - len({products[i] for i in b}) for b in batches)
-        assert repeats <= sampler.conflicts
+        assert sum(len(b) - len({products[i] for i in b}) for b in batches) == sampler.conflicts
+
+
+@given(
+    size=st.integers(3, 60), per_process=st.integers(1, 6), world_size=st.integers(1, 3), mode=st.sampled_from(MODES)
+)
+def test_processes_have_equal_shares_of_the_same_batches(size, per_process, world_size, mode):
+    """And what is left over in an epoch comes in the next one."""
+    image_feat, text_feat = features(size)
+    samplers = [
+        GroupedBatchSampler(alone(size), per_process * world_size, mode, search_size=8, process=(rank, world_size))
+        for rank in range(world_size)
+    ]
+    left_over = set()
+    for epoch in range(3):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        seen = []
+        for shares in zip(*samplers, strict=True):
+            assert len({len(share) for share in shares}) == 1 and 1 <= len(shares[0]) <= per_process
+            batch = [item for share in shares for item in share]
+            for sampler in samplers:
+                sampler.collect(torch.tensor(batch), image_feat[batch], text_feat[batch])
+            seen += batch
+        assert len(seen) == len(set(seen)) == size // world_size * world_size
+        assert left_over <= set(seen) and len(samplers[0]) <= -(-size // (per_process * world_size))
+        left_over = set(range(size)) - set(seen)
+
+
+def test_an_item_that_is_collected_twice_comes_once():
+    """A photo that cannot be read is replaced by another one."""
+    image_feat, text_feat = features(40)
+    sampler = GroupedBatchSampler(alone(40), 8, "hard", search_size=5)
+    for batch in list(sampler):
+        batch[0] = batch[1]
+        sampler.collect(torch.tensor(batch), image_feat[batch], text_feat[batch])
+        sampler.collect(torch.tensor([7]), image_feat[[7]], text_feat[[7]])
+    sampler.set_epoch(1)
+    assert sorted(i for b in sampler for i in b) == list(range(40))
 
 
 def test_conflicts_count_what_is_repeated_in_the_end():
-    """One of these photos finds no other place at first, until another one's swap frees its batch."""
+    """Also where an item finds no other place at first, until the swap of another one frees its batch."""
     products, captions = np.array([2, 2, 0, 4, 4, 3]), np.array([3, 3, 1, 1, 5, 5])
-    sampler = GroupedBatchSampler(6, 5, 6, "random", products, captions, seed=3434)
-    repeats = sum(len(b) - len({ids[i] for i in b}) for b in sampler for ids in (products, captions))
-    assert repeats == sampler.conflicts == 0
+    for seed in range(50):
+        sampler = GroupedBatchSampler(np.stack([products, captions]), 3, seed=seed)
+        repeated = 0
+        for a, b, c in sampler:
+            pairs = (b, [a]), (c, [a, b])
+            for item, earlier in pairs:
+                repeated += any(products[item] == products[i] or captions[item] == captions[i] for i in earlier)
+        assert repeated == sampler.conflicts
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_deterministic_in_seed_epoch_and_features(mode):
     def batches(seed=0, feature_seed=0):
-        sampler = GroupedBatchSampler(60, 8, 16, mode, seed=seed)
+        sampler = GroupedBatchSampler(alone(60), 8, mode, seed=seed, search_size=8)
         return [run_epoch(sampler, epoch, *features(60, feature_seed)) for epoch in range(3)]
 
     assert batches() == batches() and batches() != batches(seed=1)
@@ -70,8 +114,8 @@ def test_deterministic_in_seed_epoch_and_features(mode):
 def test_resumes_anywhere(mode, stop, tmp_path):
     """Through a file that is opened without running pickled code, as checkpoints are."""
     image_feat, text_feat = features(60)
-    make = lambda: GroupedBatchSampler(60, 8, 16, mode, np.arange(60) // 3, seed=2, pool_blocks=2)
-    whole, first = make(), make()
+    given = np.arange(60)[None] // 3, 8, mode, 0.0, 2, 8
+    whole, first = GroupedBatchSampler(*given), GroupedBatchSampler(*given)
     expected = [run_epoch(whole, epoch, image_feat, text_feat) for epoch in range(4)]
     epoch, batch = stop
     for earlier in range(epoch):
@@ -81,7 +125,7 @@ def test_resumes_anywhere(mode, stop, tmp_path):
         first.collect(torch.tensor(rows), image_feat[rows], text_feat[rows])
         first.set_epoch(epoch, number + 1)
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = make()
+    second = GroupedBatchSampler(*given)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert run_epoch(second, epoch, image_feat, text_feat, batch) == expected[epoch][batch:]
     assert run_epoch(second, epoch + 1, image_feat, text_feat) == (expected + [None])[epoch + 1] or epoch == 3
@@ -89,54 +133,14 @@ def test_resumes_anywhere(mode, stop, tmp_path):
 
 def test_features_are_collected_under_autocast_too():
     image_feat, text_feat = features(60)
-    plain, cast = (GroupedBatchSampler(60, 8, 16, "hard", pool_blocks=2) for _ in range(2))
+    plain, cast = (GroupedBatchSampler(alone(60), 8, "hard", search_size=8) for _ in range(2))
     expected = [run_epoch(plain, epoch, image_feat, text_feat) for epoch in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
         assert [run_epoch(cast, epoch, image_feat, text_feat) for epoch in range(2)] == expected
 
 
-class Recorder(Alone):
-    """One process, which notes what it has chained."""
-
-    def __init__(self):
-        self.noted = []
-
-    def merge(self, parts):
-        self.noted.append(parts)
-        return parts
-
-
-class Share:
-    """One of three processes, which gets the blocks of the others from a recording."""
-
-    count = 3
-
-    def __init__(self, rank, recording):
-        self.rank, self.recording, self.chained = rank, iter(recording), 0
-
-    def merge(self, parts):
-        whole = next(self.recording)
-        for part, there in zip(parts, whole, strict=True):
-            assert part is None or np.array_equal(part, there)
-        self.chained += sum(part is not None for part in parts)
-        return whole
-
-
-def test_processes_share_the_chaining_and_compose_the_same_batches():
-    image_feat, text_feat = features(90)
-    make = lambda ranks: GroupedBatchSampler(90, 8, 16, "semihard", seed=2, pool_blocks=2, ranks=ranks)
-
-    def epochs(sampler):
-        return [run_epoch(sampler, epoch, image_feat, text_feat) for epoch in range(3)]
-
-    expected, shares = epochs(make(alone := Recorder())), [Share(rank, alone.noted) for rank in range(3)]
-    assert all(epochs(make(share)) == expected for share in shares)
-    counts = [share.chained for share in shares]
-    assert sum(counts) == sum(map(len, alone.noted)) and max(counts) - min(counts) <= 2
-
-
 def test_photos_that_were_never_collected_come_anyway():
-    sampler = GroupedBatchSampler(40, 8, 10, "hard")
+    sampler = GroupedBatchSampler(alone(40), 8, "hard", search_size=10)
     image_feat, text_feat = features(40)
     sampler.set_epoch(0)
     for batch in sampler:
@@ -189,7 +193,7 @@ def neighbours_similarity(mode):
     generator = torch.Generator().manual_seed(0)
     text_feat = torch.nn.functional.normalize(torch.randn(400, 6, generator=generator), dim=1)
     image_feat = torch.nn.functional.normalize(text_feat + 0.25 * torch.randn(400, 6, generator=generator), dim=1)
-    sampler = GroupedBatchSampler(400, 10, 100, mode)
+    sampler = GroupedBatchSampler(alone(400), 10, mode, search_size=100)
     run_epoch(sampler, 0, image_feat, text_feat)
     sampler.set_epoch(1)
     found = []
@@ -210,22 +214,25 @@ def test_separate_keeps_every_item_and_counts_what_is_left(sizes, batch, seed):
     products = np.repeat(np.arange(len(sizes)), sizes)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(products))
-    stuck = separate(order, np.arange(len(order)) // batch, products[None], rng)
-    assert sorted(order.tolist()) == list(range(len(products)))
-    cut = [order[i : i + batch] for i in range(0, len(order), batch)]
-    assert sum(len(b) - len(set(products[b])) for b in cut) <= stuck
+    batches = np.split(order, range(batch, len(order), batch))
+    stuck = separate(batches, products[None], rng)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(products)))
+    assert sum(len(b) - len(set(products[b])) for b in batches) == stuck
 
 
 def test_separate_finds_room_where_there_is_some():
     products = np.repeat(np.arange(50), 4)  # all four photos side by side, the worst start
-    order = np.arange(200)
-    assert separate(order, np.arange(200) // 10, products[None], np.random.default_rng(0)) == 0
-    assert all(len(set(products[order[i : i + 10]])) == 10 for i in range(0, 200, 10))
-    assert (
-        separate(np.arange(6), np.arange(6) // 3, np.zeros((1, 6), int), np.random.default_rng(0)) == 4
-    )  # nowhere to go
+    batches = np.split(np.arange(200), 20)
+    assert separate(batches, products[None], np.random.default_rng(0)) == 0
+    assert all(len(set(products[batch])) == 10 for batch in batches)
+    alike = np.zeros((1, 6), int)
+    assert separate(np.split(np.arange(6), 2), alike, np.random.default_rng(0)) == 4  # nowhere to go
 
 
-def test_nothing_to_sample_is_refused():
-    with pytest.raises(ValueError, match="nothing to sample"):
-        GroupedBatchSampler(0, 4)
+def test_what_cannot_be_shared_out_is_refused():
+    with pytest.raises(ValueError, match="0 items are too few for 1 processes"):
+        GroupedBatchSampler(alone(0), 4)
+    with pytest.raises(ValueError, match="2 items are too few for 3 processes"):
+        GroupedBatchSampler(alone(2), 3, process=(0, 3))
+    with pytest.raises(ValueError, match="batches of 4 items cannot be shared among 3 processes"):
+        GroupedBatchSampler(alone(9), 4, process=(0, 3))

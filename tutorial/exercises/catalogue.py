@@ -47,7 +47,7 @@ HELPERS = {
     1: "from masking import first_pieces, word_counts",
     5: "from losses import NegativeMode",
     6: "from losses import NegativeMode",
-    7: "from masking import mask_top, mask_words, patch_count, untied",
+    7: "from masking import break_ties, mask_patches, mask_words",
 }
 EXERCISES = {
     1: Exercise(("masking.random_word_mask",), ("test_masking:random_word_mask|all_pieces",),
@@ -59,8 +59,8 @@ EXERCISES = {
                 reads=("losses.same_pairs",)),
     6: Exercise(("losses.pick_negatives",), ("test_losses:negatives_are|semihard",), ("semihard",)),
     7: Exercise(("masking.sync_mask",), ("test_masking:sync_mask|masked_words_are|exact_ties|all_pieces",),
-                reads=("masking.average_attention", "masking.patch_count", "masking.mask_top", "masking.mask_words",
-                       "masking.untied")),
+                reads=("masking.average_attention", "masking.mask_words", "masking.mask_patches",
+                       "masking.break_ties")),
     8: Exercise(("masking.grad_cam", "masking.soft_mask"), ("test_masking:soft_mask_equals",)),
 }  # fmt: skip
 

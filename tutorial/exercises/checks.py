@@ -174,7 +174,7 @@ def words_by_score(sync_mask) -> None:
     best, worst, second = times_masked(scores, 0.34, 0.67)
     want(best and second and not worst, f"the pool is ignored: {drawn}")
     equal = times_masked(torch.ones(1, 7), 0.34, 0.0)
-    want(max(equal) < len(SEEDS), "of equal scores it is always the same word: `untied` first")
+    want(max(equal) < len(SEEDS), "of equal scores it is always the same word: `break_ties` first")
 
 
 def patches_by_attention(sync_mask) -> None:
@@ -194,7 +194,7 @@ def patches_by_attention(sync_mask) -> None:
     highest = "the highest mean attention of the words just masked; rows of other words, [CLS], [SEP] do not count"
     want(found[:, 2].all(), f"other patches are masked than those with {highest}")
     equal = patches(torch.ones_like(attention), words)
-    want(len(equal.unique(dim=0)) > 1, "of equal scores it is always the same patches: `untied` first")
+    want(len(equal.unique(dim=0)) > 1, "of equal scores it is always the same patches: `break_ties` first")
     without = patches(attention, words * 0)
     want(len(without.unique(dim=0)) > 1, "a caption without a word has always the same patches: divide by 1 at least")
 
