@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor

@@ -17,7 +17,7 @@ from data import build_dataset, build_tokenizer, normalise, telling_pieces
 from engine.config import parse_config
 from engine.run import build_run
 from evaluation.pictures import first_photos
-from evaluation.truth import shown_masks, word_truth
+from evaluation.truth import synchronized_masks, word_truth
 from losses import pick_negatives, same_pairs
 from masking import first_pieces
 from tutorial import explore
@@ -49,7 +49,7 @@ def made(tmp_path_factory):
 def by_python(made, source="masked", share=0.5):
     """Attention and synchronized masks, as training makes them."""
     run = replace(made.run, config=replace(made.run.config, mask_source=source, mim_ratio=share, mlm_ratio=share))
-    return shown_masks(run, made.batch, explore.fixed_draws(run))
+    return synchronized_masks(run, made.batch, explore.fixed_draws(run))
 
 
 def test_masks_of_every_stop_are_those_of_training(made):

@@ -27,7 +27,7 @@ from data import imagenet, normalise, to_device
 from engine.flags import ConfigError
 from engine.run import Run
 from evaluation.pictures import first_photos
-from evaluation.truth import WordTruth, shown_masks, word_truth
+from evaluation.truth import WordTruth, synchronized_masks, word_truth
 from experiments.figures import open_run
 from losses import pick_negatives, same_pairs
 from masking import (
@@ -125,7 +125,7 @@ def synchronized(run: Run, batch: dict, source: MaskSource, share: float) -> tup
     """Make synchronized masks as training does. -> attention (B, L, P), patch mask (B, P), word mask (B, L)."""
     trained = run.config
     run.config = replace(trained, mask_source=source, mim_ratio=share, mlm_ratio=share)
-    made = shown_masks(run, batch, fixed_draws(run))
+    made = synchronized_masks(run, batch, fixed_draws(run))
     run.config = trained
     return made
 
