@@ -232,7 +232,8 @@ def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritte
     with pytest.raises(ConfigError, match="--width 64 contradicts"):
         resume(tmp_path, "--width", "64")
     before, again = lines(tmp_path)[-1], resume(tmp_path, "--vocab-size", "300")
-    assert all(again[key] == before[key] for key in before if key.startswith("val"))  # it is finished already
+    recalls = [key for key in before if key.startswith("val")]
+    assert all(again[key] == pytest.approx(before[key], abs=1e-5) for key in recalls)  # it is finished already
     with pytest.raises(ConfigError, match="--root is for data from files"):
         resume(tmp_path, "--root", "x")
     with pytest.raises(ConfigError, match="holds a run already; add --resume"):

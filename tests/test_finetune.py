@@ -73,7 +73,7 @@ def test_match_scores_equal_pair_by_pair(pretrained):
         assert score == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
 
 
-LEFT = {".lock", "config.json", "metrics.jsonl", "curves.png", "last-2.pt", "last.pt", "best.pt", "results.json"}
+LEFT = {"config.json", "metrics.jsonl", "curves.png", "last-2.pt", "last.pt", "best.pt", "results.json"}
 LABELS = {"classes.tsv", "confusion.png"}
 
 

@@ -64,7 +64,7 @@ def on_stand_in(run):
     run.model.to(run.device)
     run.momentum.to(run.device)
     run.queue = [part.to(run.device) for part in run.queue]
-    for table in ("word_ids", "antonyms", "synonyms"):
+    for table in ("word_ids", "swaps"):
         setattr(run, table, getattr(run, table).to(run.device))
     run.optimizer = build_optimizer(run.model, run.config)
     run.sampler = GroupedBatchSampler(np.arange(8)[None], 8, mode=grouping_of(run.config))
