@@ -28,7 +28,7 @@ DRAWN = "chosen = torch.multinomial(logits.softmax(dim=1) * ~forbidden, 1"
 MISTAKES = [
     (1, "random_word_mask", {RANKED: "return (scores < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "no coin for each word"),
     (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES}, ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
-    (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES} * (words > 0), ratio)"}, r"count words \(`word_counts`\), not tokens"),
+    (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES} * (words > 0), ratio)"}, r"count words \(`word_counts`\), not tokens|one piece"),
     (1, "random_word_mask", {RANKED: "return mask_words(scores[:1].expand(words.shape), words, ratio)"}, "the same random numbers"),
     (1, "random_word_mask", {RANKED: ONE_ARGSORT}, "or one argsort"),
     (2, "corrupt_words", {"token_ids.masked_fill(~mask, -100)": "token_ids"}, "words that are not masked have labels"),
