@@ -60,7 +60,7 @@ def chain(
         if mode == "semihard":
             # cosines lie in [−1, 1]: items below the limit come first, then the others, the least similar first
             scores = np.where(scores < limits[anchor], scores, -3 - scores)
-        scores = scores - 10 * np.minimum(near, 1) - used
+        scores = scores - 10 * np.minimum(near, 1) - used  # near ones are put off behind all others
         anchor = scores.argmax()
     return order
 
