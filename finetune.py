@@ -57,7 +57,6 @@ from evaluation.search import search
 from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import Text
-from readers.statements import Statements
 from readers.triplets import Triplets
 from train import work
 
@@ -378,7 +377,7 @@ class Entailment(Recognition):
     """Visual entailment: does a photo show that a statement is true, that it is false, or neither? A class of photo and
     statement, as recognition (ALBEF's head is an MLP, ours one linear layer)."""
 
-    def open(self, split: str) -> Statements:
+    def open(self, split: str) -> PhotoDataset:
         """The statements of a split."""
         return open_statements(self.config, split)
 

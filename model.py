@@ -1,33 +1,33 @@
-"""The vision-language model: ViT, BERT-style text encoder, cross-attention fusion, momentum twin.
+"""The vision-language model: ViT, BERT-style text encoder, cross-attention fusion encoder, and their momentum model.
 
-Two encoders turn a photo and its description into tokens; the fusion encoder lets every text token look at every image
-token. Everything about *training* the model is elsewhere: this file imports no other file of the project.
+Two encoders turn an image and its caption into tokens; in the fusion encoder every text token attends to every image
+token. This file imports no other file of the project: training is elsewhere.
 
 Legend of the dimension letters in shape comments
-    B batch · N image tokens (CLS + patches) · P patches · L text tokens · D width · h heads
-    E shared embedding of the contrastive space · K queue length · V vocabulary · M any number of rows
+    B batch · N image tokens (CLS + patches) · P patches · K patches that are not masked · M masked patches
+    L text tokens · D width · h heads · E shared embedding of the contrastive space · V vocabulary · p patch size
 
 Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1), registers (Darcet et
-al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes, norms and initialisation follow them, so
-published weights load.
+al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes and norms follow them, so published weights
+load.
 """
 
-import contextlib
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 EMBED_DIM = 256  # width E of the contrastive space
-IMAGE_LOCAL, TEXT_LOCAL = 0.05, 0.25  # shares of patches and words in a feature (Fashion-FINE)
-NARROW_STD = 0.02  # BERT's and ViT's normal(0.02), for what shall start small
+INIT_STD = 0.02  # BERT and ViT initialise with normal(0.02)
 
 
 def setting(default, help: str, low: float = 1, high: float = 4096):
-    """A field of `ModelConfig` with its meaning and the range that it must lie in."""
+    """A field of `ModelConfig` with its meaning and its range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -51,14 +51,17 @@ class ModelConfig:
     max_length: int = setting(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
     dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.5)
     vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6, high=10**7)
-    classes: int = 0  # of the recognition head; 0: there is none. No flag: the labels are counted
+    classes: int = 0  # of the recognition head; 0: no such head. No flag: the labels are counted
 
     def __post_init__(self):
-        for spec in (spec for spec in fields(self) if spec.metadata):
-            value, low, high = getattr(self, spec.name), spec.metadata["low"], spec.metadata["high"]
-            if not low <= value <= high:  # nor what is not a number
-                bound = f"more than {high}" if value >= low else f"not {low} or more"
-                raise ValueError(f"{spec.name} {value} is {bound}")
+        for spec in fields(self):
+            if "low" not in spec.metadata:
+                continue
+            value = getattr(self, spec.name)
+            low = spec.metadata["low"]
+            high = spec.metadata["high"]
+            if not low <= value <= high:  # also refuses NaN
+                raise ValueError(f"{spec.name} {value} is not between {low} and {high}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -70,140 +73,115 @@ class ModelConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the photo."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
 
 PRESETS = {
     "tiny": ModelConfig(),  # minutes on two CPU cores
     # one small GPU; the width of DeiT-S and MiniLM-L12-H384
-    "small": ModelConfig(image_size=128, patch_size=16, width=384, heads=6, vision_layers=12, text_layers=6,
-                         fusion_layers=6, max_length=96, dropout=0.1, vocab_size=8192),
+    "small": ModelConfig(
+        image_size=128,
+        patch_size=16,
+        width=384,
+        heads=6,
+        vision_layers=12,
+        text_layers=6,
+        fusion_layers=6,
+        max_length=96,
+        dropout=0.1,
+        vocab_size=8192,
+    ),
     # ALBEF: ViT-B/16 at 256 px, BERT-base split into 6 text and 6 fusion layers
-    "base": ModelConfig(image_size=256, patch_size=16, width=768, heads=12, vision_layers=12, text_layers=6,
-                        fusion_layers=6, max_length=96, dropout=0.1, vocab_size=30522),
-}  # fmt: skip
-
-
-def fused_is_slow(q: Tensor) -> bool:
-    """On a CPU in bf16 the backward pass of the fused kernel takes 2 to 10 times as long as that of plain products, at
-    all lengths from 40 to 577 (experiments/results.md)."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    "base": ModelConfig(
+        image_size=256,
+        patch_size=16,
+        width=768,
+        heads=12,
+        vision_layers=12,
+        text_layers=6,
+        fusion_layers=6,
+        max_length=96,
+        dropout=0.1,
+        vocab_size=30522,
+    ),
+}
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` to itself, or to `context` (Vaswani et al. 2017, §3.2). Probabilities are formed
-    explicitly only when asked for, or where that is faster; the output is the same either way."""
+    """Multi-head attention of tokens to themselves or to a context (Vaswani et al. 2017, §3.2)."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.skipped = 0  # tokens of a context that are not looked at, at its beginning
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+        self.dropout = dropout
+        self.skipped = 0  # so many tokens at the beginning of a context are left out
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
 
     def project_kv(self, context: Tensor) -> Tensor:
-        """Compute the keys and values of a context (B, N, D), side by side. -> (B, N, 2D)"""
-        return together(context[:, self.skipped :], self.key, self.value)
+        """Compute the keys and values of a context (B, N, D), side by side. -> kv (B, N, 2D)"""
+        return project_together(context[:, self.skipped :], [self.key, self.value])
 
     def forward(
-        self, x: Tensor, seen: Tensor | None = None, keep: Tensor | None = None, return_attention: bool = False,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x (B, L, D), seen (B, N, 2D) as `look` makes it or None for self-attention, keep (B, N) bool, True where a
-        key may be attended to -> output (B, L, D), probabilities (B, h, L, N) or None.
+        self,
+        x: Tensor,
+        kv: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from x (B, L, D) to the context of `kv` by `project_kv`, or to x itself.
 
-        rows (B,): which row of seen (C, N, 2D) each x looks at.
+        attention_mask (B, N): bool, True where a key may be attended to
+        -> output (B, L, D); attention probabilities (B, h, L, N) with `return_attention`, else None
         """
-        if seen is None:
-            q, k, v = together(x, self.query, self.key, self.value).chunk(3, dim=-1)
+        if kv is None:
+            q, k, v = project_together(x, [self.query, self.key, self.value]).chunk(3, dim=-1)
         else:
-            q, (k, v) = self.query(x), (seen if rows is None else seen.index_select(0, rows)).chunk(2, dim=-1)
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
-        mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, N)
+            q = self.query(x)
+            k, v = kv.chunk(2, dim=-1)
+        q = rearrange(q, "b l (h d) -> b h l d", h=self.heads)
+        k = rearrange(k, "b n (h d) -> b h n d", h=self.heads)
+        v = rearrange(v, "b n (h d) -> b h n d", h=self.heads)
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, None, None, :]  # (B, 1, 1, N)
         dropout = self.dropout if self.training else 0.0
+
         attention = None
         if return_attention or fused_is_slow(q):
-            # A = softmax(q kᵀ / √d): kept in the graph, so that Grad-CAM can take its gradient
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q kᵀ / √d
             if mask is not None:
-                scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
-            # in full precision for who reads them, or masks would fall by rounding
-            dtype = torch.promote_types(scores.dtype, torch.float32) if return_attention else None
-            probabilities = scores.softmax(dim=-1, dtype=dtype)  # (B, h, L, N)
+                scores = scores.masked_fill(~mask, float("-inf"))
+            if return_attention:  # float32, or masks made of the attention would depend on rounding
+                scores = scores.float()
+            probabilities = scores.softmax(dim=-1)
             if return_attention:
-                attention = F.pad(probabilities, [self.skipped, 0])
-                probabilities = attention[..., self.skipped :]
+                attention = F.pad(probabilities, [self.skipped, 0])  # skipped tokens have probability 0
+                probabilities = attention[..., self.skipped :]  # so Grad-CAM can take the gradient of `attention`
             out = F.dropout(probabilities, dropout).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.output(rearrange(out, "b h l d -> b l (h d)")), attention
 
 
-def together(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """What several linear layers make of the same x, side by side and in one product. (…, D) -> (…, their widths)."""
-    return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+def fused_is_slow(q: Tensor) -> bool:
+    """Whether PyTorch's fused attention is slow: its backward pass on a CPU in bf16 takes 2 to 10 times as long as
+    plain products (measured at lengths from 40 to 577, experiments/results.md)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
 
 
-def mlp(width: int) -> nn.Sequential:
-    """The two-layer perceptron of a transformer block, four times as wide inside, GELU (erf)."""
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-
-def word_head(width: int, *more: nn.Module) -> nn.Sequential:
-    """BERT's transform of a token before a decision about it."""
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12), *more)
-
-
-def unit(x: Tensor) -> Tensor:
-    """(B, E), unit length; in float32 at least, since bf16 would be off by 0.2 %."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
-def mix(one: Tensor, other: Tensor, r: float) -> Tensor:
-    """norm((1 − r)·one + r·other). (B, E), (B, E) -> (B, E)."""
-    return F.normalize((1 - r) * one + r * other, dim=-1)
-
-
-def initialise(model: "VisionLanguageModel") -> None:
-    """Zero biases, and weights that let narrow models learn too (choice; BERT's 0.02 everywhere suits width 768, and
-    at width 128 makes the contrastive loss stand still for hundreds of steps).
-
-    Encoders and fusion: Xavier-uniform, as the original ViT and MAE; the photo then counts at once when words are
-    restored. Queries and keys of fusion, adapter: normal(0.02), as BERT; at first all patches weigh alike, and what is
-    looked at later was learnt. MLM head, detector: normal(0.02). Words: normal(1/√D), so that the tied MLM decoder
-    starts with logits of unit variance.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            asks = name.startswith("fusion") and name.endswith(("query", "key"))
-            if asks or name.startswith(("mlm_head", "adapter", "detector")):
-                nn.init.normal_(module.weight, std=NARROW_STD)
-            else:
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
-
-
-def waves(count: int, width: int) -> Tensor:
-    """Sines and cosines of places in a row (Vaswani et al. 2017, §3.5). -> (count, D)
-
-    choice: what position embeddings start as, before they are learnt; and that the slowest turns by about 1 over the
-    row. Of the waves of Vaswani et al. (10,000 instead of `count`) most hardly change over 8 patches or 64 words; from
-    noise, as BERT's, words find their neighbours only after hundreds of steps, and until then MLM learns no language.
-    """
-    angles = torch.arange(count)[:, None] * count ** (-torch.arange(width // 2) / (width // 2))
-    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
-
-
-def patch_waves(grid: int, width: int) -> Tensor:
-    """Waves of the row, then of the column of each patch (after MAE, He et al. 2022). -> (P, D)"""
-    side = waves(grid, width // 2)
-    return torch.cat([side.repeat_interleave(grid, dim=0), side.repeat(grid, 1)], dim=1)
+def project_together(x: Tensor, layers: list[nn.Linear]) -> Tensor:
+    """Apply several linear layers to x (..., D) in one product. -> their outputs side by side"""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias)
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm transformer block of ViT; with `cross=True` it also looks at the text, for the MIM decoder."""
+    """Pre-norm transformer block of ViT. With `cross=True` it also attends to the text, for the MIM decoder."""
 
     def __init__(self, config: ModelConfig, cross: bool = False):
         super().__init__()
@@ -216,57 +194,30 @@ class VisionLayer(nn.Module):
         self.mlp = mlp(config.width)
 
     def forward(
-        self, x: Tensor, text_embeds: Tensor | None = None, keep: Tensor | None = None, first: int | None = None
+        self,
+        x: Tensor,
+        text_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        first: int | None = None,
     ) -> Tensor:
-        """x (B, N, D), text_embeds (B, L, D), keep (B, L) -> (B, N, D), or of the `first` tokens alone."""
+        """x (B, N, D), text_embeds (B, L, D), attention_mask (B, L) bool -> (B, N, D).
+
+        first: compute the output of so many tokens alone, at less cost -> (B, first, D)
+        """
         normed = self.norm1(x)
         if first is None:
             x = x + self.attention(normed)[0]
         else:
-            x = x[:, :first] + self.attention(normed[:, :first], self.attention.project_kv(normed))[0]
+            kv = self.attention.project_kv(normed)
+            x = x[:, :first] + self.attention(normed[:, :first], kv)[0]
         if text_embeds is not None:
-            x = x + self.cross_attention(self.cross_norm(x), self.cross_attention.project_kv(text_embeds), keep)[0]
+            kv = self.cross_attention.project_kv(text_embeds)
+            x = x + self.cross_attention(self.cross_norm(x), kv, attention_mask)[0]
         return x + self.mlp(self.norm2(x))
 
 
-class VisionTransformer(nn.Module):
-    """ViT. With `patch_layer` the patches are as that layer leaves them, less global than after the last; CLS is always
-    the last's."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        places = torch.cat([torch.randn(1, config.width) * NARROW_STD, patch_waves(config.grid, config.width)])
-        self.position_embed = nn.Parameter(places[None])  # (1, 1 + P, D)
-        self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * NARROW_STD)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.patch_layer = config.patch_layer or config.vision_layers
-
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first. `keep` (B, K) lists the patches to
-        encode (the others are never seen, as in MAE); then N = 1 + K."""
-        side, place = self.patch_embed.kernel_size[0], self.position_embed[:, 1:]
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)  # (B, P, 3p²)
-        if keep is not None:
-            patches = patches.gather(1, repeat(keep, "b k -> b k x", x=patches.shape[2]))  # (B, K, 3p²)
-            place = F.embedding(keep, place[0])
-        # the convolution as the matrix product that it is, whose backward pass is faster
-        x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias) + place
-        cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x, self.registers.expand(len(x), -1, -1)], dim=1)
-        for number, layer in enumerate(self.layers, start=1):
-            cls_alone = number == len(self.layers) and number > self.patch_layer  # nobody reads its patches
-            x = layer(x, first=1 if cls_alone else None)
-            if number == self.patch_layer:
-                patches = x[:, 1:]
-        x = torch.cat([x[:, :1], patches], dim=1)
-        return self.norm(x[:, : x.shape[1] - self.registers.shape[1]])  # registers took part in self-attention alone
-
-
 class TextLayer(nn.Module):
-    """Post-norm transformer block of BERT; with `cross=True` it also looks at the image, as ALBEF's."""
+    """Post-norm transformer block of BERT. With `cross=True` it also attends to the image, as in ALBEF."""
 
     def __init__(self, config: ModelConfig, cross: bool = False):
         super().__init__()
@@ -280,36 +231,93 @@ class TextLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, keep: Tensor, photos: Tensor | None = None, return_attention: bool = False,
-        rows: Tensor | None = None, first: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x (B, L, D), keep (B, L) True where a token may be attended to, photos (C, N, 2D) -> x (B, L, D), or of the
-        `first` tokens alone; cross-attention (B, h, L, N) or None. rows (B,): the photo that each text looks at."""
-        seen = None if first is None else self.attention.project_kv(x)
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        image_kv: Tensor | None = None,
+        first: int | None = None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, D), attention_mask (B, L) bool, image_kv (B, N, 2D) by `Attention.project_kv`
+        -> x (B, L, D), cross-attention probabilities (B, h, L, N) with `return_attention`, else None.
+
+        first: compute the output of so many tokens alone, at less cost -> (B, first, D)
+        """
+        kv = None if first is None else self.attention.project_kv(x)
         x = x[:, :first]
-        x = self.attention_norm(x + self.dropout(self.attention(x, seen, keep)[0]))
-        attention = None
-        if photos is not None:
-            found, attention = self.cross_attention(x, photos, None, return_attention, rows)
-            x = self.cross_attention_norm(x + self.dropout(found))
-        return self.mlp_norm(x + self.dropout(self.mlp(x))), attention
+        attended, _ = self.attention(x, kv, attention_mask)
+        x = self.attention_norm(x + self.dropout(attended))
+        cross_attention = None
+        if image_kv is not None:
+            attended, cross_attention = self.cross_attention(x, image_kv, return_attention=return_attention)
+            x = self.cross_attention_norm(x + self.dropout(attended))
+        x = self.mlp_norm(x + self.dropout(self.mlp(x)))
+        return x, cross_attention
+
+
+def mlp(width: int) -> nn.Sequential:
+    """The two-layer perceptron of a transformer block, four times as wide inside, GELU (erf)."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class VisionTransformer(nn.Module):
+    """ViT. With `patch_layer` it puts out the patch tokens of an earlier layer, which are less global; CLS is always
+    of the last layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.patch_layer = config.patch_layer or config.vision_layers
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * INIT_STD)
+        cls_position = torch.randn(1, config.width) * INIT_STD
+        positions = torch.cat([cls_position, sincos_pos_embed_2d(config.grid, config.width)])
+        self.position_embed = nn.Parameter(positions[None])  # (1, 1 + P, D)
+        self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * INIT_STD)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first.
+
+        ids_keep (B, K): indices of the patches to encode; the others are not seen, as in MAE; then N = 1 + K
+        """
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+        positions = self.position_embed[:, 1:]
+        if ids_keep is not None:
+            patches = patches.take_along_dim(ids_keep[..., None], dim=1)  # (B, K, 3p²)
+            positions = F.embedding(ids_keep, positions[0])  # (B, K, D)
+        # the convolution as a matrix product, whose backward pass is faster
+        x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias) + positions
+        cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
+        registers = self.registers.expand(len(x), -1, -1)
+        x = torch.cat([cls, x, registers], dim=1)  # (B, 1 + P + registers, D)
+
+        for layer in self.layers[: self.patch_layer]:
+            x = layer(x)
+        patches = x[:, 1 : 1 + patches.shape[1]]
+        for layer in self.layers[self.patch_layer :]:
+            last = layer is self.layers[-1]
+            x = layer(x, first=1 if last else None)  # of the last layer only CLS is needed
+        return self.norm(torch.cat([x[:, :1], patches], dim=1))
 
 
 class TextEncoder(nn.Module):
-    """The lower half of BERT: token_ids (B, L), attention_mask (B, L; 1 = keep) -> text_embeds (B, L, D). BERT's
-    token-type embedding is constant for single sentences; it lives inside the position embeddings."""
+    """The lower half of BERT. BERT's token-type embedding is constant for single sentences; it is part of the position
+    embeddings here."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
-        places = (2 / config.width) ** 0.5 * waves(config.max_length, config.width)  # as large as words
-        self.position_embeddings = nn.Parameter(places)
+        positions = sincos_pos_embed(config.max_length, config.width)
+        self.position_embeddings = nn.Parameter((2 / config.width) ** 0.5 * positions)  # unit length, as words have
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
 
     def forward(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.word_embeddings(token_ids) + self.position_embeddings[: token_ids.shape[1]]  # (B, L, D)
+        """token_ids (B, L), attention_mask (B, L; 1 = attend) -> text_embeds (B, L, D)."""
+        x = self.word_embeddings(token_ids) + self.position_embeddings[: token_ids.shape[1]]
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x, _ = layer(x, attention_mask.bool())
@@ -318,7 +326,7 @@ class TextEncoder(nn.Module):
 
 class FusionEncoder(nn.Module):
     """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder). Without `cls_context` the
-    text does not look at the image CLS, whose probability is then 0."""
+    text does not attend to the image's CLS token, whose probability is then 0."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -340,96 +348,34 @@ class FusionEncoder(nn.Module):
         cls_only: bool = False,
         return_attention: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """text_embeds (B, L, D), attention_mask (B, L), image_kv by `project_image_kv` -> fused (B, L, D); with
-        `return_attention` also the list, one per layer, of probabilities (B, h, L, N), kept in the graph, so that
-        Grad-CAM can take their gradient.
+        """text_embeds (B, L, D), attention_mask (B, L), image_kv by `project_image_kv` -> fused (B, L, D).
 
-        image_index (B,): which of C images each caption is paired with; by default number b with number b
+        image_index (B,): which image each caption is paired with; by default caption b is paired with image b
         cls_only: the last layer computes [CLS] alone, at less cost -> fused (B, 1, D)
+        return_attention: -> fused, and for each layer the cross-attention probabilities (B, h, L, N), which are part
+            of the graph, so that Grad-CAM can take their gradient
         """
-        x, keep, attentions = text_embeds, attention_mask.bool(), []
-        # compiled code would lose the way from what is made of the attention back to it
-        eagerly = torch.compiler.set_stance("force_eager") if return_attention else contextlib.nullcontext()
-        with eagerly:
+        x = text_embeds
+        attention_mask = attention_mask.bool()
+        attentions = []
+        stance = nullcontext()
+        if return_attention:  # compiled code would cut the path of the gradient from the loss to the attention
+            stance = torch.compiler.set_stance("force_eager")
+        with stance:
             for layer, layer_kv in zip(self.layers, image_kv, strict=True):
+                if image_index is not None:
+                    layer_kv = layer_kv.index_select(0, image_index)
                 first = 1 if cls_only and layer is self.layers[-1] else None
-                x, attention = layer(x, keep, layer_kv, return_attention, image_index, first)
+                x, attention = layer(x, attention_mask, layer_kv, first, return_attention)
                 attentions.append(attention)
         return (x, attentions) if return_attention else x
 
 
-class PatchDecoder(nn.Module):
-    """The light decoder of masked image modelling (choice, after MAE, He et al. 2022, §3).
-
-    Mask tokens take the places of the patches that the encoder has not seen; all image tokens look at each other and,
-    so that the task is cross-modal, at the text. Their order is free, since positions are added: hidden ones come
-    first, and of the last layer nothing else is asked for.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.randn(1, 1, config.width) * NARROW_STD)
-        self.position_embed = nn.Parameter(patch_waves(config.grid, config.width)[None])  # (1, P, D)
-        self.layers = nn.ModuleList([VisionLayer(config, cross=True)])
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
-
-    def forward(
-        self, visible_embeds: Tensor, visible: Tensor, hidden: Tensor, text_embeds: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        """visible_embeds (B, 1 + K, D) of the patches `visible` (B, K), the numbers of the `hidden` ones (B, M),
-        text_embeds (B, L, D), attention_mask (B, L) -> normalised pixels of the hidden ones (B, M, 3p²)."""
-        place = lambda patches: F.embedding(patches, self.position_embed[0])
-        seen = visible_embeds[:, 1:] + place(visible)
-        x = torch.cat([self.mask_token + place(hidden), visible_embeds[:, :1], seen], dim=1)  # (B, M + 1 + K, D)
-        for layer in self.layers:
-            x = layer(x, text_embeds, attention_mask.bool(), hidden.shape[1] if layer is self.layers[-1] else None)
-        return self.pixels(self.norm(x))
-
-
-PHRASE_SHARE = 0.05  # of the phrases in a category feature, beside the symbol (Fashion-FINE)
-
-
-class LocalAdapter(nn.Module):
-    """Modality-agnostic adapter (Fashion-FINE, Jin et al. 2024): the same weights sum up patches and words. Padding
-    gets no weight (choice; the authors' code lets it take part).
-
-    a_i = softmax_i(wᵀ tanh(W x_i + b)),   l = Σ_i a_i x_i
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
-
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """tokens (B, X, D), keep (B, X) bool or None -> (B, D)."""
-        scores = self.score(tokens).squeeze(-1)  # (B, X)
-        if keep is not None:  # not −∞: a text of two tokens has none to look at
-            scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
-        return (scores.softmax(dim=1)[..., None] * tokens).sum(dim=1)
-
-
-class Phrases(nn.Module):
-    """Phrase feature of a text (Fashion-FINE): words alone and with their neighbours, the strongest, on average.
-    Kernels of 1, 2 and 3 words, dilated by 2. Padding is zero in them and left out of the mean (choice).
-
-    mean_i max_k tanh(conv_k(x))_i
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, k, padding=k - 1, dilation=2) for k in (1, 2, 3))
-
-    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """tokens (B, L, D), keep (B, L) bool -> (B, D)."""
-        x = rearrange(tokens * keep[..., None], "b l d -> b d l")
-        x = torch.stack([conv(x).tanh() for conv in self.convs]).amax(dim=0)  # (B, D, L)
-        return (x * keep[:, None]).sum(dim=2) / keep.sum(dim=1, keepdim=True).clamp(min=1)
-
-
 class VisionLanguageModel(nn.Module):
-    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder. As
-    the config says also a head for recognition, and Fashion-FINE's local tokens, phrases and replaced-word head."""
+    """ALBEF's model: two encoders, two projections, the fusion encoder, an ITM and an MLM head; and a MIM decoder.
+
+    Depending on the config it also has a recognition head, and Fashion-FINE's adapter, phrases and replaced-word head.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -450,47 +396,26 @@ class VisionLanguageModel(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.07))
         initialise(self)
 
+    def forward(self, compute: Callable, *args):
+        """Call compute(*args). DistributedDataParallel averages the gradients of what passes through forward."""
+        return compute(*args)
+
     def project_image(self, image_embeds: Tensor) -> Tensor:
-        """image_embeds (B, N, D) -> image_feat (B, E), unit length, float32 also under autocast."""
-        return unit(self.vision_proj(image_embeds[:, 0]))
+        """image_embeds (B, N, D) -> image_feat (B, E), unit length, float32."""
+        return l2_normalize(self.vision_proj(image_embeds[:, 0]))
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
-        """text_embeds (B, L, D) -> text_feat (B, E), unit length."""
-        return unit(self.text_proj(text_embeds[:, 0]))
-
-    def image_feature(self, image_embeds: Tensor) -> Tensor:
-        """What photos are compared by, image_embeds (B, N, D) -> (B, E): `project_image`, or with `local_tokens`
-        Fashion-FINE's integrated feature, f = norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), l of the patches."""
-        cls_feat = self.project_image(image_embeds)
-        if not self.config.local_tokens:
-            return cls_feat
-        return mix(cls_feat, unit(self.vision_proj(self.adapter(image_embeds[:, 1:]))), IMAGE_LOCAL)
-
-    def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same of texts (B, L, D) with attention_mask (B, L), by `project_text` -> (B, E); l of
-        the tokens from position 2 on, whether there is a symbol at position 1 or not (so do the authors)."""
-        cls_feat = self.project_text(text_embeds)
-        if not self.config.local_tokens:
-            return cls_feat
-        keep = attention_mask[:, 2:].bool()
-        return mix(cls_feat, unit(self.text_proj(self.adapter(text_embeds[:, 2:], keep))), TEXT_LOCAL)
-
-    def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """What C-CmA aligns with the photo: the category symbol, the token at position 1, and the phrases after it.
-
-        t = norm(0.95·norm(proj(symbol)) + 0.05·norm(proj(phrase))). (B, L, D), (B, L) -> (B, E), unit length.
-        """
-        phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
-        return mix(unit(self.text_proj(text_embeds[:, 1])), unit(self.text_proj(phrase)), PHRASE_SHARE)
+        """text_embeds (B, L, D) -> text_feat (B, E), unit length, float32."""
+        return l2_normalize(self.text_proj(text_embeds[:, 0]))
 
     def itm_logits(self, fused: Tensor) -> Tensor:
-        """fused (B, L, D) -> (B, 2); class 1 is "match". In float32 at least: by bf16 many pairs would rank alike."""
-        cls = fused[:, 0].to(torch.promote_types(fused.dtype, torch.float32))
+        """fused (B, L, D) -> (B, 2); class 1 is "match". In float32: in bf16 many pairs would have the same score."""
+        cls = fused[:, 0].float()
         with torch.autocast(cls.device.type, enabled=False):
             return self.itm_head(cls)
 
     def mlm_logits(self, tokens: Tensor) -> Tensor:
-        """tokens (..., D) -> (..., V). Give it the masked tokens only: the vocabulary is the costly part."""
+        """tokens (..., D) -> (..., V). Call it with the masked tokens only, since the vocabulary is large."""
         return F.linear(self.mlm_head(tokens), self.text.word_embeddings.weight, self.mlm_bias)
 
     @torch.no_grad()
@@ -498,10 +423,142 @@ class VisionLanguageModel(nn.Module):
         """Keep the learnable temperature in ALBEF's range."""
         self.temp.clamp_(0.001, 0.5)
 
+    def image_feature(self, image_embeds: Tensor) -> Tensor:
+        """The feature by which images are retrieved, image_embeds (B, N, D) -> (B, E), unit length.
+
+        It is `project_image`, or with `local_tokens` Fashion-FINE's integrated feature,
+        norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))) with l of the patches.
+        """
+        cls_feat = self.project_image(image_embeds)
+        if not self.config.local_tokens:
+            return cls_feat
+        local_feat = l2_normalize(self.vision_proj(self.adapter(image_embeds[:, 1:])))
+        return mix(cls_feat, local_feat, IMAGE_LOCAL)
+
+    def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """The feature by which captions are retrieved, text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
+
+        As `image_feature`, with l of the tokens from position 2 on, with or without a category symbol at position 1
+        (as in the authors' code).
+        """
+        cls_feat = self.project_text(text_embeds)
+        if not self.config.local_tokens:
+            return cls_feat
+        local_feat = l2_normalize(self.text_proj(self.adapter(text_embeds[:, 2:], attention_mask[:, 2:].bool())))
+        return mix(cls_feat, local_feat, TEXT_LOCAL)
+
+    def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """The feature that C-CmA aligns with the image: the category symbol at position 1, and the phrases after it.
+
+        norm(0.95·norm(proj(symbol)) + 0.05·norm(proj(phrase))). (B, L, D), (B, L) -> (B, E), unit length.
+        """
+        symbol_feat = l2_normalize(self.text_proj(text_embeds[:, 1]))
+        phrase = self.phrases(text_embeds[:, 2:], attention_mask[:, 2:].bool())
+        phrase_feat = l2_normalize(self.text_proj(phrase))
+        return mix(symbol_feat, phrase_feat, PHRASE_SHARE)
+
+
+def word_head(width: int, *more: nn.Module) -> nn.Sequential:
+    """BERT's transform of a token before its classification."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12), *more)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Scale x (B, E) to unit length, in float32: bf16 would be off by 0.2 %."""
+    return F.normalize(x.float(), dim=-1)
+
+
+def mix(one: Tensor, other: Tensor, r: float) -> Tensor:
+    """norm((1 − r)·one + r·other). (B, E), (B, E) -> (B, E)."""
+    return F.normalize((1 - r) * one + r * other, dim=-1)
+
+
+class PatchDecoder(nn.Module):
+    """The light decoder of masked image modelling (our choice, after MAE, He et al. 2022, §3).
+
+    Mask tokens stand for the patches that the encoder has not seen. All image tokens attend to each other and, so that
+    the task is cross-modal, to the text. Masked patches come first, and only their output is computed; the order is
+    free, since positions are added.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(1, 1, config.width) * INIT_STD)
+        self.position_embed = nn.Parameter(sincos_pos_embed_2d(config.grid, config.width)[None])  # (1, P, D)
+        self.layers = nn.ModuleList([VisionLayer(config, cross=True)])
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
+
+    def forward(
+        self,
+        visible_embeds: Tensor,
+        ids_keep: Tensor,
+        ids_masked: Tensor,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
+        """Predict the pixels of the masked patches. -> normalised pixels (B, M, 3p²)
+
+        visible_embeds (B, 1 + K, D): CLS and the patches `ids_keep` (B, K) by the ViT
+        ids_masked (B, M): indices of the masked patches
+        text_embeds (B, L, D), attention_mask (B, L)
+        """
+        masked = self.mask_token + F.embedding(ids_masked, self.position_embed[0])
+        kept = visible_embeds[:, 1:] + F.embedding(ids_keep, self.position_embed[0])
+        x = torch.cat([masked, visible_embeds[:, :1], kept], dim=1)  # (B, M + 1 + K, D)
+        x = self.layers[0](x, text_embeds, attention_mask.bool(), first=ids_masked.shape[1])
+        return self.pixels(self.norm(x))
+
+
+# shares in Fashion-FINE's features (Jin et al. 2024)
+IMAGE_LOCAL = 0.05  # of the patches, beside CLS
+TEXT_LOCAL = 0.25  # of the words, beside [CLS]
+PHRASE_SHARE = 0.05  # of the phrases, beside the category symbol
+
+
+class LocalAdapter(nn.Module):
+    """Modality-agnostic adapter (Fashion-FINE, Jin et al. 2024): the same weights pool patches and words. Padding gets
+    no weight (our choice; in the authors' code it gets some).
+
+    a_i = softmax_i(wᵀ tanh(W x_i + b)),   l = Σ_i a_i x_i
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """tokens (B, L, D), attention_mask (B, L) bool or None -> l (B, D)."""
+        scores = self.score(tokens).squeeze(-1)  # (B, L)
+        if attention_mask is not None:
+            lowest = torch.finfo(scores.dtype).min  # not −∞: a caption may have no word at all
+            scores = scores.masked_fill(~attention_mask, lowest)
+        weights = scores.softmax(dim=1)
+        return (weights[..., None] * tokens).sum(dim=1)
+
+
+class Phrases(nn.Module):
+    """Phrase feature of a caption (Fashion-FINE): convolutions over 1, 2 and 3 words, dilated by 2; the strongest of
+    the three, and the mean over the words. Padding is zero and left out of the mean (our choice).
+
+    mean_i max_k tanh(conv_k(x))_i
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, k, padding=k - 1, dilation=2) for k in (1, 2, 3))
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """tokens (B, L, D), attention_mask (B, L) bool -> (B, D)."""
+        x = rearrange(tokens * attention_mask[..., None], "b l d -> b d l")
+        x = torch.stack([conv(x).tanh() for conv in self.convs]).amax(dim=0)  # (B, D, L)
+        num_words = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return (x * attention_mask[:, None]).sum(dim=2) / num_words
+
 
 class MomentumModel(nn.Module):
-    """An exponential moving average of a model, called like the model itself and never trained; it stays in evaluation
-    mode: a teacher without dropout (choice).
+    """An exponential moving average of a model. It gets no gradients and is in evaluation mode, without dropout (our
+    choice).
 
     θ_m ← decay·θ_m + (1 − decay)·θ      (He et al. 2020, eq. 2)
     """
@@ -511,14 +568,58 @@ class MomentumModel(nn.Module):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
 
-    def train(self, mode: bool = True) -> "MomentumModel":
-        return super().train(False)
-
     @torch.no_grad()
     def update(self, model: VisionLanguageModel, decay: float | None = None) -> None:
-        """Move the average towards `model`, by 1 − decay (the constructor's decay unless given)."""
-        ours, theirs = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - (self.decay if decay is None else decay))
+        """Move the average towards `model`; by default with the constructor's decay."""
+        if decay is None:
+            decay = self.decay
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+
+def initialise(model: VisionLanguageModel) -> None:
+    """Initialise the weights so that narrow models learn too; biases are zero.
+
+    Our choice. With BERT's normal(0.02) everywhere, which suits width 768, the contrastive loss of a model of width 128
+    does not fall for hundreds of steps.
+    - Encoders and fusion: Xavier-uniform, as the original ViT and MAE. The image then helps to predict masked words
+      from the start.
+    - Queries and keys of the fusion encoder, adapter, MLM head, detector: normal(0.02), as BERT. Attention then starts
+      uniform over the patches.
+    - Words: normal(1/√D). The logits of the tied MLM head then start with unit variance.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            continue
+        narrow = name.startswith(("mlm_head", "adapter", "detector"))
+        if name.startswith("fusion") and name.endswith(("query", "key")):
+            narrow = True
+        if narrow:
+            nn.init.normal_(module.weight, std=INIT_STD)
+        else:
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
+
+
+def sincos_pos_embed(count: int, width: int) -> Tensor:
+    """Sines and cosines of positions in a row (Vaswani et al. 2017, §3.5). -> (count, D)
+
+    Our choice: learnt position embeddings start from them, and the longest wave turns by about 1 over the row. With the
+    10,000 of Vaswani et al. instead of `count`, most waves hardly change over 8 patches or 64 words. From noise, as in
+    BERT, MLM learns no language for hundreds of steps, until words find their neighbours.
+    """
+    frequencies = count ** (-torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(count)[:, None] * frequencies
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+def sincos_pos_embed_2d(grid: int, width: int) -> Tensor:
+    """`sincos_pos_embed` of the row, then of the column of each patch (as MAE, He et al. 2022). -> (P, D)"""
+    side = sincos_pos_embed(grid, width // 2)
+    rows = side.repeat_interleave(grid, dim=0)
+    columns = side.repeat(grid, 1)
+    return torch.cat([rows, columns], dim=1)
 
 
 class FeatureQueue(nn.Module):

@@ -6,7 +6,6 @@ from data import build_dataset, build_statements, build_triplets
 from engine.finetune_config import FinetuneConfig
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import DESCRIPTION, DIFFERENCE
-from readers.statements import Statements
 from readers.triplets import Triplets
 
 
@@ -24,7 +23,7 @@ def open_triplets(config: FinetuneConfig, split: str) -> Triplets:
     return triplets
 
 
-def open_statements(config: FinetuneConfig, split: str) -> Statements:
+def open_statements(config: FinetuneConfig, split: str) -> PhotoDataset:
     """A set of statements, by the same rule."""
     statements = build_statements(*where(config, split))
     statements.lead = lead_of(config)

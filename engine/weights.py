@@ -1,4 +1,4 @@
-"""Published weights: the tensors of ViT, BERT and ALBEF files under our names."""
+"""Published weights: read ViT, BERT and ALBEF files into our model."""
 
 import argparse
 import math
@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import ModelConfig, VisionLanguageModel
-from readers.dataset import DataError, legible
+from readers.dataset import DataError
 from readers.prompts import SYMBOLS
 
-# A line holds our name of a module or parameter, then what others call it; # is the number of a layer.
-# Of a ViT: ours after `vision.`; Hugging Face's files; transformers 5, where that differs; timm, DeiT, MAE and ALBEF.
-# The last have one matrix `attn.qkv` for query, key and value, which is split on reading.
+# Each line holds our name of a module or parameter, then the other names; # is the number of a layer.
+# ViT: ours after `vision.`; Hugging Face's; transformers 5's if it differs; timm's, which DeiT, MAE and ALBEF share.
+# timm has one matrix `attn.qkv` for query, key and value; `_split_qkv` makes three of it.
 VIT_NAMES = """
 cls_token                  embeddings.cls_token                       cls_token
 position_embed             embeddings.position_embeddings             pos_embed
@@ -33,7 +33,7 @@ layers.#.attention.output  encoder.layer.#.attention.output.dense     layers.#.a
 layers.#.mlp.0             encoder.layer.#.intermediate.dense         layers.#.mlp.fc1           blocks.#.mlp.fc1
 layers.#.mlp.2             encoder.layer.#.output.dense               layers.#.mlp.fc2           blocks.#.mlp.fc2
 """
-# Of a BERT: ours; Hugging Face's. Its layers are numbered through our text encoder and then our fusion encoder.
+# BERT: ours; Hugging Face's. BERT numbers the layers of our text encoder and then those of our fusion encoder.
 BERT_NAMES = """
 text.word_embeddings             bert.embeddings.word_embeddings
 text.position_embeddings         bert.embeddings.position_embeddings.weight
@@ -55,9 +55,9 @@ mlm_head.0                       cls.predictions.transform.dense
 mlm_head.2                       cls.predictions.transform.LayerNorm
 mlm_bias                         cls.predictions.bias
 """
-# BERT adds the embedding of token type 0 at every position. Ours is part of the position embeddings.
+# BERT adds the embedding of token type 0 at every position. In our model it is part of the position embeddings.
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
-# How names in files begin, and how they begin in the tables above.
+# Prefix of a name in a file -> its prefix in the tables above.
 PREFIXES = {
     "visual_encoder.": "vit.",
     "deit.": "vit.",
@@ -66,8 +66,8 @@ PREFIXES = {
     "text_encoder.cls.": "cls.",
     "text_encoder.": "bert.",
 }
-NO_PREFIX = {"whole": "", "BERT": "bert.", "ViT": "vit."}  # how a name without prefix begins, by kind of file
-# A file is of the first kind that one of its names matches.
+NO_PREFIX = {"whole": "", "BERT": "bert.", "ViT": "vit."}  # what is put before a name without prefix, by kind of file
+# The kind of a file is the first kind whose pattern matches one of its names.
 KINDS = {
     "whole": r"(visual_encoder|text_encoder|vision_proj|text_proj)\.",
     "BERT": r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention\.self)\.",
@@ -76,7 +76,7 @@ KINDS = {
 
 
 class WeightsError(DataError):
-    """A weights file that cannot be read, or of which nothing fits the model."""
+    """A weights file that cannot be read, or that has nothing that fits the model."""
 
 
 @dataclass
@@ -84,15 +84,17 @@ class LoadReport:
     """What `load_pretrained` did."""
 
     loaded: list[str] = field(default_factory=list)  # our names
-    skipped: dict[str, str] = field(default_factory=dict)  # name -> reason; ours where only the shape differs
+    skipped: dict[str, str] = field(default_factory=dict)  # name -> reason; our name if only the shape differs
     missing: list[str] = field(default_factory=list)  # our names
     kinds: dict[str, str | Path] = field(default_factory=dict)  # whole, ViT or BERT -> the file
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
         shapes_first = sorted(self.skipped, key=lambda name: not self.skipped[name].startswith("shape"))
-        lines += [f"  skipped {name}: {self.skipped[name]}" for name in shapes_first[:8]]
-        lines += [f"  missing {name}" for name in self.missing[:8]]
+        for name in shapes_first[:8]:
+            lines.append(f"  skipped {name}: {self.skipped[name]}")
+        for name in self.missing[:8]:
+            lines.append(f"  missing {name}")
         return "\n".join(lines)
 
 
@@ -109,45 +111,49 @@ TABLE = read_table(VIT_NAMES, "vision.", "vit.") | read_table(BERT_NAMES)
 
 
 def other_names(ours: str, config: ModelConfig) -> list[str]:
-    """What others call one of our parameters, Hugging Face's name first; nothing where nobody else has it."""
-    name, number = ours, 0
-    if match := re.match(r"(vision|text|fusion)\.layers\.(\d+)\.", ours):
-        part, number = match[1], int(match[2])
+    """The other names of one of our parameters, Hugging Face's first; empty if there are none."""
+    name = ours
+    number = 0
+    layer = re.match(r"(vision|text|fusion)\.layers\.(\d+)\.(.*)", ours)
+    if layer:
+        part, number, rest = layer[1], int(layer[2]), layer[3]
+        name = f"layers.#.{rest}"
+        if part == "vision":
+            name = f"vision.{name}"
         if part == "fusion":
             number += config.text_layers
-        name = ("vision." if part == "vision" else "") + "layers.#." + ours[match.end() :]
     suffix = ""
-    if name not in TABLE:
-        name, _, last = name.rpartition(".")
-        suffix = f".{last}"
+    if name not in TABLE:  # a module stands there, without .weight or .bias
+        name, dot, last = name.rpartition(".")
+        suffix = dot + last
     return [other.replace("#", str(number)) + suffix for other in TABLE.get(name, [])]
 
 
 def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> LoadReport:
     """Fill `model` in place from published weights: `.safetensors`, or `.pth`/`.bin` without running pickled code.
 
-    files: one or two, each of a kind of its own, which is recognised by its tensor names
+    files: each of another kind, which is recognised by its tensor names; a later file replaces what an earlier filled
         ViT: in the naming of Hugging Face, timm, DeiT or MAE; position embeddings are interpolated
         BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
         whole: a checkpoint of ALBEF, or a file of experiments/export.py
-    Raises WeightsError when a file cannot be read, is of no kind or of the kind of the other file, or when none of its
-    tensors fits.
+    Raises WeightsError if a file cannot be read, is of no kind or of another file's kind, or has no tensor that fits.
     """
-    report, states = LoadReport(), {}
+    report = LoadReport()
     for path in files:
         state = _read_weights(Path(path))
-        kind = next((kind for kind, names in KINDS.items() if any(re.match(names, name) for name in state)), None)
+        kind = _find_kind(state)
         if kind is None:
             raise WeightsError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
-        if kind in states:
+        if kind in report.kinds:
             raise WeightsError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
-        report.kinds[kind], states[kind] = path, state
-    for kind in sorted(states, reverse=True):  # whole first: a ViT or BERT beside it replaces its part
-        loaded = _copy_fitting(_rename(states[kind], kind, model, report), model, report)
+        report.kinds[kind] = path
+        renamed = _rename(_split_qkv(state), kind, model, report)
+        _fit_positions(renamed, model.config)
+        loaded = _copy_fitting(renamed, model, report)
         if not loaded:
-            raise WeightsError(f"{report.kinds[kind]}: none of its tensors fits this model; is it the right preset?")
-        report.loaded = list(dict.fromkeys(report.loaded + loaded))
-    report.missing = sorted({name for name, _ in model.named_parameters()} - set(report.loaded))
+            raise WeightsError(f"{path}: none of its tensors fits this model; is it the right preset?")
+        report.loaded += [name for name in loaded if name not in report.loaded]
+    report.missing = [name for name, _ in model.named_parameters() if name not in report.loaded]
     return report
 
 
@@ -167,38 +173,43 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
-    named = {legible(str(name)): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    return {name.removeprefix("module."): tensor for name, tensor in named.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _find_kind(state: dict[str, Tensor]) -> str | None:
+    for kind, pattern in KINDS.items():
+        if any(re.match(pattern, name) for name in state):
+            return kind
+    return None
+
+
+def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split timm's matrices for query, key and value in three."""
+    split = {}
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:
+            query, key, value = tensor.chunk(3)
+            split[name.replace("qkv", "query")] = query
+            split[name.replace("qkv", "key")] = key
+            split[name.replace("qkv", "value")] = value
+        else:
+            split[name] = tensor
+    return split
 
 
 def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, report: LoadReport) -> dict[str, Tensor]:
-    """The tensors of a file under our names, tables of positions cut or interpolated; the rest is reported."""
+    """The tensors of a file under our names. The report gets those without a counterpart."""
     ours = {TOKEN_TYPES: TOKEN_TYPES}
     for name, _ in model.named_parameters():
         for other in other_names(name, model.config) or [name]:
             ours[other] = name
     renamed = {}
     for name, tensor in state.items():
-        if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.isfinite().all():
-            report.skipped[name] = "no dense tensor of finite numbers"
-            continue
         other = _as_in_table(name, kind)
-        parts = {other: tensor}
-        if ".attn.qkv." in other and tensor.ndim:
-            parts = dict(zip((other.replace("qkv", part) for part in ("query", "key", "value")), tensor.chunk(3)))
-        for other, part in parts.items():
-            if other in ours:
-                renamed[ours[other]] = part
-            else:
-                report.skipped[name] = "no counterpart in this model"
-    if (table := renamed.get("vision.position_embed")) is not None:
-        renamed["vision.position_embed"] = _interpolate_positions(table, model.config.grid)
-    types, positions = renamed.pop(TOKEN_TYPES, None), renamed.get("text.position_embeddings")
-    if positions is not None and positions.ndim == 2:
-        positions = positions[: model.config.max_length]
-        if types is not None and types.ndim == 2 and len(types) and types.shape[1:] == positions.shape[1:]:
-            positions = positions + types[0]
-        renamed["text.position_embeddings"] = positions
+        if other in ours:
+            renamed[ours[other]] = tensor
+        else:
+            report.skipped[name] = "no counterpart in this model"
     return renamed
 
 
@@ -208,13 +219,25 @@ def _as_in_table(name: str, kind: str) -> str:
     for theirs, ours in PREFIXES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name if name.startswith(("vit.", "bert.", "cls.")) else NO_PREFIX[kind] + name
+    if name.startswith(("vit.", "bert.", "cls.")):
+        return name
+    return NO_PREFIX[kind] + name
+
+
+def _fit_positions(renamed: dict[str, Tensor], config: ModelConfig) -> None:
+    """Interpolate the position embeddings of patches, cut those of words and add token type 0 to them, in place."""
+    if "vision.position_embed" in renamed:
+        renamed["vision.position_embed"] = _interpolate_positions(renamed["vision.position_embed"], config.grid)
+    token_types = renamed.pop(TOKEN_TYPES, None)
+    if "text.position_embeddings" in renamed:
+        positions = renamed["text.position_embeddings"][: config.max_length]
+        if token_types is not None:
+            positions = positions + token_types[0]
+        renamed["text.position_embeddings"] = positions
 
 
 def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
     """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
-    if table.ndim != 3 or len(table) != 1 or table.shape[1] < 2:
-        return table
     side = math.isqrt(table.shape[1] - 1)
     if side == grid or 1 + side**2 != table.shape[1]:
         return table
@@ -224,16 +247,17 @@ def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
 
 
 @torch.no_grad()
-def _copy_fitting(renamed: dict[str, Tensor], model: nn.Module, report: LoadReport) -> list[str]:
-    """Copy the tensors that have the shape of ours. -> their names."""
-    loaded, parameters = [], dict(model.named_parameters())
+def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report: LoadReport) -> list[str]:
+    """Copy the tensors that have the shape of ours. -> their names"""
+    parameters = dict(model.named_parameters())
+    loaded = []
     for name, tensor in renamed.items():
         target = parameters[name]
-        if name in ("text.word_embeddings.weight", "mlm_bias") and tensor.shape == target[: -len(SYMBOLS)].shape:
+        if name in ("text.word_embeddings.weight", "mlm_bias") and len(tensor) == len(target) - len(SYMBOLS):
             target = target[: -len(SYMBOLS)]  # the symbols are the last words of our vocabulary
-        if tensor.shape != target.shape:
-            report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(parameters[name].shape)}"
-        else:
+        if tensor.shape == target.shape:
             target.copy_(tensor)
             loaded.append(name)
+        else:
+            report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(parameters[name].shape)}"
     return loaded

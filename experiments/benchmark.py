@@ -31,7 +31,7 @@ from train import RECIPES
 def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     """Build a run past its warm-ups, and the items of one batch of synthetic products."""
     where = config.model.image_size, config.seed, 2 + config.batch_size // 3
-    dataset = build_dataset("synthetic", None, "train", *where, False)
+    dataset = build_dataset("synthetic", None, "train", *where)
     dataset.prompts, dataset.truths = config.prompts, "true" in (config.patch_mask, config.word_mask)
     captions = [" ".join(dataset.text(row)[1::2]) for row in range(len(dataset))]
     sizes = config.model.vocab_size, config.model.max_length

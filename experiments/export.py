@@ -1,18 +1,18 @@
 """Trained weights for others to read: safetensors, no pickle, under Hugging Face's names.
 
-python experiments/export.py --checkpoint runs/…/last.pt --file exported/model.safetensors     --momentum: the average's
+python experiments/export.py --checkpoint runs/…/last.pt --file exported/model.safetensors
 
-Beside the file stand config.json and vocab.txt, and `transformers` reads the folder:
+With --momentum the momentum model's weights are written. config.json and vocab.txt are written beside the file, and
+`transformers` reads the folder:
 
     vit.*     our ViT           ViTModel.from_pretrained(folder, add_pooling_layer=False)
     bert.*    text encoder      BertModel.from_pretrained(folder, add_pooling_layer=False): the lower layers of one BERT
               fusion encoder    its upper layers, which have cross-attention ("multimodal_config"); run them not causal
     cls.*     MLM head          BertForMaskedLM's, its decoder tied to the word embeddings; it reads fused tokens
 
-What has no counterpart there keeps our name, and the command prints it. With `vision.registers`, or with patches of an
-earlier layer (`patch_layer`), ViTModel alone computes something else: registers stand after the patches, and are
-dropped before the last norm. Token types are written as zeros, since ours live in the position embeddings. Poolers are
-not written.
+Parts without a counterpart keep our names, and the command prints them. ViTModel alone computes something else if the
+model has `vision.registers`, which stand after the patches and are dropped before the last norm, or `patch_layer`.
+Token types are written as zeros, since our position embeddings include them. Poolers are not written.
 
 `python train.py --weights exported/model.safetensors --vocab exported/vocab.txt` starts from it, bit for bit.
 """
@@ -36,20 +36,26 @@ from model import ModelConfig, VisionLanguageModel
 
 
 def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of a model under Hugging Face's names, and of what model parts the names had to stay ours."""
-    # from_pretrained draws at random what it does not find
-    tensors, own = {TOKEN_TYPES: torch.zeros(2, model.config.width)}, []
+    """The weights of a model under Hugging Face's names, and the parts of the model that keep our names."""
+    tensors = {TOKEN_TYPES: torch.zeros(2, model.config.width)}  # from_pretrained draws at random what it does not find
+    own_parts = []
     for name, tensor in model.state_dict().items():
         others = other_names(name, model.config)
-        tensors[others[0] if others else name] = tensor.contiguous()
+        if others:
+            tensors[others[0]] = tensor.contiguous()
+            continue
+        tensors[name] = tensor.contiguous()
         part = name if name == "vision.registers" else name.split(".")[0]
-        if not others and tensor.numel() and part not in own:  # a model without registers has an empty tensor
-            own.append(part)
-    return tensors, own
+        if part not in own_parts and tensor.numel():  # a model without registers has an empty tensor
+            own_parts.append(part)
+    return tensors, own_parts
 
 
 def their_config(config: ModelConfig, pad: int) -> dict:
-    """Sizes for ViTConfig and BertConfig, ours whole, and how images are normalised."""
+    """Sizes for ViTConfig and BertConfig, our whole config, and the normalisation of images.
+
+    pad: id of [PAD]
+    """
     sizes = {
         "hidden_size": config.width,
         "num_attention_heads": config.heads,
@@ -93,18 +99,20 @@ def export(checkpoint: str, file: Path, momentum: bool = False) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise ConfigError(f"{checkpoint}: does not fit its own config; another version of this code saved it") from None
     tokenizer = read_tokenizer(state, checkpoint)
-    config_file, words_file = file.with_name("config.json"), file.with_name("vocab.txt")
-    for path in (file, config_file, words_file):
+    config_file = file.with_name("config.json")
+    vocab_file = file.with_name("vocab.txt")
+    for path in (file, config_file, vocab_file):
         if path.exists():
             raise ConfigError(f"{path} is there already; give a --file in another folder")
-    tensors, own = rename(model)
+    tensors, own_parts = rename(model)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
+    config = their_config(model.config, tokenizer.token_to_id("[PAD]"))
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt"})
-    config_file.write_text(json.dumps(their_config(model.config, tokenizer.token_to_id("[PAD]")), indent=1) + "\n")
-    words_file.write_text("\n".join(words) + "\n", encoding="utf-8")
+    config_file.write_text(json.dumps(config, indent=1) + "\n")
+    vocab_file.write_text("\n".join(words) + "\n", encoding="utf-8")
     print(f"{file}: {len(tensors)} tensors; beside it config.json and vocab.txt")
-    print(f"under our names, without a counterpart: {', '.join(own)}")
+    print(f"under our names, without a counterpart: {', '.join(own_parts)}")
     if model.config.registers or model.config.patch_layer:
         print("registers or patch_layer: ViTModel alone computes something else (see the head of export.py)")
 

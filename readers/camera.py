@@ -1,170 +1,238 @@
 """Photographs the synthetic wardrobe, and remembers where in the photo every attribute is."""
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+from PIL.ImageChops import darker, lighter, subtract  # of masks: what both cover, what one covers, what only the first
 
-from readers.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Detail, Garment, Product, pick
+from readers.wardrobe import COLOURS, GARMENTS, LOOKS, SLEEVES, Garment, Polygon, Product, pick
 
 SUPERSAMPLING = 3
-ZOOMS = {"close-up": (1.7, 2.2), "half": (1.3, 1.6)}  # other views fit the height of the garment
+Colour = tuple[int, ...]
+Mask = Image.Image  # mode "L": 255 where something is, else 0
 
 
 class Canvas:
-    """A supersampled photo under way, and for every attribute the mask of where it was painted."""
+    """A supersampled photo under way, and for every attribute the mask of where it shows."""
 
-    def __init__(self, size: int, view: str, rng: np.random.Generator, focus: float, fit: float):
-        self.size = size
+    def __init__(self, garment: Garment, view: str, size: int, rng: Generator):
+        if view == "close-up":
+            focus = pick(rng, garment.places.values())
+            zooms = (1.7, 2.2)
+        elif view == "half":
+            focus = pick(rng, (garment.top + 0.25, garment.bottom - 0.3))
+            zooms = (1.3, 1.6)
+        else:  # the whole garment
+            focus = garment.middle
+            fit = 0.84 / max(0.55, garment.bottom - garment.middle)
+            zooms = (0.78 * fit, 1.02 * fit)
         angle = np.deg2rad(rng.uniform(-7, 7))
-        zoom = rng.uniform(*ZOOMS[view]) if view in ZOOMS else fit * rng.uniform(0.78, 1.02)
-        centre = np.array([0.0, focus]) + rng.uniform(-0.08, 0.08, 2) / zoom
-        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        self.place = lambda points: ((np.asarray(points, float) - centre) @ turn * zoom + 1) * size / 2
+        zoom = rng.uniform(*zooms)
+        offset = rng.uniform(-0.08, 0.08, 2) / zoom
+        cos = np.cos(angle)
+        sin = np.sin(angle)
+        self.turn = np.array([[cos, sin], [-sin, cos]])
+        self.centre = (0, focus) + offset
+        self.size = size
         self.unit = zoom * size / 2  # pixels of one garment unit
-        light = rng.uniform(196, 236) + rng.uniform(-8, 8, 3)
-        self.image = Image.new("RGB", (size, size), tuple(int(c) for c in light))
-        self.regions: dict[str, Image.Image] = {}
+        grey = rng.uniform(196, 236)
+        background = _colour(grey + rng.uniform(-8, 8, 3))
+        self.image = Image.new("RGB", (size, size), background)
+        self.regions = {}  # key of an attribute -> Mask
 
-    def mask(self, polygons: list, mirrored: bool = True, clip: Image.Image | None = None) -> Image.Image:
-        """What some polygons, and with `mirrored` their mirror images, cover of the photo, inside `clip`."""
+    def mask(self, *polygons: Polygon) -> Mask:
+        """What some polygons of garment space cover of the photo."""
         mask = Image.new("L", (self.size, self.size))
         draw = ImageDraw.Draw(mask)
         for polygon in polygons:
-            for side in (1, -1) if mirrored else (1,):
-                draw.polygon([tuple(p) for p in self.place([(side * x, y) for x, y in polygon])], fill=255)
-        return ImageChops.darker(mask, clip) if clip else mask
+            corners = np.array(polygon) - self.centre
+            pixels = corners @ self.turn * self.unit + self.size / 2
+            draw.polygon(pixels.ravel().tolist(), 255)
+        return mask
 
-    def paint(self, key: str, mask: Image.Image, fill: tuple | Image.Image) -> None:
-        """Fill `mask` with a colour or a cloth, with a darker edge, and remember it as the region of `key`; what it
-        covers is no longer seen."""
+    def both_sides(self, half: Polygon) -> Mask:
+        """What the right half of a shape and its mirror image cover of the photo."""
+        return self.mask(half, [(-x, y) for x, y in half])
+
+    def paint(self, key: str, mask: Mask, cloth: Image.Image | Colour) -> None:
+        """Fill `mask` with a cloth, with a darker edge, and remember it as a region of `key`; what it covers is no
+        longer seen."""
         rim = max(1, round(0.018 * self.unit))
-        tone = fill if isinstance(fill, tuple) else fill.resize((1, 1)).getpixel((0, 0))
-        dark = shade(tone, -0.28)
-        self._fill(dark, ImageChops.lighter(mask, _shift(mask, rim)))
-        self._fill(fill, ImageChops.darker(mask, _shift(mask, -rim)))
-        self.regions = {what: ImageChops.subtract(seen, mask) for what, seen in self.regions.items()}
-        self.regions[key] = ImageChops.lighter(self.regions[key], mask) if key in self.regions else mask
+        edge = lighter(mask, _shift(mask, rim))
+        inside = darker(mask, _shift(mask, -rim))
+        box = edge.getbbox()
+        if box:  # pasting is slow: only where there is something
+            colour = cloth
+            if isinstance(cloth, Image.Image):
+                colour = cloth.resize((1, 1)).getpixel((0, 0))
+                cloth = cloth.crop(box)
+            dark = shade(colour, -0.28)
+            self.image.paste(dark, box, edge.crop(box))
+            self.image.paste(cloth, box, inside.crop(box))
+        painted = self.regions.get(key, mask)
+        for other, region in self.regions.items():
+            self.regions[other] = subtract(region, mask)
+        self.regions[key] = lighter(painted, mask)
 
-    def _fill(self, fill: tuple | Image.Image, mask: Image.Image) -> None:
-        if box := mask.getbbox():  # pasting is the costly part: only where there is something
-            self.image.paste(fill if isinstance(fill, tuple) else fill.crop(box), box, mask.crop(box))
-
-    def cloth(self, colour: tuple, weave: str | None = None, ink: tuple = (), period: float = 0.24) -> Image.Image:
+    def cloth(self, colour: Colour, weave: str | None, ink: Colour, period: float) -> Image.Image:
         """A texture as large as the photo, of a pattern or a detail; `period` is in garment units."""
-        image = Image.new("RGB", (self.size, self.size), colour)
-        draw, size, step = ImageDraw.Draw(image), self.size, period * self.unit
+        size = self.size
+        image = Image.new("RGB", (size, size), colour)
+        draw = ImageDraw.Draw(image)
+        step = period * self.unit
+        dot = 0.55 * step
         starts = np.arange(0, size, step).tolist()
-        for a in starts:
+        for row, start in enumerate(starts):
+            end = start + 0.42 * step
             if weave in ("striped", "checked", "stripes"):
-                draw.rectangle((0, a, size, a + 0.42 * step), fill=ink)
+                draw.rectangle((0, start, size, end), ink)
             if weave in ("pinstriped", "checked", "pleats"):
-                draw.rectangle((a, 0, a + 0.42 * step, size), fill=ink)
+                draw.rectangle((start, 0, end, size), ink)
             if weave in ("dotted", "eyelets"):
-                for row, b in enumerate(starts):
-                    x = a + row % 2 * step / 2
-                    draw.ellipse((x, b, x + 0.55 * step, b + 0.55 * step), fill=ink)
+                for column in starts:
+                    x = column + row % 2 * step / 2  # the dots of every other row stand between those above
+                    draw.ellipse((x, start, x + dot, start + dot), ink)
         if weave == "quilting":
-            for x in np.arange(-size, size, 1.4 * step).tolist():
-                draw.line([(x, 0), (x + size, size)], fill=ink, width=int(0.35 * step))
-                draw.line([(x + size, 0), (x, size)], fill=ink, width=int(0.35 * step))
+            width = int(0.35 * step)
+            for start in np.arange(-size, size, 1.4 * step).tolist():
+                end = start + size
+                draw.line((start, 0, end, size), ink, width)
+                draw.line((end, 0, start, size), ink, width)
         return image
 
 
-def shade(colour: tuple, by: float) -> tuple:
+def _colour(values: np.ndarray) -> Colour:
+    return tuple(values.astype(int).tolist())
+
+
+def shade(colour: Colour, by: float) -> Colour:
     """A colour, by some share of the way to white, or if negative to black."""
-    return tuple(int(c + (255 - c) * by if by > 0 else c * (1 + by)) for c in colour)
+    values = np.array(colour)
+    if by > 0:
+        return _colour(values + (255 - values) * by)
+    return _colour(values * (1 + by))
 
 
-def _shift(mask: Image.Image, by: int) -> Image.Image:
+def _shift(mask: Mask, by: int) -> Mask:
     """The mask moved right and down, black where it came from."""
     moved = Image.new("L", mask.size)
     moved.paste(mask, (by, by))
     return moved
 
 
-def _disc(x: float, y: float, rx: float, ry: float | None = None) -> list:
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    return [(x + rx * np.cos(a), y + (ry or rx) * np.sin(a)) for a in angles]
+def _box(left: float, top: float, right: float, bottom: float) -> Polygon:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _box(x: float, y: float, half_width: float, half_height: float) -> list:
-    return [(x + sx * half_width, y + sy * half_height) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+def _arc(middle: float, width: float, height: float, degrees: float = 360, corners: int = 25) -> Polygon:
+    """An ellipse around (0, middle), or the part of it up to an angle, as a polygon. -> (corners, 2)."""
+    angles = np.deg2rad(np.linspace(0, degrees, corners))
+    x = width * np.cos(angles)
+    y = middle + height * np.sin(angles)
+    return np.stack([x, y], axis=1)
 
 
-def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: tuple) -> None:
-    dark = tuple(int(c * 0.62) if sum(tone) > 200 else int(c * 0.5 + 70) for c in tone)
-    inside = tuple(int(c * 0.45 + 20) for c in tone)
-    if neck == "hooded":  # seen from both sides
-        canvas.paint("neck", canvas.mask([_disc(0, -0.72, 0.3, 0.26)], False), dark)
-        if front:
-            canvas.paint("neck", canvas.mask([_disc(0, -0.7, 0.19, 0.17)], False), inside)
-    elif neck == "high":
-        canvas.paint("neck", canvas.mask([_box(0, -0.66, 0.19, 0.13)], False), dark)
-    elif front and neck == "collared":
-        canvas.paint("neck", canvas.mask([[(0.0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3)]]), shade(tone, 0.75))
-    elif front:
-        corners = 12 if neck == "crew" else 3  # a half ellipse, or a triangle
-        for width, depth, fill in ((0.26, 1.0, dark), (0.2, 0.8, inside)):
-            depth *= {"crew": 0.16, "v": 0.5}[neck]
-            angles = np.linspace(0, np.pi, corners)
-            opening = [(width * np.cos(a), -0.61 + depth * np.sin(a)) for a in angles]
-            canvas.paint("neck", canvas.mask([opening], False), fill)
+_COLLAR = ((0, -0.5), (0.14, -0.7), (0.34, -0.5), (0.14, -0.3))
+_RIMS = {
+    "hooded": _arc(-0.72, 0.3, 0.26),
+    "high": _box(-0.19, -0.79, 0.19, -0.53),
+    "crew": _arc(-0.61, 0.26, 0.16, 180, 12),
+    "v": _arc(-0.61, 0.26, 0.5, 180, 3),
+}
+_OPENINGS = {
+    "hooded": _arc(-0.7, 0.19, 0.17),
+    "crew": _arc(-0.61, 0.2, 0.128, 180, 12),
+    "v": _arc(-0.61, 0.2, 0.4, 180, 3),
+}
 
 
-def _paint_detail(canvas: Canvas, key: str, detail: Detail, y: float, tone: tuple, clip: Image.Image) -> None:
-    """A band across the garment, lighter or darker than it, of a texture of its own."""
-    half_height, *tones = LOOKS[detail.look]
-    ground, ink = (shade(tone, by) for by in tones)
-    band = canvas.mask([_box(0, y, 1, half_height)], mirrored=False, clip=clip)
-    canvas.paint(key, band, canvas.cloth(ground, detail.noun, ink, period=0.18))
+def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: Colour) -> None:
+    """Paint a collar, or the rim of a neckline and what one sees inside it."""
+    if neck in ("hooded", "high") or (front and neck in _RIMS):
+        rim = canvas.mask(_RIMS[neck])
+        canvas.paint("neck", rim, shade(tone, -0.38))
+    if front and neck in _OPENINGS:
+        opening = canvas.mask(_OPENINGS[neck])
+        shadow = _colour(np.array(tone) * 0.45 + 20)
+        canvas.paint("neck", opening, shadow)
+    if front and neck == "collared":
+        collar = canvas.both_sides(_COLLAR)
+        canvas.paint("neck", collar, shade(tone, 0.75))
 
 
-def _paint_closure(canvas: Canvas, closure: str, garment: Garment, tone: tuple, body: Image.Image) -> None:
-    top, bottom = -0.42, garment.hem
+def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, clip: Mask) -> None:
+    """Paint a band for each detail that can be seen: lighter or darker than the garment, with a texture of its own."""
+    garment = GARMENTS[product.garment]
+    places = garment.places if front else {"back": garment.middle + 0.08}
+    bands = []
+    for place, y in places.items():
+        if place in product.details:
+            half_height = LOOKS[product.details[place].look][0]
+            bands.append((-half_height, place, y))
+    for _, place, y in sorted(bands):  # the widest first, or they would cover the others
+        detail = product.details[place]
+        half_height, ground_shade, ink_shade = LOOKS[detail.look]
+        box = _box(-1, y - half_height, 1, y + half_height)
+        band = darker(canvas.mask(box), clip)
+        ground = shade(tone, ground_shade)
+        ink = shade(tone, ink_shade)
+        cloth = canvas.cloth(ground, detail.noun, ink, period=0.18)
+        canvas.paint(place, band, cloth)
+
+
+def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, clip: Mask) -> None:
+    """Paint five buttons or a zip from the chest to the hem."""
     if closure == "buttoned":
-        polygons = [_disc(0, h, 0.07) for h in np.linspace(top + 0.06, bottom - 0.12, 5)]
+        heights = np.linspace(-0.36, bottom - 0.12, 5)
+        polygons = [_arc(y, 0.07, 0.07) for y in heights]
     else:
-        polygons = [_box(0, (top + bottom) / 2, 0.04, (bottom - top) / 2)]
-    canvas.paint("closure", canvas.mask(polygons, mirrored=False, clip=body), shade(tone, -0.85))
+        polygons = [_box(-0.04, -0.42, 0.04, bottom)]
+    mask = darker(canvas.mask(*polygons), clip)
+    canvas.paint("closure", mask, shade(tone, -0.85))
 
 
-def render(product: Product, view: str, size: int, rng: np.random.Generator) -> tuple[Image.Image, dict]:
+def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Image.Image, dict]:
     """Photograph a product: (RGB image of `size` pixels, region masks by attribute at the supersampled size).
 
     view: "front", "back", "close-up" of something at the front, "half" of the front.
     """
     garment = GARMENTS[product.garment]
     front = view != "back"
-    middle = (garment.outline[0][1] + garment.hem) / 2
-    heights = {"close-up": list(garment.places.values()), "half": [garment.outline[0][1] + 0.25, garment.hem - 0.3]}
-    focus = pick(rng, tuple(heights.get(view, [middle])))
-    canvas = Canvas(size * SUPERSAMPLING, view, rng, focus, fit=0.84 / max(0.55, garment.hem - middle))
-    tone = tuple(int(np.clip(c + rng.uniform(-9, 9), 0, 255)) for c in COLOURS[product.colour])
-    cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6))
+    canvas = Canvas(garment, view, size * SUPERSAMPLING, rng)
+    jitter = rng.uniform(-9, 9, 3)
+    tone = _colour(COLOURS[product.colour] + jitter)
+    ink = shade(tone, 0.6)
+    cloth = canvas.cloth(tone, product.pattern, ink, period=0.24)
 
-    if garment.extras:
-        canvas.paint("garment", canvas.mask(list(garment.extras)), tone)
-    sleeves = canvas.mask([SLEEVES[product.sleeve]]) if SLEEVES.get(product.sleeve) else Image.new("L", cloth.size)
-    if product.sleeve not in (None, "sleeveless"):
+    if garment.extra:
+        extra = canvas.both_sides(garment.extra)
+        canvas.paint("garment", extra, tone)
+    sleeves = canvas.mask()  # none
+    if product.sleeve in SLEEVES:
+        sleeves = canvas.both_sides(SLEEVES[product.sleeve])
         canvas.paint("sleeve", sleeves, cloth)
-    body = canvas.mask([garment.outline])
+    body = canvas.both_sides(garment.outline)
     canvas.paint("garment", body, cloth)
-    silhouette = ImageChops.lighter(canvas.regions["garment"], sleeves)
+    silhouette = lighter(canvas.regions["garment"], sleeves)
     if product.pattern:
-        canvas.regions["pattern"] = ImageChops.lighter(body, sleeves)
-    inner = canvas.mask([[(0.8 * x, y) for x, y in garment.outline]], clip=body)  # so that the outline shows
-    widest_first = sorted(product.details.items(), key=lambda item: (-LOOKS[item[1].look][0], item[0]))
-    for place, detail in widest_first:  # or they would cover the others
-        if place != "inside" and front == (place != "back"):
-            _paint_detail(canvas, place, detail, garment.places.get(place, middle + 0.08), tone, inner)
+        canvas.regions["pattern"] = lighter(body, sleeves)
+    narrower = np.array(garment.outline) * (0.8, 1)  # so that the outline shows beside the details
+    inner = darker(canvas.both_sides(narrower), body)
+    _paint_details(canvas, product, front, tone, inner)
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
-        _paint_closure(canvas, product.closure, garment, tone, body)
-    canvas.regions["garment"] = canvas.regions["colour"] = silhouette  # whatever lies on it
+        _paint_closure(canvas, product.closure, garment.bottom, tone, body)
+    canvas.regions["garment"] = silhouette  # whatever lies on it
+    canvas.regions["colour"] = silhouette
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
-        canvas.regions["sleeve"] = canvas.mask([_box(0.38, -0.42, 0.08, 0.15)])
+        shoulder = _box(0.3, -0.57, 0.46, -0.27)
+        canvas.regions["sleeve"] = canvas.both_sides(shoulder)
 
-    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING), dtype=np.float32)
-    slope = np.linspace(*rng.uniform(0.9, 1.08, 2), size, dtype=np.float32)[:, None, None]
-    pixels = pixels * slope + rng.normal(0, 4, pixels.shape).astype(np.float32)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), canvas.regions
+    pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING))
+    top_light, bottom_light = rng.uniform(0.9, 1.08, 2)
+    light = np.linspace(top_light, bottom_light, size, dtype=np.float32)
+    noise = rng.normal(0, 4, pixels.shape).astype(np.float32)
+    pixels = pixels * light[:, None, None] + noise
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels), canvas.regions

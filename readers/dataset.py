@@ -1,7 +1,8 @@
-"""What a data set of photos is: the contract that every source keeps, and parts of one."""
+"""A data set of photos: columns, one value a row, and the images."""
 
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,6 @@ from torch.utils.data import Dataset
 from readers.prompts import Text, prompted, symbol_of
 
 Split = Literal["train", "val"]
-
 
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for blank in "\t\n\r"}
 
@@ -58,55 +58,76 @@ class Truth:
 
 
 class PhotoDataset(Dataset):
-    """What training, sampling and evaluation need to know of photos. Subclasses decode one in `photo(row)`.
+    """Photos with their descriptions, as training, sampling and evaluation read them. Each reader returns one.
 
     captions: description of each row · product_ids, caption_ids: int64 arrays, equal where product or wording is
-    categories, subcategories: one string a row, "" where unknown
+    images, source: `images[source[row]]` is the image of a row; it is decoded then, if the reader keeps files
+    known: a column for each attribute that prompts may tell, "" where unknown; `categories` and `subcategories` are two
+    names: how to call each image in messages
     problems: photos left out at opening, as text · dropped: what else was left out, counted, as text
+    notes: further lines of the report
     lead: words set before each description · prompts: put the category symbol and attribute prompts around it
-    truths: give with each photo what it really shows, where that is known
+    truths: give with each photo what it really shows, which `Synthetic` alone knows
     several: rows of one product are one photo with several captions, not several photos of one text
-    what: a row is
+    what, group: what a row, and what a product, is called in the report
     """
 
-    lead, prompts, truths, several, what = "", False, False, False, "photos"
+    lead = ""
+    prompts = False
+    truths = False
+    several = False
+    what = "photos"
+    group = "products"
 
     def __init__(
-        self, captions: list[str], products: list, categories: list[str], subcategories: list[str], image_size: int
+        self,
+        captions: list[str],
+        products: list,
+        images: Sequence[Image.Image],
+        image_size: int,
+        known: dict[str, list[str]] | None = None,
+        names: list[str] | None = None,
+        source: list[int] | None = None,
     ):
-        self.captions, self.categories, self.subcategories = (
-            [legible(text) for text in texts] for texts in (captions, categories, subcategories)
-        )
-        self.product_ids, self.caption_ids = numbered(products), numbered(self.captions)
+        self.captions = [legible(caption) for caption in captions]
+        self.product_ids = numbered(products)
+        self.caption_ids = numbered(self.captions)
+        self.images = images
         self.image_size = image_size
+        self.known = {"category": [""] * len(captions), "subcategory": [""] * len(captions)}
+        for name, values in (known or {}).items():
+            self.known[name] = [legible(value) for value in values]
+        self.categories = self.known["category"]
+        self.subcategories = self.known["subcategory"]
+        self.names = names
+        self.source = list(range(len(captions))) if source is None else source
         self.problems: list[str] = []
         self.dropped: list[str] = []
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.captions)
-
-    def photo(self, row: int) -> Image.Image:
-        """The RGB photo of a row. Raises OSError or ValueError when it cannot be decoded."""
-        raise TypeError(f"{type(self).__name__} does not say how to read a photo")
 
     def __getitem__(self, row: int) -> dict | Unreadable:
         try:
             photo = self.photo(row)
         except Exception as error:  # decoders raise many kinds for damaged files
             return Unreadable(f"{self.name_of(row)}: {error}")
-        image = torch.from_numpy(np.array(square(photo, self.image_size))).permute(2, 0, 1)  # (3, S, S) uint8
-        return {
+        pixels = np.array(square(photo, self.image_size))
+        item = {
             "row": row,
-            "image": image,
+            "image": torch.from_numpy(pixels).permute(2, 0, 1),  # (3, S, S) uint8
             "text": self.text(row),
             "product_id": self.product_ids[row],
             "caption_id": self.caption_ids[row],
-            **({"truth": self.truth(row)} if self.truths else {}),
         }
+        if self.truths:
+            item["truth"] = self.truth(row)
+        return item
 
-    def truth(self, row: int) -> Truth:
-        """What the photo of a row really shows."""
-        raise TypeError(f"{type(self).__name__} does not know what its photos show")
+    def photo(self, row: int) -> Image.Image:
+        """The RGB photo of a row. Raises OSError or ValueError when it cannot be decoded."""
+        return self.images[self.source[row]]
 
     def text(self, row: int) -> Text:
         """What an encoder reads of a row."""
@@ -116,61 +137,60 @@ class PhotoDataset(Dataset):
         return prompted(self.captions[row], symbol, self.attributes(row), np.random.default_rng((7, row)))
 
     def attributes(self, row: int) -> dict[str, str]:
-        """What else is known of the product of a row, for prompts: some of ATTRIBUTES, "" where unknown."""
-        return {"category": self.categories[row], "subcategory": self.subcategories[row]}
+        """What is known of the product of a row, for prompts; "" where unknown."""
+        return {name: values[row] for name, values in self.known.items()}
 
     def name_of(self, row: int) -> str:
-        """How to call a row in messages."""
-        return f"row {row}"
+        """How to call the image of a row in messages."""
+        image = self.source[row]
+        return self.names[image] if self.names else f"row {image}"
 
     def fingerprint(self) -> int:
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
-        known = [str(self.attributes(row)) for row in range(len(self))] if self.prompts else []
-        return zlib.crc32("\n".join([*self.captions, *known]).encode() + self.product_ids.tobytes())
+        texts = list(self.captions)
+        if self.prompts:
+            texts += [str(self.attributes(row)) for row in range(len(self))]
+        return zlib.crc32("\n".join(texts).encode() + self.product_ids.tobytes())
 
     def part(self, rows: np.ndarray) -> "PhotoDataset":
         """Some of its rows, numbered anew."""
-        return Part(self, rows)
+        part = PhotoDataset(
+            [self.captions[row] for row in rows],
+            self.product_ids[rows].tolist(),
+            self.images,
+            self.image_size,
+            {name: [values[row] for row in rows] for name, values in self.known.items()},
+            self.names,
+            [self.source[row] for row in rows],
+        )
+        part.lead = self.lead
+        part.prompts = self.prompts
+        part.several = self.several
+        part.what = self.what
+        part.group = self.group
+        return part
 
     def report(self) -> str:
-        """For the user: how much there is, and what was left out and why; with prompts, a line on these."""
-        line = f"{len(self):,} {self.what} of {self.product_ids.max() + 1:,} products{self._left_out()}"
-        if not self.prompts:
-            return line
-        symbols = Counter(map(symbol_of, self.categories, self.subcategories))
-        known = Counter(name for row in range(len(self)) for name, value in self.attributes(row).items() if value)
-        by_symbol, by_prompt = (
-            ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
-            for counts in (symbols, known)
-        )
-        return f"{line}\n  photos by symbol: {by_symbol}; by prompt: {by_prompt}"
+        """For the user: how much there is, and what was left out and why; with prompts, the category symbols."""
+        products = self.product_ids.max() + 1
+        lines = [f"{len(self):,} {self.what} of {products:,} {self.group}{self.left_out()}", *self.notes]
+        if self.prompts:
+            symbols = Counter(map(symbol_of, self.categories, self.subcategories))
+            counts = [f"{symbol} {count:,}" for symbol, count in symbols.most_common()]
+            lines.append(f"photos by symbol: {', '.join(counts)}")
+        return "\n  ".join(lines)
 
-    def _left_out(self) -> str:
-        shown = "; ".join(self.problems[:3]) + ("; …" if len(self.problems) > 3 else "")
-        named = [f"{len(self.problems):,} left out ({shown})"] if self.problems else []
-        return legible("".join(f", {what}" for what in [*named, *self.dropped]))
+    def left_out(self) -> str:
+        """The end of a report's first line: what was left out and why."""
+        reasons = list(self.dropped)
+        if self.problems:
+            reasons.insert(0, f"{len(self.problems):,} left out ({first_three(self.problems)})")
+        return legible("".join(f", {reason}" for reason in reasons))
 
 
-class Part(PhotoDataset):
-    """Some rows of another data set."""
-
-    def __init__(self, whole: PhotoDataset, rows: np.ndarray):
-        self.whole, self.source = whole, [int(row) for row in rows]
-        columns = whole.captions, whole.product_ids.tolist(), whole.categories, whole.subcategories
-        captions, products, categories, subcategories = ([column[row] for row in self.source] for column in columns)
-        super().__init__(captions, products, categories, subcategories, whole.image_size)
-        self.lead, self.prompts, self.several, self.what = whole.lead, whole.prompts, whole.several, whole.what
-
-    def attributes(self, row: int) -> dict[str, str]:
-        """What the whole data set knows of the product of a row."""
-        return self.whole.attributes(self.source[row])
-
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a row, read as the whole data set reads it."""
-        return self.whole.photo(self.source[row])
-
-    def name_of(self, row: int) -> str:
-        return self.whole.name_of(self.source[row])
+def first_three(texts: list[str]) -> str:
+    """Up to three texts in a line, and whether there are more."""
+    return "; ".join(texts[:3]) + ("; …" if len(texts) > 3 else "")
 
 
 def numbered(values: list) -> np.ndarray:

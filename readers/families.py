@@ -1,11 +1,11 @@
 """Synthetic triplets: products that come in families whose members differ in one or two attributes."""
 
-import numpy as np
+from numpy.random import Generator
 
 from readers.dataset import DataError, Split
 from readers.synthetic import Synthetic
 from readers.triplets import Triplets
-from readers.wardrobe import Detail, Product, draw_family, pick
+from readers.wardrobe import Detail, Product, draw_family, pick, pick_variant
 
 FAMILY = 5  # a product, three that differ from it in one or two attributes, and one that is no kin
 
@@ -13,15 +13,14 @@ FAMILY = 5  # a product, three that differ from it in one or two attributes, and
 class SyntheticFamilies(Synthetic):
     """Fronts alone, of products that come in families of FAMILY; a family belongs to one split."""
 
-    def _draw(self, count: int) -> list[Product]:
-        return [product for first in range(0, count, FAMILY) for product in self._family(first)][:count]
-
     def _family(self, first: int) -> list[Product]:
         rng = self._rng(3, first)
-        stranger, family = draw_family(rng, self._owns)[0], draw_family(rng, self._owns)[:1]
+        stranger = draw_family(rng, self._owns)[0]
+        family = draw_family(rng, self._owns)[:1]
         while len(family) < FAMILY - 1:
             product = vary(family[0], rng)
-            if self._owns(product) and product.attributes() not in [kin.attributes() for kin in family]:
+            known = [kin.attributes() for kin in family]
+            if self._owns(product) and product.attributes() not in known:
                 family.append(product)
         return [*family, stranger]
 
@@ -29,14 +28,14 @@ class SyntheticFamilies(Synthetic):
         return ["front"]
 
 
-def vary(product: Product, rng: np.random.Generator) -> Product:
+def vary(product: Product, rng: Generator) -> Product:
     """A product that differs in one or two attributes, of those that a photo of the front shows."""
-    for _ in range(int(rng.integers(1, 3))):
-        kinds: dict[str, list[Product]] = {}
+    for _ in range(rng.integers(1, 3)):
+        variants = []
         for kind, key, variant in product.variants():
             if kind != "garment" and key != "back":
-                kinds.setdefault(kind, []).append(variant)
-        product = pick(rng, tuple(kinds[pick(rng, tuple(kinds))]))
+                variants.append((kind, variant))
+        product = pick_variant(rng, variants)
     return product
 
 
@@ -53,25 +52,30 @@ def clause(product: Product, key: str) -> str:
     return f"has {value} {NOUN_OF[key]}"
 
 
-def difference(product: Product, other: Product, rng: np.random.Generator) -> str:
+def difference(product: Product, other: Product, rng: Generator) -> str:
     """What to say to get from one product of a family to another: "is red instead of grey and has long sleeves"."""
-    said = []
+    before = product.attributes()
+    after = other.attributes()
+    clauses = []
     if other.colour != product.colour:
-        said.append(pick(rng, (f"is {other.colour} instead of {product.colour}", f"is {other.colour}")))
-    for key in ("pattern", "sleeve", "neck", "closure"):
-        if getattr(other, key) != getattr(product, key):
-            said.append(clause(other, key))
-    for place in sorted(product.details.keys() | other.details.keys()):
-        mine, theirs = product.details.get(place), other.details.get(place)
-        if mine != theirs:
-            said.append(clause(other, place) if theirs else clause(product, place).replace("has", "has no", 1))
-    return " and ".join(rng.permutation(said).tolist())
+        new = clause(other, "colour")
+        clauses.append(pick(rng, (f"{new} instead of {product.colour}", new)))
+    places = sorted(product.details.keys() | other.details.keys())
+    for key in ("pattern", "sleeve", "neck", "closure", *places):
+        if before.get(key) == after.get(key):
+            continue
+        if key in after:
+            clauses.append(clause(other, key))
+        else:  # a detail that has moved
+            clauses.append(clause(product, key).replace("has", "has no", 1))
+    return " and ".join(rng.permutation(clauses).tolist())
 
 
 def synthetic_triplets(split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True) -> Triplets:
     """From the first product of each family to its variants and back."""
     photos = SyntheticFamilies(split, products, image_size, seed, progress)
-    references, targets = [], []
+    references = []
+    targets = []
     for first in range(0, products - FAMILY + 1, FAMILY):
         for variant in range(first + 1, first + FAMILY - 1):
             references += [first, variant]
@@ -79,7 +83,9 @@ def synthetic_triplets(split: Split, products: int, image_size: int, seed: int =
     if not references:
         raise DataError(f"--products {products}: no whole family of {FAMILY} products; give more")
     texts = []
-    for number, (a, b) in enumerate(zip(references, targets, strict=True)):
-        texts.append(difference(photos.products[a], photos.products[b], photos._rng(4, number)))
-    subsets, families = ["synthetic"] * len(texts), [photo // FAMILY for photo in references]
+    for number, (a, b) in enumerate(zip(references, targets)):
+        rng = photos._rng(4, number)
+        texts.append(difference(photos.products[a], photos.products[b], rng))
+    subsets = ["synthetic"] * len(texts)
+    families = [photo // FAMILY for photo in references]
     return Triplets(photos, references, targets, texts, subsets, families, {"synthetic": list(range(products))})

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from readers.dataset import DataError
-from readers.files import PhotoFiles, parse_json, read_text
+from readers.dataset import DataError, PhotoDataset
+from readers.files import ImageFiles, parse_json, read_text
 from readers.triplets import Triplets
 
 FASHIONIQ = ("dress", "shirt", "toptee")
@@ -17,43 +17,51 @@ def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: 
     Both captions of a pair are joined by "and" (choice: in their order). Photos that are not there are named and
     counted, with the queries that need them. The test split has no targets.
     """
-    files = {path.stem: path for path in sorted((folder / "images").glob("*")) if path.suffix in (".jpg", ".png")}
-    listed, pairs, subsets = {}, [], []
+    pairs, listed, wanted = [], {}, []
     for subset in FASHIONIQ:
-        captions = folder / "captions" / f"cap.{subset}.{split}.json"
-        for number, record in enumerate(_read_list(captions, "one object a pair")):
-            pairs.append(_parse(f"{captions} entry {number}", record, split))
-            subsets.append(subset)
-        names = folder / "image_splits" / f"split.{subset}.{split}.json"
-        listed[subset] = list(dict.fromkeys(map(str, _read_list(names, "one image id an entry"))))
-    wanted = dict.fromkeys([name for names in listed.values() for name in names])
-    wanted |= dict.fromkeys(name for pair in pairs for name in pair[:-1])
-    known = {name: files[name] for name in wanted if name in files}
-    row_of = {name: row for row, name in enumerate(known)}
-    kept = [number for number, pair in enumerate(pairs) if all(name in known for name in pair[:-1])]
-    for subset in FASHIONIQ:
-        if not any(subsets[number] == subset for number in kept):
-            example = pairs[subsets.index(subset)][0]
-            raise DataError(
-                f"{folder}/images: no photos of any {split} pair of {subset}; expected {example}.jpg or .png"
-            )
-    triplets = Triplets(
-        PhotoFiles(known, image_size),
-        references=[row_of[pairs[number][0]] for number in kept],
-        targets=[-1 if split == "test" else row_of[pairs[number][1]] for number in kept],
-        texts=[pairs[number][-1] for number in kept],
-        subsets=[subsets[number] for number in kept],
-        families=[pairs[number][0] for number in kept],
-        originals={subset: [row_of[name] for name in names if name in known] for subset, names in listed.items()},
-    )
-    triplets.problems = [f"no photo {name}" for name in wanted if name not in known]
-    if len(kept) < len(pairs):
-        triplets.dropped = [f"{len(pairs) - len(kept):,} pairs of photos that are not there"]
+        path = folder / "captions" / f"cap.{subset}.{split}.json"
+        for number, record in enumerate(_read_list(path, "one object a pair")):
+            names, text = _parse(f"{path} entry {number}", record, split)
+            pairs.append((subset, names, text))
+        path = folder / "image_splits" / f"split.{subset}.{split}.json"
+        listed[subset] = [str(name) for name in _read_list(path, "one image id an entry")]
+        wanted += listed[subset]
+    wanted = list(dict.fromkeys(wanted))
+
+    files = {}
+    for path in sorted((folder / "images").glob("*")):
+        if path.suffix in (".jpg", ".png"):
+            files[path.stem] = path
+    found = [name for name in wanted if name in files]
+    row_of = {name: row for row, name in enumerate(found)}
+    images = ImageFiles([files[name] for name in found], image_size)
+    photos = PhotoDataset([""] * len(found), found, images, image_size, names=found)
+
+    subsets, references, targets, texts = [], [], [], []
+    for subset, names, text in pairs:
+        rows = [row_of.get(name) for name in names]
+        if None in rows:
+            continue
+        subsets.append(subset)
+        references.append(rows[0])
+        targets.append(-1 if split == "test" else rows[1])
+        texts.append(text)
+    originals = {}
+    for subset, names in listed.items():
+        if subset not in subsets:
+            missing = f"no photos of any {split} pair of {subset}; expected {names[0]}.jpg or .png"
+            raise DataError(f"{folder}/images: {missing}")
+        originals[subset] = [row_of[name] for name in names if name in row_of]
+
+    triplets = Triplets(photos, references, targets, texts, subsets, references, originals)
+    triplets.problems = [f"no photo {name}" for name in wanted if name not in files]
+    if len(texts) < len(pairs):
+        triplets.dropped = [f"{len(pairs) - len(texts):,} pairs of photos that are not there"]
     return triplets
 
 
-def _parse(where: str, record: object, split: str) -> list[str]:
-    """Candidate, target unless it is the test split's, text."""
+def _parse(where: str, record: object, split: str) -> tuple[list[str], str]:
+    """-> candidate and, unless it is the test split's, target; text."""
     keys = ["candidate"] if split == "test" else ["candidate", "target"]
     try:
         names = [record[key] for key in keys]
@@ -62,7 +70,7 @@ def _parse(where: str, record: object, split: str) -> list[str]:
         names, texts = [], []
     if not texts or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: expected {', '.join(keys)} and captions, a list of texts")
-    return [*names, " and ".join(filter(None, texts))]
+    return names, " and ".join(text for text in texts if text)
 
 
 def _read_list(path: Path, what: str) -> list:

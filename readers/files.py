@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError
 
 
 def parse_json(text: str, where: str) -> object:
@@ -28,25 +27,20 @@ def read_text(path: Path, hint: str) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
-FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"), 64_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of others, decoding may start another program
 
 
 def open_photo(path: Path, size: int) -> Image.Image:
     """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
 
-    Raises OSError when it cannot be decoded, is none of FORMATS, has more than MOST_PIXELS, or pixels that are neither
-    8 nor 16 bits.
+    Raises OSError when it cannot be decoded, is none of FORMATS, or has pixels of more than 8 bits.
     """
     try:
         with Image.open(path, formats=FORMATS) as file:
             file.draft("RGB", (size, size))
-            if file.width * file.height > MOST_PIXELS:  # a small file can hold so many that decoding takes gigabytes
-                raise OSError(f"{file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
-            if file.mode in ("I", "F"):
-                raise OSError(f"pixels of kind {file.mode}, neither 8 nor 16 bits")
+            if file.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+                raise OSError("pixels of more than 8 bits")
             photo = ImageOps.exif_transpose(file)
-            if photo.mode.startswith("I;16"):  # Pillow would cut off at 255
-                photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
             if photo.has_transparency_data:
                 photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
             return photo.convert("RGB")
@@ -57,17 +51,12 @@ def open_photo(path: Path, size: int) -> Image.Image:
         raise OSError(reason.splitlines()[0]) from None
 
 
-class PhotoFiles(PhotoDataset):
-    """Photos by name, without text."""
+class ImageFiles:
+    """Image files: `[i]` decodes one of them, see `open_photo`."""
 
-    def __init__(self, paths: dict[str, Path], image_size: int):
-        self.names, self.paths = list(paths), list(paths.values())
-        blank = [""] * len(paths)
-        super().__init__(blank, self.names, blank, blank, image_size)
+    def __init__(self, paths: list[Path], image_size: int):
+        self.paths = paths
+        self.image_size = image_size
 
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a name."""
-        return open_photo(self.paths[row], self.image_size)
-
-    def name_of(self, row: int) -> str:
-        return self.names[row]
+    def __getitem__(self, number: int) -> Image.Image:
+        return open_photo(self.paths[number], self.image_size)

@@ -9,8 +9,16 @@ Text = tuple[str, ...]  # pieces by turns: frame, own words, frame, own words, �
 # lead, and one prompt an attribute.
 DESCRIPTION, DIFFERENCE = "the image description is", "the difference between two images are"
 ATTRIBUTES = (
-    *("category", "subcategory", "name", "composition", "gender", "season"),
-    *("colour", "pattern", "sleeve", "neck"),
+    "category",
+    "subcategory",
+    "name",
+    "composition",
+    "gender",
+    "season",
+    "colour",
+    "pattern",
+    "sleeve",
+    "neck",
 )
 # Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
 SYMBOLS = {
@@ -45,9 +53,10 @@ def prompted(caption: str, symbol: str, attributes: dict[str, str], rng: np.rand
     """The text that Fashion-FINE pretrains on: "[symbol] the image description is … [SEP] the image season is … the
     image category is …", a prompt for each attribute that is known, in random order (choice: the same every epoch and
     for every seed, by the row alone)."""
-    known = rng.permutation([name for name in ATTRIBUTES if attributes.get(name)]).tolist()
-    frames = [f"the image {name.replace('subcategory', 'sub category')} is" for name in known]
-    if frames:
-        frames[0] = f"[SEP] {frames[0]}"
-    prompts = zip(frames, (attributes[name] for name in known), strict=True)
-    return f"[{symbol}] {DESCRIPTION}", caption, *(piece for prompt in prompts for piece in prompt)
+    known = [name for name in ATTRIBUTES if attributes.get(name)]
+    text = [f"[{symbol}] {DESCRIPTION}", caption]
+    for name in rng.permutation(known).tolist():
+        frame = f"the image {name.replace('subcategory', 'sub category')} is"
+        text.append(frame if len(text) > 2 else f"[SEP] {frame}")
+        text.append(attributes[name])
+    return tuple(text)

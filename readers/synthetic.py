@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,74 +20,95 @@ class Synthetic(PhotoDataset):
     """
 
     def __init__(self, split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True):
-        self.split, self.seed = split, seed
-        self.products = self._draw(products)
-        self.rows = [(i, view) for i in range(products) for view in self._views(i)]
-        described = [product.caption_and_spans()[0] for product in self.products]
+        self.split = split
+        self.seed = seed
+        self.products = []
+        while len(self.products) < products:
+            self.products += self._family(len(self.products))
+        del self.products[products:]
+        self.rows = []  # of each photo the product, by number, and the view
+        captions = []
+        for index, product in enumerate(self.products):
+            caption, _ = product.caption_and_spans()
+            for view in self._views(index):
+                self.rows.append((index, view))
+                captions.append(caption)
+        drawn = [self.product(row) for row in range(len(self.rows))]
+        known = {  # what is true of the product, whatever a photo shows of it
+            "category": [GARMENTS[product.garment].category for product in drawn],
+            "subcategory": [product.garment.upper() for product in drawn],
+            "colour": [product.colour for product in drawn],
+            "sleeve": [product.sleeve or "" for product in drawn],
+            "neck": [product.neck or "" for product in drawn],
+            "pattern": [product.pattern or "" for product in drawn],
+        }
+        self.photos = []
+        self.regions = []
         super().__init__(
-            captions=[described[i] for i, _ in self.rows],
-            products=[i for i, _ in self.rows],
-            categories=[GARMENTS[self.products[i].garment].category for i, _ in self.rows],
-            subcategories=[self.products[i].garment.upper() for i, _ in self.rows],
+            captions=captions,
+            products=[index for index, _ in self.rows],
+            images=self.photos,
             image_size=image_size,
+            known=known,
         )
-        rows, quiet = range(len(self.rows)), None if progress else True  # None: quiet unless in a terminal
-        bar = tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False)
-        self.photos, self.regions = [], []
-        for row in bar:
-            photo, regions = self._render(row)
+        quiet = None if progress else True  # None: quiet unless in a terminal
+        rows = range(len(self.rows))
+        for row in tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False):
+            photo, regions = self._render(self.product(row), row)
             self.photos.append(photo)
-            self.regions.append(_visible(regions, image_size))
+            self.regions.append(regions)
 
-    def _rng(self, *where: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, ("train", "val").index(self.split), *where))
+    def _rng(self, *where: int) -> Generator:
+        split = 0 if self.split == "train" else 1
+        return default_rng((self.seed, split, *where))
 
-    def _draw(self, count: int) -> list[Product]:
-        families = range(-(-count // (2 * STYLE_COLOURS)))
-        return [product for f in families for product in draw_family(self._rng(0, f), self._owns)][:count]
+    def _family(self, first: int) -> list[Product]:
+        """The products from number `first` on that are drawn together."""
+        number = first // (2 * STYLE_COLOURS)
+        return draw_family(self._rng(0, number), self._owns)
 
     def _owns(self, product: Product) -> bool:
-        return (hashlib.sha256(product.style.encode()).digest()[0] < 230) == (self.split == "train")
+        in_training = hashlib.sha256(product.style.encode()).digest()[0] < 230
+        return in_training == (self.split == "train")
 
     def _views(self, index: int) -> list[str]:
         rng = self._rng(1, index)
-        return ["front", "back", pick(rng, ("close-up", "half")), "close-up"][: 3 + int(rng.integers(2))]
+        third = pick(rng, ("close-up", "half"))
+        count = rng.integers(3, 5)
+        return ["front", "back", third, "close-up"][:count]
 
-    def _render(self, row: int) -> tuple[Image.Image, dict]:
-        index, view = self.rows[row]
-        return render(self.products[index], view, self.image_size, self._rng(2, row))
+    def _render(self, product: Product, row: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
+        """What the camera of a row makes of a product: the photo, and the regions of which at least 0.3 % of it can be
+        seen, as packed bits of (image_size, image_size) pixels."""
+        size = self.image_size
+        photo, masks = render(product, self.rows[row][1], size, self._rng(2, row))
+        regions = {}
+        for key, mask in masks.items():
+            region = np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 127
+            if region.mean() >= 0.003:
+                regions[key] = np.packbits(region)
+        return photo, regions
 
-    def attributes(self, row: int) -> dict[str, str]:
-        """What is true of the product, whatever this photo shows of it."""
-        product = self.products[self.rows[row][0]]
-        known = {"colour": product.colour, "sleeve": product.sleeve or "", "neck": product.neck or ""}
-        return super().attributes(row) | known | {"pattern": product.pattern or ""}
-
-    def photo(self, row: int) -> Image.Image:
-        """The photo of a row, drawn when the data set was made."""
-        return self.photos[row]
+    def product(self, row: int) -> Product:
+        """The product on the photo of a row."""
+        return self.products[self.rows[row][0]]
 
     def truth(self, row: int) -> Truth:
         """What the photo of a row really shows."""
-        spans = self.products[self.rows[row][0]].caption_and_spans()[1]
+        _, spans = self.product(row).caption_and_spans()
         return Truth(spans, self.regions[row], self.image_size)
 
     def describes(self, product: int, row: int) -> bool:
         """Would the description of `product` pass for the photo of `row`? It would if nothing of what it says, and
         this camera would show, is untrue of the photo. Of another product it is then a *false* negative."""
-        said, shown = self.products[product], self.products[self.rows[row][0]]
-        if (said.garment, said.colour) != (shown.garment, shown.colour):
+        said = self.products[product]
+        claims = said.attributes()
+        facts = self.product(row).attributes()
+        if claims["garment"] != facts["garment"] or claims["colour"] != facts["colour"]:
             return False
-        claims, facts = said.attributes(), shown.attributes()
         return all(claims[key] == facts.get(key) for key in self.would_show(said, row))
 
     def would_show(self, product: Product, row: int) -> set[str]:
         """What the camera of a row would show of another product in that place: keys of its attributes."""
-        regions = render(product, self.rows[row][1], self.image_size, self._rng(2, row))[1]
-        return set(_visible(regions, self.image_size))
-
-
-def _visible(regions: dict[str, Image.Image], size: int) -> dict[str, np.ndarray]:
-    """The regions that count as seen, at least 0.3 % of the photo, as packed bits of (size, size) pixels."""
-    shown = {key: np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 127 for key, mask in regions.items()}
-    return {key: np.packbits(region) for key, region in shown.items() if region.mean() >= 0.003}
+        _, regions = self._render(product, row)
+        return set(regions)

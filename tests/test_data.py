@@ -12,6 +12,7 @@ import data
 from data import Collate, augment, build_tokenizer, random_crops, word_regions
 from engine.batches import augmented
 from engine.config import parse_config
+from readers.dataset import Unreadable
 from readers.prompts import SYMBOLS
 
 TEXTS = ["Long shirt in navy.", "Robe d'été, 100% coton—NEUF!", "unseenwordzz 日本 ß ½", "", "a" * 300, "it's  v-neck"]
@@ -114,6 +115,22 @@ def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe, monkeypa
         regions = word_regions(batch, grid)
         assert regions.shape == (*batch["word_planes"].shape, grid**2)
         assert not regions[batch["word_planes"] < 2].any() and regions[batch["word_planes"] >= 2].any(dim=1).all()
+
+
+def test_what_cannot_be_read_is_replaced_in_turn(wardrobe):
+    tokenizer = build_tokenizer(wardrobe.captions, 300, 64)
+    collate = Collate(tokenizer, replace_unreadable=True)
+    gone = [Unreadable(f"{number}.png: gone") for number in range(3)]
+    batch = collate([gone[0], wardrobe[5], gone[1], wardrobe[9], gone[2]])
+    assert batch["rows"].tolist() == [5, 5, 9, 9, 5] and batch["unreadable"] == [one.reason for one in gone]
+    assert torch.equal(batch["images"][2], wardrobe[9]["image"]) and len(batch["token_ids"]) == 5
+    with pytest.raises(data.DataError, match="no photo of a batch could be read, the last one: 2.png: gone"):
+        collate(gone)
+    whole = [wardrobe[row] for row in range(4)]
+    expected = Collate(tokenizer)(whole)
+    assert all(
+        torch.equal(torch.as_tensor(value), torch.as_tensor(expected[key])) for key, value in collate(whole).items()
+    )
 
 
 def test_word_regions_by_hand():

@@ -1,7 +1,6 @@
 """Figures against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +27,7 @@ from evaluation.scores import (
 )
 from evaluation.truth import mask_truth, negative_truth, word_truth
 from evaluation.validation import validate
-from readers.files import PhotoFiles
+from readers.dataset import PhotoDataset
 from readers.synthetic import Synthetic
 from readers.triplets import Triplets
 from readers.wardrobe import WHOLE, Detail, Product
@@ -139,7 +138,7 @@ def test_macro_f1_equals_a_second_implementation(pairs):
 
 def test_triplet_recalls_by_hand():
     """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
-    photos = PhotoFiles({str(i): Path(f"{i}.png") for i in range(60)}, 32)
+    photos = PhotoDataset([""] * 60, list(range(60)), images=[], image_size=32)
     triplets = Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
     assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
     sim = torch.zeros(2, 60)
@@ -216,7 +215,7 @@ def test_false_negatives_are_counted_by_hand():
     dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
     dataset.captions = [product.caption_and_spans()[0] for product in products]
     dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
-    dataset.photos = [dataset._render(row)[0] for row in range(4)]
+    dataset.photos[:] = [dataset._render(product, row)[0] for row, product in enumerate(products)]
     own, above, below, far = 0.75, 0.9, 0.5, 0.1
     rows = [own, above, below, far], [above, own, far, below], [below, far, own, above], [far, below, above, own]
     sim = torch.tensor(rows)

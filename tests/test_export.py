@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_model import SMALL, close, make_model
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFast, ViTModel
 
@@ -18,26 +19,20 @@ from model import ModelConfig, VisionLanguageModel
 from tests.small import FAST, checkpoint, run
 
 WORDS = ["a red dress with a round neck and long sleeves", "a blue shirt with white stripes, short sleeves"] * 3
-SIZES = {"image_size": 32, "patch_size": 8, "width": 48, "heads": 4, "max_length": 24, "vocab_size": 80}
-PLAIN = ModelConfig(**SIZES, vision_layers=3, text_layers=2, fusion_layers=2)
 MORE = dict(registers=3, patch_layer=2, cls_context=False, local_tokens=True, alignment=True, detector=True, classes=7)
-FULL = replace(PLAIN, **MORE)
+FULL = replace(SMALL, **MORE)
 
 
 def write(folder, config, **more):
-    """A checkpoint of random weights, every one of them. -> model, average."""
-    torch.manual_seed(0)
+    """A checkpoint of random weights. -> model, momentum model"""
     tokenizer = build_tokenizer(WORDS, config.vocab_size, config.max_length)
     config = replace(config, vocab_size=tokenizer.get_vocab_size())
-    model, average = VisionLanguageModel(config).eval(), VisionLanguageModel(config).eval()
-    with torch.no_grad():
-        for parameter in (*model.parameters(), *average.parameters()):
-            parameter.normal_(std=0.2)
+    model, momentum = make_model(config, seed=0), make_model(config, seed=1)
     state = dict.fromkeys(PARTS) | {"tokenizer": tokenizer.to_str(), "config": {"model": vars(config)}}
-    state |= {"model": dict(model.state_dict()), "momentum": dict(average.state_dict())}
+    state |= {"model": dict(model.state_dict()), "momentum": dict(momentum.state_dict())}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state | more, folder / "last.pt")
-    return model, average
+    return model, momentum
 
 
 def exported(folder, *flags):
@@ -45,39 +40,41 @@ def exported(folder, *flags):
     return folder / "out"
 
 
-def close(ours, theirs, keep=None):
-    mine, other = (ours, theirs) if keep is None else (ours[keep.bool()], theirs[keep.bool()])
-    torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+def from_folder(kind, folder, **how):
+    """A `transformers` model, and the names of its weights that the export does not have."""
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **how)
+    return model.eval(), report["missing_keys"]
 
 
 @torch.no_grad()
 def test_transformers_reads_it_with_the_same_outputs(tmp_path):
-    model, _ = write(tmp_path, PLAIN)
+    model, _ = write(tmp_path, SMALL)
     folder = exported(tmp_path)
     images, ids = torch.randn(3, 3, 32, 32), torch.randint(5, model.config.vocab_size, (3, 11))
-    keep = torch.ones(3, 11, dtype=torch.long)
-    keep[1, 7:] = 0
-    image_embeds, text_embeds = model.vision(images), model.text(ids, keep)
+    attention_mask = torch.ones(3, 11, dtype=torch.long)
+    attention_mask[1, 7:] = 0
 
-    vit, report = ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
-    assert not report["missing_keys"]
-    close(image_embeds, vit.eval()(images).last_hidden_state)
-    bert, report = BertModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
-    assert not report["missing_keys"]
-    close(text_embeds, bert.eval()(ids, attention_mask=keep).last_hidden_state, keep)
+    vit, missing = from_folder(ViTModel, folder, add_pooling_layer=False)
+    image_embeds = model.vision(images)
+    assert not missing
+    close(image_embeds, vit(images).last_hidden_state)
+    bert, missing = from_folder(BertModel, folder, add_pooling_layer=False)
+    text_embeds = model.text(ids, attention_mask)
+    assert not missing
+    close(text_embeds, bert(ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
 
-    sizes = json.loads((folder / "config.json").read_text())["multimodal_config"]
-    whole, report = BertForMaskedLM.from_pretrained(folder, config=BertConfig(**sizes), output_loading_info=True)
-    lower = tuple(f"bert.encoder.layer.{number}.crossattention." for number in range(PLAIN.text_layers))
-    assert report["missing_keys"] and all(name.startswith(lower) for name in report["missing_keys"])
-    hidden, mask = text_embeds, keep[:, None, None, :].bool().expand(-1, 1, ids.shape[1], -1)
-    for layer in whole.eval().bert.encoder.layer[PLAIN.text_layers :]:
+    config = json.loads((folder / "config.json").read_text())["multimodal_config"]
+    whole, missing = from_folder(BertForMaskedLM, folder, config=BertConfig(**config))
+    lower = tuple(f"bert.encoder.layer.{number}.crossattention." for number in range(SMALL.text_layers))
+    assert missing and all(name.startswith(lower) for name in missing)
+    hidden, mask = text_embeds, attention_mask[:, None, None, :].bool().expand(-1, 1, ids.shape[1], -1)
+    for layer in whole.bert.encoder.layer[SMALL.text_layers :]:
         layer.attention.self.is_causal = False
         out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
         hidden = out[0] if isinstance(out, tuple) else out
-    fused = model.fusion(text_embeds, keep, model.fusion.project_image_kv(image_embeds))
-    close(fused, hidden, keep)
-    close(model.mlm_logits(fused), whole.cls(hidden), keep)
+    fused = model.fusion(text_embeds, attention_mask, model.fusion.project_image_kv(image_embeds))
+    close(fused, hidden, attention_mask)
+    close(model.mlm_logits(fused), whole.cls(hidden), attention_mask)
 
 
 @torch.no_grad()
@@ -88,18 +85,20 @@ def test_with_registers_and_earlier_patches_vit_needs_a_few_lines_more(tmp_path,
     images = torch.randn(3, 3, 32, 32)
     vit = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
     registers = load_file(folder / "model.safetensors")["vision.registers"]
-    x, patches = torch.cat([vit.embeddings(images), registers.expand(3, -1, -1)], dim=1), None
-    for number, layer in enumerate(vit.layers, start=1):
+    x = torch.cat([vit.embeddings(images), registers.expand(3, -1, -1)], dim=1)
+    for layer in vit.layers[: FULL.patch_layer]:
         x = layer(x)
-        patches = x[:, 1:17] if number == FULL.patch_layer else patches
+    patches = x[:, 1:17]
+    for layer in vit.layers[FULL.patch_layer :]:
+        x = layer(x)
     close(model.vision(images), vit.layernorm(torch.cat([x[:, :1], patches], dim=1)))
 
 
-@pytest.mark.parametrize("config", [PLAIN, FULL])
+@pytest.mark.parametrize("config", [SMALL, FULL])
 @pytest.mark.parametrize("flags", [[], ["--momentum"]])
 def test_it_is_read_back_bit_for_bit(tmp_path, config, flags, capsys):
-    model, average = write(tmp_path, config)
-    folder, source = exported(tmp_path, *flags), average if flags else model
+    model, momentum = write(tmp_path, config)
+    folder, source = exported(tmp_path, *flags), momentum if flags else model
     said, file = capsys.readouterr().out, folder / "model.safetensors"
     own = {name.split(".")[0] for name in load_file(file)} - {"vit", "bert", "cls", "vision"}
     assert own and all(name in said for name in own) and ("vision.registers" in said) == (config is FULL)
@@ -128,8 +127,8 @@ def test_a_run_starts_from_an_export_and_the_vocabulary_is_read_back(tmp_path, c
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path):
-    write(tmp_path / "good", PLAIN)
-    write(tmp_path / "other", PLAIN, model={})
+    write(tmp_path / "good", SMALL)
+    write(tmp_path / "other", SMALL, model={})
     with pytest.raises(SystemExit, match=r"other/last.pt: does not fit its own config"):
         exported(tmp_path / "other")
     with pytest.raises(SystemExit, match=r"export.py: .*last.pt: no such checkpoint"):

@@ -24,7 +24,7 @@ from engine.trust import PARTS, load_checkpoint
 from model import ModelConfig
 from readers.dataset import DataError
 from readers.files import FORMATS, open_photo
-from readers.jsonl import Jsonl
+from readers.jsonl import jsonl
 
 CASES = int(os.environ.get("FUZZ_CASES", 20))
 fuzzed = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
@@ -122,7 +122,7 @@ def test_json_lines(tmp_path_factory, data):
     odd = data.draw(st.lists(st.dictionaries(keys, value, max_size=2), min_size=1, max_size=4))
     lines = [json.dumps({"image": "1.png", "caption": "red tee", "product_id": i} | more) for i, more in enumerate(odd)]
     (folder / "train.jsonl").write_bytes(damage(data, "\n".join(lines).encode()))
-    dataset = read_or_refused(lambda: Jsonl(folder, "train", 8))
+    dataset = read_or_refused(lambda: jsonl(folder, "train", 8))
     if dataset:
         assert len(dataset) and all(dataset.text(row)[1].strip() for row in range(len(dataset)))
         dataset.prompts = True

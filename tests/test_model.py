@@ -1,4 +1,4 @@
-"""The model against Hugging Face's on random weights, its loading of published weights, and its own promises."""
+"""The model against Hugging Face's on random weights, its loading of published weights, and its own properties."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ from model import (
     ModelConfig,
     MomentumModel,
     VisionLanguageModel,
-    patch_waves,
-    waves,
+    sincos_pos_embed,
+    sincos_pos_embed_2d,
 )
 
-DEPTHS = dict(vision_layers=3, text_layers=2, fusion_layers=2)
-SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, max_length=20, vocab_size=60, **DEPTHS)
+SMALL = ModelConfig(image_size=32, patch_size=8, width=48, heads=4, vision_layers=3, max_length=20, vocab_size=60)
+FINE = replace(SMALL, local_tokens=True, alignment=True, detector=True)
 
 
 def randomise(module):
@@ -36,24 +36,21 @@ def make_model(config=SMALL, seed=0):
     return randomise(VisionLanguageModel(config))
 
 
-def test_at_the_start_places_are_alike_to_their_neighbours_and_as_large_as_words():
-    text = VisionLanguageModel(ModelConfig()).text
-    places, words = text.position_embeddings, text.word_embeddings.weight
-    torch.testing.assert_close(places.norm(dim=1), torch.ones(len(places)))
-    assert words.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
-    alike = places @ places.T
-    assert all(alike[10, 10 + step] > alike[10, 11 + step] for step in range(3)) and alike[10].argmax() == 10
-    torch.testing.assert_close(alike.diagonal(5), alike[0, 5].expand(len(places) - 5))  # only the distance counts
-    grid = patch_waves(4, 16).view(4, 4, 2, 8)  # row, column, of which
-    for place in range(4):
-        assert torch.equal(grid[place, :, 0], waves(4, 8)[place].expand(4, 8))
-        assert torch.equal(grid[:, place, 1], waves(4, 8)[place].expand(4, 8))
+def load(model, reference, path):
+    """Load a Hugging Face model's weights by way of a file."""
+    state = {name: tensor for name, tensor in reference.state_dict().items() if "decoder" not in name}
+    save_file(state, path / "weights.safetensors")
+    return load_pretrained(model, [path / "weights.safetensors"])
 
 
 def sizes(config, layers):
     """Hugging Face's names for a transformer's sizes."""
-    heads = dict(num_attention_heads=config.heads, num_hidden_layers=layers)
-    return dict(hidden_size=config.width, intermediate_size=4 * config.width, **heads)
+    return dict(
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_attention_heads=config.heads,
+        num_hidden_layers=layers,
+    )
 
 
 def bert_config(config=SMALL, layers=None, **more):
@@ -61,144 +58,151 @@ def bert_config(config=SMALL, layers=None, **more):
     return BertConfig(vocab_size=config.vocab_size, **sizes(config, layers), **more)
 
 
-def texts(batch=3, length=11):
-    token_ids = torch.randint(0, SMALL.vocab_size, (batch, length))
-    attention_mask = torch.ones(batch, length, dtype=torch.long)
+def texts():
+    token_ids = torch.randint(0, SMALL.vocab_size, (3, 11))
+    attention_mask = torch.ones(3, 11, dtype=torch.long)
     attention_mask[1, 7:] = 0
     attention_mask[2, 3:] = 0
     return token_ids, attention_mask
 
 
-def close(ours, theirs, keep=None):
-    if keep is not None:
-        ours, theirs = ours[keep.bool()], theirs[keep.bool()]
+def close(ours, theirs, attention_mask=None):
+    if attention_mask is not None:
+        ours, theirs = ours[attention_mask.bool()], theirs[attention_mask.bool()]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_initial_positions_resemble_their_neighbours_and_are_as_long_as_words():
+    text = VisionLanguageModel(ModelConfig()).text
+    positions, words = text.position_embeddings, text.word_embeddings.weight
+    torch.testing.assert_close(positions.norm(dim=1), torch.ones(len(positions)))
+    assert words.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
+    similarity = positions @ positions.T
+    assert similarity[10].argmax() == 10 and (similarity[10, 10:15].diff() < 0).all()
+    same_distance = similarity.diagonal(5)
+    torch.testing.assert_close(same_distance, same_distance[:1].expand_as(same_distance))
+    grid = sincos_pos_embed_2d(4, 16).view(4, 4, 2, 8)  # row, column, which of the two is embedded
+    side = sincos_pos_embed(4, 8)
+    assert torch.equal(grid[:, :, 0], side[:, None].expand(4, 4, 8))
+    assert torch.equal(grid[:, :, 1], side[None].expand(4, 4, 8))
+
+
+@torch.no_grad()
 def test_vit_equals_hugging_face(tmp_path):
-    photos = dict(image_size=SMALL.image_size, patch_size=SMALL.patch_size, layer_norm_eps=1e-6)
-    config = ViTConfig(**photos, **sizes(SMALL, SMALL.vision_layers))
+    images = dict(image_size=SMALL.image_size, patch_size=SMALL.patch_size, layer_norm_eps=1e-6)
+    config = ViTConfig(**images, **sizes(SMALL, SMALL.vision_layers))
     reference, model = randomise(ViTModel(config, add_pooling_layer=False)), make_model()
-    save_file(reference.state_dict(), tmp_path / "vit.safetensors")
-    report = load_pretrained(model, [tmp_path / "vit.safetensors"])
-    assert not report.skipped and all(not name.startswith("vision.") or "registers" in name for name in report.missing)
+    report = load(model, reference, tmp_path)
+    assert not report.skipped
+    assert [name for name in report.missing if name.startswith("vision.")] == ["vision.registers"]
     images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        close(model.vision(images), reference(images).last_hidden_state)
+    close(model.vision(images), reference(images).last_hidden_state)
 
 
+@torch.no_grad()
 def test_text_encoder_equals_bert(tmp_path):
     reference = randomise(BertModel(bert_config(layers=SMALL.text_layers), add_pooling_layer=False))
-    save_file(reference.state_dict(), tmp_path / "bert.safetensors")
     model = make_model()
-    load_pretrained(model, [tmp_path / "bert.safetensors"])
+    load(model, reference, tmp_path)
     token_ids, attention_mask = texts()
-    with torch.no_grad():
-        theirs = reference(token_ids, attention_mask=attention_mask).last_hidden_state
-        close(model.text(token_ids, attention_mask), theirs, attention_mask)
+    theirs = reference(token_ids, attention_mask=attention_mask).last_hidden_state
+    close(model.text(token_ids, attention_mask), theirs, attention_mask)
 
 
+@torch.no_grad()
 def test_fusion_equals_bert_with_cross_attention(tmp_path):
-    """Text layers, then layers with cross-attention: BertModel's, the causal mask taken out, in two halves."""
+    """BertModel in two halves, without the causal mask: text layers, then layers with cross-attention."""
     reference = randomise(BertModel(bert_config(is_decoder=True, add_cross_attention=True), add_pooling_layer=False))
+    model = make_model()
+    load(model, reference, tmp_path)
     reference.config.is_decoder = False  # keeps cross-attention, drops the causal mask
     for layer in reference.encoder.layer:
         layer.attention.self.is_causal = False
-    lower, upper = reference.encoder.layer[: SMALL.text_layers], reference.encoder.layer[SMALL.text_layers :]
-    save_file(reference.state_dict(), tmp_path / "bert.safetensors")
-    model = make_model()
-    load_pretrained(model, [tmp_path / "bert.safetensors"])
-    (token_ids, attention_mask), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
-    with torch.no_grad():
-        reference.encoder.layer = lower
-        hidden = reference(token_ids, attention_mask=attention_mask).last_hidden_state
-        reference.encoder.layer = upper
-        mask = attention_mask[:, None, None, :].bool().expand(-1, 1, token_ids.shape[1], -1)
-        for layer in upper:
-            layer.is_decoder = True
-            out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
-            hidden = out[0] if isinstance(out, tuple) else out
-        ours = model.fusion(
-            model.text(token_ids, attention_mask), attention_mask, model.fusion.project_image_kv(image_embeds)
-        )
-        close(ours, hidden, attention_mask)
+    token_ids, attention_mask = texts()
+    image_embeds = torch.randn(3, 17, SMALL.width)
+    upper = reference.encoder.layer[SMALL.text_layers :]
+    reference.encoder.layer = reference.encoder.layer[: SMALL.text_layers]
+    hidden = reference(token_ids, attention_mask=attention_mask).last_hidden_state
+    mask = attention_mask[:, None, None, :].bool().expand(-1, 1, token_ids.shape[1], -1)
+    for layer in upper:
+        out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
+        hidden = out[0] if isinstance(out, tuple) else out
+    text_embeds, image_kv = model.text(token_ids, attention_mask), model.fusion.project_image_kv(image_embeds)
+    close(model.fusion(text_embeds, attention_mask, image_kv), hidden, attention_mask)
 
 
+@torch.no_grad()
 def test_mlm_head_equals_bert(tmp_path):
-    reference = randomise(BertForMaskedLM(bert_config(layers=2)))
-    save_file({k: v for k, v in reference.state_dict().items() if "decoder" not in k}, tmp_path / "bert.safetensors")
-    model = make_model()
-    load_pretrained(model, [tmp_path / "bert.safetensors"])
+    reference, model = randomise(BertForMaskedLM(bert_config(layers=2))), make_model()
+    load(model, reference, tmp_path)
     tokens = torch.randn(5, SMALL.width)
-    with torch.no_grad():
-        close(model.mlm_logits(tokens), reference.cls(tokens))
+    close(model.mlm_logits(tokens), reference.cls(tokens))
 
 
 def test_attention_is_the_same_with_and_without_probabilities():
     attention = randomise(Attention(32, 4))
-    x, context, keep = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.rand(2, 7) > 0.3
-    seen = attention.project_kv(context)
-    fast, none = attention(x, seen, keep)
-    slow, probabilities = attention(x, seen, keep, return_attention=True)
+    x, context, mask = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.rand(2, 7) > 0.3
+    kv = attention.project_kv(context)
+    fused, none = attention(x, kv, mask)
+    explicit, probabilities = attention(x, kv, mask, return_attention=True)
     assert none is None and probabilities.shape == (2, 4, 5, 7)
-    close(fast, slow)
-    with torch.autocast("cpu", torch.bfloat16):  # in bf16 a CPU forms them when it is to learn, and not otherwise
-        learning, fused = attention(x, seen, keep)[0], attention(x.detach(), seen.detach(), keep)[0]
-        torch.testing.assert_close(learning.float(), slow, atol=0.02, rtol=0.05)
-        torch.testing.assert_close(fused.float(), slow, atol=0.02, rtol=0.05)
+    close(fused, explicit)
     close(probabilities.sum(-1), torch.ones(2, 4, 5))
-    assert (probabilities.masked_select(~keep[:, None, None, :].expand_as(probabilities)) == 0).all()
+    assert (probabilities.permute(0, 3, 1, 2)[~mask] == 0).all()
+    with torch.autocast("cpu", torch.bfloat16):  # explicit with gradients, fused without
+        with_gradients = attention(x, kv, mask)[0]
+        without = attention(x.detach(), kv.detach(), mask)[0]
+    for bf16 in (with_gradients, without):
+        torch.testing.assert_close(bf16.float(), explicit, atol=0.02, rtol=0.05)
 
 
-def test_keep_encodes_exactly_the_chosen_patches():
+@torch.no_grad()
+def test_vit_encodes_exactly_the_patches_to_keep():
     vit, images = make_model().vision, torch.randn(2, 3, 32, 32)
-    everything = torch.arange(16).expand(2, -1)
-    with torch.no_grad():
-        close(vit(images, everything), vit(images))
-        keep = torch.tensor([[0, 5, 9], [3, 2, 15]])
-        some, changed = vit(images, keep), images.clone()
-        changed[0, :, 8:16, 0:8] += 1  # patch 4 is not kept
-        close(vit(changed, keep), some)
+    close(vit(images, torch.arange(16).expand(2, -1)), vit(images))
+    ids_keep = torch.tensor([[0, 5, 9], [3, 2, 15]])
+    some, changed = vit(images, ids_keep), images.clone()
+    changed[0, :, 8:16, 0:8] += 1  # patch 4 is not kept
+    close(vit(changed, ids_keep), some)
     assert some.shape == (2, 4, 48)
 
 
-def test_patches_are_reconstructed_from_the_visible_ones_and_the_text():
-    model = make_model()
-    images, ids, keep = torch.randn(2, 3, 32, 32), torch.randint(0, 60, (2, 7)), torch.ones(2, 7, dtype=torch.long)
-    keep[1, 5:] = 0
-    visible = torch.tensor([[0, 3, 9, 12, 15], [1, 2, 8, 10, 11]])
-    hidden = torch.tensor([[p for p in range(16) if p not in row] for row in visible.tolist()])
+@torch.no_grad()
+def test_masked_patches_are_predicted_from_the_kept_ones_and_the_text():
+    model, images, ids = make_model(), torch.randn(2, 3, 32, 32), torch.randint(0, 59, (2, 7))
+    attention_mask = torch.ones(2, 7, dtype=torch.long)
+    attention_mask[1, 5:] = 0
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])
+    ids_keep, ids_masked = order[:, :5], order[:, 5:]
 
-    def pixels(images, ids, visible=visible, hidden=hidden):
-        seen, words = model.vision(images, visible), model.text(ids, keep)
-        return model.decoder(seen, visible, hidden, words, keep)
+    def pixels(images, ids, ids_keep=ids_keep, ids_masked=ids_masked):
+        visible_embeds, text_embeds = model.vision(images, ids_keep), model.text(ids, attention_mask)
+        return model.decoder(visible_embeds, ids_keep, ids_masked, text_embeds, attention_mask)
 
-    with torch.no_grad():
-        before = pixels(images, ids)
-        assert before.shape == (2, 11, 3 * 8 * 8)
-        # hidden patches come in the order in which they are asked for
-        torch.testing.assert_close(before.flip(1), pixels(images, ids, hidden=hidden.flip(1)), atol=1e-4, rtol=1e-4)
-        # the order in which visible patches are listed does not matter, nor do patches that are not listed
-        torch.testing.assert_close(before, pixels(images, ids, visible.flip(1)), atol=1e-4, rtol=1e-4)
-        changed = images.clone()
-        changed[:, :, 0:8, 8:16][0] += 1.0  # patch 1: masked in the first photo, not in the second
-        changed[1, :, 0:8, 0:8] += 1.0  # patch 0: masked in the second
-        torch.testing.assert_close(before, pixels(changed, ids))
-        changed[1, :, 0:8, 8:16] += 1.0  # patch 1: visible there
-        assert not torch.allclose(before[1], pixels(changed, ids)[1])
-        # every patch looks at the words, and not at the padding
-        other = ids.clone()
-        other[:, 2] = (other[:, 2] + 1) % 60
-        assert ((before - pixels(images, other)).abs().amax(2) > 1e-4).all()
-        other = ids.clone()
-        other[1, 5:] = (other[1, 5:] + 1) % 60
-        torch.testing.assert_close(before, pixels(images, other))
+    def changed(patch):
+        """The images with another patch in the second one."""
+        row, column = patch // 4 * 8, patch % 4 * 8
+        images_changed = images.clone()
+        images_changed[1, :, row : row + 8, column : column + 8] += 1
+        return images_changed
 
-
-IMPOSSIBLE = dict(image_size=30, heads=5, dropout=1.0, patch_size=0, registers=-1, max_length=2, vocab_size=0)
+    before = pixels(images, ids)
+    assert before.shape == (2, 11, 3 * 8 * 8)
+    torch.testing.assert_close(before.flip(1), pixels(images, ids, ids_masked=ids_masked.flip(1)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(before, pixels(images, ids, ids_keep=ids_keep.flip(1)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(before, pixels(changed(ids_masked[1, 0]), ids))
+    assert not torch.allclose(before[1], pixels(changed(ids_keep[1, 0]), ids)[1])
+    word, padding = ids.clone(), ids.clone()
+    word[:, 2] += 1
+    padding[1, 5:] += 1
+    assert ((before - pixels(images, word)).abs().amax(2) > 1e-4).all()
+    torch.testing.assert_close(before, pixels(images, padding))
 
 
-@pytest.mark.parametrize(("name", "size"), [*IMPOSSIBLE.items(), ("dropout", 1.5)])
+IMPOSSIBLE = dict(image_size=30, heads=5, dropout=1.0, patch_size=0, registers=-1, max_length=2, patch_layer=5)
+
+
+@pytest.mark.parametrize("name, size", IMPOSSIBLE.items())
 def test_impossible_sizes_are_refused(name, size):
     with pytest.raises(ValueError, match=name):
         ModelConfig(**{name: size})
@@ -212,22 +216,120 @@ def test_base_is_vit_b_and_bert_base():
     assert len(model.text.layers) == len(model.fusion.layers) == 6
 
 
-def test_momentum_follows_by_the_decay_and_never_trains():
+@torch.no_grad()
+def test_momentum_model_follows_by_the_decay_and_is_not_trained():
     model = make_model()
     momentum = MomentumModel(model, decay=0.9)
     before = momentum.model.vision.norm.weight.clone()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1
+    for parameter in model.parameters():
+        parameter += 1
     momentum.update(model)
     close(momentum.model.vision.norm.weight, before + 0.1)
     momentum.update(model, decay=0.0)
-    for ours, theirs in zip(momentum.parameters(), model.parameters(), strict=True):
+    for ours, theirs in zip(momentum.model.parameters(), model.parameters(), strict=True):
         close(ours, theirs)
-    assert not any(p.requires_grad for p in momentum.parameters())
-    assert not momentum.train().model.training
-    images = torch.randn(1, 3, 32, 32)
-    close(momentum.model.vision(images), model.vision(images))
+    assert not any(p.requires_grad for p in momentum.parameters()) and not momentum.model.training
+
+
+@pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])
+def test_shared_images_and_cls_only_fuse_as_separate_images_and_all_tokens(layers, cls_context):
+    model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
+    token_ids, attention_mask = texts()
+    image_embeds = torch.randn(3, 17, SMALL.width, requires_grad=True)
+    text_embeds = model.text(token_ids, attention_mask).detach().requires_grad_()
+    captions, image_index = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 1, 0])
+    inputs = text_embeds[captions], attention_mask[captions]
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    plain = model.fusion(*inputs, model.fusion.project_image_kv(image_embeds[image_index]))
+    shared = model.fusion(*inputs, image_kv, image_index)
+    cls = model.fusion(*inputs, image_kv, image_index, cls_only=True)
+    assert cls.shape == (5, 1, SMALL.width)
+    weights = torch.randn_like(plain)
+    sources = text_embeds, image_embeds, model.fusion.layers[0].cross_attention.key.weight
+    for ours, theirs in ((shared, plain), (cls, plain[:, :1])):
+        close(ours, theirs)
+        ours_grad = torch.autograd.grad((ours * weights[:, : ours.shape[1]]).sum(), sources, retain_graph=True)
+        theirs_grad = torch.autograd.grad((theirs * weights[:, : ours.shape[1]]).sum(), sources, retain_graph=True)
+        for one, other in zip(ours_grad, theirs_grad, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_patches_of_an_earlier_layer_are_not_computed_further():
+    model, images = make_model(replace(SMALL, patch_layer=2, registers=2)), torch.randn(2, 3, 32, 32)
+    tokens = []
+    for layer in model.vision.layers[1:]:
+        layer.register_forward_hook(lambda _, __, x: tokens.append(x))
+    embeds = model.vision(images)
+    assert [x.shape[1] for x in tokens] == [1 + 16 + 2, 1]
+    all_tokens = model.vision.layers[2](tokens[0])
+    close(embeds[:, :1], model.vision.norm(all_tokens[:, :1]))
+    close(embeds[:, 1:], model.vision.norm(tokens[0][:, 1:17]))
+
+
+def same_in_float64(ours, naive, inputs):
+    torch.testing.assert_close(ours, naive)
+    theirs = torch.autograd.grad(naive.sum(), inputs)
+    for mine, other in zip(torch.autograd.grad(ours.sum(), inputs), theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_adapter_equals_a_loop_and_is_one_for_both_modalities():
+    model = make_model(FINE).double()
+    adapter, mask = model.adapter, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    tokens = torch.randn(2, 5, FINE.width, dtype=torch.float64, requires_grad=True)
+    naive = []
+    for words in (tokens[0, :3], tokens[1]):
+        weights = [torch.exp(adapter.score[2].weight[0] @ torch.tanh(adapter.score[0](word))) for word in words]
+        naive.append(sum(weight / sum(weights) * word for weight, word in zip(weights, words, strict=True)))
+    same_in_float64(adapter(tokens, mask), torch.stack(naive), (tokens, adapter.score[0].weight))
+    for feature in (model.text_feature(tokens, mask), model.image_feature(tokens)):
+        assert torch.autograd.grad(feature.sum(), adapter.score[2].weight)[0].any()
+
+
+def test_phrases_equal_a_loop():
+    phrases = make_model(FINE).double().phrases
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    tokens = torch.randn(2, 6, FINE.width, dtype=torch.float64, requires_grad=True)
+    # kernel 1: the word; 2: the words before and after it; 3: the word and the words two places away
+    offsets = [[0], [-1, 1], [-2, 0, 2]]
+    naive = []
+    for words in (tokens[0, :4], tokens[1]):
+        found = []
+        for place in range(len(words)):
+            responses = []
+            for conv, near in zip(phrases.convs, offsets, strict=True):
+                total = conv.bias
+                for k, offset in enumerate(near):
+                    if 0 <= place + offset < len(words):
+                        total = total + conv.weight[:, :, k] @ words[place + offset]
+                responses.append(torch.tanh(total))
+            found.append(torch.stack(responses).amax(dim=0))
+        naive.append(torch.stack(found).mean(dim=0))
+    same_in_float64(phrases(tokens, mask), torch.stack(naive), (tokens, phrases.convs[2].weight))
+
+
+@torch.no_grad()
+def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
+    model, plain = make_model(FINE), make_model()
+    (token_ids, mask), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
+    text_embeds, words = model.text(token_ids, mask), mask[:, 2:].bool()
+
+    def norm(x):
+        return x / x.norm(dim=-1, keepdim=True)
+
+    cls, local = model.vision_proj(image_embeds[:, 0]), model.vision_proj(model.adapter(image_embeds[:, 1:]))
+    close(model.image_feature(image_embeds), norm(0.95 * norm(cls) + 0.05 * norm(local)))
+    cls, local = model.text_proj(text_embeds[:, 0]), model.text_proj(model.adapter(text_embeds[:, 2:], words))
+    close(model.text_feature(text_embeds, mask), norm(0.75 * norm(cls) + 0.25 * norm(local)))
+    symbol, phrase = model.text_proj(text_embeds[:, 1]), model.text_proj(model.phrases(text_embeds[:, 2:], words))
+    close(model.category_feature(text_embeds, mask), norm(0.95 * norm(symbol) + 0.05 * norm(phrase)))
+    changed = torch.where(mask[..., None].bool(), text_embeds, torch.randn_like(text_embeds))
+    no_words = torch.tensor([[1, 1, 0]])
+    for feature in (model.text_feature, model.category_feature):
+        close(feature(changed, mask), feature(text_embeds, mask))
+        assert feature(text_embeds[:1, :3], no_words).isfinite().all()
+    assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
+    assert torch.equal(plain.text_feature(text_embeds, mask), plain.project_text(text_embeds))
 
 
 def test_queue_keeps_the_newest_in_a_ring():
@@ -244,108 +346,3 @@ def test_queue_keeps_the_newest_in_a_ring():
     close(captions, products + 10)
     push(features, torch.arange(8))  # more than fits: the last five stay
     assert sorted(queue.filled()[2].tolist()) == [3, 4, 5, 6, 7]
-
-
-@pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])
-def test_pairs_that_share_photos_or_ask_for_cls_alone_fuse_as_if_on_their_own(layers, cls_context):
-    model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
-    (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width, requires_grad=True)
-    text_embeds = model.text(token_ids, keep).detach().requires_grad_()
-    texts_of, rows = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 1, 0])
-    image_kv = model.fusion.project_image_kv(image_embeds)
-    plain = model.fusion(text_embeds[texts_of], keep[texts_of], model.fusion.project_image_kv(image_embeds[rows]))
-    shared = model.fusion(text_embeds[texts_of], keep[texts_of], image_kv, rows)
-    cls = model.fusion(text_embeds[texts_of], keep[texts_of], image_kv, rows, cls_only=True)
-    assert cls.shape == (5, 1, SMALL.width)
-    close(shared, plain)
-    close(cls, plain[:, :1])
-    weigh = torch.randn_like(plain)
-    inputs = (text_embeds, image_embeds, model.fusion.layers[0].cross_attention.key.weight)
-    for ours, weights in ((shared, weigh), (cls, weigh[:, :1])):
-        mine = torch.autograd.grad((ours * weights).sum(), inputs, retain_graph=True)
-        theirs = torch.autograd.grad((plain[:, : weights.shape[1]] * weights).sum(), inputs, retain_graph=True)
-        for one, other in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    image_kv = model.fusion.project_image_kv(image_embeds)
-    close(model.fusion(text_embeds, keep, image_kv, cls_only=True), model.fusion(text_embeds, keep, image_kv)[:, :1])
-
-
-def test_patches_of_an_earlier_layer_are_not_computed_further():
-    """With the last layer's patches computed all the same, CLS and patches are what they are without them."""
-    model, images = make_model(replace(SMALL, patch_layer=2, registers=2)), torch.randn(2, 3, 32, 32)
-    tokens = []
-    for number in (1, 2):
-        model.vision.layers[number].register_forward_hook(lambda _, __, x: tokens.append(x))
-    embeds = model.vision(images)
-    assert [x.shape[1] for x in tokens] == [1 + 16 + 2, 1]
-    whole = model.vision.layers[2](tokens[0])
-    close(embeds[:, :1], model.vision.norm(whole[:, :1]))
-    close(embeds[:, 1:], model.vision.norm(tokens[0][:, 1:17]))
-
-
-FINE = replace(SMALL, local_tokens=True, alignment=True, detector=True)
-
-
-def same_in_float64(ours, naive, inputs):
-    torch.testing.assert_close(ours, naive)
-    theirs = torch.autograd.grad(naive.sum(), inputs)
-    for mine, other in zip(torch.autograd.grad(ours.sum(), inputs), theirs, strict=True):
-        torch.testing.assert_close(mine, other)
-
-
-def test_adapter_equals_a_loop_and_is_one_for_both_modalities():
-    model = make_model(FINE).double()
-    adapter, keep = model.adapter, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    tokens = torch.randn(2, 5, FINE.width, dtype=torch.float64, requires_grad=True)
-    naive = []
-    for x, kept in zip(tokens, keep, strict=True):
-        hidden = [torch.tanh(adapter.score[0].weight @ row + adapter.score[0].bias) for row in x[kept]]
-        weights = [torch.exp((adapter.score[2].weight @ h)[0]) for h in hidden]
-        naive.append(sum(w / sum(weights) * row for w, row in zip(weights, x[kept], strict=True)))
-    same_in_float64(adapter(tokens, keep), torch.stack(naive), (tokens, adapter.score[0].weight))
-    for feature in (model.text_feature(tokens, keep), model.image_feature(tokens)):
-        assert torch.autograd.grad(feature.sum(), adapter.score[2].weight)[0].any()
-
-
-def test_phrases_equal_a_loop():
-    phrases = make_model(FINE).double().phrases
-    keep = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
-    tokens = torch.randn(2, 6, FINE.width, dtype=torch.float64, requires_grad=True)
-    naive = []
-    for x, kept in zip(tokens, keep, strict=True):
-        at = lambda place, x=x, kept=kept: x[place] if 0 <= place < 6 and kept[place] else torch.zeros_like(x[0])
-        found = []
-        for place in kept.nonzero()[:, 0].tolist():
-            # kernel 1: the word; 2: the two beside it; 3: the word and those two places away
-            near = [[place], [place - 1, place + 1], [place - 2, place, place + 2]]
-            spoken = [
-                torch.tanh(conv.bias + sum(conv.weight[:, :, k] @ at(p) for k, p in enumerate(places)))
-                for conv, places in zip(phrases.convs, near, strict=True)
-            ]
-            found.append(torch.stack(spoken).amax(dim=0))
-        naive.append(torch.stack(found).mean(dim=0))
-    same_in_float64(phrases(tokens, keep), torch.stack(naive), (tokens, phrases.convs[2].weight))
-
-
-def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
-    model = make_model(FINE)
-    (token_ids, keep), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
-    unit = lambda x: x / x.norm(dim=-1, keepdim=True)
-    with torch.no_grad():
-        text_embeds = model.text(token_ids, keep)
-        cls, local = unit(model.vision_proj(image_embeds[:, 0])), model.adapter(image_embeds[:, 1:])
-        close(model.image_feature(image_embeds), unit(0.95 * cls + 0.05 * unit(model.vision_proj(local))))
-        cls, local = unit(model.text_proj(text_embeds[:, 0])), model.adapter(text_embeds[:, 2:], keep[:, 2:].bool())
-        close(model.text_feature(text_embeds, keep), unit(0.75 * cls + 0.25 * unit(model.text_proj(local))))
-        phrase = model.phrases(text_embeds[:, 2:], keep[:, 2:].bool())
-        symbol = unit(model.text_proj(text_embeds[:, 1]))
-        close(model.category_feature(text_embeds, keep), unit(0.95 * symbol + 0.05 * unit(model.text_proj(phrase))))
-        changed = torch.where(keep[..., None].bool(), text_embeds, torch.randn_like(text_embeds))
-        close(model.text_feature(changed, keep), model.text_feature(text_embeds, keep))
-        close(model.category_feature(changed, keep), model.category_feature(text_embeds, keep))
-        two = torch.tensor([[1, 1, 0]])  # a text without words
-        assert model.text_feature(text_embeds[:1, :3], two).isfinite().all()
-        assert model.category_feature(text_embeds[:1, :3], two).isfinite().all()
-        plain = make_model()
-        assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
-        assert torch.equal(plain.text_feature(text_embeds, keep), plain.project_text(text_embeds))

@@ -14,7 +14,7 @@ import data
 from data import Collate, build_dataset, build_tokenizer
 from readers.dataset import DataError
 from readers.families import synthetic_triplets
-from readers.fashiongen import FashionGen, export_fashiongen
+from readers.fashiongen import FILES, export_fashiongen
 from readers.files import FORMATS, open_photo
 from readers.prompts import prompted, symbol_of
 from readers.synthetic import Synthetic
@@ -31,10 +31,8 @@ def open_fashiongen(folder, size=32):
     return build_dataset("fashiongen", folder, "train", size)
 
 
-def test_exported_fashiongen_has_the_published_layout_and_reads_back(fashiongen):
-    with h5py.File(fashiongen / FashionGen.FILES["train"]) as file:
-        keys = "index index_2 input_brand input_category input_composition input_concat_description input_department input_description input_gender input_image input_msrpUSD input_name input_pose input_productID input_season input_subcategory"
-        assert sorted(file) == keys.split()
+def test_exported_fashiongen_reads_back(fashiongen):
+    with h5py.File(fashiongen / FILES["train"]) as file:
         assert file["input_image"].shape[1:] == (32, 32, 3) and file["input_productID"].dtype == np.int32
         assert file["input_description"].shape == (len(file["input_image"]), 1)
     dataset, drawn = open_fashiongen(fashiongen), Synthetic("train", 6, 32, progress=False)
@@ -46,14 +44,14 @@ def test_exported_fashiongen_has_the_published_layout_and_reads_back(fashiongen)
 
 
 def test_fashiongen_reads_latin_1_and_counts_empty_descriptions(fashiongen):
-    with h5py.File(fashiongen / FashionGen.FILES["train"], "r+") as file:
+    with h5py.File(fashiongen / FILES["train"], "r+") as file:
         file["input_description"][0] = "Robe d'été".encode("latin-1")
         file["input_description"][4] = b"  "
     dataset = open_fashiongen(fashiongen)
     assert dataset.captions[0] == "Robe d'été"
     assert dataset.problems == ["row 4: empty input_description"] and "1 left out (row 4" in dataset.report()
     assert dataset[4]["row"] == 4 and dataset.name_of(4).endswith("row 5")
-    with h5py.File(fashiongen / FashionGen.FILES["val"], "r+") as file:
+    with h5py.File(fashiongen / FILES["val"], "r+") as file:
         file["input_description"][:] = b""
     with pytest.raises(DataError, match="every row is empty"):
         build_dataset("fashiongen", fashiongen, "val", 32)
@@ -80,18 +78,18 @@ def replace_key(path, key, values):
     ],
 )
 def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
-    damage(fashiongen / FashionGen.FILES["train"])
+    damage(fashiongen / FILES["train"])
     with pytest.raises(DataError, match=message) as caught:
         open_fashiongen(fashiongen)
     assert "fashiongen_256_256_train.h5" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_export_writes_256_pixels_and_does_not_overwrite(tmp_path):
-    data.main(["export-fashiongen", str(tmp_path), "--items", "2"])
-    with h5py.File(tmp_path / FashionGen.FILES["train"]) as file:
+    export_fashiongen(tmp_path, 2)
+    with h5py.File(tmp_path / FILES["train"]) as file:
         assert file["input_image"].shape[1:] == (256, 256, 3)
-    with pytest.raises(SystemExit, match="exists"):
-        data.main(["export-fashiongen", str(tmp_path), "--items", "2"])
+    with pytest.raises(DataError, match="exists"):
+        export_fashiongen(tmp_path, 2)
 
 
 def write_jsonl(folder, lines, name="train.jsonl"):
@@ -255,7 +253,7 @@ def test_prompts_of_files(fashiongen, tmp_path):
     said = spoken(dataset.text(0))
     assert said["season"] == "spring summer 2018" and said["composition"] == "100% cotton." and said["gender"] == "Men"
     assert said["name"].lower() in dataset.captions[0].lower() or len(said["name"].split()) > 1
-    path = fashiongen / FashionGen.FILES["train"]
+    path = fashiongen / FILES["train"]
     replace_key(path, "input_season", None)
     dataset = open_fashiongen(fashiongen)
     dataset.prompts = True
@@ -278,9 +276,7 @@ def test_prompts_of_files(fashiongen, tmp_path):
     assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
     assert opened.categories == ["Coats", "Coats"] and opened.subcategories == ["", ""]
     assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6", "composition": "wool, silk"}
-    assert opened.report().splitlines()[1] == (
-        "  photos by symbol: coats 2; by prompt: category 2, name 2, season 1, colour 1, composition 1"
-    )
+    assert opened.report().splitlines()[1] == "  photos by symbol: coats 2"
     before = opened.fingerprint()
     opened.known["season"][0] = "Spring"
     assert opened.fingerprint() != before
@@ -316,17 +312,18 @@ def test_fashioniq_galleries_have_the_published_sizes(tmp_path):
     opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
     for subset, (queries, split_size, union) in PUBLISHED.items():
         assert opened.subsets.count(subset) == queries
-        assert {name: len(rows) for name, rows in opened.galleries[subset].items()} == {
-            "original": split_size,
-            "union": union,
-        }
+        galleries = opened.galleries[subset]
+        assert len(galleries["original"]) == split_size and len(galleries["union"]) == union
     assert "dress: 2,017 (photos to search: union 2,628, original 3,817)" in opened.report()
     assert opened.captions[0] == "is colour 0 and has sleeves"
 
 
 def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
     sizes = dict.fromkeys(PUBLISHED, (6, 20, 12))
-    photo = lambda number: Image.new("RGB", (30, 40), (number * 9, 0, 0))
+
+    def photo(number):
+        return Image.new("RGB", (30, 40), (number * 9, 0, 0))
+
     write_fashioniq(tmp_path, "val", sizes, photo)
     for name in ("dress00000.png", "shirt00015.jpg"):  # the target of one pair; a photo of no pair
         (tmp_path / "images" / name).unlink()
@@ -354,7 +351,7 @@ PAIR = '[{"candidate": "a", "target": "b", "captions": %s}]'
         ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
         ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate"),
         ("captions/cap.dress.val.json", PAIR % "[]", "captions, a list of texts"),
-        ("captions/cap.dress.val.json", PAIR % '["x"]', "no photos of any val pair of dress; expected a.jpg"),
+        ("captions/cap.dress.val.json", PAIR % '["x"]', "no photos of any val pair of dress; expected dress00000.jpg"),
     ],
 )
 def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
@@ -369,21 +366,15 @@ def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, co
         data.build_triplets("fashioniq", tmp_path / "nowhere", "val", 32)
 
 
-def test_photos_of_16_bits_keep_their_shades_and_odd_pixels_are_refused(tmp_path):
-    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
-    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "grey.png")
-    shown = np.asarray(open_photo(tmp_path / "grey.png", 64))
-    assert shown.shape == (64, 64, 3) and np.abs(shown[..., 0] - grey / 257).max() <= 1
-    Image.fromarray((grey / 65535).astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(OSError, match="pixels of kind F, neither 8 nor 16 bits"):
-        open_photo(tmp_path / "float.tiff", 64)
+def test_photos_of_more_than_8_bits_are_refused(tmp_path):
+    for name, kind in (("grey.png", np.uint16), ("float.tiff", np.float32)):
+        Image.fromarray(np.ones((64, 64), kind)).save(tmp_path / name)
+        with pytest.raises(OSError, match="pixels of more than 8 bits"):
+            open_photo(tmp_path / name, 64)
 
 
-def test_what_takes_gigabytes_or_another_program_is_not_decoded(tmp_path):
-    Image.new("L", (9000, 8000)).save(tmp_path / "bomb.png")
-    with pytest.raises(OSError, match="9000 x 8000 pixels, more than 64,000,000"):
-        open_photo(tmp_path / "bomb.png", 64)
-    Image.new("L", (9000, 8000)).save(tmp_path / "large.jpg")  # which is decoded at a fraction of its size
+def test_a_large_jpeg_is_decoded_small_and_what_needs_another_program_is_not_decoded(tmp_path):
+    Image.new("L", (9000, 8000)).save(tmp_path / "large.jpg")
     assert max(open_photo(tmp_path / "large.jpg", 64).size) < 2500
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(OSError, match="not an image in one of the formats JPEG"):
@@ -396,5 +387,5 @@ def test_held_out_products_that_are_trained_on_are_named(shop):
     write_jsonl(folder, lines)
     report = open_jsonl(folder, "val").report()
     products = list(dict.fromkeys(str(line["product_id"]) for line in lines[:4]))
-    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {', '.join(products)}")
+    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {'; '.join(products)}")
     assert "too:" not in open_jsonl(folder).report()

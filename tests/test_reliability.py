@@ -25,7 +25,7 @@ from engine.trust import load_checkpoint
 from engine.weights import WeightsError, load_pretrained
 from engine.writer import whole_file, write_whole
 from readers.dataset import DataError
-from readers.jsonl import Jsonl
+from readers.jsonl import jsonl
 from readers.synthetic import Synthetic
 
 ROOT = Path(train.__file__).parent
@@ -169,7 +169,7 @@ def test_control_characters_stay_out_of_the_terminal(tmp_path, capsys):
     told = "".join(capsys.readouterr())
     assert "[31m0" in told and "left out: bad.png" in told
     assert not set(told) & set(map(chr, [*range(9), *range(14, 32), *range(127, 160)]))
-    assert Jsonl(tmp_path, "train", 32).captions[0] == "red[2J tee 0"
+    assert jsonl(tmp_path, "train", 32).captions[0] == "red[2J tee 0"
 
 
 def test_it_trains_on_a_system_without_unix(tmp_path):

@@ -14,12 +14,18 @@ from evaluation.scores import full_rankings, recalls_of
 from readers.dataset import DataError
 from readers.families import clause
 from readers.statements import LABELS, synthetic_statements
+from readers.synthetic import Synthetic
 from readers.wardrobe import COLOURS, Detail
 
 
 @pytest.fixture(scope="module")
+def photos():
+    return Synthetic("train", 60, 64, progress=False)
+
+
+@pytest.fixture(scope="module")
 def statements():
-    return synthetic_statements("train", 60, 64, 0, progress=False)
+    return synthetic_statements("train", 60, 64)
 
 
 def claimed(words):
@@ -34,10 +40,9 @@ def claimed(words):
             return {"pattern": "pattern", "sleeves": "sleeve", "neckline": "neck", "front": "closure"}[noun], value
 
 
-def test_labels_are_what_the_photos_show(statements):
-    photos = statements.photos
+def test_labels_are_what_the_photos_show(statements, photos):
     for row in range(len(statements)):
-        photo, label = statements.rows[row], statements.categories[row]
+        photo, label = statements.source[row], statements.categories[row]
         product, shown = photos.products[photos.rows[photo][0]], photos.regions[photo]
         verdicts = []
         for words in statements.captions[row].split(" and "):
@@ -60,13 +65,13 @@ def test_labels_are_what_the_photos_show(statements):
 def test_neither_photo_nor_statement_alone_tells(statements):
     by_photo, by_kind, by_words = defaultdict(Counter), defaultdict(Counter), defaultdict(Counter)
     for row, label in enumerate(statements.categories):
-        by_photo[statements.rows[row]][label] += 1
+        by_photo[statements.source[row]][label] += 1
         by_kind[statements.subcategories[row]][label] += 1
     for counts in (*by_photo.values(), *by_kind.values()):
         assert len(set(counts.values())) == 1 and set(counts) == set(LABELS)
     assert {"colour", "look", "noun", "place"} <= by_kind.keys()
-    held_out = synthetic_statements("val", 90, 64, 0, progress=False)
-    more = synthetic_statements("train", 300, 64, 0, progress=False)
+    held_out = synthetic_statements("val", 90, 64)
+    more = synthetic_statements("train", 300, 64)
     for row, label in enumerate(more.categories):
         for words in more.captions[row].split(" and "):
             by_words[words][label] += 1
@@ -77,14 +82,14 @@ def test_neither_photo_nor_statement_alone_tells(statements):
     assert np.mean(told) < 0.42  # chance 0.33
 
 
-def test_statements_are_deterministic_and_share_no_style_between_splits(statements):
-    again = synthetic_statements("train", 60, 64, 0, progress=False)
+def test_statements_are_deterministic(statements, photos):
+    again = synthetic_statements("train", 60, 64)
     assert again.captions == statements.captions and again.categories == statements.categories
-    styles = []
-    for one in (statements, synthetic_statements("val", 30, 64, 0, progress=False)):
-        styles.append({one.photos.products[one.photos.rows[row][0]].style for row in one.rows})
-    assert not styles[0] & styles[1]
-    product = statements.photos.products[0]
+    assert torch.equal(statements[7]["image"], photos[statements.source[7]]["image"])
+
+
+def test_clauses_say_one_attribute(photos):
+    product = photos.products[0]
     for key, value in product.attributes().items():
         if key in ("colour", "pattern", "sleeve", "neck", "closure") or isinstance(value, Detail):
             assert claimed(clause(product, key)) == (key, value)
@@ -92,19 +97,12 @@ def test_statements_are_deterministic_and_share_no_style_between_splits(statemen
 
 def test_snlive_counts_what_it_leaves_out(tmp_path):
     lines = [("1", "A dog runs.", "entailment"), ("1", "A cat.", "contradiction"), ("2", "It is hot.", "neutral")]
-    lines += [
-        ("2", "Nobody agreed.", "-"),
-        ("3", "Gone.", "neutral"),
-        ("3", "Gone too.", "neutral"),
-        ("2", "  ", "neutral"),
-    ]
+    lines += [("2", "Nobody agreed.", "-"), ("3", "Gone.", "neutral"), ("3", "Also.", "neutral"), ("2", " ", "neutral")]
     write_snlive(tmp_path, lines, "12")
     found = data.build_statements("snlive", tmp_path, "val", 32)
     assert found.categories == ["entailment", "contradiction", "neutral"] and found.product_ids.tolist() == [0, 0, 1]
     assert found.problems == ["no photo 3.jpg"]
-    assert found.report().startswith(
-        "3 statements (entailment 1, neutral 1, contradiction 1) about 2 photos, 1 left out"
-    )
+    assert found.report().startswith("3 statements of 2 photos, 1 left out (no photo 3.jpg)")
     for count in ("2 of photos that are not there", "1 without a gold label", "1 without words"):
         assert count in found.report()
     assert found[2]["image"].shape == (3, 32, 32) and found[2]["text"] == ("", "It is hot.")

@@ -59,6 +59,12 @@ def test_a_style_comes_in_three_colours_beside_a_sister_that_differs_in_one_thin
     assert "colour" not in kinds and len(kinds) >= 4
 
 
+def changed_keys(product, other):
+    """The attributes in which two products differ."""
+    mine, theirs = product.attributes(), other.attributes()
+    return {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+
+
 def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
     seen = set()
     for product in wardrobe.products[:120:5]:
@@ -67,15 +73,16 @@ def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
         assert len({repr(variant) for _, _, variant in variants} | {repr(product)}) == len(variants) + 1
         for kind, key, variant in variants:
             theirs = variant.attributes()
-            changed = {name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)}
+            changed = changed_keys(product, variant)
             if kind == "place":  # the same thing elsewhere
                 (other,) = changed - {key}
                 assert key in changed and mine[key] == theirs[other] and other not in mine and key not in theirs
             else:
                 assert changed == {key} and "inside" not in changed
-            if kind in ("look", "noun"):
-                other = {"look": "noun", "noun": "look"}[kind]
-                assert getattr(mine[key], other) == getattr(theirs[key], other)
+            if kind == "look":
+                assert mine[key].noun == theirs[key].noun
+            if kind == "noun":
+                assert mine[key].look == theirs[key].look
             said = variant.caption_and_spans()[0].lower().split()
             blocks = SequenceMatcher(None, words, said, autojunk=False).get_opcodes()
             ((_, a, b, c, d),) = [block for block in blocks if block[0] != "equal"]  # one stretch, of few words
@@ -86,7 +93,7 @@ def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
 
 def test_truth_spans_name_all_attributes_and_nothing_else(wardrobe):
     for row in range(0, len(wardrobe), 7):
-        product, caption = wardrobe.products[wardrobe.rows[row][0]], wardrobe.captions[row]
+        product, caption = wardrobe.product(row), wardrobe.captions[row]
         named = {}
         for start, end, key, kind in wardrobe.truth(row).spans:
             word = caption[start:end].lower()
@@ -130,7 +137,11 @@ def test_what_is_covered_is_not_seen(wardrobe):
             assert not (truth.region(key) & ~truth.region("garment")).any()
     narrow, wide = Detail("narrow", "pleats"), Detail("wide", "stripes")
     skirt = Product("mini skirt", "red", None, None, None, None, {"hip": narrow, "hem": wide})
-    area = lambda product, key: np.asarray(render(product, "front", 64, np.random.default_rng(0))[1][key]).sum()
+
+    def area(product, key):
+        _, regions = render(product, "front", 64, np.random.default_rng(0))
+        return np.asarray(regions[key]).sum()
+
     alone = replace(skirt, details={"hem": wide})
     assert area(skirt, "hem") < area(alone, "hem")  # under the narrow band, whichever is named first
     assert area(skirt, "hip") == area(replace(skirt, details={"hip": narrow}), "hip")
@@ -158,27 +169,31 @@ def test_a_description_fits_a_photo_that_shows_nothing_against_it():
         "another fabric": (replace(shirt, unseen={"fabric": "silk"}), [True, True]),
     }
     dataset = Synthetic("train", 1, 64, progress=False)
-    dataset.products, dataset.rows = [product for product, _ in others.values()], [(0, "front"), (0, "back")]
-    fits = {name: [dataset.describes(i, row) for row in (0, 1)] for i, name in enumerate(others)}
-    assert fits == {name: expected for name, (_, expected) in others.items()}
+    dataset.products = [product for product, _ in others.values()]
+    dataset.rows = [(0, "front"), (0, "back")]
+    for number, (name, (_, expected)) in enumerate(others.items()):
+        assert [dataset.describes(number, 0), dataset.describes(number, 1)] == expected, name
 
 
 def test_truth_regions_are_where_the_tone_is(wardrobe):
     """On plain cloth the pixels of a detail are nearer to one of its tones, those around to the garment's."""
     found = []
-    for row, (index, _) in enumerate(wardrobe.rows):
-        product, truth = wardrobe.products[index], wardrobe.truth(row)
-        pixels, whole = np.asarray(wardrobe.photos[row], float), ("garment", "colour", "sleeve")
-        around = truth.region("garment") & ~np.any([truth.region(key) for key in truth.regions.keys() - whole], axis=0)
+    for row in range(len(wardrobe)):
+        product, truth = wardrobe.product(row), wardrobe.truth(row)
+        if product.pattern:
+            continue
+        around = truth.region("garment")
+        for key in truth.regions.keys() - {"garment", "colour", "sleeve"}:
+            around &= ~truth.region(key)
+        pixels = np.asarray(wardrobe.photos[row], float)
+        colour = COLOURS[product.colour]
         for key, detail in product.details.items():
-            if product.pattern or key not in truth.regions or not around.any():
+            if key not in truth.regions or not around.any():
                 continue
-            colour = COLOURS[product.colour]
-            own, cloth = (
-                np.min([np.abs(pixels - tone).sum(-1) for tone in tones], axis=0)
-                for tones in ([shade(colour, by) for by in LOOKS[detail.look][1:]], [colour])
-            )
-            nearer = own < cloth
+            _, ground, ink = LOOKS[detail.look]
+            far_from_ground = np.abs(pixels - shade(colour, ground)).sum(-1)
+            far_from_ink = np.abs(pixels - shade(colour, ink)).sum(-1)
+            nearer = np.minimum(far_from_ground, far_from_ink) < np.abs(pixels - colour).sum(-1)
             found.append(nearer[truth.region(key)].mean() > 0.6 and nearer[around].mean() < 0.35)
     assert len(found) > 100 and np.mean(found) > 0.95
 
@@ -191,30 +206,36 @@ def triplets():
 def test_synthetic_triplets_differ_in_one_or_two_things_that_the_text_names(triplets):
     products = triplets.photos.products
     for row in range(len(triplets)):
-        before, after = (products[photo] for photo in (triplets.references[row], triplets.targets[row]))
-        text, mine, theirs = triplets.captions[row], before.attributes(), after.attributes()
-        changed = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+        before = products[triplets.references[row]]
+        after = products[triplets.targets[row]]
+        text = triplets.captions[row]
+        changed = changed_keys(before, after)
         for key in changed:
-            detail = theirs.get(key) or mine[key]
-            if isinstance(detail, Detail):  # what moves is named where it was and where it is
-                assert f"has {'' if key in theirs else 'no '}{detail.look} {detail.noun} at {key}" in text
+            value = after.attributes().get(key)
+            if value is None:  # what moves is named where it was and where it is
+                gone = before.details[key]
+                assert f"has no {gone.look} {gone.noun} at {key}" in text
+            elif isinstance(value, Detail):
+                assert f"has {value.look} {value.noun} at {key}" in text
+            elif key == "colour" or value == "sleeveless":
+                assert f"is {value}" in text
             else:
-                assert f"{'is' if key == 'colour' else 'has' if detail != 'sleeveless' else 'is'} {detail}" in text
+                assert f"has {value}" in text
         assert changed and text.count(" and ") + 1 == len(changed) and not {"garment", "back", "inside"} & changed
         near = [variant for _, _, variant in before.variants()]
         assert after in near or any(after == further for one in near for _, _, further in one.variants())
 
 
 def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):
-    key = lambda p: repr(sorted(p.attributes().items(), key=str))
-    families = {}
-    for photo, product in enumerate(triplets.photos.products):
-        families.setdefault(photo // FAMILY, []).append(key(product))
-    assert all(len(set(family)) == FAMILY for family in families.values())
+    def attributes(photos):
+        return [str(sorted(product.attributes().items(), key=str)) for product in photos.products]
+
+    train = attributes(triplets.photos)
+    for first in range(0, len(train), FAMILY):
+        assert len(set(train[first : first + FAMILY])) == FAMILY
     val = synthetic_triplets("val", 60, 32, seed=0, progress=False)
-    assert not {key(p) for p in val.photos.products} & {key(p) for p in triplets.photos.products}
-    pretraining = {key(p) for p in Synthetic("train", 120, 32, progress=False).products}
-    assert not {key(p) for p in val.photos.products} & pretraining
+    pretraining = attributes(Synthetic("train", 120, 32, progress=False))
+    assert not set(attributes(val.photos)) & {*train, *pretraining}
     assert {name: len(rows) for name, rows in val.galleries["synthetic"].items()} == {"union": 48, "original": 60}
     assert len(val) == 6 * 12 and set(val.families) == set(range(12))
     with pytest.raises(DataError, match="no whole family"):
