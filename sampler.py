@@ -45,37 +45,47 @@ def chain(
     window = max(1, batch_size - 1)
     to_captions, to_images = sim, np.ascontiguousarray(sim.T)
     limits = sim.diagonal() - margin
-    kin = [np.flatnonzero(row) for row in sharing(groups)]  # of each item all that share an id with it
-    near = np.zeros(size, dtype=np.float32)  # how many of the last items share an id with each item
-    used = np.zeros(size, dtype=np.float32)  # ∞ once an item is used
+    kin = sharing(groups)
+    near = [0] * size  # how many of the last items share an id with each item
+    penalty = np.zeros(size, dtype=np.float32)  # 10 while an item is near, which puts it behind all others; ∞ once used
     order = np.empty(size, dtype=np.int64)
     anchor = first
     for position in range(size):
         order[position] = anchor
-        used[anchor] = np.inf
-        near[kin[anchor]] += 1
+        penalty[anchor] = np.inf
+        for item in kin[anchor]:
+            near[item] += 1
+            if near[item] == 1:
+                penalty[item] += 10
         if position >= window:
-            near[kin[order[position - window]]] -= 1
+            for item in kin[order[position - window]]:
+                near[item] -= 1
+                if near[item] == 0:
+                    penalty[item] -= 10
         scores = to_captions[anchor] if position % 2 == 0 else to_images[anchor]
         if mode == "semihard":
             # cosines lie in [−1, 1]: items below the limit come first, then the others, the least similar first
             scores = np.where(scores < limits[anchor], scores, -3 - scores)
-        scores = scores - 10 * np.minimum(near, 1) - used
-        anchor = scores.argmax()
+        anchor = int((scores - penalty).argmax())
     return order
 
 
-def sharing(ids: np.ndarray) -> np.ndarray:
-    """Mark which items, each a column of `ids` (G, X), have the same id in some row. -> (X, X) bool"""
-    shared = np.zeros((ids.shape[1], ids.shape[1]), dtype=bool)
-    for row in ids:
-        shared |= row[:, None] == row
-    return shared
+def sharing(ids: np.ndarray) -> list[set[int]]:
+    """List for each item, a column of `ids` (G, X), the items with the same id in some row, itself among them."""
+    kin: list[set[int]] = [set() for _ in range(ids.shape[1])]
+    for row in ids.tolist():
+        members: dict[int, list[int]] = {}
+        for item, name in enumerate(row):
+            members.setdefault(name, []).append(item)
+        for together in members.values():
+            for item in together:
+                kin[item].update(together)
+    return kin
 
 
-def repeats(ids: np.ndarray) -> np.ndarray:
+def repeats(ids: np.ndarray) -> list[int]:
     """List the positions in a batch whose item shares an id, in some row of `ids` (G, B), with an earlier item."""
-    return np.flatnonzero(np.tril(sharing(ids), -1).any(axis=1))
+    return [position for position, kin in enumerate(sharing(ids)) if min(kin) < position]
 
 
 def separate(batches: list[np.ndarray], groups: np.ndarray, rng: np.random.Generator) -> int:

@@ -55,8 +55,13 @@ def test_focal_itc_below_1_has_gradients_where_a_pair_is_certain():
 def test_focal_itc_with_gamma_0_is_itc_exactly():
     """To the last bit, with its gradients, of the plain formula and of the focal one with an exponent of 0."""
     i2t, t2i, targets = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True), torch.rand(4, 7)
-    plain = lambda sim: -(targets * sim.log_softmax(1)).sum(1).mean()
-    focal = lambda sim: -(targets * (1 - sim.log_softmax(1).exp()) ** 0.0 * sim.log_softmax(1)).sum(1).mean()
+
+    def plain(sim):
+        return -(targets * sim.log_softmax(1)).sum(1).mean()
+
+    def focal(sim):
+        return -(targets * (1 - sim.log_softmax(1).exp()) ** 0.0 * sim.log_softmax(1)).sum(1).mean()
+
     ours = itc_loss(i2t, t2i, targets, targets, gamma=0.0)
     mine = torch.autograd.grad(ours, (i2t, t2i))
     for written in (plain, focal):
@@ -67,12 +72,13 @@ def test_focal_itc_with_gamma_0_is_itc_exactly():
 
 def test_alignment_loss_equals_a_loop():
     text, image = logits(5, 3), logits(5, 3)
-    unit = lambda x: x / x.norm(dim=1, keepdim=True)
     naive = 0
     for t, i in zip(text, image, strict=True):
         cosine = sum(t[d] * i[d] for d in range(3)) / (t.norm() * i.norm())
         naive = naive + (1 - (cosine + 1) / 2) / 5
-    same_with_gradients(alignment_loss(unit(text), unit(image)), naive, (text, image))
+    text_feat = text / text.norm(dim=1, keepdim=True)
+    image_feat = image / image.norm(dim=1, keepdim=True)
+    same_with_gradients(alignment_loss(text_feat, image_feat), naive, (text, image))
 
 
 def test_itc_targets_spread_over_a_product_and_mix_in_momentum():
@@ -177,9 +183,9 @@ def test_semihard_equals_its_definition(size, margin, seed):
     sim = torch.randn(size, size, generator=generator)
     forbidden = torch.eye(size).bool() | (torch.rand(size, size, generator=generator) < 0.2)
     for b, chosen in enumerate(pick_negatives(sim, forbidden, mode="semihard", margin=margin).tolist()):
-        allowed = [j for j in range(size) if not forbidden[b, j]]
-        below = [j for j in allowed if sim[b, j] < sim[b, b] - margin]
-        expected = max(below, key=lambda j: sim[b, j]) if below else min(allowed, key=lambda j: sim[b, j], default=-1)
+        allowed = {j: sim[b, j].item() for j in range(size) if not forbidden[b, j]}
+        below = {j: cosine for j, cosine in allowed.items() if cosine < sim[b, b] - margin}
+        expected = max(below, key=below.get) if below else min(allowed, key=allowed.get, default=-1)
         assert chosen == expected
     limit = torch.full((size,), -9.0)
     lowest = pick_negatives(sim, torch.eye(size).bool(), positive_sim=limit, mode="semihard")

@@ -35,7 +35,7 @@ from sampler import GroupedBatchSampler  # noqa: E402
 
 # nine photos a batch on two ranks: four and five; fourteen steps: the third epoch is grouped by all ranks' features
 SHARED = "--fusion-layers 2 --batch-size 9 --val-products 4 --itm-warmup 0 --itm-share 1 --alpha 0.4 --queue 24"
-SHARED += " --dropout 0 --negatives semihard --steps 14 --log-every 1 --lr 1e-3 --val-every 100"
+SHARED += " --seed 1 --dropout 0 --negatives semihard --steps 14 --log-every 1 --lr 1e-3 --val-every 100"
 FLAGS = [*FAST, *SHARED.split()]
 SYNCED = "--mask-hint 0 --word-pool 0 --mask-source clean"  # gains are over another photo of a process's own share
 OWN = {"syncmask": SYNCED.split(), "softmask": [], "fashionfine": [], "albef": []}

@@ -9,9 +9,22 @@ from torch import Tensor
 from masking import first_pieces, word_counts
 from tutorial.exercises.catalogue import Functions, Mistake
 
-# [CLS] a zip ##per of black silk . [SEP] with "of" and the full stop no words; a caption of one word; one without any
-WORDS = torch.tensor([[0, 2, 3, 3, 0, 6, 7, 8, 9, 0, 0], [0, 2] + [0] * 9, [0] * 11])
+WORDS = torch.tensor(
+    [
+        [0, 2, 3, 3, 0, 6, 7, 0],  # [CLS] a zip ##per of black silk [SEP], where "of" may not be masked
+        [0, 2, 0, 0, 0, 0, 0, 0],  # a caption of one word
+        [0, 0, 0, 0, 0, 0, 0, 0],  # a caption without a word
+    ]
+)
 SEEDS = range(20)
+
+
+def check(number: int, functions: Functions) -> None:
+    """Check an exercise. A stub is told from a mistake."""
+    try:
+        CHECKS[number - 1](*functions.values())
+    except NotImplementedError:
+        raise Mistake(f"exercise {number} is not written yet: {', '.join(functions)}") from None
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -25,78 +38,84 @@ def want(right: bool | Tensor, message: str) -> None:
         raise Mistake(message)
 
 
-def check(number: int, functions: Functions) -> None:
-    """Check an exercise. A stub is told from a mistake."""
-    try:
-        globals()[f"check_{number}"](*functions.values())
-    except NotImplementedError:
-        names = ", ".join(functions)
-        raise Mistake(f"exercise {number} is not written yet: {names} in mine/ex{number}.py") from None
-
-
 def check_word_mask(mask: Tensor, words: Tensor, ratio: float) -> None:
     """Check what holds of any word mask (B, L): words alone, whole words, exact counts."""
-    want(mask.dtype == torch.bool and mask.shape == words.shape, "a word mask is boolean, (B, L), True = masked")
+    want(mask.dtype == torch.bool, "a word mask is boolean, True = masked")
+    want(mask.shape == words.shape, "a word mask is (B, L)")
     want(not mask[words == 0].any(), "tokens are masked that are no words, where `words` is 0: [CLS], [SEP], padding")
-    first = mask.gather(1, (words - 1).clamp(min=0)) & (words > 0)  # whether the first piece of the word is masked
-    want(torch.equal(mask, first), "one piece of a word is masked and another is not, which gives the word away")
-    masked, right = (mask & first_pieces(words)).sum(dim=1).tolist(), word_counts(words, ratio).flatten().tolist()
-    said = "count words (`word_counts`), not tokens, and no coin for each word or one argsort"
-    want(masked == right, f"{masked} words are masked, not {right}: {said}")
+    masked_first = mask.gather(1, (words - 1).clamp(min=0))  # of each token whether its word's first piece is masked
+    whole = torch.equal(mask, masked_first & (words > 0))
+    want(whole, "one piece of a word is masked and another is not, which gives the word away")
+    masked = (mask & first_pieces(words)).sum(dim=1).tolist()
+    counts = word_counts(words, ratio).flatten().tolist()
+    hint = "count words (`word_counts`), not tokens, and no coin for each word or one argsort"
+    want(masked == counts, f"{masked} words are masked, not {counts}: {hint}")
 
 
 def check_1(random_word_mask) -> None:
     """Exact counts, whole words, drawn uniformly and anew in each row."""
-    masks = [random_word_mask(WORDS, 0.5, seeded(seed)) for seed in SEEDS]
-    for mask in masks:
+    for seed in SEEDS:
+        mask = random_word_mask(WORDS, 0.5, seeded(seed))
         check_word_mask(mask, WORDS, 0.5)
-    again = random_word_mask(WORDS, 0.5, seeded(3))
-    want(torch.equal(masks[3], again), "one generator, two masks: give it to torch.rand")
-    alike = random_word_mask(WORDS[:1].expand(9, -1), 0.5, seeded())
-    want(len(alike.unique(dim=0)) > 1, "all captions get the same random numbers: draw (B, L) of them, not (L,)")
+    same_caption = WORDS[:1].expand(9, -1)
+    masks = random_word_mask(same_caption, 0.5, seeded()).unique(dim=0)
+    want(len(masks) > 1, "all captions get the same random numbers: draw (B, L) of them, not (L,)")
 
 
 def check_2(corrupt_words) -> None:
     """80/10/10, labels where something is masked."""
     ids = torch.randint(5, 1000, (100, 100), generator=seeded())
-    clean, mask, allowed = ids.clone(), torch.rand(ids.shape, generator=seeded(1)) < 0.5, torch.arange(500, 1000)
+    clean = ids.clone()
+    mask = torch.rand(ids.shape, generator=seeded(1)) < 0.5
+    allowed = torch.arange(500, 1000)
     corrupted, labels = corrupt_words(ids, mask, 4, allowed, seeded())
     want(torch.equal(ids, clean), "token_ids itself is written into; the clean caption is still needed (ITC, ITM)")
     want((labels[~mask] == -100).all(), "words that are not masked have labels: −100 there")
-    want(torch.equal(labels[mask], clean[mask]), "the labels of masked words must be the original ids")
     now, before = corrupted[mask], clean[mask]
-    gone, kept = (now == 4).float().mean(), (now == before).float().mean()
+    want(torch.equal(labels[mask], before), "the labels of masked words must be the original ids")
+    gone = (now == 4).float().mean()
+    kept = (now == before).float().mean()
     said = f"of the masked words {gone:.0%} become [MASK] and {kept:.0%} stay"
-    want(abs(gone - 0.8) < 0.03 and abs(kept - 0.1) < 0.03, f"{said}, not 80 and 10 %: cut one draw into three ranges")
+    mend = "not 80 and 10 %: cut one draw into three ranges"
+    want(abs(gone - 0.8) < 0.03, f"{said}, {mend}")
+    want(abs(kept - 0.1) < 0.03, f"{said}, {mend}")
     drawn = now[(now != 4) & (now != before)]
     want(torch.isin(drawn, allowed).all(), "random words must come from word_ids, which has no special tokens")
 
 
 def check_3(cooccurrence, pointing) -> None:
     """Shares and chances worked out by hand."""
-    mask, candidates, shared = torch.tensor([[[1, 1, 1, 0, 0]], [[1, 1, 0, 1, 0]], [[1, 0, 1, 0, 1]]]).bool()
+    mask = torch.tensor([[True, True, True, False, False]])
+    candidates = torch.tensor([[True, True, False, True, False]])
+    shared = torch.tensor([[True, False, True, False, True]])
     found = cooccurrence(mask, candidates, shared)
-    two = "cooccurrence returns two counts, hits and of how many: shares of batches of different size do not add up"
-    want(isinstance(found, tuple) and found[1] >= 1, two)
-    want(found[1] == 2, f"of {found[1]} masked ones, should be 2: only masked candidates count, hit or not")
-    want(found[0] == 1, f"{found[0]} hits, should be 1: masked, a candidate and shared")
-    attention = torch.tensor([[[0.1, 0.7, 0.1, 0.1], [0.5, 0.3, 0.2, 0.0]]])
-    regions = torch.tensor([[[1, 1, 1, 0], [0, 0, 1, 0]]]).bool()
-    hits, expected, _ = pointing(attention, regions, torch.ones(1, 2).bool())
+    want(isinstance(found, tuple), "cooccurrence returns two counts, hits and of how many: shares do not add up")
+    hits, total = found
+    want(total == 2, f"of {total} masked ones, should be 2: only masked candidates count, hit or not")
+    want(hits == 1, f"{hits} hits, should be 1: masked, a candidate and shared")
+
+    attention = torch.tensor([[0.1, 0.7, 0.1, 0.1], [0.5, 0.3, 0.2, 0.0]])
+    regions = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0]]).bool()
+    words = torch.tensor([True, True])
+    hits, expected, _ = pointing(attention[None], regions[None], words[None])
     want(hits == 1, f"pointing has {hits} hits, should be 1: is the most attended patch of a word in its region?")
-    area = "should be 1 (3/4 + 1/4): it hits a region as often as the region is large"
-    want(abs(expected - 1) < 1e-6, f"a random patch would hit {expected:.2f} times, {area}")
+    said = f"a random patch would hit {expected:.2f} times, should be 1 (3/4 + 1/4)"
+    want(abs(expected - 1) < 1e-6, f"{said}: it hits a region as often as the region is large")
 
 
 def check_4(same_pairs, itc_targets) -> None:
     """Positives by product or caption; rows that sum to 1."""
-    products, captions, keys = torch.tensor([7, 8]), torch.tensor([3, 4]), torch.tensor([[7, 8, 7, 9], [3, 4, 5, 4]])
-    right = same_pairs(products, captions, *keys)
+    products = torch.tensor([7, 8])
+    captions = torch.tensor([3, 4])
+    key_products = torch.tensor([7, 8, 7, 9])
+    key_captions = torch.tensor([3, 4, 5, 4])
+    right = same_pairs(products, captions, key_products, key_captions)
     want(right[0, 2], "the second photo of a product counts as wrong: compare products, not positions")
     want(right[1, 3], "a key with the same caption to the letter counts as wrong, though nobody could tell it apart")
     sim_m = torch.tensor([[0.0, 0, 0, 0], [0, 9, 0, 0]])
     total = itc_targets(right, sim_m, 0.0)[0].sum()
-    want(abs(total - 1) < 1e-5, f"targets of two right keys sum to {total:.1f}, not to 1: divide by how many are right")
+    said = f"targets of two right keys sum to {total:.1f}, not to 1"
+    want(abs(total - 1) < 1e-5, f"{said}: divide by how many are right")
     _, other, second, _ = itc_targets(right, sim_m, 0.4)[0]
     want(abs(other - 0.1) < 1e-5, "alpha is the share of softmax(sim_m), 1 − alpha is the share of the known pairs")
     want(abs(second - 0.4) < 1e-5, "right answers share 1 − alpha evenly, also the second")
@@ -104,68 +123,80 @@ def check_4(same_pairs, itc_targets) -> None:
 
 def check_5(pick_negatives) -> None:
     """Never a forbidden column, also at low temperatures."""
-    forbidden = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]).bool()
-    sim = torch.tensor([[9.0, 8, 2, 1], [8, 9, 1, 2], [0, 1, 9, 3], [1, 2, 3, 9]]) - 10
-    best = torch.tensor([2, 3, 3])
-    nothing = "nothing is left to draw by: at a low temperature the softmax is 1 for the own pair and 0 elsewhere. "
-    nothing += "Mask the logits before the softmax. Keep the logits finite where every column is forbidden"
+    pairs = torch.tensor([0, 0, 1, 1])  # the first two are one product
+    forbidden = pairs[:, None] == pairs
+    forbidden[3] = True
+    sim = torch.tensor(
+        [
+            [-1.0, -2, -8, -9],
+            [-2.0, -1, -9, -8],
+            [-9.0, -10, -1, -4],
+            [-9.0, -8, -7, -1],
+        ]
+    )
+    best = torch.tensor([2, 3, 0])
 
     def draws(mode: str, scale: int) -> Tensor:
+        """Draw with each seed. -> (seeds, 4)"""
         logits = sim * scale
+        drawn = []
         try:
-            drawn = [pick_negatives(logits, forbidden, mode=mode, generator=seeded(seed)) for seed in SEEDS]
+            for seed in SEEDS:
+                drawn.append(pick_negatives(logits, forbidden, mode=mode, generator=seeded(seed)))
         except RuntimeError as error:
-            want("prob" not in str(error), f"{mode}: {nothing}")  # as torch.multinomial says it
-            raise
+            if "prob" not in str(error):  # as torch.multinomial says it
+                raise
+            why = "nothing is left to draw by: at a low temperature the softmax is 0 but for the own pair"
+            mend = "Mask the logits before the softmax. Keep the logits finite where every column is forbidden"
+            raise Mistake(f"{mode}: {why}. {mend}") from None
         want(torch.equal(logits, sim * scale), f"{mode}: sim itself is written into; it is still needed: masked_fill")
         return torch.stack(drawn)
 
     for mode in ("hard", "random", "similar"):
         for scale in (1, 1000):
             drawn = draws(mode, scale)
-            picked = forbidden[:3].gather(1, drawn[:, :3].T.clamp(min=0))
-            want(not picked.any(), f"{mode}: a pair itself, or another forbidden one, is drawn: −∞ where forbidden")
-            want((drawn[:, 3] == -1).all(), f"{mode}: where every column is forbidden the answer is −1")
+            for row in (0, 1, 2):
+                wrong = forbidden[row][drawn[:, row]]
+                want(not wrong.any(), f"{mode}: a pair itself, or another forbidden one, is drawn: −∞ where forbidden")
+            none_left = drawn[:, 3]
+            want((none_left == -1).all(), f"{mode}: where every column is forbidden the answer is −1")
             again = draws(mode, scale)
             want(torch.equal(drawn, again), f"{mode}: one generator, two draws: give it to torch.multinomial")
-    certain = (draws("similar", 1000)[:, :3] == best).all()
-    want(certain, "similar: not drawn ∝ exp(sim), by which the best is certain here")
-    want(len(draws("random", 1000)[:, 0].unique()) > 1, "random always draws the same: it does not depend on `sim`")
+    certain = draws("similar", 1000)[:, :3] == best
+    want(certain.all(), "similar: not drawn ∝ exp(sim), by which the best is certain here")
+    first_row = draws("random", 1000)[:, 0]
+    want(len(first_row.unique()) > 1, "random always draws the same: it does not depend on `sim`")
 
 
 def check_6(pick_negatives) -> None:
     """Below the own pair, by the margin."""
 
-    def semihard(*row: float, margin: float = 0.0) -> Tensor:
+    def semihard(own: float, margin: float) -> int:
+        sim = torch.tensor([[own, 0.9, 0.75, 0.5, 0.1]])
         forbidden = torch.tensor([[True, False, False, False, False]])
-        return pick_negatives(torch.tensor([row]), forbidden, torch.tensor(row[:1]), mode="semihard", margin=margin)[0]
+        return pick_negatives(sim, forbidden, sim[:, 0], mode="semihard", margin=margin).item()
 
-    row = (0.8, 0.9, 0.75, 0.5, 0.1)
-    found = semihard(*row)
+    found = semihard(own=0.8, margin=0.0)
     want(found > 1, "the pair itself, or a negative more similar than the own pair, which is hard: sim < own")
     want(found == 2, "the least similar one below is the easiest; take the largest cosine below the own pair")
-    found = semihard(*row, margin=0.2)
-    want(found == 3, "the margin is on the wrong side: of an own pair of 0.8 minus 0.2, the most similar one below 0.6")
-    want(semihard(0.0, *row[1:]) == 4, "none is below the own pair: then the least similar one")
+    said = "the margin is on the wrong side: of an own pair of 0.8 minus 0.2, the most similar one below 0.6"
+    want(semihard(own=0.8, margin=0.2) == 3, said)
+    want(semihard(own=0.0, margin=0.0) == 4, "none is below the own pair: then the least similar one")
 
 
 def check_7(sync_mask) -> None:
-    """Words by their score, patches by their attention."""
-    words_by_score(sync_mask)
-    patches_by_attention(sync_mask)
-
-
-def words_by_score(sync_mask) -> None:
-    """Three words with scores, the first of three pieces."""
+    """Words by their score: three words, the first of three pieces. Then patches by their attention."""
     words = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])
-    attention = torch.ones(1, 7, 4)
     scores = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
+    attention = torch.ones(1, 7, 4)
 
-    def times_masked(scores: Tensor, ratio: float, pool: float) -> list[int]:
-        masks = [sync_mask(attention, scores, words, 0.25, ratio, pool, seeded(seed))[1] for seed in SEEDS]
-        for mask in masks:
-            check_word_mask(mask, words, ratio)
-        return torch.cat(masks)[:, [1, 4, 5]].sum(dim=0).tolist()  # how often each word
+    def times_masked(scores: Tensor, ratio: float, pool: float) -> list[float]:
+        times = torch.zeros(7)
+        for seed in SEEDS:
+            _, word_mask = sync_mask(attention, scores, words, 0.25, ratio, pool, seeded(seed))
+            check_word_mask(word_mask, words, ratio)
+            times += word_mask[0]
+        return times[[1, 4, 5]].tolist()  # of the first piece of each word
 
     best, _, second = times_masked(scores, 0.67, 0.0)
     want(best, "the lowest scores are masked: it should be the highest")
@@ -175,22 +206,29 @@ def words_by_score(sync_mask) -> None:
     want(best and second and not worst, f"the pool is ignored: {drawn}")
     equal = times_masked(torch.ones(1, 7), 0.34, 0.0)
     want(max(equal) < len(SEEDS), "of equal scores it is always the same word: `break_ties` first")
+    check_synchronized_patches(sync_mask)
 
 
-def patches_by_attention(sync_mask) -> None:
+def check_synchronized_patches(sync_mask) -> None:
     """Three words, of which the second has the highest score and attends to the third patch most."""
     words = torch.tensor([[0, 2, 3, 4, 0, 0]])
     scores = torch.tensor([[0.0, 1, 2, 1, 0, 0]])
+    best = [0.0, 0.1, 0.6, 0.0]
     other = [0.45, 0.45, 0.1, 0.0]
     special = [9.0, 9.0, 0.0, 9.0]
-    attention = torch.tensor([[special, other, [0.0, 0.1, 0.6, 0.0], other, special, special]])
+    attention = torch.tensor([[special, other, best, other, special, special]])
 
     def patches(attention: Tensor, words: Tensor) -> Tensor:
-        masks = [sync_mask(attention, scores, words, 0.25, 0.34, 0.0, seeded(seed))[0] for seed in SEEDS]
+        masks = []
+        for seed in SEEDS:
+            patch_mask, _ = sync_mask(attention, scores, words, 0.25, 0.34, 0.0, seeded(seed))
+            masks.append(patch_mask)
         return torch.cat(masks)  # one row a seed
 
     found = patches(attention, words)
-    want(found.shape[1] == 4 and (found.sum(dim=1) == 1).all(), "a patch mask is (B, P), round(ratio · P) in each row")
+    counts = found.sum(dim=1)
+    want(found.shape[1] == 4, "a patch mask is (B, P)")
+    want((counts == 1).all(), "a patch mask has round(ratio · P) patches in each row")
     highest = "the highest mean attention of the words just masked; rows of other words, [CLS], [SEP] do not count"
     want(found[:, 2].all(), f"other patches are masked than those with {highest}")
     equal = patches(torch.ones_like(attention), words)
@@ -201,7 +239,8 @@ def patches_by_attention(sync_mask) -> None:
 
 def check_8(grad_cam, soft_mask) -> None:
     """Grad-CAM, then one word's row of it, scaled."""
-    attention = (torch.rand(2, 2, 4, 6, generator=seeded()) + 0.1).requires_grad_()
+    attention = torch.rand(2, 2, 4, 6, generator=seeded()) + 0.1
+    attention.requires_grad_()
     gradient = torch.randn(attention.shape, generator=seeded(1))
     score = (attention * gradient).sum()
     maps = grad_cam(attention, score)
@@ -217,5 +256,9 @@ def check_8(grad_cam, soft_mask) -> None:
     found = soft_mask(maps, word)
     want(found.shape == (2, 5), "a soft mask is (B, P): the row of one word, without the image CLS in column 0")
     want(found.amax(dim=1).min() > 0.99, "each image has a most of its own, 1: (G − min G) / (max G − min G)")
-    own = right.mean(dim=1)[torch.arange(2), word, 1:]
+    heat = right.mean(dim=1)[..., 1:]
+    own = torch.stack([heat[0, 1], heat[1, 2]])
     want(torch.equal(found.argsort(), own.argsort()), "the row of the word counts, word_index, as the mean over heads")
+
+
+CHECKS = (check_1, check_2, check_3, check_4, check_5, check_6, check_7, check_8)

@@ -10,41 +10,32 @@ from pathlib import Path
 
 
 def final_metrics(run: Path) -> dict[str, float]:
-    """The metrics of the last line of a run's metrics.jsonl. Raises ValueError if the run is not finished."""
+    """Read the last line of a run's metrics.jsonl. Raises ValueError if the run is not finished."""
     file = run / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines()
-    try:
-        metrics = json.loads(lines[-1])
-    except (IndexError, json.JSONDecodeError):
-        raise ValueError(f"{file}: the last line is not one of train.py") from None
+    metrics = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
     if not metrics.pop("final", False):
         raise ValueError(f"{file}: the run is not finished; go on with train.py --resume --out {run}")
     return metrics
 
 
-def comparison(run_a: Path, run_b: Path, wanted: list[str]) -> str:
-    """A Markdown table: metric, both runs, B minus A."""
-    a, b = final_metrics(run_a), final_metrics(run_b)
-    rows = [f"| metric | {run_a.name} | {run_b.name} | difference |", "|---|---|---|---|"]
-    if unknown := [key for key in wanted if key not in a or key not in b]:
-        raise ValueError(f"{unknown[0]}: not among the metrics of both runs")
-    for key in wanted or a:
-        if isinstance(a[key], float | int) and isinstance(b.get(key), float | int):
-            rows.append(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
-    return "\n".join(rows)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Print a Markdown table: metric, both runs, B minus A."""
     parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_a", type=Path)
     parser.add_argument("run_b", type=Path)
     parser.add_argument("metrics", nargs="*", help="only these (default: all)")
     args = parser.parse_args(argv)
     try:
-        print(comparison(args.run_a, args.run_b, args.metrics))
+        a, b = final_metrics(args.run_a), final_metrics(args.run_b)
     except (OSError, ValueError) as error:
         sys.exit(f"compare.py: {error}")
+    for key in args.metrics:
+        if key not in a or key not in b:
+            sys.exit(f"compare.py: {key}: not among the metrics of both runs")
+    print(f"| metric | {args.run_a.name} | {args.run_b.name} | difference |\n|---|---|---|---|")
+    for key in args.metrics or a:
+        if isinstance(a.get(key), float | int) and isinstance(b.get(key), float | int):
+            print(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
 
 
 if __name__ == "__main__":
