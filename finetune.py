@@ -44,6 +44,9 @@ from engine.trust import load_checkpoint, read_tokenizer
 from engine.wiring import add_matches, compose, contrast, match_pairs, teach, wrong_pairs
 from evaluation.pictures import draw_answers, draw_confusion
 from evaluation.scores import (
+    DRAWS,
+    NEGATIVES,
+    QUERIES,
     Figures,
     RankedTriplets,
     full_rankings,
@@ -96,7 +99,6 @@ class Retrieval(Task):
         "loss": ["itc", "itm"],
         "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
     }
-    queries, negatives, draws = 1000, 100, 5  # of the sampled protocol
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
@@ -111,7 +113,7 @@ class Retrieval(Task):
 
     def validate(self, run: Run, dataset: PhotoDataset) -> Figures:
         """Full protocol on the held-out products."""
-        recalls = recalls_of([*full_rankings(*self.encode(run, dataset)[2])])
+        recalls = recalls_of(full_rankings(*self.encode(run, dataset)[2]))
         return {key.replace("full", "val"): value for key, value in recalls.items()}
 
     def encode(self, run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
@@ -133,20 +135,20 @@ class Retrieval(Task):
             more = []
             protocol += "all captions of each"
         else:
-            kinds, counts = numbers_of([dataset.subcategories[row] for row in rows]), (self.queries, self.negatives)
-            more, alike = sampled_rankings(*gallery[:3], kinds, *counts, self.draws, self.config.seed, top)
+            kinds = numbers_of([dataset.subcategories[row] for row in rows])
+            more, alike = sampled_rankings(*gallery[:3], kinds, self.config.seed, top)
             share = " and ".join(f"{100 * share:.0f} % ({way})" for way, share in alike.items())
             share = f"{share} of the same sub-category" if any(dataset.subcategories) else "no sub-categories known"
-            protocol += f"one a product; sampled: {min(self.queries, len(rows)):,} queries, up to {self.negatives}"
-            protocol += f" negatives ({share}), {self.draws} draws"
+            protocol += f"one a product; sampled: {min(QUERIES, len(rows)):,} queries, up to {NEGATIVES}"
+            protocol += f" negatives ({share}), {DRAWS} draws"
         rankings, protocol = [*full_rankings(*gallery, top), *more], f"{protocol}; by similarity"
         metrics = recalls_of(rankings)
         if top:
             pairs, place = torch.cat([r.pairs.flatten(0, 1) for r in rankings]).unique(dim=0, return_inverse=True)
             scores = match_scores(run, dataset.part(rows), texts, pairs).cpu()[place]
-            parts = scores.split([r.right.numel() for r in rankings])
-            ranks = [r.reranked(part.view(r.right.shape)) for r, part in zip(rankings, parts, strict=True)]
-            metrics |= {f"rerank_{key}": value for key, value in recalls_of(rankings, ranks).items()}
+            parts = scores.split([r.positives.numel() for r in rankings])
+            reranked = [r.reranked(part.view(r.positives.shape)) for r, part in zip(rankings, parts, strict=True)]
+            metrics |= recalls_of(reranked)
         protocol += f", the best {top} re-ranked by matching" if top else ""
         chance = {key: value for r in rankings[:4] for key, value in r.chance().items()}
         examples = []

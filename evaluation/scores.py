@@ -1,141 +1,205 @@
-"""Figures from similarities and answers: recalls, rankings, accuracy, F1. Pure functions."""
+"""Metrics from similarities and predictions: recalls, rankings, accuracy, F1. Pure functions.
+
+Letters: Q queries, C candidates of a query, K best candidates that are kept, n images, m captions, E embedding.
+"""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from readers.triplets import Triplets
 
 Figures = dict[str, float]
 
+QUERIES, NEGATIVES, DRAWS = 1000, 100, 5  # of the sampled protocol
 
-def match_rank(sim: Tensor, positive: Tensor) -> Tensor:
-    """How many wrong candidates come before the best right one: 0 is a hit at rank 1. sim, positive (Q, C) -> (Q,).
 
-    Ties count against the model, so that equal features earn nothing, and so does what is not a number. A row without a
-    right candidate is beyond every rank.
+def match_rank(sim: Tensor, positives: Tensor) -> Tensor:
+    """Count the wrong candidates before the best right one: 0 is a hit at rank 1. sim, positives (Q, C) -> (Q,).
+
+    Ties count against the model, so that equal features earn nothing. NaN counts against it, too. A row without a right
+    candidate is beyond every rank.
     """
-    best = sim.masked_fill(~positive, -math.inf).max(dim=1, keepdim=True).values
-    rank = (~(sim < best) & ~positive).sum(dim=1)
-    return rank.masked_fill(~positive.any(dim=1), torch.iinfo(rank.dtype).max)
+    best = sim.masked_fill(~positives, -math.inf).max(dim=1, keepdim=True).values
+    not_below = ~(sim < best)
+    rank = (not_below & ~positives).sum(dim=1)
+    return rank.masked_fill(~positives.any(dim=1), torch.iinfo(rank.dtype).max)
 
 
 @dataclass
 class Ranking:
-    """Queries with how they were ranked by similarity. Letters: Q queries, C candidates, K best ones kept."""
+    """The candidates of some queries, ranked by similarity."""
 
     protocol: str  # full_i2t, sampled_t2i, …
     rank: Tensor  # (Q,): wrong candidates before the best right one
-    pairs: Tensor  # (Q, K, 2): photo and text of the best K by similarity, to be re-ranked
-    right: Tensor  # (Q, K)
-    sizes: Tensor  # (Q, 2): candidates, and right ones among them
+    pairs: Tensor  # (Q, K, 2): image and caption of the K most similar candidates
+    positives: Tensor  # (Q, K): which of these are right
+    candidates: int  # of each query
+    positive_counts: Tensor  # (Q,): how many of all candidates are right
 
-    @staticmethod
-    def of(protocol: str, sim: Tensor, right: Tensor, photos: Tensor, texts: Tensor, top: int) -> "Ranking":
-        """sim, right (Q, C); photos, texts (Q, C) or broadcast to it."""
-        best = sim.topk(min(top, sim.shape[1]), dim=1).indices
-        pairs = torch.stack([photos.expand_as(sim).gather(1, best), texts.expand_as(sim).gather(1, best)], dim=2)
-        sizes = torch.stack([torch.full((len(sim),), sim.shape[1]), right.sum(dim=1)], dim=1)
-        return Ranking(protocol, match_rank(sim, right), pairs, right.gather(1, best), sizes)
-
-    @staticmethod
-    def sampled(way: str, lists: Tensor, image_feat: Tensor, text_feat: Tensor, owner: Tensor, top: int) -> "Ranking":
-        """Of candidate lists (Q, 1 + C): the query's photo, then for i2t the texts, for t2i the photos to choose from,
-        the right one first."""
-        query, choice = lists[:, :1], lists[:, 1:]
-        photos, texts = (query, choice) if way == "i2t" else (choice, owner[query])
-        sim = (image_feat[photos] * text_feat[texts]).sum(dim=2)
-        right = torch.zeros_like(sim, dtype=torch.bool)
-        right[:, 0] = True
-        return Ranking.of(f"sampled_{way}", sim, right, photos, texts, top)
-
-    def reranked(self, scores: Tensor) -> Tensor:
-        """Ranks (Q,) when the best K are put in the order of `scores` (Q, K), before all others."""
-        return torch.where(self.right.any(dim=1), match_rank(scores, self.right), self.rank)
+    def reranked(self, scores: Tensor) -> "Ranking":
+        """Put the K best candidates in the order of `scores` (Q, K), before all others."""
+        rank = torch.where(self.positives.any(dim=1), match_rank(scores, self.positives), self.rank)
+        return replace(self, protocol=f"rerank_{self.protocol}", rank=rank)
 
     def chance(self) -> Figures:
-        """Recalls of a random order: 1 − C(n − right, k) / C(n, k)."""
-        counts = Counter(map(tuple, self.sizes.tolist()))
-        miss = lambda n, right, k: math.comb(n - right, k) / math.comb(n, k) if k <= n else 0.0
-        share = lambda k: sum(times * (1 - miss(n, right, k)) for (n, right), times in counts.items()) / len(self.rank)
-        return {f"{self.protocol}_r{k}": share(k) for k in (1, 5, 10)}
+        """Compute the recalls of a random order: 1 − C(candidates − positives, k) / C(candidates, k)."""
+        counts = Counter(self.positive_counts.tolist())
+        recalls = {}
+        for k in (1, 5, 10):
+            total = 0.0
+            for count, queries in counts.items():
+                miss = 0.0
+                if k <= self.candidates:
+                    miss = math.comb(self.candidates - count, k) / math.comb(self.candidates, k)
+                total += queries * (1 - miss)
+            recalls[f"{self.protocol}_r{k}"] = total / len(self.rank)
+        return recalls
+
+
+def rank_candidates(
+    protocol: str,
+    sim: Tensor,
+    positives: Tensor,
+    images: Tensor,
+    captions: Tensor,
+    top: int,
+) -> Ranking:
+    """Rank the candidates by similarity and keep the best `top` to be re-ranked.
+
+    sim, positives (Q, C) · images, captions: the pair that each candidate stands for, broadcast to (Q, C)
+    """
+    best = sim.topk(min(top, sim.shape[1]), dim=1).indices  # (Q, K)
+    best_images = images.expand_as(sim).gather(1, best)
+    best_captions = captions.expand_as(sim).gather(1, best)
+    return Ranking(
+        protocol,
+        rank=match_rank(sim, positives),
+        pairs=torch.stack([best_images, best_captions], dim=2),
+        positives=positives.gather(1, best),
+        candidates=sim.shape[1],
+        positive_counts=positives.sum(dim=1),
+    )
 
 
 def full_rankings(
-    image_feat: Tensor, text_feat: Tensor, of_photo: Tensor, of_text: Tensor, top: int = 0
-) -> Iterator[Ranking]:
-    """Every photo (n, E) against the texts (m, E), every text against all photos. of_photo (n,), of_text (m,): the
-    product; right is what is of the same."""
-    photos, texts = torch.arange(len(image_feat)), torch.arange(len(text_feat))
-    same = of_photo[:, None] == of_text  # (n, m)
-    i2t = [
-        Ranking.of("full_i2t", image_feat[p] @ text_feat.T, same[p], p[:, None], texts, top) for p in photos.split(1024)
-    ]
-    t2i = [
-        Ranking.of("full_t2i", text_feat[t] @ image_feat.T, same.T[t], photos, t[:, None], top)
-        for t in texts.split(1024)
-    ]
-    for parts in (i2t, t2i):
-        joined = (torch.cat([getattr(part, key) for part in parts]) for key in ("rank", "pairs", "right", "sizes"))
-        yield Ranking(parts[0].protocol, *joined)
+    image_feat: Tensor,
+    text_feat: Tensor,
+    image_products: Tensor,
+    text_products: Tensor,
+    top: int = 0,
+) -> list[Ranking]:
+    """Rank all captions for each image, and all images for each caption. Right is what is of the same product.
+
+    image_feat (n, E), text_feat (m, E), image_products (n,), text_products (m,)
+    """
+    images = torch.arange(len(image_feat))
+    captions = torch.arange(len(text_feat))
+    same = image_products[:, None] == text_products  # (n, m)
+    i2t = rank_candidates("full_i2t", image_feat @ text_feat.T, same, images[:, None], captions, top)
+    t2i = rank_candidates("full_t2i", text_feat @ image_feat.T, same.T, images, captions[:, None], top)
+    return [i2t, t2i]
 
 
 def sampled_candidates(
-    owner: np.ndarray, kinds: np.ndarray, queries: int, negatives: int, rng: np.random.Generator
-) -> dict[str, Tensor]:
-    """One draw of the sampled protocol: random query photos, and for each the right text (i2t), or itself as the right
-    photo of its text (t2i), before `negatives` of other products of the same sub-category, topped up from others where
-    there are too few. owner (n,): product of a photo; kinds (n,): its sub-category.
-    -> {"i2t": (Q, 1 + C), "t2i": (Q, 1 + C)}: photo, right candidate, wrong ones."""
-    chosen, lists = rng.permutation(len(owner))[:queries], {"i2t": [], "t2i": []}
-    products, first = np.unique(owner, return_index=True)
-    for photo in chosen:
-        for way, owners, kinds_of, right in (
-            ("i2t", products, kinds[first], owner[photo]), ("t2i", owner, kinds, photo)
-        ):  # fmt: skip
-            others = np.flatnonzero(owners != owner[photo])
-            alike = kinds_of[others] == kinds[photo]
-            pool = np.concatenate([rng.permutation(others[alike]), rng.permutation(others[~alike])])
-            lists[way].append(np.concatenate([[photo, right], pool[:negatives]]))
-    shortest = {way: min(map(len, rows)) for way, rows in lists.items()}
-    return {way: torch.from_numpy(np.stack([row[: shortest[way]] for row in rows])) for way, rows in lists.items()}
+    owner: np.ndarray,
+    kinds: np.ndarray,
+    queries: int,
+    negatives: int,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw query images and, for each, the captions that it chooses from and the images that its caption chooses from.
+
+    owner (n,): product, and so caption, of an image · kinds (n,): its sub-category
+    -> query images (Q,), captions (Q, 1 + C), images (Q, 1 + C); the right candidate comes first
+    """
+    products, first_image = np.unique(owner, return_index=True)
+    chosen = rng.permutation(len(owner))[:queries]
+    captions, images = [], []
+    for image in chosen:
+        product, kind = owner[image], kinds[image]
+        wrong_captions = draw_negatives(products != product, kinds[first_image] == kind, rng)
+        wrong_images = draw_negatives(owner != product, kinds == kind, rng)
+        captions.append([product, *wrong_captions[:negatives]])
+        images.append([image, *wrong_images[:negatives]])
+    fewest = min(len(row) for row in images)  # products differ in how many images they have
+    images = [row[:fewest] for row in images]
+    return torch.from_numpy(chosen), torch.tensor(captions), torch.tensor(images)
+
+
+def draw_negatives(wrong: np.ndarray, same_kind: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """List the wrong candidates in random order, those of the query's sub-category first. Both masks (n,)."""
+    alike = np.flatnonzero(wrong & same_kind)
+    others = np.flatnonzero(wrong & ~same_kind)
+    return np.concatenate([rng.permutation(alike), rng.permutation(others)])
 
 
 def sampled_rankings(
-    image_feat: Tensor, text_feat: Tensor, owner: Tensor, kinds: np.ndarray, queries: int, negatives: int, draws: int,
-    seed: int, top: int = 0,
-) -> tuple[list[Ranking], Figures]:  # fmt: skip
-    """Some draws of the sampled protocol; owner (n,): the text of each photo. -> a ranking for each draw and way, and
-    by way which share of the wrong candidates is of the query's sub-category."""
-    rankings, alike = [], {"i2t": [], "t2i": []}
-    kind_of = {"i2t": kinds[np.unique(owner, return_index=True)[1]], "t2i": kinds}
-    for draw in tqdm(range(draws), "drawing candidates", unit=" draws", leave=False, disable=None):
+    image_feat: Tensor,
+    text_feat: Tensor,
+    owner: Tensor,
+    kinds: np.ndarray,
+    seed: int,
+    top: int = 0,
+) -> tuple[list[Ranking], Figures]:
+    """Rank by the sampled protocol: a query has one right candidate and up to NEGATIVES wrong ones, those of the same
+    sub-category first.
+
+    image_feat (n, E), text_feat (m, E) · owner (n,): the caption of an image · kinds (n,): its sub-category
+    -> i2t and t2i of each of DRAWS draws; for both, the share of the wrong candidates in the query's sub-category
+    """
+    _, first_image = np.unique(owner, return_index=True)
+    text_kinds = kinds[first_image]
+    rankings = []
+    same_kind = {"i2t": [], "t2i": []}
+    for draw in range(DRAWS):
         rng = np.random.default_rng((6, seed, draw))
-        for way, lists in sampled_candidates(owner.numpy(), kinds, queries, negatives, rng).items():
-            rankings.append(Ranking.sampled(way, lists, image_feat, text_feat, owner, top))
-            alike[way].append((kind_of[way][lists[:, 2:]] == kinds[lists[:, :1]]).mean())
-    return rankings, {way: float(np.mean(shares)) for way, shares in alike.items()}
+        query, captions, images = sampled_candidates(owner.numpy(), kinds, QUERIES, NEGATIVES, rng)
+        image, caption = query[:, None], owner[query][:, None]  # (Q, 1)
+
+        sim = (image_feat[image] * text_feat[captions]).sum(dim=2)  # (Q, 1 + C)
+        rankings.append(rank_candidates("sampled_i2t", sim, first_column(sim), image, captions, top))
+        sim = (image_feat[images] * text_feat[caption]).sum(dim=2)
+        rankings.append(rank_candidates("sampled_t2i", sim, first_column(sim), images, caption, top))
+
+        same_kind["i2t"].append((text_kinds[captions[:, 1:]] == kinds[image]).mean())
+        same_kind["t2i"].append((kinds[images[:, 1:]] == kinds[image]).mean())
+    return rankings, {way: float(np.mean(shares)) for way, shares in same_kind.items()}
 
 
-def recalls_of(rankings: list[Ranking], ranks: list[Tensor] | None = None) -> Figures:
-    """R@1/5/10 of each protocol and direction, the mean over both and, of several draws, the mean over these. `ranks`:
-    other ranks (Q,) than those by similarity, one a ranking."""
-    shares = {}
-    for ranking, rank in zip(rankings, ranks or [ranking.rank for ranking in rankings], strict=True):
+def first_column(sim: Tensor) -> Tensor:
+    """Mark the first candidate of each row. (Q, C) -> (Q, C) bool."""
+    positives = torch.zeros_like(sim, dtype=torch.bool)
+    positives[:, 0] = True
+    return positives
+
+
+def recalls_of(rankings: list[Ranking]) -> Figures:
+    """Compute R@1/5/10 of each protocol and direction, and their mean over both directions.
+
+    Several draws of a protocol give the mean over the draws and, as …_std, the standard deviation.
+    """
+    ranks = defaultdict(list)  # protocol -> (Q,) of each draw
+    for ranking in rankings:
+        ranks[ranking.protocol].append(ranking.rank)
+    metrics = {}
+    by_name = defaultdict(list)  # full, sampled, … -> recalls of both directions
+    for protocol, draws in ranks.items():
+        name = protocol.rsplit("_", 1)[0]
         for k in (1, 5, 10):
-            shares.setdefault(f"{ranking.protocol}_r{k}", []).append((rank < k).float().mean().item())
-    figures = {key: float(np.mean(values)) for key, values in shares.items()}
-    spread = {f"{key}_std": float(np.std(values)) for key, values in shares.items() if len(values) > 1}
-    for name in dict.fromkeys(ranking.protocol.split("_")[0] for ranking in rankings):
-        means = [value for key, value in figures.items() if key.startswith(f"{name}_")]
-        spread[f"{name}_mean"] = float(np.mean(means))
-    return figures | spread
+            recalls = [(rank < k).float().mean().item() for rank in draws]
+            metrics[f"{protocol}_r{k}"] = float(np.mean(recalls))
+            by_name[name].append(metrics[f"{protocol}_r{k}"])
+            if len(draws) > 1:
+                metrics[f"{protocol}_r{k}_std"] = float(np.std(recalls))
+    for name, recalls in by_name.items():
+        metrics[f"{name}_mean"] = float(np.mean(recalls))
+    return metrics
 
 
 # subset, protocol, similarities (Q, C), triplets (Q,), the gallery's rows of `photos` (C,)
@@ -143,46 +207,55 @@ RankedTriplets = tuple[str, str, Tensor, np.ndarray, np.ndarray]
 
 
 def triplet_recalls(dataset: Triplets, ranked: Iterable[RankedTriplets]) -> tuple[Figures, Figures]:
-    """R@1, R@10, R@50 by subset and gallery, and their mean over subsets; and what chance would give."""
-    figures, chance = {}, {}
+    """Compute R@1, R@10, R@50 by subset and gallery, and their mean over subsets. -> metrics, what chance would give"""
+    metrics, chance = {}, {}
     for subset, protocol, sim, triplets, rows in ranked:
-        rank = match_rank(sim, torch.from_numpy(dataset.targets[triplets][:, None] == rows))
+        targets = dataset.targets[triplets]
+        rank = match_rank(sim, torch.from_numpy(targets[:, None] == rows))
         for k in (1, 10, 50):
-            figures[f"{subset}_{protocol}_r{k}"] = (rank < k).float().mean().item()
-            chance[f"{subset}_{protocol}_r{k}"] = min(1.0, k / len(rows))
-    for values in (figures, chance):
-        for end in dict.fromkeys(key.split("_", 1)[1] for key in list(values)):
-            values[f"mean_{end}"] = float(np.mean([v for key, v in values.items() if key.endswith(end)]))
-    return figures, chance
+            key = f"{subset}_{protocol}_r{k}"
+            metrics[key] = (rank < k).float().mean().item()
+            chance[key] = min(1.0, k / len(rows))
+    return metrics | mean_over_subsets(metrics), chance | mean_over_subsets(chance)
 
 
-def recognition_scores(right: Tensor, answered: Tensor) -> Figures:
-    """Accuracy, and macro-F1: the mean of F1 over the classes that occur among the right or the answered (n,)."""
-    f1 = [f1 for _, _, f1 in scores_by_class(right, answered).values()]
-    return {"accuracy": (right == answered).float().mean().item(), "macro_f1": float(np.mean(f1))}
+def mean_over_subsets(metrics: Figures) -> Figures:
+    """Average the values whose keys differ in the subset, their first part, alone. -> mean_…"""
+    values = defaultdict(list)
+    for key, value in metrics.items():
+        _, end = key.split("_", 1)
+        values[f"mean_{end}"].append(value)
+    return {key: float(np.mean(parts)) for key, parts in values.items()}
 
 
-def most_confused(right: Tensor, answered: Tensor, count: int) -> Tensor:
-    """Of the classes that occur among the right or the answered (n,) those in most errors, `count` at most, sorted."""
-    missed = right != answered
-    errors = torch.cat([right[missed], answered[missed]]).bincount(
-        minlength=int(torch.cat([right, answered]).max()) + 1
-    )
-    occurs = torch.cat([right, answered]).unique()
-    return occurs[errors[occurs].argsort(descending=True, stable=True)[:count]].sort().values
+def recognition_scores(labels: Tensor, preds: Tensor) -> Figures:
+    """Compute the accuracy, and macro-F1: the mean of F1 over the classes that occur in labels or preds (n,)."""
+    f1_scores = [f1 for _, _, f1 in scores_by_class(labels, preds).values()]
+    return {"accuracy": (labels == preds).float().mean().item(), "macro_f1": float(np.mean(f1_scores))}
 
 
-def scores_by_class(right: Tensor, answered: Tensor) -> dict[int, tuple[float, float, float]]:
-    """Precision, recall, F1 of every class that occurs among the right or the answered (n,).
+def most_confused(labels: Tensor, preds: Tensor, count: int) -> Tensor:
+    """List the `count` classes with most errors, of the classes that occur in labels or preds (n,), in order."""
+    wrong = labels != preds
+    errors = torch.cat([labels[wrong], preds[wrong]])
+    classes = torch.cat([labels, preds]).unique()
+    counts = torch.stack([(errors == label).sum() for label in classes])
+    most = counts.argsort(descending=True, stable=True)[:count]
+    return classes[most].sort().values
 
-    F1 = 2·hits / (right + answered); a ratio of nothing to nothing counts as 0.
+
+def scores_by_class(labels: Tensor, preds: Tensor) -> dict[int, tuple[float, float, float]]:
+    """Compute precision, recall and F1 of each class that occurs in labels or preds (n,).
+
+    F1 = 2·hits / (labelled + predicted); precision is 0 where nothing is predicted, recall where nothing is labelled
     """
-    classes = int(torch.cat([right, answered]).max()) + 1
-    hits = right[right == answered].bincount(minlength=classes)
-    there, said = right.bincount(minlength=classes), answered.bincount(minlength=classes)
-    ratio = lambda a, b: (a / b).item() if b else 0.0
-    return {
-        c: (ratio(hits[c], said[c]), ratio(hits[c], there[c]), ratio(2 * hits[c], there[c] + said[c]))
-        for c in range(classes)
-        if there[c] + said[c]
-    }
+    scores = {}
+    for label in torch.cat([labels, preds]).unique().tolist():
+        labelled = (labels == label).sum()
+        predicted = (preds == label).sum()
+        hits = ((labels == label) & (preds == label)).sum()
+        precision = hits / predicted.clamp(min=1)
+        recall = hits / labelled.clamp(min=1)
+        f1 = 2 * hits / (labelled + predicted)
+        scores[label] = precision.item(), recall.item(), f1.item()
+    return scores

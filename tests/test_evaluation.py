@@ -20,6 +20,7 @@ from evaluation.scores import (
     full_rankings,
     match_rank,
     most_confused,
+    rank_candidates,
     recalls_of,
     sampled_candidates,
     scores_by_class,
@@ -73,22 +74,22 @@ def test_match_rank_by_hand():
 def test_recalls_one_to_many_by_hand():
     """Two photos of product 0, one of product 1; the second photo of product 0 looks like product 1."""
     images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), torch.eye(2)
-    rankings = list(full_rankings(images, texts, torch.tensor([0, 0, 1]), torch.arange(2), top=2))
+    rankings = full_rankings(images, texts, torch.tensor([0, 0, 1]), torch.arange(2), top=2)
     figures = recalls_of(rankings)
     assert figures["full_i2t_r1"] == pytest.approx(2 / 3) and figures["full_i2t_r5"] == 1
     assert figures["full_t2i_r1"] == 0.5  # text 1 finds the second photo of product 0 first
     assert figures["full_mean"] == pytest.approx((2 / 3 + 1 + 1 + 0.5 + 1 + 1) / 6)
     assert rankings[1].pairs.tolist() == [[[0, 0], [2, 0]], [[1, 1], [2, 1]]]
-    assert rankings[1].right.tolist() == [[True, False], [False, True]]
+    assert rankings[1].positives.tolist() == [[True, False], [False, True]]
 
 
 def test_full_rankings_agree_with_a_slow_definition():
     generator = torch.Generator().manual_seed(0)
-    feats = lambda n: torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1)
     owner = torch.randint(0, 15, (60,), generator=generator)
     owner[:15] = torch.arange(15)
-    images, texts = feats(60), feats(15)
-    figures = recalls_of([*full_rankings(images, texts, owner, torch.arange(15))])
+    images = torch.nn.functional.normalize(torch.randn(60, 8, generator=generator), dim=1)
+    texts = torch.nn.functional.normalize(torch.randn(15, 8, generator=generator), dim=1)
+    figures = recalls_of(full_rankings(images, texts, owner, torch.arange(15)))
     sim = images @ texts.T  # (60, 15)
     for k in (1, 5, 10):
         texts_found = [owner[i] in sim[i].topk(k).indices for i in range(60)]
@@ -98,8 +99,8 @@ def test_full_rankings_agree_with_a_slow_definition():
 
 
 def test_chance_is_what_a_random_order_gives():
-    sizes = torch.tensor([[20, 1]] * 50 + [[20, 4]] * 50)
-    ranking = Ranking("x", torch.zeros(100), torch.zeros(0), torch.zeros(0), sizes)
+    none = torch.zeros(0)
+    ranking = Ranking("x", torch.zeros(100), none, none, 20, torch.tensor([1] * 50 + [4] * 50))
     rng, hits = np.random.default_rng(0), {1: [], 5: [], 10: []}
     for _ in range(20_000):
         for right in (1, 4):
@@ -108,17 +109,18 @@ def test_chance_is_what_a_random_order_gives():
                 hits[k].append(best < k)
     for k, found in hits.items():
         assert ranking.chance()[f"x_r{k}"] == pytest.approx(np.mean(found), abs=0.01)
-    assert Ranking("x", torch.zeros(1), sizes, sizes, torch.tensor([[3, 1]])).chance()["x_r5"] == 1
+    assert Ranking("x", torch.zeros(1), none, none, 3, torch.tensor([1])).chance()["x_r5"] == 1
 
 
 def test_reranking_orders_the_best_and_leaves_the_rest():
     sim = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1]])
     right = torch.zeros(3, 4, dtype=torch.bool)
     right[0, 1] = right[1, 3] = right[2, 0] = True
-    ranking = Ranking.of("full_i2t", sim, right, torch.arange(3)[:, None], torch.arange(4), top=2)
+    ranking = rank_candidates("full_i2t", sim, right, torch.arange(3)[:, None], torch.arange(4), top=2)
     assert ranking.rank.tolist() == [1, 3, 0]
     assert ranking.pairs[1].tolist() == [[1, 0], [1, 1]]
-    assert ranking.reranked(torch.tensor([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]])).tolist() == [0, 3, 1]
+    reranked = ranking.reranked(torch.tensor([[0.0, 5.0], [0.0, 5.0], [0.0, 5.0]]))
+    assert reranked.rank.tolist() == [0, 3, 1] and reranked.protocol == "rerank_full_i2t"
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
@@ -163,16 +165,14 @@ def test_sampled_candidates_follow_their_definition(products, negatives, seed):
     kind_of = [str(kind) for kind, _ in products]  # strings: "10" sorts before "2"
     kinds = numbers_of([kind_of[product] for product in owner])
     kind_of = kinds[np.unique(owner, return_index=True)[1]]
-    draw = lambda: sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed))
-    lists, again = draw(), draw()
-    assert all(torch.equal(lists[way], again[way]) for way in lists)
-    for way, owner_of in (("i2t", np.arange(len(products))), ("t2i", owner)):
-        queries = lists[way].numpy()
-        assert len(queries) == min(8, len(owner)) and len(set(queries[:, 0])) == len(queries)
-        fewest = min((owner_of != owner[photo]).sum() for photo in queries[:, 0])
-        assert queries.shape[1] == 2 + min(negatives, fewest)
-        for photo, right, *wrong in queries.tolist():
-            assert right == (owner[photo] if way == "i2t" else photo)
+    draws = [sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed)) for _ in range(2)]
+    assert all(torch.equal(one, again) for one, again in zip(*draws, strict=True))
+    query, captions, images = (drawn.numpy() for drawn in draws[0])
+    assert len(query) == min(8, len(owner)) and len(set(query)) == len(query)
+    for lists, owner_of, rights in ((captions, np.arange(len(products)), owner[query]), (images, owner, query)):
+        fewest = min((owner_of != owner[photo]).sum() for photo in query)
+        assert lists.shape == (len(query), 1 + min(negatives, fewest)) and (lists[:, 0] == rights).all()
+        for photo, wrong in zip(query, lists[:, 1:].tolist(), strict=True):
             assert len(set(wrong)) == len(wrong) and owner[photo] not in owner_of[wrong]
             alike = [kind_of[owner_of[candidate]] == kinds[photo] for candidate in wrong]
             there = sum(kind_of[o] == kinds[photo] for o in owner_of if o != owner[photo])
