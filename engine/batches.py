@@ -124,7 +124,8 @@ def text_features(run: Run, texts: list[Text]) -> Tensor:
 
 def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
     """All of a data set in order, on the device, photos normalised and neither cropped nor flipped."""
-    loader = DataLoader(dataset, run.config.batch_size, collate_fn=run.collate, num_workers=run.config.workers)
+    workers = dict(num_workers=run.config.workers, worker_init_fn=own_session)
+    loader = DataLoader(dataset, run.config.batch_size, collate_fn=run.collate, **workers)
     for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
         for reason in set(batch["unreadable"]) - run.unreadable:
             tqdm.write(f"left out: {reason}")

@@ -1,13 +1,11 @@
-"""Held-out retrieval, matching and restored words while pretraining goes on."""
+"""Held-out retrieval, ITM and MLM accuracy while pretraining goes on."""
+
+from collections import defaultdict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from data import normalise, to_device
-from engine.batches import first_products, text_features, texts_to_search
-from engine.host import own_session
+from engine.batches import batches_of, first_products, text_features, texts_to_search
 from engine.run import Run, autocast
 from evaluation.scores import full_rankings, recalls_of
 from losses import pick_negatives, same_pairs
@@ -17,64 +15,78 @@ from readers.dataset import DataError, PhotoDataset
 
 @torch.no_grad()
 def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[str]]:
-    """Held-out retrieval, MLM and ITM accuracy, the same draws every time. No photo is cropped or flipped. Every rank
-    takes its share of the batches, and the first one, to whom the figures are given, ranks photos and texts.
-    -> figures, and in a line what chance would give."""
-    config, ranks = run.config, run.ranks
+    """Measure retrieval, ITM and MLM on held-out products, with the same random draws every time.
+
+    -> metrics, and a line with the recalls of a random order
+    """
     run.model.eval()
-    shown = first_products(dataset, config.val_products)
-    batches = [rows.tolist() for rows in torch.arange(len(shown)).split(min(config.batch_size, 64))]  # some for each
-    mine, found = range(len(batches))[ranks.rank :: ranks.count], [None] * len(batches)
-    loader = DataLoader(
-        shown, batch_sampler=[batches[number] for number in mine], collate_fn=run.collate,
-        num_workers=config.workers, worker_init_fn=own_session,
-    )  # fmt: skip
-    bar = tqdm(loader, "validating", unit=" batches", leave=False, disable=None)
-    for number, batch in zip(mine, bar, strict=True):
-        found[number] = len(batch["unreadable"]), []
-        if not len(batch["rows"]):
-            continue
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        batch["masked"] = random_word_mask(batch["words"], config.mlm_ratio, generator)
-        forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-        batch["wrong"] = pick_negatives(torch.zeros(forbidden.shape), forbidden, None, "random", generator)
-        batch = to_device(batch, run.device)
+    shown = first_products(dataset, run.config.val_products)
+    outputs = defaultdict(list)
+    for number, batch in enumerate(batches_of(run, shown, "validating")):
+        generator = torch.Generator(run.device).manual_seed(run.config.seed * 1_000_003 + number)
         with autocast(run):
-            found[number][1].extend(part.cpu() for part in (batch["rows"], *held_out_batch(run, batch)))
-    merged = ranks.merge(found)
-    if not ranks.leads:
-        return {}, []
-    if not any(parts for _, parts in merged):
+            predicted = predict_batch(run, batch, generator)
+        outputs["rows"].append(batch["rows"].cpu())
+        for key, value in predicted.items():
+            outputs[key].append(value.cpu())
+    if not outputs:
         raise DataError("no photo of the validation split could be read")
-    parts = zip(*(parts for _, parts in merged if parts), strict=True)
-    rows, image_feat, mlm, elsewhere, itm = map(torch.cat, parts)
-    texts, *owners = texts_to_search(dataset, rows.numpy())
-    rankings = [*full_rankings(image_feat, text_features(run, texts).cpu(), *owners)]
-    recalls = recalls_of(rankings)
-    figures = {key.removeprefix("full_"): value for key, value in recalls.items() if key != "full_mean"}
-    share = lambda hits: hits.float().mean().item()
-    figures |= {"mlm_accuracy": share(mlm), "photo_gain": share(mlm) - share(elsewhere), "itm_accuracy": share(itm)}
-    figures["unreadable"] = sum(unreadable for unreadable, _ in merged)
-    chance = {key: value for ranking in rankings for key, value in ranking.chance().items()}
-    by_chance = "  ".join(f"{key.removeprefix('full_')} {chance[key]:.3f}" for key in recalls if key in chance)
-    return {f"val_{key}": value for key, value in figures.items()}, [f"by chance: {by_chance}"]
+    outputs = {key: torch.cat(parts) for key, parts in outputs.items()}
+
+    texts, image_products, text_products = texts_to_search(dataset, outputs["rows"].numpy())
+    text_feat = text_features(run, texts).cpu()
+    rankings = full_rankings(outputs["image_feat"], text_feat, image_products, text_products)
+    metrics = {}
+    for key, value in recalls_of(rankings).items():
+        if key != "full_mean":
+            metrics[key.replace("full", "val")] = value
+    by_chance = []
+    for ranking in rankings:
+        for key, value in ranking.chance().items():
+            by_chance.append(f"{key.removeprefix('full_')} {value:.3f}")
+
+    mlm_accuracy = outputs["mlm_hits"].float().mean().item()
+    mlm_accuracy_other = outputs["mlm_hits_other"].float().mean().item()
+    metrics["val_mlm_accuracy"] = mlm_accuracy
+    metrics["val_photo_gain"] = mlm_accuracy - mlm_accuracy_other
+    metrics["val_itm_accuracy"] = outputs["itm_hits"].float().mean().item()
+    metrics["val_unreadable"] = len(shown) - len(outputs["rows"])
+    return metrics, ["by chance: " + "  ".join(by_chance)]
 
 
-def held_out_batch(run: Run, batch: dict) -> tuple[Tensor, ...]:
-    """Of a batch with `masked` words and, for each photo, a `wrong` one of another product: image_feat (B, E); which
-    masked words are restored from their photo, and which from the wrong one; which pairs of photo and text, matching
-    and wrong ones, are told rightly."""
-    model, own = run.model, torch.arange(len(batch["rows"]), device=run.device)
-    ids, keep, masked, wrong = (batch[key] for key in ("token_ids", "attention_mask", "masked", "wrong"))
-    elsewhere = wrong.clamp(min=0)
-    image_embeds = model.vision(normalise(batch["images"]))
-    both = torch.cat([ids, ids.masked_fill(masked, run.mask_id)]), torch.cat([keep, keep])
-    text_embeds, masked_embeds = model.text(*both).chunk(2)
-    photos = model.fusion.project_image_kv(image_embeds)
-    order = torch.cat([own, elsewhere])  # each photo with its own text, then with a wrong one
-    fused_cls = model.fusion(text_embeds[order], keep[order], photos, own.repeat(2), cls_only=True)
-    matching, not_matching = model.itm_logits(fused_cls).argmax(-1).chunk(2)
-    filled = model.fusion(masked_embeds, keep, photos), model.fusion(masked_embeds, keep, photos, elsewhere)
-    restored = [model.mlm_logits(fused[masked]).argmax(-1) == ids[masked] for fused in filled]
-    told = torch.cat([matching == 1, (not_matching == 0)[wrong >= 0]])
-    return model.image_feature(image_embeds), *restored, told
+def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """Predict, for a batch of held-out images, whether captions match them and which words are masked.
+
+    -> image_feat (B, E); mlm_hits (M,): masked tokens predicted from their own image, mlm_hits_other (M,): from the
+    image of another product; itm_hits (≤ 2B,): pairs that are told rightly to match or not
+    """
+    model = run.model
+    ids, attention_mask = batch["token_ids"], batch["attention_mask"]  # (B, L)
+    masked = random_word_mask(batch["words"], run.config.mlm_ratio, generator)  # (B, L)
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
+    sim = torch.zeros(forbidden.shape, device=run.device)
+    other = pick_negatives(sim, forbidden, None, "random", generator)  # (B,), −1 where there is none
+    has_other = other >= 0
+    other = other.clamp(min=0)
+
+    image_embeds = model.vision(batch["images"])
+    image_kv = model.fusion.project_image_kv(image_embeds)
+    text_embeds = model.text(ids, attention_mask)
+    masked_embeds = model.text(ids.masked_fill(masked, run.mask_id), attention_mask)
+
+    # ITM: each image with its own caption, then with one of another product
+    matching = model.fusion(text_embeds, attention_mask, image_kv, cls_only=True)
+    wrong = model.fusion(text_embeds[other], attention_mask[other], image_kv, cls_only=True)
+    own_hits = model.itm_logits(matching).argmax(dim=1) == 1
+    wrong_hits = model.itm_logits(wrong).argmax(dim=1) == 0
+
+    # MLM: from the own image, then from one of another product
+    labels = ids[masked]
+    fused = model.fusion(masked_embeds, attention_mask, image_kv)
+    fused_other = model.fusion(masked_embeds, attention_mask, image_kv, image_index=other)
+    return {
+        "image_feat": model.image_feature(image_embeds),
+        "mlm_hits": model.mlm_logits(fused[masked]).argmax(dim=1) == labels,
+        "mlm_hits_other": model.mlm_logits(fused_other[masked]).argmax(dim=1) == labels,
+        "itm_hits": torch.cat([own_hits, wrong_hits[has_other]]),
+    }
