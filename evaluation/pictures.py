@@ -13,7 +13,7 @@ from engine.run import Run, autocast
 from engine.wiring import teach
 from engine.writer import whole_file
 from evaluation.scores import most_confused
-from evaluation.truth import shown_masks
+from evaluation.truth import synchronized_masks
 from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import PhotoDataset, square
 from readers.prompts import Text
@@ -78,7 +78,8 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, sid
     images, texts = batch["images"], [dataset.text(row) for row in batch["rows"].tolist()]
     batch, grid, line = to_device(batch, run.device), run.config.model.grid, 2 * side + 60
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    _, patches, words = shown_masks(run, batch, generator)
+    run.model.eval()
+    _, patches, words = synchronized_masks(run, batch | {"images": normalise(batch["images"])}, generator)
     masks = [
         ("random", random_patch_mask(len(images), grid**2, run.config.mim_ratio, generator, run.device),
          random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
