@@ -95,10 +95,6 @@ class Retrieval(Task):
     """Cross-modal retrieval: ITC + ITM; full protocol and, where a photo has one caption, the sampled one."""
 
     select = "val_mean"
-    panels = {
-        "loss": ["itc", "itm"],
-        "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
-    }
 
     def losses(self, run: Run, batch: dict) -> tuple[Losses, Logged]:
         """ITC with momentum keys, and ITM, as in pretraining but without masks."""
@@ -169,7 +165,6 @@ class TextGuided(Task):
     """
 
     select = "val_mean"
-    panels = {"loss": ["itc"], "held-out recall": ["val_r1", "val_r10", "val_r50"]}
 
     @property
     def fused(self) -> bool:
@@ -261,7 +256,6 @@ def write_ranks(dataset: Triplets, ranked: Iterable[RankedTriplets], path: Path)
 class Recognition(Task):
     """Category or sub-category from the fused [CLS] of photo and text, or from the [CLS] of one of them alone."""
 
-    panels = {"loss": ["class"], "held-out": ["val_accuracy", "val_macro_f1"]}
     select = "val_accuracy"
 
     def labels_of(self, dataset: PhotoDataset) -> list[str]:
@@ -448,7 +442,7 @@ def train_task(
         run.model.eval()
         return task.validate(run, held_out), []
 
-    job = Job(name, task.losses, validate, task.panels, task.select, config.patience)
+    job = Job(name, task.losses, validate, task.select, config.patience)
     final = work(run, job, train_set, state, stop_at)
     return run if final else None
 

@@ -57,7 +57,7 @@ from engine.wiring import (
     teach,
     wrong_pairs,
 )
-from evaluation.pictures import PANELS, draw_curves, draw_masks, first_photos
+from evaluation.pictures import draw_curves, draw_masks, first_photos
 from evaluation.truth import truth, truth_in_words
 from evaluation.validation import validate
 from losses import accuracy, alignment_loss, cross_entropy, mim_loss
@@ -312,7 +312,7 @@ def pretrain(config: TrainConfig, state: dict | None, stop_at: int | None = None
         (figures, chance), known = validate(run, val_set), truth(run, train_set, val_set) if ranks.leads else {}
         return figures | known, [*chance, *truth_in_words(known)]
 
-    job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out, PANELS)
+    job = Job(f"{config.recipe}, {config.preset}", RECIPES[config.recipe], held_out)
     final = work(run, job, train_set, state, stop_at)
     if ranks.leads:
         draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
@@ -355,7 +355,7 @@ def work(run: Run, job: Job, dataset: PhotoDataset, state: dict | None, stop_at:
     finally:
         progress.bar.close()  # or an error would stand behind it
         if ranks.leads and any("loss" in line for line in metrics.lines):
-            draw_curves(metrics.lines, out / "curves.png", job.panels)
+            draw_curves(metrics.lines, out / "curves.png")
 
 
 def loop(

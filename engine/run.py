@@ -111,7 +111,6 @@ class Job:
     name: str
     losses: Callable[[Run, dict], tuple[Losses, Logged]]
     validate: Callable[[Run], tuple[dict[str, float], list[str]]]  # figures, and lines for the eye
-    panels: dict[str, list[str]]  # of curves.png
     select: str | None = None  # figure whose highest value is kept as best.pt
     patience: int = 0  # validations without a better one after which to stop; 0: never
 

@@ -1,4 +1,4 @@
-"""Does a photo tell its own text from one that differs in one thing that the photo shows?"""
+"""Does an image tell its own caption from a foil: the same caption with one wrong value that the image shows?"""
 
 from collections import defaultdict
 
@@ -14,47 +14,63 @@ from readers.wardrobe import WHOLE
 
 @torch.no_grad()
 def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
-    """Share of the photos, of the first `products` products, whose own text scores higher than one that differs in a
-    single value; by cosine similarity and by the ITM head. Chance is 0.5, ties are wrong.
+    """Measure how often the own caption scores higher than a foil, by cosine and by the ITM head, for the images of the
+    first `products` products. Chance is 0.5, ties are wrong.
 
-    choice_coarse and choice_fine (by the kind of the value), choice_coarse_itm and choice_fine_itm: means over kinds.
+    -> choice_coarse and choice_fine, by the kind of the wrong value, choice_coarse_itm and choice_fine_itm
     """
-    part = dataset.part((dataset.product_ids < products).nonzero()[0])
-    kinds, rows, others = trials(dataset, part.source)
-    if not rows:
+    part = dataset.part(np.flatnonzero(dataset.product_ids < products))
+    kinds, rows, foils = trials(dataset, part.source)
+    if not kinds:
         return {}
-    texts = [part.text(row) for row in range(len(part))] + [(dataset.lead, other) for other in others]
-    own, other = torch.tensor(rows), torch.arange(len(others)) + len(part)
-    image_feat, text_feat = photo_features(run, part)[1], text_features(run, texts)
-    cosines = [(image_feat[own] * text_feat[text]).sum(dim=1) for text in (own, other)]
-    pairs = torch.stack([own.repeat(2), torch.cat([own, other])], dim=1)
-    matches = match_scores(run, part, texts, pairs).chunk(2)
-    return _shares(kinds, cosines[0] > cosines[1], "") | _shares(kinds, matches[0] > matches[1], "_itm")
+    captions = [part.text(row) for row in range(len(part))]
+    captions += [(dataset.lead, foil) for foil in foils]
+    own = torch.tensor(rows)
+    foil = torch.arange(len(part), len(captions))
+    _, image_feat = photo_features(run, part)
+    text_feat = text_features(run, captions)
+    cosine = (image_feat[own] * text_feat[own]).sum(dim=1)
+    cosine_foil = (image_feat[own] * text_feat[foil]).sum(dim=1)
+    own_pairs = torch.stack([own, own], dim=1)
+    foil_pairs = torch.stack([own, foil], dim=1)
+    match, match_foil = match_scores(run, part, captions, torch.cat([own_pairs, foil_pairs])).chunk(2)
+    shares = {}
+    for end, hits in (("", cosine > cosine_foil), ("_itm", match > match_foil)):
+        coarse, fine = mean_by_kind(kinds, hits)
+        if coarse:
+            shares[f"choice_coarse{end}"] = float(np.mean(coarse))
+        if fine:
+            shares[f"choice_fine{end}"] = float(np.mean(fine))
+    return shares
 
 
 def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], list[str]]:
-    """For each of some rows and each kind of attribute that its photo shows one wrong text, the same ones every time.
-    -> kinds, which of the rows, texts."""
-    found = []
+    """Draw a foil for each of some rows and each kind of attribute that the image shows, the same ones every time.
+
+    -> the kind of each foil, the place of its image in `rows`, the foil
+    """
+    kinds, numbers, foils = [], [], []
     for number, row in enumerate(rows):
-        rng, options = np.random.default_rng((11, row)), defaultdict(list)
-        for kind, key, variant in dataset.products[dataset.rows[row][0]].variants():
+        product = dataset.products[dataset.rows[row][0]]
+        options = defaultdict(list)
+        for kind, key, variant in product.variants():
             if key in dataset.regions[row]:
                 options[kind].append(variant)
+        rng = np.random.default_rng((11, row))
         for kind, variants in options.items():
-            found.append((kind, number, variants[int(rng.integers(len(variants)))].caption_and_spans()[0]))
-    return tuple(map(list, zip(*found, strict=True))) if found else ([], [], [])
+            variant = variants[int(rng.integers(len(variants)))]
+            foil, _ = variant.caption_and_spans()
+            kinds.append(kind)
+            numbers.append(number)
+            foils.append(foil)
+    return kinds, numbers, foils
 
 
-def _shares(kinds: list[str], right: Tensor, end: str) -> dict[str, float]:
+def mean_by_kind(kinds: list[str], hits: Tensor) -> tuple[list[float], list[float]]:
+    """Average the hits (n,) of each kind. -> means of the coarse kinds, means of the fine kinds"""
     by_kind = defaultdict(list)
-    for kind, hit in zip(kinds, right.tolist(), strict=True):
+    for kind, hit in zip(kinds, hits.tolist(), strict=True):
         by_kind[kind].append(hit)
-    coarse = [np.mean(hits) for kind, hits in by_kind.items() if kind in WHOLE]
-    fine = [np.mean(hits) for kind, hits in by_kind.items() if kind not in WHOLE]
-    shares = {}
-    if coarse:
-        shares[f"choice_coarse{end}"] = float(np.mean(coarse))
-    if fine:
-        shares[f"choice_fine{end}"] = float(np.mean(fine))
-    return shares
+    coarse = [np.mean(found) for kind, found in by_kind.items() if kind in WHOLE]
+    fine = [np.mean(found) for kind, found in by_kind.items() if kind not in WHOLE]
+    return coarse, fine

@@ -3,186 +3,222 @@
 import textwrap
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import encode, normalise, to_device
 from engine.run import Run, autocast
-from engine.wiring import teach
-from engine.writer import whole_file
-from evaluation.scores import most_confused
 from evaluation.truth import synchronized_masks
 from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import PhotoDataset, square
 from readers.prompts import Text
 
-TRUTHS = ("patch_cooccurrence", "word_cooccurrence", "pointing")
+# of curves.png: title -> keys of metrics.jsonl
 PANELS = {
-    "loss": ["itc", "itm", "mlm", "mim", "rtd", "align"],
-    "held-out recall": [f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)],
+    "loss": ["itc", "itm", "mlm", "mim", "rtd", "align", "class"],
+    "held-out recall": [
+        "val_i2t_r1",
+        "val_i2t_r5",
+        "val_i2t_r10",
+        "val_t2i_r1",
+        "val_t2i_r5",
+        "val_t2i_r10",
+        "val_r1",
+        "val_r10",
+        "val_r50",
+    ],
     "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "choice_fine", "choice_fine_itm"],
+    "held-out": ["val_accuracy", "val_macro_f1"],
     "what the photo adds, held out": ["val_photo_gain", "photo_gain_whole", "photo_gain_detail"],
-    "held-out truth of the masks": [key + end for key in TRUTHS for end in ("", "_random")],
+    "held-out truth of the masks": [
+        "patch_cooccurrence",
+        "patch_cooccurrence_random",
+        "word_cooccurrence",
+        "word_cooccurrence_random",
+        "pointing",
+        "pointing_random",
+    ],
 }
 
 
-def draw_curves(lines: list[dict], path: Path, panels: dict[str, list[str]] = PANELS) -> None:
-    """curves.png: for each of the panels, title -> keys of metrics.jsonl, what there is of these over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    curves = {key: [(line["step"], line[key]) for line in lines if key in line] for key in sum(panels.values(), [])}
-    panels = {title: [key for key in keys if curves[key]] for title, keys in panels.items()}
-    panels = {title: keys for title, keys in panels.items() if keys}
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """Draw the metrics over the steps, in as many of PANELS as there are metrics for."""
+    panels = {}
+    for title, keys in PANELS.items():
+        logged = [key for key in keys if any(key in line for line in lines)]
+        if logged:
+            panels[title] = logged
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
-            style = {"linestyle": ":", "color": axis.lines[-1].get_color()} if key.endswith("_random") else {}
-            marker = "." if len(curves[key]) < 20 else None
-            axis.plot(*zip(*curves[key], strict=True), label=key.removeprefix("val_"), marker=marker, **style)
+            steps = [line["step"] for line in lines if key in line]
+            values = [line[key] for line in lines if key in line]
+            style = {}
+            if key.endswith("_random"):  # dotted, in the colour of the curve before
+                style = {"linestyle": ":", "color": axis.lines[-1].get_color()}
+            marker = "." if len(steps) < 20 else None
+            axis.plot(steps, values, label=key.removeprefix("val_"), marker=marker, **style)
         axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+    figure.savefig(path, dpi=110)
 
 
 INK, PAPER, GREY = (30, 30, 34), (255, 255, 255), (150, 150, 156)
+LINE = 22  # pixels from one line of text to the next
 
 
 def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     """One photo of each of the first `count` products: the first of one, the second of the next, and so on."""
-    owners = dataset.product_ids
-    views = [(owners == product).nonzero()[0] for product in range(min(count, int(owners.max()) + 1))]
-    return [int(rows[number % len(rows)]) for number, rows in enumerate(views)]
+    products = min(count, int(dataset.product_ids.max()) + 1)
+    chosen = []
+    for product in range(products):
+        rows = (dataset.product_ids == product).nonzero()[0]
+        chosen.append(int(rows[product % len(rows)]))
+    return chosen
 
 
 def letters(size: int) -> ImageFont.FreeTypeFont:
     """The font that matplotlib brings: Pillow's own has no accents."""
-    import matplotlib
-
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path, side: int = 150) -> None:
-    """masks.png: for each photo the patches and words that random and that synchronized masks would hide, and what a
-    soft mask of one random word, marked in its text, would suppress."""
+def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> None:
+    """Draw, for each image, what random and synchronized masks hide of the image and of its caption, and what a soft
+    mask of one random word, marked in the caption, suppresses.
+    """
     batch = run.collate([dataset[row] for row in rows])
-    if not len(batch["rows"]):  # none can be decoded
+    if not len(batch["rows"]):  # no image can be decoded
         return
-    images, texts = batch["images"], [dataset.text(row) for row in batch["rows"].tolist()]
-    batch, grid, line = to_device(batch, run.device), run.config.model.grid, 2 * side + 60
-    generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    run.model.eval()
-    _, patches, words = synchronized_masks(run, batch | {"images": normalise(batch["images"])}, generator)
-    masks = [
-        ("random", random_patch_mask(len(images), grid**2, run.config.mim_ratio, generator, run.device),
-         random_word_mask(batch["words"], run.config.mlm_ratio, generator)),
-        ("synchronized" + ", in training not yet" * (run.step <= run.config.mask_warmup), patches, words),
-        *shown_soft_masks(run, batch, generator),
-    ]  # fmt: skip
-    font, text_left = letters(14), (len(masks) + 1) * (side + 10) + 10
-    page = Image.new("RGB", (text_left + len(masks) * line, 30 + len(images) * 5 * side), PAPER)
-    pen, top = ImageDraw.Draw(page), 30
-    for column, (title, _, _) in enumerate(masks):
-        pen.text((side * (column + 1) + 10 * (column + 2), 8), title, INK, font)
-        pen.text((text_left + line * column, 8), f"{title}: words", INK, font)
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
-        page.paste(photo, (10, top))
+    pixels = batch["images"].permute(0, 2, 3, 1).numpy()  # (B, S, S, 3) uint8
+    captions = [dataset.text(row) for row in batch["rows"].tolist()]
+    batch = to_device(batch, run.device)
+    batch["images"] = normalise(batch["images"])
+    masks = example_masks(run, batch)
+
+    font = letters(14)
+    side, cell, column_width = 150, 160, 360  # of an image, of an image with its margin, of a caption
+    text_left = 10 + cell * (len(masks) + 1)
+    page = Image.new("RGB", (text_left + column_width * len(masks), 30 + 5 * cell * len(pixels)), PAPER)
+    pen = ImageDraw.Draw(page)
+    for column, title in enumerate(masks):
+        pen.text((10 + cell * (column + 1), 8), title, INK, font)
+        pen.text((text_left + column_width * column, 8), f"{title}: words", INK, font)
+    top = 30
+    for i, caption in enumerate(captions):
+        image = Image.fromarray(pixels[i]).resize((side, side), Image.Resampling.BICUBIC)
+        page.paste(image, (10, top))
         bottom = top + side
-        for column, (_, patch_mask, word_mask) in enumerate(masks):
-            hidden = (patch_mask[i].float() * 255).byte().view(grid, grid).cpu().numpy()
-            cover = Image.fromarray(hidden).resize((side, side), Image.Resampling.NEAREST)
-            page.paste(Image.composite(Image.new("RGB", photo.size, GREY), photo, cover),
-                       (side * (column + 1) + 10 * (column + 2), top))  # fmt: skip
-            corner = (text_left + line * column, top)
-            end = draw_text(pen, font, text, run.tokenizer, word_mask[i].tolist(), corner, line - 20)
-            bottom = max(bottom, end)
+        for column, (patch_mask, word_mask) in enumerate(masks.values()):
+            covered = cover(image, patch_mask[i], run.config.model.grid)
+            page.paste(covered, (10 + cell * (column + 1), top))
+            corner = (text_left + column_width * column, top)
+            foot = draw_caption(pen, font, run.tokenizer, caption, word_mask[i], corner)
+            bottom = max(bottom, foot)
         top = bottom + 10
     page.crop((0, 0, page.width, top)).save(path)
 
 
-def shown_soft_masks(run: Run, batch: dict, generator: torch.Generator) -> list[tuple[str, Tensor, Tensor]]:
-    """Title, soft mask (B, P) and the random word (B, L) that it is of; nothing where there is one fusion layer."""
-    layers, words = run.config.model.fusion_layers, batch["words"]
-    if layers == 1:
-        return []
+def example_masks(run: Run, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
+    """Make a mask of each kind for a batch with normalised images. -> title -> patch mask (B, P), word mask (B, L)"""
+    config, words = run.config, batch["words"]
+    run.model.eval()
+    generator = torch.Generator(run.device).manual_seed(config.seed)
+    _, sync_patches, sync_words = synchronized_masks(run, batch, generator)
+    random_patches = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
+    random_words = random_word_mask(words, config.mlm_ratio, generator)
+    masks = {"random": (random_patches, random_words), "synchronized": (sync_patches, sync_words)}
+    if config.model.fusion_layers > 1:
+        masks["soft"] = example_soft_mask(run, batch, generator)
+    return masks
+
+
+def example_soft_mask(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Make the soft mask (B, P) of one random word of each caption; the word as a mask (B, L)."""
+    momentum, attention_mask = run.momentum.model, batch["attention_mask"]
     with autocast(run):
-        teacher = teach(run, batch | {"images": normalise(batch["images"])})
-        with torch.enable_grad():
-            text = teacher.text_embeds.detach().requires_grad_()
-            fused, attentions = run.momentum.model.fusion(
-                text, batch["attention_mask"], teacher.photos, return_attention=True
-            )
-            maps = grad_cam(attentions[middle_layer(layers)], run.momentum.model.itm_logits(fused)[:, 1].sum())
-    words = words > 0
-    word = torch.multinomial((words | ~words.any(dim=1, keepdim=True)).float(), 1, generator=generator)  # (B, 1)
-    mask = soft_mask(maps, word.squeeze(1))
-    return [("soft", mask, torch.zeros_like(words).scatter(1, word, True) & words)]
+        with torch.no_grad():
+            image_kv = momentum.fusion.project_image_kv(momentum.vision(batch["images"]))
+            text_embeds = momentum.text(batch["token_ids"], attention_mask)
+        text_embeds.requires_grad_()
+        fused, attentions = momentum.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
+        attention = attentions[middle_layer(len(attentions))]
+        maps = grad_cam(attention, momentum.itm_logits(fused)[:, 1].sum())
+    words = batch["words"] > 0
+    no_word = ~words.any(dim=1, keepdim=True)
+    drawn = torch.multinomial((words | no_word).float(), 1, generator=generator)  # (B, 1)
+    word_mask = torch.zeros_like(words).scatter(1, drawn, True) & words
+    return soft_mask(maps, drawn.squeeze(1)), word_mask
 
 
-def draw_text(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: Text, tokenizer: Tokenizer, mask: list[bool],
-    corner: tuple[int, int], width: int,
-) -> int:  # fmt: skip
-    """The text from `corner` on, broken between words at `width` pixels, its masked tokens blacked out but legible, and
-    … where it goes on beyond what the model reads. -> its foot"""
-    (x, y), encoding, words = corner, encode(tokenizer, [text])[0], []
-    for piece, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, mask, strict=False):
+def cover(image: Image.Image, patch_mask: Tensor, grid: int) -> Image.Image:
+    """Lay grey over the masked patches of an image, as much as the mask (P,) in [0, 1] says."""
+    opacity = (patch_mask.float() * 255).byte().view(grid, grid).cpu().numpy()
+    opacity = Image.fromarray(opacity).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", image.size, GREY), image, opacity)
+
+
+def draw_caption(
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont,
+    tokenizer: Tokenizer,
+    caption: Text,
+    word_mask: Tensor,
+    corner: tuple[int, int],
+    width: int = 280,
+) -> int:
+    """Write a caption with its masked tokens, word_mask (L,), in white on black, and … where the model's input is cut.
+
+    A word that begins more than `width` pixels right of the corner goes to the next line. -> the lower end in pixels
+    """
+    encoding = encode(tokenizer, [caption])[0]
+    left, y = corner
+    x = left
+    end_before = None
+    for piece, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, word_mask.tolist(), strict=False):
         if piece is None:  # [CLS], [SEP]
             continue
-        if not words or (piece, start) != words[-1][0]:
-            words.append([None, []])
-        words[-1][0] = (piece, stop)
-        words[-1][1].append((text[piece][start:stop], masked))
-    for _, pieces in [*words, *([(None, [("…", False)])] if encoding.overflowing else [])]:
-        if x + font.getlength("".join(piece for piece, _ in pieces)) > corner[0] + width and x > corner[0]:
-            x, y = corner[0], y + 22
-        for piece, masked in pieces:
-            size = font.getlength(piece)
-            if masked:
-                pen.rectangle((x - 1, y, x + size + 1, y + 19), INK)
-            pen.text((x, y), piece, PAPER if masked else INK, font)
-            x += size + 1
-        x += 5
-    return y + 22
+        if end_before not in (None, (piece, start)):  # a new word
+            x += 5
+            if x > left + width:
+                x, y = left, y + LINE
+        token = caption[piece][start:stop]
+        size = font.getlength(token)
+        if masked:
+            pen.rectangle((x - 1, y, x + size + 1, y + LINE - 3), INK)
+        pen.text((x, y), token, PAPER if masked else INK, font)
+        x += size + 1
+        end_before = (piece, stop)
+    if encoding.overflowing:
+        pen.text((x + 5, y), "…", INK, font)
+    return y + LINE
 
 
-MOST_CLASSES = 60  # of a confusion matrix that can be read
+def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) -> None:
+    """Draw which classes the images of each class were predicted as, in shares of the row; classes that occur alone."""
+    classes = len(names)
+    counts = (labels * classes + preds).bincount(minlength=classes**2).view(classes, classes)
+    occurring = torch.cat([labels, preds]).unique()
+    counts = counts[occurring][:, occurring]
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
 
-
-def draw_confusion(right: Tensor, answered: Tensor, names: list[str], path: Path) -> None:
-    """confusion.png: for each class that occurs, which classes its photos were given, in shares of the row; of more
-    than MOST_CLASSES the most confused ones."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    occurs, shown = len(torch.cat([right, answered]).unique()), most_confused(right, answered, MOST_CLASSES)
-    place = torch.full((len(names),), -1).index_put_((shown,), torch.arange(len(shown)))
-    both = (place[right] >= 0) & (place[answered] >= 0)
-    cells = place[right[both]], place[answered[both]]
-    counts = torch.zeros(len(shown), len(shown)).index_put_(cells, torch.ones(int(both.sum())), accumulate=True)
-    side, labels = max(4.0, 0.22 * len(shown) + 2), [names[c] for c in shown.tolist()]
-    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
-    shares = counts / right.bincount(minlength=len(names))[shown, None].clamp(min=1)
+    side = min(max(4.0, 0.22 * len(counts) + 2), 40.0)  # inches
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(shown)), labels, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
-    axis.set_yticks(range(len(shown)), labels, fontsize=7, parse_math=False)
-    some = f"the {len(shown)} of {occurs} classes with most errors; " if len(shown) < occurs else ""
-    axis.set(xlabel="answered", ylabel="right", title=f"{some}colour: share of the class")
-    for i, j in counts.nonzero().tolist():
-        colour = "white" if shares[i, j] > 0.5 else "k"
-        axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=5, color=colour)
+    ticks = [names[label] for label in occurring.tolist()]
+    axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
+    axis.set_yticks(range(len(ticks)), ticks, fontsize=7, parse_math=False)
+    axis.set(xlabel="answered", ylabel="right", title="colour: share of the class")
+    for row, column in counts.nonzero().tolist():
+        colour = "white" if shares[row, column] > 0.5 else "k"
+        axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=5, color=colour)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 RIGHT = (30, 150, 70)  # the frame of a right answer
@@ -190,27 +226,36 @@ Answer = tuple[int, str, bool]  # row, note, is it a right one?
 
 
 def draw_answers(
-    dataset: PhotoDataset, queries: list[tuple[str, Image.Image | None, list[Answer]]], path: Path, side: int = 128
+    dataset: PhotoDataset, queries: list[tuple[str, Image.Image | None, list[Answer]]], path: Path
 ) -> None:
-    """A sheet of queries, text with or without a photo, each with its best photos, five a line; right ones framed."""
-    font, columns, gap = letters(12), 5, 26
-    lines = [max(1, -(-len(answers) // columns)) for _, _, answers in queries]
-    page = Image.new("RGB", ((columns + 2) * (side + 8) + 16, sum(lines) * (side + gap) + 8), PAPER)
-    pen, top = ImageDraw.Draw(page), 8
-    for (text, photo, answers), height in zip(queries, lines, strict=True):
-        left = 8
-        if photo is not None:
-            page.paste(square(photo, dataset.image_size).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-        left += (side + 8) * (photo is not None)
-        width = 18 if photo is not None else 38
-        pen.multiline_text((left, top), "\n".join(textwrap.wrap(text, width)[:8]), INK, font)
-        for number, (row, note, right) in enumerate(answers):
-            x = 8 + (side + 8) * (2 + number % columns)
-            y = top + (number // columns) * (side + gap)
-            picture = square(dataset.photo(row), dataset.image_size).resize((side, side), Image.Resampling.BICUBIC)
+    """Draw a line for each query, a text with or without an image, with its best images; right ones are framed."""
+    font = letters(12)
+    side, width, height = 128, 136, 154  # of an image, of an image with its margins and note
+    columns = 2 + max(len(answers) for _, _, answers in queries)
+    page = Image.new("RGB", (16 + width * columns, 8 + height * len(queries)), PAPER)
+    pen = ImageDraw.Draw(page)
+    for number, (text, image, answers) in enumerate(queries):
+        top = 8 + height * number
+        if image is None:
+            pen.text((8, top), wrapped(text, 38), INK, font)
+        else:
+            page.paste(thumbnail(image, dataset.image_size, side), (8, top))
+            pen.text((8 + width, top), wrapped(text, 18), INK, font)
+        for column, (row, note, right) in enumerate(answers, start=2):
+            left = 8 + width * column
             if right:
-                pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), RIGHT)
-            page.paste(picture, (x, y))
-            pen.text((x, y + side + 3), note, INK, font)
-        top += height * (side + gap)
+                pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), RIGHT)
+            page.paste(thumbnail(dataset.photo(row), dataset.image_size, side), (left, top))
+            pen.text((left, top + side + 3), note, INK, font)
     page.save(path)
+
+
+def thumbnail(image: Image.Image, image_size: int, side: int) -> Image.Image:
+    """Scale an image as the model gets it, `image_size` pixels wide, to `side` pixels."""
+    return square(image, image_size).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break a text at `width` letters, and cut it after eight lines."""
+    lines = textwrap.wrap(text, width)
+    return "\n".join(lines[:8])

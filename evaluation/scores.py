@@ -234,16 +234,6 @@ def recognition_scores(labels: Tensor, preds: Tensor) -> Figures:
     return {"accuracy": (labels == preds).float().mean().item(), "macro_f1": float(np.mean(f1_scores))}
 
 
-def most_confused(labels: Tensor, preds: Tensor, count: int) -> Tensor:
-    """List the `count` classes with most errors, of the classes that occur in labels or preds (n,), in order."""
-    wrong = labels != preds
-    errors = torch.cat([labels[wrong], preds[wrong]])
-    classes = torch.cat([labels, preds]).unique()
-    counts = torch.stack([(errors == label).sum() for label in classes])
-    most = counts.argsort(descending=True, stable=True)[:count]
-    return classes[most].sort().values
-
-
 def scores_by_class(labels: Tensor, preds: Tensor) -> dict[int, tuple[float, float, float]]:
     """Compute precision, recall and F1 of each class that occurs in labels or preds (n,).
 

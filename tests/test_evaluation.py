@@ -19,7 +19,6 @@ from evaluation.scores import (
     Ranking,
     full_rankings,
     match_rank,
-    most_confused,
     rank_candidates,
     recalls_of,
     sampled_candidates,
@@ -311,9 +310,3 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
     assert figures == expected | {f"{key}_itm": value for key, value in expected.items()}
     dataset.regions = [{} for _ in dataset.regions]  # nothing is shown, so there is nothing to choose
     assert choice.choices(None, dataset, products) == {}
-
-
-def test_a_confusion_of_many_classes_shows_the_most_confused():
-    truth, said = torch.tensor([0, 1, 1, 2, 3, 3, 4]), torch.tensor([0, 3, 3, 5, 1, 3, 4])
-    assert most_confused(truth, said, 2).tolist() == [1, 3]
-    assert most_confused(truth, said, 9).tolist() == [*range(6)]
