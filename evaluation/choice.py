@@ -34,14 +34,9 @@ def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     own_pairs = torch.stack([own, own], dim=1)
     foil_pairs = torch.stack([own, foil], dim=1)
     match, match_foil = match_scores(run, part, captions, torch.cat([own_pairs, foil_pairs])).chunk(2)
-    shares = {}
-    for end, hits in (("", cosine > cosine_foil), ("_itm", match > match_foil)):
-        coarse, fine = mean_by_kind(kinds, hits)
-        if coarse:
-            shares[f"choice_coarse{end}"] = float(np.mean(coarse))
-        if fine:
-            shares[f"choice_fine{end}"] = float(np.mean(fine))
-    return shares
+    by_cosine = mean_over_kinds(kinds, cosine > cosine_foil)
+    by_itm = mean_over_kinds(kinds, match > match_foil)
+    return by_cosine | {f"{key}_itm": value for key, value in by_itm.items()}
 
 
 def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], list[str]]:
@@ -66,11 +61,11 @@ def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], l
     return kinds, numbers, foils
 
 
-def mean_by_kind(kinds: list[str], hits: Tensor) -> tuple[list[float], list[float]]:
-    """Average the hits (n,) of each kind. -> means of the coarse kinds, means of the fine kinds"""
-    by_kind = defaultdict(list)
-    for kind, hit in zip(kinds, hits.tolist(), strict=True):
-        by_kind[kind].append(hit)
-    coarse = [np.mean(found) for kind, found in by_kind.items() if kind in WHOLE]
-    fine = [np.mean(found) for kind, found in by_kind.items() if kind not in WHOLE]
-    return coarse, fine
+def mean_over_kinds(kinds: list[str], hits: Tensor) -> dict[str, float]:
+    """Average the hits (n,) within each kind, then over the coarse and over the fine kinds that occur."""
+    groups = {"choice_coarse": [], "choice_fine": []}
+    for kind in dict.fromkeys(kinds):
+        of_kind = torch.tensor([kind == other for other in kinds])
+        share = hits.cpu()[of_kind].double().mean().item()
+        groups["choice_coarse" if kind in WHOLE else "choice_fine"].append(share)
+    return {key: float(np.mean(shares)) for key, shares in groups.items() if shares}

@@ -13,6 +13,7 @@ from engine.batches import batches_of, first_products
 from engine.config import TrainConfig, grouping_of
 from engine.run import Run, autocast
 from evaluation.choice import choices
+from evaluation.validation import draw_other
 from losses import NegativeMode, pick_negatives, same_pairs
 from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, score_words, sync_mask
 from readers.dataset import PhotoDataset
@@ -104,9 +105,7 @@ def image_gain(run: Run, batch: dict, generator: torch.Generator) -> Tensor:
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]
     part_of = torch.randint(PARTS, words.shape, generator=generator, device=run.device)
     part_of = part_of.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
-    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-    sim = torch.zeros(forbidden.shape, device=run.device)
-    other = pick_negatives(sim, forbidden, None, "random", generator).clamp(min=0)
+    other = draw_other(batch, generator).clamp(min=0)
 
     gain = torch.zeros_like(words)
     with autocast(run):
@@ -162,8 +161,9 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
                 batch_rows = rows[block][batch]
                 pairs = batch_negatives(run, sim[batch][:, batch], groups[:, batch], picking, generator)
                 for image, caption in pairs:
-                    product = dataset.product_ids[batch_rows[caption]]
-                    false.append(dataset.describes(int(product), int(batch_rows[image])))
+                    if min(image, caption) >= 0:
+                        product = dataset.product_ids[batch_rows[caption]]
+                        false.append(dataset.describes(int(product), int(batch_rows[image])))
         metrics[f"false_negative_rate{suffix}"] = float(np.mean(false)) if false else 0.0
     return metrics
 
@@ -199,16 +199,16 @@ def batch_negatives(
 ) -> list[tuple[int, int]]:
     """Choose the negatives of a batch by its cosines, sim (B, B).
 
-    groups (2, B): product and caption of each pair -> (image, caption) pairs: of each image, then of each caption
+    groups (2, B): product and caption of each pair -> (image, caption) pairs: of each image, then of each caption;
+    −1 where there is none
     """
+    temp = run.model.temp.item()
     product_ids, caption_ids = torch.from_numpy(groups)
     forbidden = same_pairs(product_ids, caption_ids)
-    if picking == "similar":
-        sim = sim / run.model.temp.item()
-    captions = pick_negatives(sim, forbidden, None, picking, generator, run.config.margin)
-    images = pick_negatives(sim.T, forbidden, None, picking, generator, run.config.margin)
-    pairs = [(image, caption) for image, caption in enumerate(captions.tolist()) if caption >= 0]
-    pairs += [(image, caption) for caption, image in enumerate(images.tolist()) if image >= 0]
+    captions = pick_negatives(sim / temp, forbidden, None, picking, generator, run.config.margin / temp)
+    images = pick_negatives(sim.T / temp, forbidden, None, picking, generator, run.config.margin / temp)
+    pairs = list(enumerate(captions.tolist()))
+    pairs += [(image, caption) for caption, image in enumerate(images.tolist())]
     return pairs
 
 
