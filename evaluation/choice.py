@@ -27,16 +27,20 @@ def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     captions += [(dataset.lead, foil) for foil in foils]
     own = torch.tensor(rows)
     foil = torch.arange(len(part), len(captions))
+
     _, image_feat = photo_features(run, part)
     text_feat = text_features(run, captions)
     cosine = (image_feat[own] * text_feat[own]).sum(dim=1)
     cosine_foil = (image_feat[own] * text_feat[foil]).sum(dim=1)
+
     own_pairs = torch.stack([own, own], dim=1)
     foil_pairs = torch.stack([own, foil], dim=1)
     match, match_foil = match_scores(run, part, captions, torch.cat([own_pairs, foil_pairs])).chunk(2)
-    by_cosine = mean_over_kinds(kinds, cosine > cosine_foil)
-    by_itm = mean_over_kinds(kinds, match > match_foil)
-    return by_cosine | {f"{key}_itm": value for key, value in by_itm.items()}
+
+    shares = mean_over_kinds(kinds, cosine > cosine_foil)
+    for key, share in mean_over_kinds(kinds, match > match_foil).items():
+        shares[f"{key}_itm"] = share
+    return shares
 
 
 def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], list[str]]:
@@ -46,15 +50,15 @@ def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], l
     """
     kinds, numbers, foils = [], [], []
     for number, row in enumerate(rows):
-        product = dataset.products[dataset.rows[row][0]]
+        product, _ = dataset.rows[row]
         options = defaultdict(list)
-        for kind, key, variant in product.variants():
+        for kind, key, variant in dataset.products[product].variants():
             if key in dataset.regions[row]:
                 options[kind].append(variant)
         rng = np.random.default_rng((11, row))
         for kind, variants in options.items():
-            variant = variants[int(rng.integers(len(variants)))]
-            foil, _ = variant.caption_and_spans()
+            drawn = rng.integers(len(variants))
+            foil, _ = variants[drawn].caption_and_spans()
             kinds.append(kind)
             numbers.append(number)
             foils.append(foil)
@@ -63,9 +67,11 @@ def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], l
 
 def mean_over_kinds(kinds: list[str], hits: Tensor) -> dict[str, float]:
     """Average the hits (n,) within each kind, then over the coarse and over the fine kinds that occur."""
-    groups = {"choice_coarse": [], "choice_fine": []}
-    for kind in dict.fromkeys(kinds):
-        of_kind = torch.tensor([kind == other for other in kinds])
-        share = hits.cpu()[of_kind].double().mean().item()
-        groups["choice_coarse" if kind in WHOLE else "choice_fine"].append(share)
-    return {key: float(np.mean(shares)) for key, shares in groups.items() if shares}
+    hits_by_kind = defaultdict(list)
+    for kind, hit in zip(kinds, hits.tolist(), strict=True):
+        hits_by_kind[kind].append(hit)
+    shares = defaultdict(list)
+    for kind, found in hits_by_kind.items():
+        group = "choice_coarse" if kind in WHOLE else "choice_fine"
+        shares[group].append(np.mean(found))
+    return {group: float(np.mean(values)) for group, values in shares.items()}

@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -75,10 +76,9 @@ LINE = 22  # pixels from one line of text to the next
 
 def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     """One photo of each of the first `count` products: the first of one, the second of the next, and so on."""
-    products = min(count, int(dataset.product_ids.max()) + 1)
     chosen = []
-    for product in range(products):
-        rows = (dataset.product_ids == product).nonzero()[0]
+    for product in np.unique(dataset.product_ids)[:count]:
+        rows = np.flatnonzero(dataset.product_ids == product)
         chosen.append(int(rows[product % len(rows)]))
     return chosen
 

@@ -92,9 +92,8 @@ def check_words(tokenizer: Tokenizer, query: str) -> None:
 def is_unknown(tokenizer: Tokenizer, word: str) -> bool:
     """Whether the vocabulary can only spell a word letter by letter, or not at all."""
     encoding = tokenizer.encode(word, add_special_tokens=False)
-    pieces = encoding.tokens[: sum(encoding.attention_mask)]  # without padding
-    letters = [piece for piece in pieces if len(piece.removeprefix("##")) == 1]
-    return "[UNK]" in pieces or len(pieces) == len(letters) > 1
+    pieces = sum(encoding.attention_mask)  # without padding
+    return "[UNK]" in encoding.tokens or pieces == len(word) > 1
 
 
 @torch.no_grad()
