@@ -50,9 +50,8 @@ def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], l
     """
     kinds, numbers, foils = [], [], []
     for number, row in enumerate(rows):
-        product, _ = dataset.rows[row]
         options = defaultdict(list)
-        for kind, key, variant in dataset.products[product].variants():
+        for kind, key, variant in dataset.product(row).variants():
             if key in dataset.regions[row]:
                 options[kind].append(variant)
         rng = np.random.default_rng((11, row))
