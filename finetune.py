@@ -152,9 +152,10 @@ class Retrieval(Task):
             protocol += "all captions of each"
         else:
             kinds = numbers_of([dataset.subcategories[row] for row in rows])
-            more, alike = sampled_rankings(*gallery[:3], kinds, self.config.seed, top)
-            share = " and ".join(f"{100 * share:.0f} % ({way})" for way, share in alike.items())
-            share = f"{share} of the same sub-category" if any(dataset.subcategories) else "no sub-categories known"
+            more, share = sampled_rankings(*gallery[:3], kinds, self.config.seed, top)
+            share = f"{100 * share:.0f} % of the same sub-category"
+            if not any(dataset.subcategories):
+                share = "no sub-categories known"
             protocol += f"one a product; sampled: {min(QUERIES, len(rows)):,} queries, up to {NEGATIVES}"
             protocol += f" negatives ({share}), {DRAWS} draws"
         rankings, protocol = [*full_rankings(*gallery, top), *more], f"{protocol}; by similarity"

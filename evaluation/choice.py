@@ -27,20 +27,19 @@ def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     captions += [(dataset.lead, foil) for foil in foils]
     own = torch.tensor(rows)
     foil = torch.arange(len(part), len(captions))
+
     _, image_feat = photo_features(run, part)
     text_feat = text_features(run, captions)
     cosine = (image_feat[own] * text_feat[own]).sum(dim=1)
     cosine_foil = (image_feat[own] * text_feat[foil]).sum(dim=1)
+
     own_pairs = torch.stack([own, own], dim=1)
     foil_pairs = torch.stack([own, foil], dim=1)
     match, match_foil = match_scores(run, part, captions, torch.cat([own_pairs, foil_pairs])).chunk(2)
-    shares = {}
-    for end, hits in (("", cosine > cosine_foil), ("_itm", match > match_foil)):
-        coarse, fine = mean_by_kind(kinds, hits)
-        if coarse:
-            shares[f"choice_coarse{end}"] = float(np.mean(coarse))
-        if fine:
-            shares[f"choice_fine{end}"] = float(np.mean(fine))
+
+    shares = mean_over_kinds(kinds, cosine > cosine_foil)
+    for key, share in mean_over_kinds(kinds, match > match_foil).items():
+        shares[f"{key}_itm"] = share
     return shares
 
 
@@ -51,26 +50,27 @@ def trials(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int], l
     """
     kinds, numbers, foils = [], [], []
     for number, row in enumerate(rows):
-        product = dataset.products[dataset.rows[row][0]]
         options = defaultdict(list)
-        for kind, key, variant in product.variants():
+        for kind, key, variant in dataset.product(row).variants():
             if key in dataset.regions[row]:
                 options[kind].append(variant)
         rng = np.random.default_rng((11, row))
         for kind, variants in options.items():
-            variant = variants[int(rng.integers(len(variants)))]
-            foil, _ = variant.caption_and_spans()
+            drawn = rng.integers(len(variants))
+            foil, _ = variants[drawn].caption_and_spans()
             kinds.append(kind)
             numbers.append(number)
             foils.append(foil)
     return kinds, numbers, foils
 
 
-def mean_by_kind(kinds: list[str], hits: Tensor) -> tuple[list[float], list[float]]:
-    """Average the hits (n,) of each kind. -> means of the coarse kinds, means of the fine kinds"""
-    by_kind = defaultdict(list)
+def mean_over_kinds(kinds: list[str], hits: Tensor) -> dict[str, float]:
+    """Average the hits (n,) within each kind, then over the coarse and over the fine kinds that occur."""
+    hits_by_kind = defaultdict(list)
     for kind, hit in zip(kinds, hits.tolist(), strict=True):
-        by_kind[kind].append(hit)
-    coarse = [np.mean(found) for kind, found in by_kind.items() if kind in WHOLE]
-    fine = [np.mean(found) for kind, found in by_kind.items() if kind not in WHOLE]
-    return coarse, fine
+        hits_by_kind[kind].append(hit)
+    shares = defaultdict(list)
+    for kind, found in hits_by_kind.items():
+        group = "choice_coarse" if kind in WHOLE else "choice_fine"
+        shares[group].append(np.mean(found))
+    return {group: float(np.mean(values)) for group, values in shares.items()}

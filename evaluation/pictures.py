@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -75,10 +76,9 @@ LINE = 22  # pixels from one line of text to the next
 
 def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     """One photo of each of the first `count` products: the first of one, the second of the next, and so on."""
-    products = min(count, int(dataset.product_ids.max()) + 1)
     chosen = []
-    for product in range(products):
-        rows = (dataset.product_ids == product).nonzero()[0]
+    for product in np.unique(dataset.product_ids)[:count]:
+        rows = np.flatnonzero(dataset.product_ids == product)
         chosen.append(int(rows[product % len(rows)]))
     return chosen
 
@@ -150,8 +150,7 @@ def example_soft_mask(run: Run, batch: dict, generator: torch.Generator) -> tupl
         attention = attentions[middle_layer(len(attentions))]
         maps = grad_cam(attention, momentum.itm_logits(fused)[:, 1].sum())
     words = batch["words"] > 0
-    no_word = ~words.any(dim=1, keepdim=True)
-    drawn = torch.multinomial((words | no_word).float(), 1, generator=generator)  # (B, 1)
+    drawn = torch.multinomial(words.float().clamp(min=1e-9), 1, generator=generator)  # (B, 1), also without words
     word_mask = torch.zeros_like(words).scatter(1, drawn, True) & words
     return soft_mask(maps, drawn.squeeze(1)), word_mask
 
@@ -221,7 +220,6 @@ def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) 
     figure.savefig(path, dpi=130)
 
 
-RIGHT = (30, 150, 70)  # the frame of a right answer
 Answer = tuple[int, str, bool]  # row, note, is it a right one?
 
 
@@ -229,33 +227,20 @@ def draw_answers(
     dataset: PhotoDataset, queries: list[tuple[str, Image.Image | None, list[Answer]]], path: Path
 ) -> None:
     """Draw a line for each query, a text with or without an image, with its best images; right ones are framed."""
-    font = letters(12)
-    side, width, height = 128, 136, 154  # of an image, of an image with its margins and note
     columns = 2 + max(len(answers) for _, _, answers in queries)
-    page = Image.new("RGB", (16 + width * columns, 8 + height * len(queries)), PAPER)
-    pen = ImageDraw.Draw(page)
-    for number, (text, image, answers) in enumerate(queries):
-        top = 8 + height * number
-        if image is None:
-            pen.text((8, top), wrapped(text, 38), INK, font)
-        else:
-            page.paste(thumbnail(image, dataset.image_size, side), (8, top))
-            pen.text((8 + width, top), wrapped(text, 18), INK, font)
-        for column, (row, note, right) in enumerate(answers, start=2):
-            left = 8 + width * column
-            if right:
-                pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), RIGHT)
-            page.paste(thumbnail(dataset.photo(row), dataset.image_size, side), (left, top))
-            pen.text((left, top + side + 3), note, INK, font)
-    page.save(path)
-
-
-def thumbnail(image: Image.Image, image_size: int, side: int) -> Image.Image:
-    """Scale an image as the model gets it, `image_size` pixels wide, to `side` pixels."""
-    return square(image, image_size).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def wrapped(text: str, width: int) -> str:
-    """Break a text at `width` letters, and cut it after eight lines."""
-    lines = textwrap.wrap(text, width)
-    return "\n".join(lines[:8])
+    figure = Figure(figsize=(1.4 * columns, 1.5 * len(queries)), layout="constrained")
+    axes = figure.subplots(len(queries), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, (text, image, answers) in zip(axes, queries, strict=True):
+        lines = textwrap.wrap(text, 42 if image is None else 20)
+        line[0].text(0, 1, "\n".join(lines[:8]), va="top", fontsize=8, parse_math=False, in_layout=False)
+        if image is not None:
+            line[1].imshow(square(image, dataset.image_size), interpolation="bicubic")
+        for axis, (row, note, right) in zip(line[2:], answers, strict=False):
+            axis.axis("on")
+            axis.imshow(square(dataset.photo(row), dataset.image_size), interpolation="bicubic")
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(note, fontsize=8)
+            axis.spines[:].set(color="tab:green" if right else "white", linewidth=3)
+    figure.savefig(path, dpi=100)

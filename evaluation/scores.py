@@ -146,37 +146,31 @@ def sampled_rankings(
     kinds: np.ndarray,
     seed: int,
     top: int = 0,
-) -> tuple[list[Ranking], Figures]:
+) -> tuple[list[Ranking], float]:
     """Rank by the sampled protocol: a query has one right candidate and up to NEGATIVES wrong ones, those of the same
     sub-category first.
 
     image_feat (n, E), text_feat (m, E) · owner (n,): the caption of an image · kinds (n,): its sub-category
-    -> i2t and t2i of each of DRAWS draws; for both, the share of the wrong candidates in the query's sub-category
+    -> i2t and t2i of each of DRAWS draws; which share of the wrong candidates is of the query's sub-category
     """
     _, first_image = np.unique(owner, return_index=True)
     text_kinds = kinds[first_image]
-    rankings = []
-    same_kind = {"i2t": [], "t2i": []}
+    rankings, same_kind = [], []
     for draw in range(DRAWS):
         rng = np.random.default_rng((6, seed, draw))
         query, captions, images = sampled_candidates(owner.numpy(), kinds, QUERIES, NEGATIVES, rng)
         image, caption = query[:, None], owner[query][:, None]  # (Q, 1)
 
         sim = (image_feat[image] * text_feat[captions]).sum(dim=2)  # (Q, 1 + C)
-        rankings.append(rank_candidates("sampled_i2t", sim, first_column(sim), image, captions, top))
+        first = (torch.arange(sim.shape[1]) == 0).expand_as(sim)
+        rankings.append(rank_candidates("sampled_i2t", sim, first, image, captions, top))
+        same_kind.append((text_kinds[captions[:, 1:]] == kinds[image]).mean())
+
         sim = (image_feat[images] * text_feat[caption]).sum(dim=2)
-        rankings.append(rank_candidates("sampled_t2i", sim, first_column(sim), images, caption, top))
-
-        same_kind["i2t"].append((text_kinds[captions[:, 1:]] == kinds[image]).mean())
-        same_kind["t2i"].append((kinds[images[:, 1:]] == kinds[image]).mean())
-    return rankings, {way: float(np.mean(shares)) for way, shares in same_kind.items()}
-
-
-def first_column(sim: Tensor) -> Tensor:
-    """Mark the first candidate of each row. (Q, C) -> (Q, C) bool."""
-    positives = torch.zeros_like(sim, dtype=torch.bool)
-    positives[:, 0] = True
-    return positives
+        first = (torch.arange(sim.shape[1]) == 0).expand_as(sim)
+        rankings.append(rank_candidates("sampled_t2i", sim, first, images, caption, top))
+        same_kind.append((kinds[images[:, 1:]] == kinds[image]).mean())
+    return rankings, float(np.mean(same_kind))
 
 
 def recalls_of(rankings: list[Ranking]) -> Figures:

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import encode, normalise, to_device, tokenize
+from data import normalise, to_device, tokenize
 from engine.batches import compose, different_photos, match_scores, photo_features, text_features
 from engine.checkpoints import load_weights, read_tokenizer
 from engine.finetune_config import FOUND, FinetuneConfig, lead_of, open_photos
@@ -26,7 +26,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     tokenizer = read_tokenizer(source, config.checkpoint)
     image = open_query_image(config)
     if config.query:
-        check_words(tokenizer, lead_of(config), config.query)
+        check_words(tokenizer, config.query)
     dataset = open_photos(config, config.split)
     print(f"{config.split}: {dataset.report()}")
     if dataset.several:
@@ -76,24 +76,21 @@ def sheet_path(config: FinetuneConfig) -> Path:
     return out / f"{name}.png"
 
 
-def check_words(tokenizer: Tokenizer, lead: str, query: str) -> None:
-    """Print what of a query is not read as it stands. Raises DataError where the vocabulary has no word of it."""
+def check_words(tokenizer: Tokenizer, query: str) -> None:
+    """Print which words of a query the vocabulary does not have. Raises DataError where it has none of them."""
     words = dict.fromkeys(re.findall(r"\w+", query))
     unknown = [word for word in words if is_unknown(tokenizer, word)]
     if len(unknown) == len(words):
         raise DataError(f"--query {query!r}: no word of it is in the model's vocabulary")
     if unknown:
         print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
-    if encode(tokenizer, [(lead, query)])[0].overflowing:
-        print(f"--query is longer than the model reads, and cut after {tokenizer.truncation['max_length']} tokens")
 
 
 def is_unknown(tokenizer: Tokenizer, word: str) -> bool:
     """Whether the vocabulary can only spell a word letter by letter, or not at all."""
     encoding = tokenizer.encode(word, add_special_tokens=False)
-    pieces = encoding.tokens[: sum(encoding.attention_mask)]  # without padding
-    letters = [piece for piece in pieces if len(piece.removeprefix("##")) == 1]
-    return "[UNK]" in pieces or len(pieces) == len(letters) > 1
+    pieces = sum(encoding.attention_mask)  # without padding
+    return "[UNK]" in encoding.tokens or pieces == len(word) > 1
 
 
 @torch.no_grad()
@@ -118,7 +115,10 @@ def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
     if not run.config.index:
         return photo_features(run, dataset)
     file = Path(run.config.index)
-    key = index_key(run, dataset)
+    with open(run.config.checkpoint, "rb") as checkpoint:
+        weights = hashlib.file_digest(checkpoint, "sha256").hexdigest()
+    names = [dataset.name_of(row) for row in range(len(dataset))]
+    key = [weights, names, dataset.captions]
     if not file.exists():
         rows, image_feat = photo_features(run, dataset)
         torch.save({"key": key, "rows": torch.from_numpy(rows), "features": image_feat.cpu()}, file)
@@ -131,13 +131,3 @@ def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
     if not fits:
         raise ConfigError(f"--index {file}: of another checkpoint or data set; give another file")
     return saved["rows"].cpu().numpy(), saved["features"]
-
-
-def index_key(run: Run, dataset: PhotoDataset) -> str:
-    """SHA-256 of all weights, and of the names and captions of all rows."""
-    digest = hashlib.sha256()
-    for tensor in run.model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for row, caption in enumerate(dataset.captions):
-        digest.update(f"{dataset.name_of(row)}\n{caption}\n".encode())
-    return digest.hexdigest()

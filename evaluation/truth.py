@@ -13,6 +13,7 @@ from engine.batches import batches_of, first_products
 from engine.config import TrainConfig, grouping_of
 from engine.run import Run, autocast
 from evaluation.choice import choices
+from evaluation.validation import draw_other
 from losses import NegativeMode, pick_negatives, same_pairs
 from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, score_words, sync_mask
 from readers.dataset import PhotoDataset
@@ -104,9 +105,7 @@ def image_gain(run: Run, batch: dict, generator: torch.Generator) -> Tensor:
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]
     part_of = torch.randint(PARTS, words.shape, generator=generator, device=run.device)
     part_of = part_of.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
-    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-    sim = torch.zeros(forbidden.shape, device=run.device)
-    other = pick_negatives(sim, forbidden, None, "random", generator).clamp(min=0)
+    other = draw_other(batch, generator).clamp(min=0)
 
     gain = torch.zeros_like(words)
     with autocast(run):
@@ -159,11 +158,7 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
             sim = image_feat[block] @ text_feat[block].T  # (M, M)
             groups = np.stack([dataset.product_ids[rows[block]], dataset.caption_ids[rows[block]]])
             for batch in grouped(sim, groups, grouping, config):
-                batch_rows = rows[block][batch]
-                pairs = batch_negatives(run, sim[batch][:, batch], groups[:, batch], picking, generator)
-                for image, caption in pairs:
-                    product = dataset.product_ids[batch_rows[caption]]
-                    false.append(dataset.describes(int(product), int(batch_rows[image])))
+                false += false_negatives(run, dataset, rows[block][batch], sim[batch][:, batch], picking, generator)
         metrics[f"false_negative_rate{suffix}"] = float(np.mean(false)) if false else 0.0
     return metrics
 
@@ -190,26 +185,27 @@ def grouped(sim: Tensor, groups: np.ndarray, grouping: SamplerMode, config: Trai
     return np.split(order, range(config.batch_size, len(order), config.batch_size))
 
 
-def batch_negatives(
+def false_negatives(
     run: Run,
+    dataset: Synthetic,
+    rows: np.ndarray,
     sim: Tensor,
-    groups: np.ndarray,
     picking: NegativeMode,
     generator: torch.Generator,
-) -> list[tuple[int, int]]:
-    """Choose the negatives of a batch by its cosines, sim (B, B).
-
-    groups (2, B): product and caption of each pair -> (image, caption) pairs: of each image, then of each caption
-    """
-    product_ids, caption_ids = torch.from_numpy(groups)
-    forbidden = same_pairs(product_ids, caption_ids)
-    if picking == "similar":
-        sim = sim / run.model.temp.item()
-    captions = pick_negatives(sim, forbidden, None, picking, generator, run.config.margin)
-    images = pick_negatives(sim.T, forbidden, None, picking, generator, run.config.margin)
-    pairs = [(image, caption) for image, caption in enumerate(captions.tolist()) if caption >= 0]
-    pairs += [(image, caption) for caption, image in enumerate(images.tolist()) if image >= 0]
-    return pairs
+) -> list[bool]:
+    """Choose the negatives of a batch, some rows (B,), by its cosines, sim (B, B). -> of each: is it a false one?"""
+    temp, margin = run.model.temp.item(), run.config.margin
+    product_ids, caption_ids = dataset.product_ids[rows], dataset.caption_ids[rows]
+    forbidden = same_pairs(torch.from_numpy(product_ids), torch.from_numpy(caption_ids))
+    own = torch.arange(len(rows))
+    captions = pick_negatives(sim / temp, forbidden, None, picking, generator, margin / temp)
+    images = pick_negatives(sim.T / temp, forbidden, None, picking, generator, margin / temp)
+    images, captions = torch.cat([own, images]), torch.cat([captions, own])
+    false = []
+    for image, caption in zip(images.tolist(), captions.tolist(), strict=True):
+        if min(image, caption) >= 0:  # −1 where there is none
+            false.append(dataset.describes(int(product_ids[caption]), int(rows[image])))
+    return false
 
 
 def chance_corrected(figures: dict[str, float], key: str) -> float:

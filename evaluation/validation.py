@@ -63,9 +63,7 @@ def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str
     model = run.model
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]  # (B, L)
     masked = random_word_mask(batch["words"], run.config.mlm_ratio, generator)  # (B, L)
-    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-    sim = torch.zeros(forbidden.shape, device=run.device)
-    other = pick_negatives(sim, forbidden, None, "random", generator)  # (B,), −1 where there is none
+    other = draw_other(batch, generator)
     has_other = other >= 0
     other = other.clamp(min=0)
 
@@ -90,3 +88,9 @@ def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str
         "mlm_hits_other": model.mlm_logits(fused_other[masked]).argmax(dim=1) == labels,
         "itm_hits": torch.cat([own_hits, wrong_hits[has_other]]),
     }
+
+
+def draw_other(batch: dict, generator: torch.Generator) -> Tensor:
+    """Draw for each pair of a batch another one, of another product. -> (B,), −1 where there is none"""
+    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
+    return pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, None, "random", generator)

@@ -263,8 +263,9 @@ def restored_logits(state, batch):
     """What is answered for every token, from the own photo and from that of another product."""
     photos = state.model.fusion.project_image_kv(state.model.vision(data.normalise(batch["images"])))
     text_embeds = state.model.text(batch["token_ids"], batch["attention_mask"])
-    fuse = lambda rows: state.model.fusion(text_embeds, batch["attention_mask"], photos, rows)
-    return fuse(None), fuse(torch.arange(6).roll(1))
+    own = state.model.fusion(text_embeds, batch["attention_mask"], photos)
+    other = state.model.fusion(text_embeds, batch["attention_mask"], photos, image_index=torch.arange(6).roll(1))
+    return own, other
 
 
 def test_trials_are_texts_that_differ_in_one_thing_that_the_photo_shows(wardrobe):
@@ -298,10 +299,11 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
         wrong = [9.0 if kind == "neck" else worse for kind in kinds]
         return torch.tensor([better] * len(kinds) + wrong)
 
-    features = lambda run, photos: (np.arange(len(photos)), torch.ones(len(photos), 1))
-    stand_ins = {"photo_features": features, "text_features": text_features, "match_scores": match_scores}
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(choice, name, stand_in)
+    def photo_features(run, photos):
+        return np.arange(len(photos)), torch.ones(len(photos), 1)
+
+    for stand_in in (photo_features, text_features, match_scores):
+        monkeypatch.setattr(choice, stand_in.__name__, stand_in)
     figures = choice.choices(None, dataset, products)
     assert asked == [[part.text(row) for row in range(len(part))] + [("", text) for text in others]]
     details = set(kinds) - {*WHOLE}
