@@ -9,9 +9,9 @@
 All start from --checkpoint (default: the one that `python train.py` leaves); data, sizes and vocabulary are its own.
 `--eval-only` evaluates a checkpoint as it is; `--from-scratch` takes only its sizes and vocabulary, to compare with.
 
-A task is three functions, see TASKS: one opens a split, one trains, one evaluates. A task leaves in --out: config.json,
-metrics.jsonl, curves.png and last.pt as train.py; best.pt, the step that did best on products held out of training;
-results.json, the metrics of that step on --split; and examples.png, or confusion.png with classes.tsv.
+A task is a function that trains and one that evaluates, see TASKS. It leaves in --out: config.json, metrics.jsonl,
+curves.png and last.pt as train.py; best.pt, the step that did best on products held out of training; results.json, the
+metrics of that step on --split; and of recognition confusion.png.
 """
 
 import json
@@ -36,17 +36,10 @@ from engine.batches import (
     texts_to_search,
 )
 from engine.checkpoints import begin, load_checkpoint, load_weights, read_tokenizer, restore
-from engine.finetune_config import (
-    FinetuneConfig,
-    check_flags,
-    open_photos,
-    open_statements,
-    open_triplets,
-    parse_config,
-)
+from engine.finetune_config import FinetuneConfig, check_flags, labels_of, open_data, parse_config
 from engine.flags import ConfigError, in_one_line
 from engine.run import Run, autocast, build_run, build_sampler
-from evaluation.pictures import Answer, draw_answers, draw_confusion
+from evaluation.pictures import draw_confusion
 from evaluation.scores import (
     Figures,
     RankedTriplets,
@@ -55,7 +48,6 @@ from evaluation.scores import (
     recalls_of,
     recognition_scores,
     sampled_rankings,
-    scores_by_class,
     triplet_recalls,
 )
 from evaluation.search import search
@@ -63,15 +55,7 @@ from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import Text
 from readers.triplets import Triplets
-from train import (
-    NonFiniteLoss,
-    Values,
-    compute_itc,
-    compute_itm,
-    encode_momentum,
-    fit,
-    sample_itm_negatives,
-)
+from train import NonFiniteLoss, Values, compute_itc, compute_itm, encode_momentum, fit, sample_itm_negatives
 
 Evaluation = tuple[Figures, Figures, dict]  # metrics; what chance would give; how both were counted
 
@@ -80,7 +64,7 @@ Evaluation = tuple[Figures, Figures, dict]  # metrics; what chance would give; h
 
 def train_retrieval(config: FinetuneConfig, source: dict, dataset: PhotoDataset, stop_at: int | None) -> Run | None:
     """Train by ITC + ITM; select by the full protocol on the held-out products."""
-    train_set, held_out = divide(config, dataset, dataset.product_ids)
+    train_set, held_out = hold_out(config, dataset, dataset.product_ids)
 
     def validate(run: Run) -> Figures:
         run.model.eval()
@@ -120,9 +104,7 @@ def evaluate_retrieval(run: Run, dataset: PhotoDataset) -> Evaluation:
     """Full protocol and, where an image has one caption, the sampled one; with --rerank also by the ITM head."""
     config = run.config
     rows, captions, features = encode_pairs(run, dataset)
-    image_feat, text_feat, image_products, text_products = features
-    if image_products.max() < 1:
-        raise DataError("one product is no gallery to search in; give more")
+    image_feat, text_feat, image_products, _ = features
     protocol = {"images": len(rows), "captions": len(captions), "reranked": config.rerank}
     rankings = full_rankings(*features, config.rerank)
     if not dataset.several:
@@ -136,21 +118,12 @@ def evaluate_retrieval(run: Run, dataset: PhotoDataset) -> Evaluation:
         chance |= ranking.chance()
     if config.rerank:
         metrics |= recalls_of(rerank(run, dataset.part(rows), captions, rankings))
-
-    examples = []
-    for i in np.linspace(0, len(captions) - 1, 6).astype(int):
-        answers = best_answers(image_feat @ text_feat[i], rows, image_products == text_products[i])
-        _, caption, *_ = captions[i]
-        examples.append((caption, None, answers))
-    draw_answers(dataset, examples, Path(config.out) / "examples.png")
     return metrics, chance, protocol
 
 
 def encode_pairs(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
-    """Encode each image once, and the captions to tell the images by.
-
-    -> rows of the images (n,); captions (m); on the CPU image_feat (n, E), text_feat (m, E), and of which product each
-    image (n,) and each caption (m,) is"""
+    """Encode each image once, and the captions to tell the images by. -> rows of the images (n,); captions (m); on the
+    CPU image_feat (n, E), text_feat (m, E), the product of each image (n,) and of each caption (m,)"""
     rows = different_photos(dataset)
     readable, image_feat = photo_features(run, dataset.part(rows))
     rows = rows[readable]
@@ -171,25 +144,17 @@ def rerank(run: Run, images: PhotoDataset, captions: list[Text], rankings: list[
     return reranked
 
 
-def best_answers(sim: Tensor, rows: np.ndarray, positives: Tensor) -> list[Answer]:
-    """The five best candidates of a query as `draw_answers` takes them. sim, rows, positives (n,)"""
-    answers = []
-    for i in sim.topk(min(5, len(rows))).indices.tolist():
-        answers.append((int(rows[i]), f"{sim[i]:.2f}", bool(positives[i])))
-    return answers
-
-
 # --- text-guided image retrieval (FashionIQ): reference image + what differs → target image ---
 
 
 def train_tgir(config: FinetuneConfig, source: dict, dataset: Triplets, stop_at: int | None) -> Run | None:
     """Train by ITC of queries with targets; select by R@10 and R@50 on held-out triplets, among the images of these.
     No reference image (synthetic: no family) is in both parts."""
-    train_set, held_out = divide(config, dataset, dataset.families)
+    train_set, held_out = hold_out(config, dataset, dataset.families)
 
     def validate(run: Run) -> Figures:
         run.model.eval()
-        recalls, _ = triplet_recalls(held_out, rank_galleries(run, held_out))
+        recalls, _ = triplet_recalls(held_out, rank_galleries(run, held_out, fused=True))
         metrics = {f"val_r{k}": recalls[f"mean_union_r{k}"] for k in (1, 10, 50)}
         metrics["val_mean"] = (metrics["val_r10"] + metrics["val_r50"]) / 2
         return metrics
@@ -213,33 +178,18 @@ def tgir_losses(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
-    """Recalls on each subset's galleries; of a split whose targets are not published ranks.json instead."""
-    ranked = rank_galleries(run, dataset)
-    protocol = {"query": "fused" if uses_fused_query(run) else "sum of features"}
+    """Recalls on the galleries of each subset. Our choice: as long as the model was not fine-tuned for fused queries, a
+    query is the sum of both features."""
+    fused = not run.config.eval_only or run.config.start == "tgir"
+    ranked = rank_galleries(run, dataset, fused)
+    metrics, chance = triplet_recalls(dataset, ranked)
+    protocol = {"query": "fused" if fused else "sum of features"}
     for subset, gallery, _, _, rows in ranked:
         protocol[f"{subset} {gallery}"] = len(rows)
-    out = Path(run.config.out)
-    if (dataset.targets < 0).any():
-        write_ranks(dataset, ranked, out / "ranks.json")
-        return {}, {}, protocol
-    metrics, chance = triplet_recalls(dataset, ranked)
-
-    _, _, sim, triplets, rows = ranked[0]
-    examples = []
-    for i in np.linspace(0, len(triplets) - 1, 6).astype(int):
-        triplet = int(triplets[i])
-        answers = best_answers(sim[i], rows, rows == dataset.targets[triplet])
-        examples.append((dataset.captions[triplet], dataset.photo(triplet), answers))
-    draw_answers(dataset.photos, examples, out / "examples.png")
     return metrics, chance, protocol
 
 
-def uses_fused_query(run: Run) -> bool:
-    """Whether the model was fine-tuned for fused queries. Our choice: before, a query is the sum of both features."""
-    return not run.config.eval_only or run.config.start == "tgir"
-
-
-def rank_galleries(run: Run, dataset: Triplets) -> list[RankedTriplets]:
+def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTriplets]:
     """Compare the queries of each subset with the images of each of its galleries. Each image is encoded once."""
     in_galleries = [rows for galleries in dataset.galleries.values() for rows in galleries.values()]
     in_galleries = np.unique(np.concatenate(in_galleries))
@@ -250,10 +200,8 @@ def rank_galleries(run: Run, dataset: Triplets) -> list[RankedTriplets]:
     query_feats, triplets = [], []
     for batch in batches_of(run, dataset.queries(), "encoding queries"):
         with autocast(run), torch.no_grad():
-            query_feats.append(compose(run, batch, run.model.vision(batch["images"]), uses_fused_query(run)))
+            query_feats.append(compose(run, batch, run.model.vision(batch["images"]), fused))
         triplets.append(batch["rows"].cpu())
-    if not triplets:
-        raise DataError("no reference photo could be read")
     query_feat, image_feat, triplets = torch.cat(query_feats).cpu(), image_feat.cpu(), torch.cat(triplets).numpy()
 
     ranked = []
@@ -261,62 +209,18 @@ def rank_galleries(run: Run, dataset: Triplets) -> list[RankedTriplets]:
         of_subset = np.array(dataset.subsets)[triplets] == subset
         for gallery, rows in galleries.items():
             rows = rows[place[rows] >= 0]
-            if not len(rows) or not of_subset.any():
-                raise DataError(f"{subset}: the {gallery} gallery or its queries are empty")
             sim = query_feat[of_subset] @ image_feat[place[rows]].T  # (Q, C)
             ranked.append((subset, gallery, sim, triplets[of_subset], rows))
     return ranked
 
 
-def write_ranks(dataset: Triplets, ranked: list[RankedTriplets], path: Path) -> None:
-    """Write for each query the names of the hundred best images of the original gallery, the best first."""
-    queries = []
-    for subset, gallery, sim, triplets, rows in ranked:
-        if gallery != "original":
-            continue
-        best = sim.topk(min(100, len(rows))).indices.tolist()
-        for triplet, indices in zip(triplets.tolist(), best, strict=True):
-            ranking = [dataset.photos.name_of(int(rows[i])) for i in indices]
-            query = {"subset": subset, "candidate": dataset.name_of(triplet), "text": dataset.captions[triplet]}
-            queries.append(query | {"ranking": ranking})
-    path.write_text(json.dumps(queries, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(queries):,} queries, their best photos in {path}")
-
-
 # --- recognition: category, sub-category, and visual entailment, where the classes are true, false and undecided ---
-
-
-def open_labelled(config: FinetuneConfig, split: str) -> PhotoDataset:
-    """Open the images of a split that have a label."""
-    dataset = open_photos(config, split)
-    labelled = np.array(labels_of(config, dataset)) != ""
-    if not labelled.any():
-        raise DataError(f"no photo of the {split} split has a {config.task}")
-    if labelled.all():
-        return dataset
-    part = dataset.part(np.flatnonzero(labelled))
-    part.problems = dataset.problems
-    part.dropped = [*dataset.dropped, f"{(~labelled).sum():,} photos without a {config.task}"]
-    return part
-
-
-def labels_of(config: FinetuneConfig, dataset: PhotoDataset) -> list[str]:
-    """The label of each row; of a statement it is kept as the category."""
-    return dataset.subcategories if config.task == "subcategory" else dataset.categories
-
-
-def class_ids(config: FinetuneConfig, dataset: PhotoDataset) -> Tensor:
-    """The class of each row; one more, the last, for labels that training has not seen. -> (N,)"""
-    number = {label: i for i, label in enumerate(config.classes)}
-    return torch.tensor([number.get(label, len(number)) for label in labels_of(config, dataset)])
 
 
 def train_recognition(config: FinetuneConfig, source: dict, dataset: PhotoDataset, stop_at: int | None) -> Run | None:
     """Train by cross-entropy; select by accuracy on held-out products. Every class stays in training."""
     labels = labels_of(config, dataset)
-    if len(set(labels)) < 2:
-        raise DataError(f"all photos have the same {config.task}, {labels[0]!r}; there is nothing to tell apart")
-    train_set, held_out = divide(config, dataset, dataset.product_ids, labels)
+    train_set, held_out = hold_out(config, dataset, dataset.product_ids, labels)
     classes = tuple(sorted(set(labels)))
     config = replace(config, classes=classes, model=replace(config.model, classes=len(classes)))
     train_labels = class_ids(config, train_set).to(config.device)
@@ -349,6 +253,12 @@ def classify(run: Run, batch: dict) -> Tensor:
     return model.class_head(fused_cls[:, 0])
 
 
+def class_ids(config: FinetuneConfig, dataset: PhotoDataset) -> Tensor:
+    """The class of each row; one more, the last, for labels that training has not seen. -> (N,)"""
+    number = {label: i for i, label in enumerate(config.classes)}
+    return torch.tensor([number.get(label, len(number)) for label in labels_of(config, dataset)])
+
+
 @torch.no_grad()
 def predict(run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor, Tensor]:
     """Predict the class of each image that can be read. -> rows, labels, preds (n,)"""
@@ -357,20 +267,17 @@ def predict(run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor, Tensor]:
         with autocast(run):
             preds.append(classify(run, batch).argmax(dim=1).cpu())
         rows.append(batch["rows"].cpu())
-    if not rows:
-        raise DataError("no photo could be read")
     rows = torch.cat(rows)
     return rows, class_ids(run.config, dataset)[rows], torch.cat(preds)
 
 
 def evaluate_recognition(run: Run, dataset: PhotoDataset) -> Evaluation:
-    """Accuracy and macro-F1, of statements also the accuracy by the kind of attribute that they turn on; a line for
-    each class in classes.tsv. Chance is to answer the most frequent class always."""
-    config, out = run.config, Path(run.config.out)
+    """Accuracy and macro-F1; of statements also the accuracy by the kind of attribute that they turn on. Chance is to
+    predict the most frequent class always."""
+    config = run.config
     rows, labels, preds = predict(run, dataset)
     names = [*config.classes, "(unseen in training)"]
-    support = labels.bincount(minlength=len(names))
-    most_frequent = int(support.argmax())
+    most_frequent = int(labels.bincount().argmax())
     metrics = recognition_scores(labels, preds)
     metrics["unseen_share"] = (labels == len(config.classes)).float().mean().item()
     if config.task == "entailment":
@@ -378,49 +285,33 @@ def evaluate_recognition(run: Run, dataset: PhotoDataset) -> Evaluation:
         for kind in sorted(set(kinds) - {""}):
             metrics[f"accuracy_{kind}"] = (labels == preds)[kinds == kind].float().mean().item()
     chance = recognition_scores(labels, torch.full_like(labels, most_frequent))
-
-    lines = [f"class\t{dataset.what}\tprecision\trecall\tf1"]
-    for label, (precision, recall, f1) in sorted(scores_by_class(labels, preds).items()):
-        lines.append(f"{names[label]}\t{support[label]}\t{precision:.4f}\t{recall:.4f}\t{f1:.4f}")
-    (out / "classes.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw_confusion(labels, preds, names, out / "confusion.png")
+    draw_confusion(labels, preds, names, Path(config.out) / "confusion.png")
     protocol = {"modality": config.modality, dataset.what: len(labels), "classes": len(config.classes)}
     return metrics, chance, protocol | {"most frequent": names[most_frequent]}
 
 
-TASKS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "retrieval": (open_photos, train_retrieval, evaluate_retrieval),
-    "tgir": (open_triplets, train_tgir, evaluate_tgir),
-    "category": (open_labelled, train_recognition, evaluate_recognition),
-    "subcategory": (open_labelled, train_recognition, evaluate_recognition),
-    "entailment": (open_statements, train_recognition, evaluate_recognition),
+TASKS: dict[str, tuple[Callable, Callable]] = {
+    "retrieval": (train_retrieval, evaluate_retrieval),
+    "tgir": (train_tgir, evaluate_tgir),
+    "category": (train_recognition, evaluate_recognition),
+    "subcategory": (train_recognition, evaluate_recognition),
+    "entailment": (train_recognition, evaluate_recognition),
 }
 
 # --- what tasks share: held-out products, training, results, the command line ---
 
 
-def divide(
+def hold_out(
     config: FinetuneConfig, dataset: PhotoDataset, groups: np.ndarray, labels: list[str] | None = None
 ) -> tuple[PhotoDataset, PhotoDataset]:
-    """Divide by `hold_out` into what to train on, and what to choose the best step by."""
-    rows, held_rows = hold_out(groups, config.held_out, config.val_products, config.data_seed, labels)
-    held_out = dataset.part(held_rows)
-    print(f"train: {dataset.report()}\nheld out of these, to choose the best step: {held_out.report()}")
-    return dataset.part(rows), held_out
-
-
-def hold_out(
-    groups: np.ndarray, share: float, most: int, seed: int, labels: list[str] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw whole groups (N,), `share` of them but no more than `most`. Each label (N,) keeps a row in training.
-
-    -> rows to train on, rows held out. Raises DataError where nothing can be held out."""
+    """Hold rows out of training to choose the best step by: whole groups (N,), as many as --held-out and --val-products
+    say. Each label (N,) keeps a row in training. -> training set, held-out set. Raises DataError for too few groups."""
     labels = labels or [""] * len(groups)
     label_counts = defaultdict(Counter)  # of each group
     for group, label in zip(groups.tolist(), labels, strict=True):
         label_counts[group][label] += 1
-    order = np.random.default_rng((5, seed)).permutation(np.unique(groups)).tolist()
-    wanted = min(most, max(2, round(share * len(order))), len(order) - 1)
+    order = np.random.default_rng((5, config.data_seed)).permutation(np.unique(groups)).tolist()
+    wanted = min(config.val_products, max(2, round(config.held_out * len(order))), len(order) - 1)
     left, held = Counter(labels), []
     for group in order:
         counts = label_counts[group]
@@ -430,7 +321,9 @@ def hold_out(
     if not held:
         raise DataError("too few products to hold any out of training; give more")
     is_held = np.isin(groups, held)
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    train_set, held_out = dataset.part(np.flatnonzero(~is_held)), dataset.part(np.flatnonzero(is_held))
+    print(f"train: {dataset.report()}\nheld out of these, to choose the best step: {held_out.report()}")
+    return train_set, held_out
 
 
 def train_and_select(
@@ -453,7 +346,6 @@ def train_and_select(
         restore(run, source)
     elif not config.from_scratch:
         load_weights(run, source, config.checkpoint)
-    print(f"{config.task} from {'scratch' if config.from_scratch else config.checkpoint}")
     if fit(run, train_set, compute_losses, validate, select, config.patience, stop_at) is None:
         return None
     best = f"{config.out}/best.pt"
@@ -472,15 +364,15 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
     out.mkdir(parents=True, exist_ok=True)
     if not config.resume and (out / "results.json").exists():
         raise ConfigError(f"{out}/results.json is there already; choose another --out")
-    open_split, train, evaluate = TASKS[config.task]
-    dataset = open_split(config, config.split)
+    train, evaluate = TASKS[config.task]
+    dataset = open_data(config, config.split)
     print(f"{config.split}: {dataset.report()}")
     if config.eval_only:
         run = build_run(config, dataset, read_tokenizer(source, config.checkpoint))
         load_weights(run, source, config.checkpoint)
         run.best_step = source["step"]
     else:
-        run = train(config, source, open_split(config, "train"), stop_at)
+        run = train(config, source, open_data(config, "train"), stop_at)
         if run is None:
             return None
 
