@@ -361,7 +361,6 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
     if not config.eval_only:
         config, state = begin(config, given, check_flags)
         source = state or source
-    out.mkdir(parents=True, exist_ok=True)
     if not config.resume and (out / "results.json").exists():
         raise ConfigError(f"{out}/results.json is there already; choose another --out")
     train, evaluate = TASKS[config.task]
@@ -376,6 +375,7 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
         if run is None:
             return None
 
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     run.unreadable = set()  # of the images evaluated, not of those trained on
     run.model.eval()

@@ -50,10 +50,8 @@ class FinetuneConfig(LoopConfig):
         0.1, "share of the training products, --val-products at most, to choose the best step by", low=0.001, high=0.9
     )
     patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
-    rerank: int = option(0, "let the matching head re-rank so many of the best by similarity", low=0)
-    modality: Literal["both", "image", "text"] = option(
-        "both", "what recognition and entailment see: photo and text, or one of them alone"
-    )
+    rerank: int = option(0, "let the ITM head re-rank so many of the best by similarity", low=0)
+    modality: Literal["both", "image", "text"] = option("both", "what recognition and entailment read")
     query: str | None = option(None, "words to search by")
     image: str | None = option(None, "photo to search by, alone or with words that change it")
     freeze: bool = option(False, "train the recognition head alone; with --modality image the usual linear probe")
@@ -76,17 +74,13 @@ SCHEDULES = {
     "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
     "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
     "base retrieval": dict(epochs=30, lr=1e-5),
-    "base tgir": dict(epochs=10, final_lr=1e-7, weight_decay=0.3),
+    "base tgir": dict(final_lr=1e-7, weight_decay=0.3),
 }
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str], dict]:
-    """Command line -> config, names of the flags given, the checkpoint to start from.
-
-    Precedence: defaults < checkpoint < preset and task < flags.
-    """
-    about = "Downstream tasks of a pretrained model, and search."
-    parser = OneLineParser("finetune.py", description=about, allow_abbrev=False)
+    """Read the command line. -> config, names of the flags given, parts of the checkpoint to start from"""
+    parser = OneLineParser("finetune.py", description="Downstream tasks, and search.", allow_abbrev=False)
     add_flags(parser, FinetuneConfig, SCHEDULES)
     given = vars(parser.parse_args(argv))
     if not given.get("task"):
@@ -108,13 +102,12 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
 
 
 def layer_config(given: dict, saved: dict) -> FinetuneConfig:
-    """defaults < the checkpoint's config, `saved` < preset and task < `given`."""
+    """Layer the config: defaults < the checkpoint's config, `saved` < preset and task < flags, `given`."""
     task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
-    model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
-    if task == "tgir":  # [CLS] alone, as in Fashion-FINE
-        model = replace(model, local_tokens=False)
+    model = ModelConfig(**saved["model"])
+    local_tokens = model.local_tokens and task != "tgir"  # which reads [CLS] alone, as in Fashion-FINE
     layers = {
-        "model": model,
+        "model": replace(model, local_tokens=local_tokens, alignment=False, detector=False),
         "preset": preset,
         "data": data,
         "root": saved["root"] if data == saved["data"] else None,
@@ -142,7 +135,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
 
 
 def check_start(config: FinetuneConfig) -> None:
-    """Raise ConfigError when the checkpoint is not one that the task can start from."""
+    """Raise ConfigError for a checkpoint that the task cannot start from."""
     start, where = config.start, f"--checkpoint {config.checkpoint}"
     if config.task == "search":
         if start in RECOGNITION:
@@ -186,8 +179,7 @@ def open_data(config: FinetuneConfig, split: str) -> PhotoDataset:
         labelled = np.flatnonzero([bool(label) for label in labels_of(config, dataset)])
         if not len(labelled):
             raise DataError(f"no photo of the {split} split has a {config.task}")
-        problems = dataset.problems
-        dataset = dataset.part(labelled)
+        dataset, problems = dataset.part(labelled), dataset.problems
         dataset.problems = problems
     dataset.lead = lead_of(config)
     return dataset
