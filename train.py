@@ -1,4 +1,4 @@
-"""Pretraining: a method is a function here, a recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
+"""Pretraining. A method is a function here, its recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
 
     python train.py                                            tiny model, synthetic photos, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
