@@ -191,18 +191,21 @@ def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
 
 def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTriplets]:
     """Compare the queries of each subset with the images of each of its galleries. Each image is encoded once."""
-    in_galleries = [rows for galleries in dataset.galleries.values() for rows in galleries.values()]
-    in_galleries = np.unique(np.concatenate(in_galleries))
-    readable, image_feat = photo_features(run, dataset.photos.part(in_galleries))
-    place = np.full(len(dataset.photos), -1)  # of an image in image_feat
-    place[in_galleries[readable]] = np.arange(len(readable))
+    gallery_rows = []
+    for galleries in dataset.galleries.values():
+        gallery_rows += galleries.values()
+    shown = np.unique(np.concatenate(gallery_rows))
+    readable, image_feat = photo_features(run, dataset.photos.part(shown))
+    image_feat = image_feat.cpu()
+    place = np.full(len(dataset.photos), -1)  # of an image in image_feat; −1 where it cannot be read
+    place[shown[readable]] = np.arange(len(readable))
 
     query_feats, triplets = [], []
     for batch in batches_of(run, dataset.queries(), "encoding queries"):
         with autocast(run), torch.no_grad():
             query_feats.append(compose(run, batch, run.model.vision(batch["images"]), fused))
         triplets.append(batch["rows"].cpu())
-    query_feat, image_feat, triplets = torch.cat(query_feats).cpu(), image_feat.cpu(), torch.cat(triplets).numpy()
+    query_feat, triplets = torch.cat(query_feats).cpu(), torch.cat(triplets).numpy()
 
     ranked = []
     for subset, galleries in dataset.galleries.items():
@@ -312,11 +315,12 @@ def hold_out(
         label_counts[group][label] += 1
     order = np.random.default_rng((5, config.data_seed)).permutation(np.unique(groups)).tolist()
     wanted = min(config.val_products, max(2, round(config.held_out * len(order))), len(order) - 1)
-    left, held = Counter(labels), []
+    rows_left = Counter(labels)  # in training
+    held = []
     for group in order:
         counts = label_counts[group]
-        if len(held) < wanted and all(left[label] > count for label, count in counts.items()):
-            left -= counts
+        if len(held) < wanted and all(rows_left[label] > count for label, count in counts.items()):
+            rows_left -= counts
             held.append(group)
     if not held:
         raise DataError("too few products to hold any out of training; give more")
