@@ -1,4 +1,4 @@
-"""docs/walkthrough.md says what tutorial/walkthrough.py prints, and names what the code has."""
+"""docs/walkthrough.md says what tutorial/walkthrough.py prints; errors are one line."""
 
 import re
 import runpy
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.small import ROOT, run, run_files, unresolved, write_jsonl
+from tests.small import ROOT, run, run_files, write_jsonl
 
 PAGE = (ROOT / "docs/walkthrough.md").read_text()
 NUMBER, SHAPE = r"-?\d+\.\d+", r"\(\d+(?:, \d+)+\)"
@@ -30,11 +30,6 @@ def stops(heading, text):
     """Divide a text at its headings, of a number and a title. -> title and text by number"""
     _, *parts = re.split(heading, text)
     return {int(parts[i]): (parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)}
-
-
-def test_every_name_is_in_the_code():
-    missing, asked = unresolved(PAGE)
-    assert not missing and asked > 25
 
 
 def test_the_page_has_what_the_script_prints(walk):
