@@ -9,17 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from playwright.sync_api import sync_playwright
-from small import run as train_small
 
-from data import build_dataset, build_tokenizer, normalise, telling_pieces
-from engine.config import parse_config
-from engine.run import build_run
+from data import normalise
 from evaluation.pictures import first_photos
 from evaluation.truth import synchronized_masks, word_truth
 from losses import pick_negatives, same_pairs
 from masking import first_pieces
+from tests.small import run as train_small
+from tests.small import run_files, write_jsonl
 from tutorial import explore
 
 IMAGES = 5
@@ -96,31 +94,20 @@ def test_negatives_come_computed_for_five_margins(made):
 
 @pytest.fixture(scope="session")
 def hostile(tmp_path_factory):
-    """A page of one's own photos, whose truth is not known, some captions of which are markup."""
-    folder = tmp_path_factory.mktemp("hostile")
+    """A page of images whose ground truth is not known, and some captions of which are markup."""
+    out, folder = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("files")
     texts = [f"red shirt {HOSTILE}", "<!-- blue <b>dress</b>, long", "caf\u00e9 \u2028 {{data}}", "!!!", HOSTILE]
-    for number in range(len(texts)):
-        Image.new("RGB", (40, 30), (40 * number, 90, 200 - 30 * number)).save(folder / f"{number}.png")
     records = [{"image": f"{n}.png", "caption": text, "product_id": n} for n, text in enumerate(texts)]
-    for split in ("train", "val"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    dataset = build_dataset("jsonl", folder, "val", 32)
-    sizes = "--image-size 32 --width 32 --heads 2 --vision-layers 2 --text-layers 1 --fusion-layers 1"
-    flags = ["--data", "jsonl", "--preset", "tiny", "--recipe", "albef", "--precision", "fp32", *sizes.split()]
-    config, _ = parse_config(flags)
-    tokenizer = build_tokenizer(dataset.captions, 300, 64)
-    run = build_run(config, dataset, tokenizer)
-    run.telling = telling_pieces(tokenizer, ["!!!"])
-    found = explore.gather(run, dataset)
-    file = folder / "explore.html"
-    file.write_text(explore.page(found), encoding="utf-8")
-    return SimpleNamespace(file=file, found=found)
+    write_jsonl(folder, train=records, val=records)
+    run_files(out, folder, "--recipe", "albef", "--steps", "1")
+    explore.main(["--checkpoint", str(out / "last.pt")])
+    return SimpleNamespace(file=out / "explore.html", found=page_of(out / "explore.html"))
 
 
 def test_a_caption_stays_text_and_without_truth_there_is_a_page(hostile):
     source = hostile.file.read_text(encoding="utf-8")
     assert "<img src=x" not in source and source.count("</script>") == 2
-    assert page_of(hostile.file)["captions"] == hostile.found["captions"]
+    assert "".join(word["text"] for word in hostile.found["captions"][4]).startswith("</script><img")
     assert not hostile.found["truth"] and "patch_precision" not in hostile.found["masks"]["Random"][0]
 
 
