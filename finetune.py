@@ -444,7 +444,6 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
     state, out = None, Path(config.out)
     if not config.eval_only:
         config, state = begin(config, given, check_flags)
-    out.mkdir(parents=True, exist_ok=True)
     if not config.resume and (out / "results.json").exists():
         raise ConfigError(f"{out}/results.json is there already; choose another --out")
     task = TASKS[config.task](config)
@@ -498,6 +497,7 @@ def train_task(
 def evaluate(run: Run, task: Task, reported: PhotoDataset, best_step: int) -> dict:
     """The task's report on the split that is reported, written to results.json and printed. -> results."""
     config, start = task.config, time.perf_counter()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     run.unreadable = set()  # of the photos reported on, not of those trained on
     run.model.eval()
     report = task.report(run, reported)

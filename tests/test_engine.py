@@ -184,7 +184,7 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
         (["--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs contradict each other"),
         (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
-        (["--recipe", "clip"], "invalid choice: 'clip'"),
+        (["--recipe", "clip"], "--recipe clip: no such recipe; there are syncmask, softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
         (["--data", "jsonl", "--root", "x", "--word-mask", "true"], "what photos show is not known of jsonl"),
         (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
