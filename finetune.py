@@ -11,7 +11,7 @@ All start from --checkpoint (default: the one that `python train.py` leaves); da
 
 A task is a function that trains and one that evaluates, see TASKS. It leaves in --out: config.json, metrics.jsonl,
 curves.png and last.pt as train.py; best.pt, the step that did best on products held out of training; results.json, the
-metrics of that step on --split; and of recognition confusion.png.
+metrics of that step on --split; and examples.png, or of recognition confusion.png and classes.tsv.
 """
 
 import json
@@ -39,7 +39,7 @@ from engine.checkpoints import begin, load_checkpoint, load_weights, read_tokeni
 from engine.finetune_config import FinetuneConfig, check_flags, labels_of, open_data, parse_config
 from engine.flags import ConfigError, in_one_line
 from engine.run import Run, autocast, build_run, build_sampler
-from evaluation.pictures import draw_confusion
+from evaluation.pictures import Answer, draw_answers, draw_confusion
 from evaluation.scores import (
     Figures,
     RankedTriplets,
@@ -48,6 +48,7 @@ from evaluation.scores import (
     recalls_of,
     recognition_scores,
     sampled_rankings,
+    scores_by_class,
     triplet_recalls,
 )
 from evaluation.search import search
@@ -104,7 +105,7 @@ def evaluate_retrieval(run: Run, dataset: PhotoDataset) -> Evaluation:
     """Full protocol and, where an image has one caption, the sampled one; with --rerank also by the ITM head."""
     config = run.config
     rows, captions, features = encode_pairs(run, dataset)
-    image_feat, text_feat, image_products, _ = features
+    image_feat, text_feat, image_products, text_products = features
     protocol = {"images": len(rows), "captions": len(captions), "reranked": config.rerank}
     rankings = full_rankings(*features, config.rerank)
     if not dataset.several:
@@ -118,7 +119,22 @@ def evaluate_retrieval(run: Run, dataset: PhotoDataset) -> Evaluation:
         chance |= ranking.chance()
     if config.rerank:
         metrics |= recalls_of(rerank(run, dataset.part(rows), captions, rankings))
+
+    examples = []
+    for number in np.linspace(0, len(captions) - 1, 6).astype(int):
+        cosines = image_feat @ text_feat[number]
+        answers = best_answers(cosines, rows, image_products == text_products[number])
+        examples.append((captions[number][1], None, answers))
+    draw_answers(dataset, examples, Path(config.out) / "examples.png")
     return metrics, chance, protocol
+
+
+def best_answers(cosines: Tensor, rows: np.ndarray, is_right: Tensor) -> list[Answer]:
+    """The five images that are most similar to a query, of some rows with cosines (C,), for a picture."""
+    answers = []
+    for cosine, place in zip(*cosines.topk(min(5, len(cosines))), strict=True):
+        answers.append((int(rows[place]), f"{cosine:.2f}", bool(is_right[place])))
+    return answers
 
 
 def encode_pairs(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
@@ -182,11 +198,38 @@ def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
     query is the sum of both features."""
     fused = not run.config.eval_only or run.config.start == "tgir"
     ranked = rank_galleries(run, dataset, fused)
-    metrics, chance = triplet_recalls(dataset, ranked)
     protocol = {"query": "fused" if fused else "sum of features"}
     for subset, gallery, _, _, rows in ranked:
         protocol[f"{subset} {gallery}"] = len(rows)
+    out = Path(run.config.out)
+    if (dataset.targets < 0).any():  # FashionIQ's test split, whose targets are not published
+        write_ranks(dataset, ranked, out / "ranks.json")
+        return {}, {}, protocol
+    metrics, chance = triplet_recalls(dataset, ranked)
+
+    examples = []
+    _, _, sim, triplets, rows = ranked[0]
+    for query in np.linspace(0, len(triplets) - 1, 6).astype(int):
+        triplet = int(triplets[query])
+        answers = best_answers(sim[query], rows, torch.from_numpy(rows == dataset.targets[triplet]))
+        examples.append((dataset.captions[triplet], dataset.photo(triplet), answers))
+    draw_answers(dataset.photos, examples, out / "examples.png")
     return metrics, chance, protocol
+
+
+def write_ranks(dataset: Triplets, ranked: list[RankedTriplets], path: Path) -> None:
+    """Write the names of the hundred best images of the original gallery for each query, the best first."""
+    lines = []
+    for subset, gallery, sim, triplets, rows in ranked:
+        if gallery != "original":
+            continue
+        best = sim.topk(min(100, len(rows))).indices
+        for triplet, places in zip(triplets.tolist(), best, strict=True):
+            names = [dataset.photos.name_of(int(rows[place])) for place in places]
+            query = {"subset": subset, "candidate": dataset.name_of(triplet), "text": dataset.captions[triplet]}
+            lines.append(query | {"ranking": names})
+    path.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    print(f"no targets are published; {len(lines):,} queries and their best images in {path}")
 
 
 def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTriplets]:
@@ -205,6 +248,8 @@ def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTripl
         with autocast(run), torch.no_grad():
             query_feats.append(compose(run, batch, run.model.vision(batch["images"]), fused))
         triplets.append(batch["rows"].cpu())
+    if not query_feats:
+        raise DataError("no reference image could be read")
     query_feat, triplets = torch.cat(query_feats).cpu(), torch.cat(triplets).numpy()
 
     ranked = []
@@ -225,6 +270,8 @@ def train_recognition(config: FinetuneConfig, source: dict, dataset: PhotoDatase
     labels = labels_of(config, dataset)
     train_set, held_out = hold_out(config, dataset, dataset.product_ids, labels)
     classes = tuple(sorted(set(labels)))
+    if len(classes) < 2:
+        raise DataError(f"all images have the same {config.task}, {classes[0]!r}; there is nothing to tell apart")
     config = replace(config, classes=classes, model=replace(config.model, classes=len(classes)))
     train_labels = class_ids(config, train_set).to(config.device)
 
@@ -270,6 +317,8 @@ def predict(run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor, Tensor]:
         with autocast(run):
             preds.append(classify(run, batch).argmax(dim=1).cpu())
         rows.append(batch["rows"].cpu())
+    if not rows:
+        raise DataError("no image could be read")
     rows = torch.cat(rows)
     return rows, class_ids(run.config, dataset)[rows], torch.cat(preds)
 
@@ -288,7 +337,13 @@ def evaluate_recognition(run: Run, dataset: PhotoDataset) -> Evaluation:
         for kind in sorted(set(kinds) - {""}):
             metrics[f"accuracy_{kind}"] = (labels == preds)[kinds == kind].float().mean().item()
     chance = recognition_scores(labels, torch.full_like(labels, most_frequent))
-    draw_confusion(labels, preds, names, Path(config.out) / "confusion.png")
+    out = Path(config.out)
+    draw_confusion(labels, preds, names, out / "confusion.png")
+    counts = labels.bincount(minlength=len(names))
+    with open(out / "classes.tsv", "w", encoding="utf-8") as file:
+        file.write(f"class\t{dataset.what}\tprecision\trecall\tf1\n")
+        for number, (precision, recall, f1) in sorted(scores_by_class(labels, preds).items()):
+            file.write(f"{names[number]}\t{counts[number]}\t{precision:.4f}\t{recall:.4f}\t{f1:.4f}\n")
     protocol = {"modality": config.modality, dataset.what: len(labels), "classes": len(config.classes)}
     return metrics, chance, protocol | {"most frequent": names[most_frequent]}
 

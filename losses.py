@@ -73,7 +73,6 @@ def same_pairs(
 def pick_negatives(
     sim: Tensor,
     forbidden: Tensor,
-    positive_sim: Tensor | None = None,
     mode: NegativeMode = "similar",
     generator: torch.Generator | None = None,
     margin: float | Tensor = 0.0,
@@ -81,18 +80,16 @@ def pick_negatives(
     """Pick one negative in the batch for each row of `sim` (B, K): its column (B,), or −1 where all are forbidden.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
-    semihard: the most similar one below `positive_sim` (B,), by default the diagonal, by at least `margin`; if none
-    is below, the least similar one (our choice; `sampler.chain` follows the same rule). FaceNet's semi-hard negatives
-    are less similar than the own pair, too, but by *less* than the margin; here the margin keeps away from false
-    negatives.
+    semihard: the most similar one that is less similar than the own pair, the diagonal, by at least `margin`; if none
+    is, the least similar one (our choice; `sampler.chain` follows the same rule). FaceNet's semi-hard negatives are
+    less similar than the own pair by *less* than the margin; here the margin keeps away from false negatives.
     """
     sim = sim.detach().float()
     possible = ~forbidden.all(dim=1)
     if mode == "hard":
         chosen = sim.masked_fill(forbidden, -torch.inf).argmax(dim=1)
     elif mode == "semihard":
-        limit = sim.diagonal() if positive_sim is None else positive_sim.detach().float()
-        below = (sim < limit[:, None] - margin) & ~forbidden
+        below = (sim < sim.diagonal()[:, None] - margin) & ~forbidden
         most_similar_below = sim.masked_fill(~below, -torch.inf).argmax(dim=1)
         least_similar = sim.masked_fill(forbidden, torch.inf).argmin(dim=1)
         chosen = torch.where(below.any(dim=1), most_similar_below, least_similar)

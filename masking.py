@@ -114,7 +114,7 @@ def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return kept_first[:, :kept], kept_first[:, kept:]
 
 
-# Synchronized masks: cross-attention -> a score of each word -> word mask and patch mask
+# Synchronized masks: the image gain scores words, the attention of the masked words scores patches
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def masked_attention(
     predicted (our choice). A word that is there needs not attend to the image; a masked word must. There are two
     passes, and each masks one random half of the words.
 
-    log p(w | own image, rest of the caption),   log p(w | another image of the batch, rest of the caption)
+    The log-probabilities are log p(w | own image, rest of the caption) and log p(w | another image, rest of it).
     batch: token_ids, attention_mask, words (B, L) · image_kv: by `FusionEncoder.project_image_kv`
     -> one map (B, h, L, N) a fusion layer, log-probabilities (2, B, L)
     """
@@ -186,7 +186,8 @@ def score_words(
 ) -> tuple[Tensor, Tensor]:
     """Compute what `sync_mask` reads: the attention (B, L, P) of words to patches, and a score (B, L) of each word.
 
-    source `masked`: a word scores by its image gain, log p(w | own image, rest) − log p(w | another image, rest)
+    source `masked`: a word scores by the image gain of its first piece,
+    log p(w | own image, rest) − log p(w | another image, rest)
     source `clean`: a word scores by how concentrated its attention is
     """
     if source == "clean":
@@ -229,17 +230,18 @@ def sync_mask(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mask the words with the highest scores, and the patches that these words attend to most (SyncMask, Song et al.
-    2024; how scores come out of the attention is our choice).
+    2024; how words get their scores is our choice).
 
     attention (B, L, P), scores (B, L) of the words · words (B, L): what may be masked · patch_ratio, word_ratio:
     shares to mask · pool: share of the words, with the highest scores, of which the masked words are drawn; above
     word_ratio the masked words differ from epoch to epoch
     -> patch mask (B, P), word mask (B, L), with the exact counts of the random masks
     """
+    # the pool first, then words drawn inside it
     best = mask_words(break_ties(scores, generator), words, max(pool, word_ratio))
     draws = torch.rand(best.shape, device=best.device, generator=generator)
     word_mask = mask_words(best + draws, words, word_ratio)
-    # s_p = mean over masked words of A[w, p]
+    # s_p = mean over masked tokens of A[w, p]
     total = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
     patch_scores = (attention * word_mask[..., None]).sum(dim=1) / total  # (B, P)
     patch_mask = mask_patches(break_ties(patch_scores, generator), patch_ratio)

@@ -7,7 +7,8 @@
 
 What a run leaves in --out: config.json, metrics.jsonl (its keys: engine/log.py), curves.png, masks.png, last.pt.
 
-Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys.
+Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys
+(of patches: those that are not masked), M masked tokens or patches.
 The suffix _m marks what the momentum encoder computes.
 """
 
@@ -85,12 +86,12 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
 
     # mask: random words
     word_mask = random_word_mask(batch["words"], run.config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
 
     # encode: captions and masked captions in one call
     image_embeds = model.vision(batch["images"])  # (B, N, D)
-    both_ids, both_masks = torch.cat([ids, masked_ids]), torch.cat([attention_mask, attention_mask])
-    text_embeds, masked_embeds = model.text(both_ids, both_masks).chunk(2)  # (B, L, D) each
+    both_ids, both_attention_mask = torch.cat([ids, corrupted_ids]), torch.cat([attention_mask, attention_mask])
+    text_embeds, masked_embeds = model.text(both_ids, both_attention_mask).chunk(2)  # (B, L, D) each
 
     # ITC
     image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)  # (B, E)
@@ -100,15 +101,17 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
-    pair_images = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (3B, 1, D)
+    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
+    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_image_index = torch.cat([own, wrong_image, own])
+    fused_cls = model.fusion(
+        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
+    )  # (3B, 1, D)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their images
     fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_m = fuse_momentum(run, masked_ids, attention_mask, image_embeds_m)
+    fused_m = fuse_momentum(run, corrupted_ids, attention_mask, image_embeds_m)
     mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
 
     losses = {"itc": run.config.itc_weight * itc, "itm": itm, "mlm": mlm}
@@ -116,10 +119,13 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
-    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM. Words and patches to mask come from the momentum encoder's
-    cross-attention; batches are grouped and negatives semi-hard (RECIPE_DEFAULTS). -> losses, metrics
+    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, with synchronized masks, grouped batches and semi-hard
+    negatives (the latter two by RECIPE_DEFAULTS). -> losses, metrics
 
-    Our choices: how attention becomes masks, the form of MIM (visible patches with the unmasked caption), its weight.
+    Our choices: MIM encodes visible patches with the unmasked caption; and how the masks are made. A word w is masked
+    where its image helps to predict it, a patch p where the masked words attend to it:
+    score_w = log p(w | own image, rest) − log p(w | another image, rest)
+    score_p = mean over masked tokens of A[w, p], A the cross-attention
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -127,13 +133,13 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     # mask: words and patches that the image and the caption have in common
     patch_mask, word_mask = choose_masks(run, batch, image_embeds_m, text_embeds_m)  # (B, P), (B, L)
     ids_keep, ids_masked = split_patches(patch_mask, config.mim_ratio)
-    masked_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
 
     # encode: captions and masked captions in one call; images whole, and their visible patches alone
     image_embeds = model.vision(batch["images"])  # (B, N, D)
-    visible_embeds = model.vision(batch["images"], ids_keep)
-    both_ids, both_masks = torch.cat([ids, masked_ids]), torch.cat([attention_mask, attention_mask])
-    text_embeds, masked_embeds = model.text(both_ids, both_masks).chunk(2)  # (B, L, D) each
+    visible_embeds = model.vision(batch["images"], ids_keep)  # (B, 1 + K, D)
+    both_ids, both_attention_mask = torch.cat([ids, corrupted_ids]), torch.cat([attention_mask, attention_mask])
+    text_embeds, masked_embeds = model.text(both_ids, both_attention_mask).chunk(2)  # (B, L, D) each
 
     # ITC
     image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)  # (B, E)
@@ -143,15 +149,17 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
-    pair_images = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (3B, 1, D)
+    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
+    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_image_index = torch.cat([own, wrong_image, own])
+    fused_cls = model.fusion(
+        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
+    )  # (3B, 1, D)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their unmasked images
     fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_m = fuse_momentum(run, masked_ids, attention_mask, image_embeds_m)
+    fused_m = fuse_momentum(run, corrupted_ids, attention_mask, image_embeds_m)
     mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
 
     # MIM: masked images with their unmasked captions
@@ -173,11 +181,11 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
 
     # mask: random words
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
 
     # encode: the masked caption serves all objectives; the momentum encoder sees the unmasked one
     image_embeds = model.vision(batch["images"])  # (B, N, D)
-    masked_embeds = model.text(masked_ids, attention_mask)  # (B, L, D)
+    masked_embeds = model.text(corrupted_ids, attention_mask)  # (B, L, D)
     text_embeds = masked_embeds if config.mask_text else model.text(ids, attention_mask)
 
     # ITC
@@ -188,10 +196,12 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
-    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask])
-    pair_images = torch.cat([own, wrong_image])
-    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (2B, 1, D)
+    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
+    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_image_index = torch.cat([own, wrong_image])
+    fused_cls = model.fusion(
+        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
+    )  # (2B, 1, D)
     if config.soft_mask:
         # one more positive: the image without what one of the words is about
         fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
@@ -211,7 +221,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     # MLM: from the same fused tokens, where the caption was masked
     if not config.mask_text:
         fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_m = fuse_momentum(run, masked_ids, attention_mask, image_embeds_m)
+    fused_m = fuse_momentum(run, corrupted_ids, attention_mask, image_embeds_m)
     mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
 
     losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm}
@@ -231,13 +241,13 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
 
     # mask: random words, of which some are replaced
     word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
-    masked_ids, mlm_labels, replaced = replace_words(
+    corrupted_ids, mlm_labels, replaced = replace_words(
         ids, batch["words"], word_mask, run.mask_id, run.word_ids, run.swaps, run.generator
     )
 
     # encode: one caption serves all objectives
     image_embeds = model.vision(batch["images"])  # (B, N, D)
-    text_embeds = model.text(masked_ids, attention_mask)  # (B, L, D)
+    text_embeds = model.text(corrupted_ids, attention_mask)  # (B, L, D)
 
     # ITC: integrated features against momentum keys of [CLS] alone
     image_feat, text_feat = model.image_feature(image_embeds), model.text_feature(text_embeds, attention_mask)  # (B, E)
@@ -247,11 +257,13 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
-    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask])
-    pair_images = torch.cat([own, wrong_image])
+    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
+    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_image_index = torch.cat([own, wrong_image])
     fused = model.fusion(text_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (2B, 1, D)
+    fused_cls = model.fusion(
+        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
+    )  # (2B, 1, D)
     itm, itm_accuracy = compute_itm(run, torch.cat([fused_cls, fused[:, :1]]), itm_labels)
 
     # MLM: from the same fused tokens
@@ -263,7 +275,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
         # our choice: ramped up, since from random weights its full pull gathers all features in one point
         losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, attention_mask), image_feat)
     if config.model.detector:
-        readable = batch["described"] & (masked_ids != run.mask_id)  # (B, L)
+        readable = batch["described"] & (corrupted_ids != run.mask_id)  # (B, L)
         losses["rtd"], metrics["replaced_recall"] = compute_rtd(run, fused, readable, replaced)
     return losses, metrics
 
@@ -285,14 +297,14 @@ def encode_momentum(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 @torch.no_grad()
-def fuse_momentum(run: Run, masked_ids: Tensor, attention_mask: Tensor, image_embeds_m: Tensor) -> Tensor | None:
+def fuse_momentum(run: Run, corrupted_ids: Tensor, attention_mask: Tensor, image_embeds_m: Tensor) -> Tensor | None:
     """Fuse masked captions with their images in the momentum encoder, for MLM's soft targets. -> (B, L, D), or None
     where no soft targets are asked for (alpha = 0)."""
     if run.alpha == 0:
         return None
     momentum = run.momentum.model
     image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
-    return momentum.fusion(momentum.text(masked_ids, attention_mask), attention_mask, image_kv_m)
+    return momentum.fusion(momentum.text(corrupted_ids, attention_mask), attention_mask, image_kv_m)
 
 
 def compute_itc(
@@ -325,8 +337,8 @@ def compute_itc(
 
 
 def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose for each image a wrong caption of the batch, and for each caption a wrong image, as --negatives says; a
-    share of them is random. sim_i2t, sim_t2i (B, B) logits of this process's pairs.
+    """Choose for each image a wrong caption of the batch, and for each caption a wrong image: as --negatives says with
+    probability `itm_hard_ratio`, otherwise at random. sim_i2t, sim_t2i (B, B) logits of this process's pairs.
 
     -> wrong_caption (B,), wrong_image (B,), labels (3B,) of the pairs with these and of the own pairs: 0 no match, 1
     match, −100 where every other pair of the batch would match"""
@@ -335,8 +347,8 @@ def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor
     forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
     negatives = []
     for sim in (sim_i2t, sim_t2i):
-        chosen = pick_negatives(sim, forbidden, None, config.negatives, run.generator, margin)
-        drawn = pick_negatives(sim, forbidden, None, "random", run.generator)
+        chosen = pick_negatives(sim, forbidden, config.negatives, run.generator, margin)
+        drawn = pick_negatives(sim, forbidden, "random", run.generator)
         dice = torch.rand(len(sim), device=run.device, generator=run.generator)
         negatives.append(torch.where(dice < itm_hard_ratio(run.step, config), chosen, drawn))
     wrong_caption, wrong_image = negatives
@@ -385,7 +397,8 @@ TRUE_RATIO = 0.5  # our choice: share of the words that an image shows which tru
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or true, as
-    --patch-mask and --word-mask say; random during --mask-warmup and for a share --mask-hint of the pairs."""
+    --patch-mask and --word-mask say. Synchronized ones are random during --mask-warmup, and a share --mask-hint of the
+    pairs keeps random masks of both."""
     config, words, generator = run.config, batch["words"], run.generator
     patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
     word_mask = random_word_mask(words, config.mlm_ratio, generator)
@@ -508,7 +521,7 @@ def fit(
             run.seed_step()
             batch = next(batches)
 
-            with autocast(run):
+            with autocast(run):  # through model.forward, for DistributedDataParallel
                 losses, metrics = model(compute_losses, run, augmented(run, batch))
             loss = sum(losses.values())
             loss.backward()

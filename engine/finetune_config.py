@@ -9,7 +9,7 @@ import numpy as np
 from data import build_dataset, build_statements, build_triplets
 from engine.checkpoints import load_checkpoint
 from engine.config import LoopConfig, check_loop
-from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, option
+from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
 from model import ModelConfig
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import DESCRIPTION, DIFFERENCE
@@ -24,12 +24,32 @@ TASK_DATA = {  # of the others: PHOTOS
     "entailment": ("synthetic", "snlive"),
     "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
 }
-TESTED = (*CAPTIONED, "snlive")  # have a test split with labels
+TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split; fashioniq's targets are not published
 CONTRAST = ("queue", "negatives", "itm_share", "margin", "focal_gamma", "itc_weight")  # retrieval goes on with these
 TASK_FLAGS = {  # flags that not all tasks read
     "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_warmup", "rerank"),
     **dict.fromkeys(RECOGNITION, ("modality", "freeze")),
     "search": ("query", "image", "index", "rerank"),
+}
+# flags that are read where nothing is trained, too
+UNTRAINED = {
+    "task",
+    "checkpoint",
+    "data",
+    "root",
+    "split",
+    "eval_only",
+    "out",
+    "seed",
+    "batch_size",
+    "products",
+    "device",
+    "precision",
+    "workers",
+    "rerank",
+    "query",
+    "image",
+    "index",
 }
 
 
@@ -94,7 +114,10 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
         raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` makes the default one")
     source = load_checkpoint(path)
     source = {part: source[part] for part in ("model", "tokenizer", "config", "step")}  # the rest is large
-    config = layer_config(given, source["config"])
+    try:
+        config = layer_config(given, source["config"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path}: was saved by another version of this code ({error})") from None
     if not config.resume:  # otherwise the run to resume has a say first
         check_start(config)
         check_flags(config, set(given))
@@ -155,6 +178,9 @@ def check_flags(config: FinetuneConfig, given: set[str]) -> None:
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
     check_readers("task", config.task, given, TASK_FLAGS)
+    if config.task == "search" or config.eval_only:
+        for name in sorted(given - UNTRAINED):
+            raise ConfigError(f"{flag_of(name)} is for training, which is not done here")
     if config.split == "train" and config.task != "search":
         raise ConfigError("--split train: metrics of what was trained on mean nothing; it is for --task search")
     if config.split == "test" and config.data not in TESTED:

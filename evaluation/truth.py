@@ -199,8 +199,8 @@ def false_negatives(
     product_ids, caption_ids = dataset.product_ids[rows], dataset.caption_ids[rows]
     forbidden = same_pairs(torch.from_numpy(product_ids), torch.from_numpy(caption_ids))
     own = torch.arange(len(rows))
-    captions = pick_negatives(sim / temp, forbidden, None, picking, generator, margin / temp)
-    images = pick_negatives(sim.T / temp, forbidden, None, picking, generator, margin / temp)
+    captions = pick_negatives(sim / temp, forbidden, picking, generator, margin / temp)
+    images = pick_negatives(sim.T / temp, forbidden, picking, generator, margin / temp)
     images, captions = torch.cat([own, images]), torch.cat([captions, own])
     false = []
     for image, caption in zip(images.tolist(), captions.tolist(), strict=True):

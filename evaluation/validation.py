@@ -93,4 +93,4 @@ def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str
 def draw_other(batch: dict, generator: torch.Generator) -> Tensor:
     """Draw for each pair of a batch another one, of another product. -> (B,), −1 where there is none"""
     forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-    return pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, None, "random", generator)
+    return pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, "random", generator)

@@ -87,9 +87,9 @@ def test_negatives_come_computed_for_five_margins(made):
     cosines = torch.tensor(found["cosines"])
     forbidden = same_pairs(made.batch["product_ids"], made.batch["caption_ids"])
     assert len(found["margins"]) == 5 and made.run.config.margin in found["margins"]
-    assert found["hard"] == pick_negatives(cosines, forbidden, None, "hard").tolist()
+    assert found["hard"] == pick_negatives(cosines, forbidden, "hard").tolist()
     for margin, chosen in zip(found["margins"], found["semihard"], strict=True):
-        assert chosen == pick_negatives(cosines, forbidden, None, "semihard", None, margin).tolist()
+        assert chosen == pick_negatives(cosines, forbidden, "semihard", None, margin).tolist()
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ LEFT = {"config.json", "metrics.jsonl", "curves.png", "last-2.pt", "last.pt", "b
 def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, selected_by, metric):
     out = tmp_path / "out"
     found = command(f"--task {task} --checkpoint {pretrained} --out {out} --steps 4 --val-every 2 {flags}")
-    pictures = {"confusion.png"} if selected_by == "val_accuracy" else set()
+    pictures = {"confusion.png", "classes.tsv"} if selected_by == "val_accuracy" else {"examples.png"}
     assert {path.name for path in out.iterdir()} == LEFT | pictures
     saved = json.loads((out / "results.json").read_text())
     assert saved == json.loads(json.dumps(found)) and metric in saved["metrics"] and saved["seconds"] > 0
@@ -94,6 +94,7 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, selected_b
     assert load_checkpoint(out / "best.pt")["step"] == best["step"] == saved["best_step"]
     assert metric in (printed := capsys.readouterr().out) and "chance" in printed
     # the best step evaluated again gives the same metrics
+    flags = flags if task == "retrieval" else ""  # the modality is the checkpoint's
     again = command(f"--task {task} --checkpoint {out}/best.pt --eval-only --out {tmp_path}/again {flags}")
     assert again["metrics"] == found["metrics"] and again["best_step"] == found["best_step"]
 
@@ -229,7 +230,7 @@ def test_evaluation_agrees_with_the_validation_of_pretraining(tmp_path):
 
 def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
     sizes = {"dress": (6, 20, 12), "shirt": (6, 20, 12), "toptee": (6, 20, 12)}
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         write_fashioniq(tmp_path / "iq", split, sizes, lambda i: Image.new("RGB", (20, 30), (i * 9 % 256, 50, 90)))
     flags = f"--task tgir --checkpoint {pretrained} --data fashioniq --root {tmp_path}/iq --steps 2 --batch-size 6"
     found = command(f"{flags} --out {tmp_path}/out")
@@ -242,6 +243,11 @@ def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
     flags = f"--task search --checkpoint {tmp_path}/out/best.pt --out {tmp_path}/found"
     found = command(f"{flags} --image {tmp_path}/iq/images/dress00003.jpg")
     assert found[0][1] == pytest.approx(1, abs=1e-4)
+    flags = f"--task tgir --checkpoint {tmp_path}/out/best.pt --eval-only --split test --out {tmp_path}/test"
+    assert command(flags)["metrics"] == {}
+    ranks = json.loads((tmp_path / "test" / "ranks.json").read_text())
+    assert len(ranks) == 18 and ranks[0]["subset"] == "dress" and ranks[0]["candidate"] == "dress00001"
+    assert sorted(ranks[0]["ranking"]) == [f"dress{i:05}" for i in range(20)]
 
 
 def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained, monkeypatch):
@@ -291,8 +297,9 @@ def refused(out, flags):
         ("retrieval --eval-only --resume", "--resume goes on with a training"),
         ("retrieval --freeze", "--freeze is for --task category or subcategory or entailment"),
         ("category --eval-only", "has no classes yet"),
+        ("retrieval --eval-only --lr 1", "--lr is for training"),
         ("entailment --data jsonl", "--task entailment needs --data synthetic or snlive, not jsonl"),
-        ("retrieval --split test", "--split test is for flickr30k, coco, snlive"),
+        ("retrieval --split test", "--split test is for flickr30k, coco, fashioniq, snlive"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(tmp_path, pretrained, flags, complaint):

@@ -187,6 +187,5 @@ def test_semihard_equals_its_definition(size, margin, seed):
         below = {j: cosine for j, cosine in allowed.items() if cosine < sim[b, b] - margin}
         expected = max(below, key=below.get) if below else min(allowed, key=allowed.get, default=-1)
         assert chosen == expected
-    limit = torch.full((size,), -9.0)
-    lowest = pick_negatives(sim, torch.eye(size).bool(), positive_sim=limit, mode="semihard")
+    lowest = pick_negatives(sim, torch.eye(size).bool(), mode="semihard", margin=9.0)  # none is below
     assert torch.equal(lowest, sim.fill_diagonal_(torch.inf).argmin(1))

@@ -159,8 +159,8 @@ def negatives(run: Run, batch: dict, dataset: PhotoDataset) -> dict:
     cosines = image_feat_m @ text_feat_m.T
     forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
     margins = [stop * (run.config.margin or 0.2) for stop in MARGIN_STOPS]
-    hard = pick_negatives(cosines, forbidden, None, "hard")
-    semihard = [pick_negatives(cosines, forbidden, None, "semihard", None, margin).tolist() for margin in margins]
+    hard = pick_negatives(cosines, forbidden, "hard")
+    semihard = [pick_negatives(cosines, forbidden, "semihard", None, margin).tolist() for margin in margins]
     found = {"cosines": cosines.tolist(), "margins": margins, "hard": hard.tolist(), "semihard": semihard}
     if isinstance(dataset, Synthetic):
         products = batch["product_ids"].tolist()

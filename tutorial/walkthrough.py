@@ -161,7 +161,7 @@ titles = [caption.split(".")[0] for caption in dataset.captions]
 show("forbidden", forbidden, f"{forbidden.sum()} pairs: the diagonal, and both views both ways")
 show("own pair", cosines[0], "cosine")
 for mode in ("random", "similar", "hard", "semihard"):
-    chosen = pick_negatives(sim_i2t, forbidden, None, mode, generator.manual_seed(0), config.margin / temp)
+    chosen = pick_negatives(sim_i2t, forbidden, mode, generator.manual_seed(0), config.margin / temp)
     show(mode, cosines[chosen[0]], f"cosine; '{titles[rows[chosen[0]]]}'")
 show("hard_share", itm_hard_ratio(run.step, config), f"are {config.negatives}, the others random")
 

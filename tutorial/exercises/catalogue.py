@@ -101,8 +101,8 @@ def with_other_modes(exercise: Exercise, mine: Callable) -> Callable:
     """The student's `pick_negatives`, with the project's own in the modes that the exercise does not ask for."""
     own = exercise.solution()["pick_negatives"]
 
-    def pick_negatives(sim, forbidden, positive_sim=None, mode="similar", generator=None, margin=0.0):
+    def pick_negatives(sim, forbidden, mode="similar", generator=None, margin=0.0):
         function = mine if mode in exercise.modes else own
-        return function(sim, forbidden, positive_sim, mode, generator, margin)
+        return function(sim, forbidden, mode, generator, margin)
 
     return pick_negatives

@@ -174,7 +174,7 @@ def check_6(pick_negatives) -> None:
     def semihard(own: float, margin: float) -> int:
         sim = torch.tensor([[own, 0.9, 0.75, 0.5, 0.1]])
         forbidden = torch.tensor([[True, False, False, False, False]])
-        return pick_negatives(sim, forbidden, sim[:, 0], mode="semihard", margin=margin).item()
+        return pick_negatives(sim, forbidden, mode="semihard", margin=margin).item()
 
     found = semihard(own=0.8, margin=0.0)
     want(found > 1, "the pair itself, or a negative more similar than the own pair, which is hard: sim < own")
