@@ -20,7 +20,7 @@ class Canvas:
             focus = pick(rng, garment.places.values())
             zooms = (1.7, 2.2)
         elif view == "half":
-            focus = pick(rng, (garment.top + 0.25, garment.bottom - 0.3))
+            focus = pick(rng, (garment.outline[0][1] + 0.25, garment.bottom - 0.3))
             zooms = (1.3, 1.6)
         else:  # the whole garment
             focus = garment.middle
