@@ -43,16 +43,13 @@ from tqdm import tqdm
 
 from masking import which_words
 from readers.dataset import DataError, PhotoDataset, Truth, Unreadable
-from readers.families import synthetic_triplets
 from readers.fashiongen import fashiongen
-from readers.fashioniq import fashioniq
 from readers.jsonl import jsonl
 from readers.karpathy import CaptionedName, karpathy
 from readers.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
-from readers.snlive import snlive
-from readers.statements import synthetic_statements
+from readers.statements import snlive, synthetic_statements
 from readers.synthetic import Synthetic
-from readers.triplets import Triplets
+from readers.triplets import Triplets, fashioniq, synthetic_triplets
 from readers.wardrobe import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -13,11 +13,11 @@ from small import PUBLISHED, write_fashioniq
 import data
 from data import Collate, build_dataset, build_tokenizer
 from readers.dataset import DataError
-from readers.families import synthetic_triplets
 from readers.fashiongen import FILES, export_fashiongen
 from readers.files import FORMATS, open_photo
 from readers.prompts import prompted, symbol_of
 from readers.synthetic import Synthetic
+from readers.triplets import synthetic_triplets
 from readers.wardrobe import GARMENTS
 
 

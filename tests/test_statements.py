@@ -12,9 +12,9 @@ import data
 from engine.batches import different_photos, texts_to_search
 from evaluation.scores import full_rankings, recalls_of
 from readers.dataset import DataError
-from readers.families import clause
 from readers.statements import LABELS, synthetic_statements
 from readers.synthetic import Synthetic
+from readers.triplets import clause
 from readers.wardrobe import COLOURS, Detail
 
 

@@ -9,8 +9,8 @@ import torch
 
 from readers.camera import render, shade
 from readers.dataset import DataError
-from readers.families import FAMILY, synthetic_triplets
 from readers.synthetic import Synthetic
+from readers.triplets import FAMILY, synthetic_triplets
 from readers.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
 
 
