@@ -176,10 +176,9 @@ def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, 
 
 def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, clip: Mask) -> None:
     """Paint five buttons or a zip from the chest to the hem."""
+    polygons = [_box(-0.04, -0.42, 0.04, bottom)]
     if closure == "buttoned":
         polygons = [_arc(y, 0.07, 0.07) for y in np.linspace(-0.36, bottom - 0.12, 5)]
-    else:
-        polygons = [_box(-0.04, -0.42, 0.04, bottom)]
     mask = darker(canvas.mask(*polygons), clip)
     canvas.paint("closure", mask, shade(tone, -0.85))
 

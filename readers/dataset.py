@@ -1,7 +1,6 @@
 """A data set of photos: columns, one value a row, and the images."""
 
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +38,7 @@ class Unreadable:
 
 @dataclass
 class Truth:
-    """What a photo really shows, where that is known.
+    """What a photo really shows.
 
     spans: (start, end, key, kind) of every stretch of the description that names an attribute
     regions: of the attributes that the photo shows, where, as packed bits of (size, size) pixels
@@ -127,11 +126,8 @@ class PhotoDataset(Dataset):
         if not self.prompts:
             return self.lead, self.captions[row]
         symbol = symbol_of(self.categories[row], self.subcategories[row])
-        return prompted(self.captions[row], symbol, self.attributes(row), np.random.default_rng((7, row)))
-
-    def attributes(self, row: int) -> dict[str, str]:
-        """What is known of the product of a row, for prompts; "" where unknown."""
-        return {name: values[row] for name, values in self.known.items()}
+        known = {name: values[row] for name, values in self.known.items()}
+        return prompted(self.captions[row], symbol, known, np.random.default_rng((7, row)))
 
     def name_of(self, row: int) -> str:
         """How to call the image of a row in messages."""
@@ -140,10 +136,7 @@ class PhotoDataset(Dataset):
 
     def fingerprint(self) -> int:
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
-        texts = list(self.captions)
-        if self.prompts:
-            texts += [str(self.attributes(row)) for row in range(len(self))]
-        return zlib.crc32("\n".join(texts).encode() + self.product_ids.tobytes())
+        return zlib.crc32(repr([self.captions, self.known]).encode() + self.product_ids.tobytes())
 
     def part(self, rows: np.ndarray) -> "PhotoDataset":
         """Some of its rows, numbered anew."""
@@ -161,16 +154,11 @@ class PhotoDataset(Dataset):
         return part
 
     def report(self) -> str:
-        """For the user: how much there is, and what was left out and why; with prompts, the category symbols."""
-        line = f"{len(self):,} {self.what} of {self.product_ids.max() + 1:,} {self.group}{self.left_out()}"
-        if self.prompts:
-            symbols = Counter(map(symbol_of, self.categories, self.subcategories))
-            counts = [f"{symbol} {count:,}" for symbol, count in symbols.most_common()]
-            line += f"\n  photos by symbol: {', '.join(counts)}"
-        return line
+        """One line for the user: how much there is, and what was left out and why."""
+        return f"{len(self):,} {self.what} of {self.product_ids.max() + 1:,} {self.group}{self.left_out()}"
 
     def left_out(self) -> str:
-        """The end of a report's first line: what was left out and why."""
+        """The end of a report: what was left out and why."""
         reasons = list(self.dropped)
         if self.problems:
             more = "; …" if len(self.problems) > 3 else ""

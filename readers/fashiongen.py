@@ -1,15 +1,13 @@
-"""FashionGen's two HDF5 files, read as distributed; and synthetic photos written in the same layout."""
+"""FashionGen's two HDF5 files, read as distributed."""
 
 import os
 from functools import cache
 from pathlib import Path
 
 import h5py
-import numpy as np
 from PIL import Image
 
 from readers.dataset import DataError, PhotoDataset, Split, legible
-from readers.synthetic import Synthetic
 
 FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
 PROMPTS = ("composition", "gender", "name", "season")  # columns `input_…`, read where they are there
@@ -72,29 +70,3 @@ class Hdf5Images:
 def _opened(path: Path, _process: int) -> h5py.File:
     """The file, opened by each process for itself: HDF5 handles do not survive a fork."""
     return h5py.File(path, "r")
-
-
-def export_fashiongen(folder: str | Path, items: int, image_size: int = 256, seed: int = 0) -> None:
-    """Write synthetic products in FashionGen's layout: `items` to train on; a tenth, at least 8, for validation."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, products in (("train", items), ("val", max(8, items // 10))):
-        path = folder / FILES[split]
-        dataset = Synthetic(split, products, image_size, seed)
-        drawn = [dataset.product(row) for row in range(len(dataset))]
-        texts = {
-            "input_description": dataset.captions,
-            "input_category": dataset.categories,
-            "input_subcategory": dataset.subcategories,
-            "input_name": [f"{product.colour} {product.garment}".title() for product in drawn],
-            "input_gender": ["Women" if i % 2 else "Men" for i in dataset.product_ids],
-            "input_composition": ["100% cotton."] * len(dataset),
-            "input_season": ["SS2018"] * len(dataset),
-        }
-        with h5py.File(path, "x") as file:  # refuses to overwrite what is there
-            images = np.stack([np.asarray(photo) for photo in dataset.photos])
-            file.create_dataset("input_image", data=images, chunks=(1, *images.shape[1:]))
-            file.create_dataset("input_productID", data=dataset.product_ids.astype(np.int32)[:, None])
-            for key, values in texts.items():
-                file.create_dataset(key, data=np.array([text.encode() for text in values])[:, None])
-        print(f"{path}: {dataset.report()}")

@@ -10,13 +10,13 @@ from readers.dataset import DataError
 
 
 def read_json(path: Path) -> object:
-    """The value in a JSON file. Raises DataError when there is none."""
-    return _parse(_read_text(path), str(path))
+    """The value in a JSON file. Raises DataError or OSError."""
+    return _parse(path.read_bytes(), str(path))
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """The objects of a file with one a line, each with the file and line to name in messages. Raises DataError."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):  # not splitlines: texts may hold other separators
+    """The objects of a file with one a line, each with the file and line to name in messages. Raises as `read_json`."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
             record = _parse(line, where)
@@ -25,16 +25,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
             yield where, record
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; is --root the right folder?") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-
-
-def _parse(text: str, where: str) -> object:
+def _parse(text: bytes, where: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

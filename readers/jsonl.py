@@ -28,10 +28,13 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
         else:
             records.append(record)
     if not has_val:
-        held_out = _tenth({str(record["product_id"]) for record in records}, seed, path)
+        products = {str(record["product_id"]) for record in records}
+        by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
+        held_out = by_hash[: max(1, len(products) // 10)]
         records = [record for record in records if (str(record["product_id"]) in held_out) == (split == "val")]
     if not records:
-        raise DataError(f"{path}: no usable line for the {split} split; {'; '.join(problems[:3]) or 'it is empty'}")
+        why = "; ".join(problems[:3]) or "it has too few products"
+        raise DataError(f"{path}: no usable line for the {split} split; {why}")
     names = [record["image"] for record in records]
     known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
     known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
@@ -59,11 +62,3 @@ def _check(where: str, record: dict) -> None:
 def _value(value: object) -> str:
     """An optional field: text or a whole number; "" for anything else."""
     return " ".join(legible(str(value)).split()) if isinstance(value, str | int) else ""
-
-
-def _tenth(products: set[str], seed: int, path: Path) -> set[str]:
-    """The products that are held out, chosen by hash."""
-    if len(products) == 1:
-        raise DataError(f"{path}: one product cannot be split; add more, or a val.jsonl")
-    by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
-    return set(by_hash[: max(1, len(products) // 10)])

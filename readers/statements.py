@@ -90,10 +90,9 @@ def synthetic_statements(split: Split, products: int, image_size: int, seed: int
     texts = [statement.text for statement in found]
     source = [statement.photo for statement in found]
     shown = [photos.rows[photo][0] for photo in source]
-    known = {
-        "category": [statement.label for statement in found],
-        "subcategory": [statement.kind for statement in found],
-    }
+    labels = [statement.label for statement in found]
+    kinds = [statement.kind for statement in found]
+    known = {"category": labels, "subcategory": kinds}
     dataset = PhotoDataset(texts, shown, photos.images, image_size, known, source=source)
     dataset.what = "statements"
     return dataset

@@ -140,15 +140,13 @@ FAMILY = 5  # a product, three that differ from it in one or two attributes, and
 def synthetic_triplets(split: Split, products: int, image_size: int, seed: int = 0) -> Triplets:
     """From the first product of each family to its variants and back."""
     photos = SyntheticFamilies(split, products, image_size, seed)
-    references = []
-    targets = []
+    references, targets, texts = [], [], []
     for first in range(0, products - FAMILY + 1, FAMILY):
         for variant in range(first + 1, first + FAMILY - 1):
             references += [first, variant]
             targets += [variant, first]
     if not references:
         raise DataError(f"--products {products}: no whole family of {FAMILY} products; give more")
-    texts = []
     for number, (a, b) in enumerate(zip(references, targets)):
         texts.append(difference(photos.products[a], photos.products[b], photos._rng(4, number)))
     subsets = ["synthetic"] * len(texts)
@@ -164,7 +162,11 @@ class SyntheticFamilies(Synthetic):
         stranger = draw_family(rng, self._owns)[0]
         family = draw_family(rng, self._owns)[:1]
         while len(family) < FAMILY - 1:
-            product = vary(family[0], rng)
+            product = family[0]
+            for _ in range(rng.integers(1, 3)):  # in how many things that the front shows it differs
+                variants = list(product.variants())
+                shown = [(kind, other) for kind, key, other in variants if kind != "garment" and key != "back"]
+                product = pick_variant(rng, shown)
             known = [kin.attributes() for kin in family]
             if self._owns(product) and product.attributes() not in known:
                 family.append(product)
@@ -172,17 +174,6 @@ class SyntheticFamilies(Synthetic):
 
     def _views(self, index: int) -> list[str]:
         return ["front"]
-
-
-def vary(product: Product, rng: Generator) -> Product:
-    """A product that differs in one or two attributes, of those that a photo of the front shows."""
-    for _ in range(rng.integers(1, 3)):
-        variants = []
-        for kind, key, variant in product.variants():
-            if kind != "garment" and key != "back":
-                variants.append((kind, variant))
-        product = pick_variant(rng, variants)
-    return product
 
 
 def clause(product: Product, key: str) -> str:

@@ -4,7 +4,6 @@ A style comes in several colours, so that no colour tells products apart. A desc
 and every word that says something varies on its own: no other word of the description gives it away.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -126,7 +125,7 @@ def pick(rng: Generator, options: Iterable):
 
 @dataclass(frozen=True)
 class Detail:
-    """A band of its own on a garment: a look and a noun, LOOKS and NOUNS, neither of which tells the other."""
+    """A band of its own on a garment: one of LOOKS and one of NOUNS, neither of which tells the other."""
 
     look: str
     noun: str
@@ -152,8 +151,8 @@ class Product:
 
     def with_own_words(self, rng: Generator) -> "Product":
         """The same to the eye, with another inside, others of UNSEEN, and another wording."""
-        chosen = rng.permutation(list(UNSEEN)).tolist()[:4]
-        unseen = {what: pick(rng, UNSEEN[what]) for what in sorted(chosen)}
+        chosen = sorted(rng.permutation(list(UNSEEN)).tolist()[:4])
+        unseen = {what: pick(rng, UNSEEN[what]) for what in chosen}
         details = self.details | {"inside": Detail.draw(rng)}
         return replace(self, details=details, unseen=unseen, wording=int(rng.integers(2**31)))
 
@@ -225,8 +224,7 @@ class Product:
         return caption.rstrip(), spans
 
     def _phrases(self) -> list[list[tuple[str, str, str]]]:
-        """The title, and in random order what else there is to say. A phrase is a list of (words, key, kind): key is
-        the attribute that the words name, "" where they name none."""
+        """The title, then the rest in random order, as (words, key, kind); key is "" of words that name nothing."""
         rng = default_rng(self.wording)
         garment = (self.garment, "garment", "garment")
         colour = (self.colour, "colour", "colour")
@@ -241,20 +239,16 @@ class Product:
             if value:
                 phrases.append([(value, kind, kind), (noun, "", "")])
         for place, detail in self.details.items():
-            phrase = [(detail.look, place, "look"), (detail.noun, place, "noun")]
+            where = [("at", "", ""), (place, place, "place")]
             if place in ("inside", "back"):
-                phrase.append(("inside" if place == "inside" else "at back", "", ""))
-            else:
-                phrase += [("at", "", ""), (place, place, "place")]
-            phrases.append(phrase)
+                where = [("inside" if place == "inside" else "at back", "", "")]
+            phrases.append([(detail.look, place, "look"), (detail.noun, place, "noun"), *where])
         for what, value in self.unseen.items():
             phrases.append([(value, "unseen", "unseen"), (what, "", "")])
-        order = rng.permutation(len(phrases))
-        return [title, *(phrases[number] for number in order)]
+        return [title, *(phrases[number] for number in rng.permutation(len(phrases)))]
 
 
 def draw_product(rng: Generator) -> Product:
-    """A random product."""
     name = pick(rng, GARMENTS)
     garment = GARMENTS[name]
     places = rng.permutation(list(garment.places)).tolist()
@@ -273,11 +267,8 @@ def draw_product(rng: Generator) -> Product:
 
 def pick_variant(rng: Generator, variants: list[tuple[str, Product]]) -> Product:
     """One of some variants, given with their kinds: first a kind is drawn, then a variant of it."""
-    by_kind = defaultdict(list)
-    for kind, variant in variants:
-        by_kind[kind].append(variant)
-    kind = pick(rng, by_kind)
-    return pick(rng, by_kind[kind])
+    chosen = pick(rng, dict.fromkeys(kind for kind, _ in variants))
+    return pick(rng, [variant for kind, variant in variants if kind == chosen])
 
 
 STYLE_COLOURS = 3  # in how many colours a style comes

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 from small import lines, resume, run, run_files, same_state, write_fashioniq, write_jsonl, write_karpathy, write_snlive
@@ -21,7 +22,6 @@ from engine.flags import ConfigError
 from engine.run import build_run
 from evaluation.search import search
 from readers.dataset import DataError
-from readers.fashiongen import export_fashiongen
 from readers.prompts import DESCRIPTION, DIFFERENCE
 
 
@@ -209,7 +209,7 @@ def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, 
 
 
 def test_retrieval_and_recognition_on_fashiongen(tmp_path, pretrained):
-    export_fashiongen(tmp_path / "fg", 48, image_size=32)
+    small.export_fashiongen(tmp_path / "fg", 48, image_size=32)
     common = ["--checkpoint", pretrained, "--data", "fashiongen", "--root", tmp_path / "fg"]
     found = command("--task", "retrieval", "--steps", "2", *common, "--out", tmp_path / "retrieval")
     assert "of the same sub-category" in found["protocol"] and found["chance"]["full_i2t_r1"] == pytest.approx(1 / 8)
