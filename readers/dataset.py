@@ -18,7 +18,7 @@ CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for 
 
 
 def legible(text: str) -> str:
-    """A text from outside without control characters, which could move a terminal's cursor or change its colours."""
+    """A text from outside without control characters, which could change a terminal's colours."""
     return text.translate(CONTROLS)
 
 

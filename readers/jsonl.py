@@ -19,7 +19,10 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
     path = folder / (f"{split}.jsonl" if has_val else "train.jsonl")
     records, problems = [], []
     for where, record in read_json_lines(path):
-        _check(where, record)
+        for key in ("image", "caption", "product_id"):
+            if not isinstance(record.get(key), str | int):
+                raise DataError(f"{where}: field {key} is missing, or neither text nor a whole number")
+            record[key] = str(record[key])
         line = where.removeprefix(f"{path} ")
         if not (folder / record["image"]).is_file():
             problems.append(f"{line}: no photo {record['image']}")
@@ -28,10 +31,10 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
         else:
             records.append(record)
     if not has_val:
-        products = {str(record["product_id"]) for record in records}
+        products = {record["product_id"] for record in records}
         by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
-        held_out = by_hash[: max(1, len(products) // 10)]
-        records = [record for record in records if (str(record["product_id"]) in held_out) == (split == "val")]
+        held_out = set(by_hash[: max(1, len(products) // 10)])
+        records = [record for record in records if (record["product_id"] in held_out) == (split == "val")]
     if not records:
         why = "; ".join(problems[:3]) or "it has too few products"
         raise DataError(f"{path}: no usable line for the {split} split; {why}")
@@ -40,7 +43,7 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
     known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
     dataset = PhotoDataset(
         captions=[record["caption"] for record in records],
-        products=[str(record["product_id"]) for record in records],
+        products=[record["product_id"] for record in records],
         images=ImageFiles([folder / name for name in names], image_size),
         image_size=image_size,
         known=known,
@@ -48,15 +51,6 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
     )
     dataset.problems = problems
     return dataset
-
-
-def _check(where: str, record: dict) -> None:
-    """Raises DataError where a line lacks what every line must have."""
-    for key in ("image", "caption"):
-        if not isinstance(record.get(key), str):
-            raise DataError(f"{where}: field {key} is missing or not text")
-    if not isinstance(record.get("product_id"), str | int):
-        raise DataError(f"{where}: field product_id is missing, or neither text nor a whole number")
 
 
 def _value(value: object) -> str:

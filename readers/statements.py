@@ -19,8 +19,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 
 def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int) -> PhotoDataset:
     """SNLI-VE (Xie et al. 2019) as distributed: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`,
-    `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`. A row is a statement; its category is
-    its label.
+    `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`. The category of a row is its label.
 
     Statements without a gold label (`-`), and those of photos that are not there, are counted and left out.
     """
@@ -75,9 +74,8 @@ class Claim(NamedTuple):
 
 
 def synthetic_statements(split: Split, products: int, image_size: int, seed: int = 0) -> PhotoDataset:
-    """Six statements about two photos of each product that has two which differ in what they show: see `block`.
-
-    A row is a statement; its category is its label, its sub-category the kind of attribute that it turns on."""
+    """Six statements about two photos of each product that has two which differ in what they show: see `block`. The
+    category of a row is its label, its sub-category the kind of attribute that it turns on."""
     photos = Synthetic(split, products, image_size, seed)
     rows_of = defaultdict(list)
     for row, (product, _) in enumerate(photos.rows):
@@ -87,11 +85,8 @@ def synthetic_statements(split: Split, products: int, image_size: int, seed: int
         found += block(photos, rows, photos._rng(5, product))
     if not found:
         raise DataError(f"--products {products}: no two photos of a product differ in what they show; give more")
-    texts = [statement.text for statement in found]
-    source = [statement.photo for statement in found]
+    source, texts, labels, kinds = map(list, zip(*found))
     shown = [photos.rows[photo][0] for photo in source]
-    labels = [statement.label for statement in found]
-    kinds = [statement.kind for statement in found]
     known = {"category": labels, "subcategory": kinds}
     dataset = PhotoDataset(texts, shown, photos.images, image_size, known, source=source)
     dataset.what = "statements"

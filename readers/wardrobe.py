@@ -31,8 +31,7 @@ UNSEEN = {  # what no photo shows
     "season": ("spring", "summer", "autumn", "winter"),
 }
 
-# Garment space: x to the right, y down, the whole garment inside [−1, 1]². The polygons of garments are the right half
-# of a shape; the left half mirrors it.
+# Garment space: x to the right, y down, inside [−1, 1]². Polygons are the right half of a shape; the left mirrors it.
 Polygon = Sequence[tuple[float, float]]  # or an array (corners, 2)
 SLEEVES = {
     "short": [(0.33, -0.56), (0.68, -0.3), (0.56, -0.1), (0.33, -0.24)],
