@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masking import which_words
-from readers.dataset import DataError, PhotoDataset, Truth, Unreadable
+from readers.dataset import DataError, PhotoDataset, ReportedSplit, Truth, Unreadable
 from readers.fashiongen import fashiongen
 from readers.jsonl import jsonl
 from readers.karpathy import CaptionedName, karpathy
@@ -338,7 +338,6 @@ def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
 TripletName = Literal["synthetic", "fashioniq"]
 StatementName = Literal["synthetic", "snlive"]
-ReportedSplit = Literal["train", "val", "test"]
 VAL_PRODUCTS = 300  # synthetic products held out of training
 
 

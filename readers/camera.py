@@ -174,15 +174,6 @@ def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, 
         canvas.paint(place, band, cloth)
 
 
-def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, clip: Mask) -> None:
-    """Paint five buttons or a zip from the chest to the hem."""
-    polygons = [_box(-0.04, -0.42, 0.04, bottom)]
-    if closure == "buttoned":
-        polygons = [_arc(y, 0.07, 0.07) for y in np.linspace(-0.36, bottom - 0.12, 5)]
-    mask = darker(canvas.mask(*polygons), clip)
-    canvas.paint("closure", mask, shade(tone, -0.85))
-
-
 def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Image.Image, dict]:
     """Photograph a product: (RGB image of `size` pixels, region masks by attribute at the supersampled size).
 
@@ -211,7 +202,11 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
-        _paint_closure(canvas, product.closure, garment.bottom, tone, body)
+        polygons = [_box(-0.04, -0.42, 0.04, garment.bottom)]  # a zip
+        if product.closure == "buttoned":
+            polygons = [_arc(y, 0.07, 0.07) for y in np.linspace(-0.36, garment.bottom - 0.12, 5)]
+        closure = darker(canvas.mask(*polygons), body)
+        canvas.paint("closure", closure, shade(tone, -0.85))
     canvas.regions["garment"] = silhouette  # whatever lies on it
     canvas.regions["colour"] = silhouette
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder

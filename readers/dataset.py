@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from readers.prompts import Text, prompted, symbol_of
 
 Split = Literal["train", "val"]
+ReportedSplit = Literal["train", "val", "test"]
 
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for blank in "\t\n\r"}
 

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError, PhotoDataset, ReportedSplit
 from readers.files import ImageFiles, read_json
 
 CaptionedName = Literal["flickr30k", "coco"]
 
 
-def karpathy(
-    folder: Path, name: CaptionedName, split: Literal["train", "val", "test"], image_size: int
-) -> PhotoDataset:
+def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size: int) -> PhotoDataset:
     """A row is a photo with one of its captions; what is a product elsewhere is a photo here.
 
     `dataset_{name}.json`: `images`, each with `filename`, for COCO `filepath` (train2014, val2014), `split` (train and

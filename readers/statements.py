@@ -3,12 +3,12 @@
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from readers.dataset import DataError, PhotoDataset, Split
+from readers.dataset import DataError, PhotoDataset, ReportedSplit, Split
 from readers.files import ImageFiles, read_json_lines
 from readers.synthetic import Synthetic
 from readers.triplets import clause
@@ -17,7 +17,7 @@ from readers.wardrobe import Product, pick
 LABELS = ("entailment", "neutral", "contradiction")
 
 
-def snlive(folder: Path, split: Literal["train", "val", "test"], image_size: int) -> PhotoDataset:
+def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PhotoDataset:
     """SNLI-VE (Xie et al. 2019) as distributed: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`,
     `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`. The category of a row is its label.
 

@@ -1,12 +1,11 @@
 """Text-guided retrieval: a reference photo, a text that says what differs, the target photo. Drawn, or FashionIQ's."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.random import Generator
 
-from readers.dataset import DataError, PhotoDataset, Split, Unreadable, numbered
+from readers.dataset import DataError, PhotoDataset, ReportedSplit, Split, Unreadable, numbered
 from readers.files import ImageFiles, read_json
 from readers.synthetic import Synthetic
 from readers.wardrobe import Detail, Product, draw_family, pick, pick_variant
@@ -88,7 +87,7 @@ class Triplets(PhotoDataset):
         return line + self.left_out()
 
 
-def fashioniq(folder: Path, split: Literal["train", "val", "test"], image_size: int) -> Triplets:
+def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     """FashionIQ (Wu et al. 2021) as distributed: `captions/cap.{dress,shirt,toptee}.{split}.json`,
     `image_splits/split.….json`, `images/{id}.jpg` or `.png`.
 

@@ -129,10 +129,6 @@ class Detail:
     look: str
     noun: str
 
-    @staticmethod
-    def draw(rng: Generator) -> "Detail":
-        return Detail(look=pick(rng, LOOKS), noun=pick(rng, NOUNS))
-
 
 @dataclass(frozen=True)
 class Product:
@@ -152,7 +148,7 @@ class Product:
         """The same to the eye, with another inside, others of UNSEEN, and another wording."""
         chosen = sorted(rng.permutation(list(UNSEEN)).tolist()[:4])
         unseen = {what: pick(rng, UNSEEN[what]) for what in chosen}
-        details = self.details | {"inside": Detail.draw(rng)}
+        details = self.details | {"inside": Detail(pick(rng, LOOKS), pick(rng, NOUNS))}
         return replace(self, details=details, unseen=unseen, wording=int(rng.integers(2**31)))
 
     @property
@@ -259,7 +255,7 @@ def draw_product(rng: Generator) -> Product:
         sleeve=pick(rng, garment.sleeves),
         neck=pick(rng, garment.necks),
         closure=pick(rng, garment.closures),
-        details={place: Detail.draw(rng) for place in (*sorted(front), "back")},
+        details={place: Detail(pick(rng, LOOKS), pick(rng, NOUNS)) for place in (*sorted(front), "back")},
     )
     return product.with_own_words(rng)
 

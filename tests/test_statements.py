@@ -14,7 +14,6 @@ from evaluation.scores import full_rankings, recalls_of
 from readers.dataset import DataError
 from readers.statements import LABELS, synthetic_statements
 from readers.synthetic import Synthetic
-from readers.triplets import clause
 from readers.wardrobe import COLOURS, Detail
 
 
@@ -86,13 +85,6 @@ def test_statements_are_deterministic(statements, photos):
     again = synthetic_statements("train", 60, 64)
     assert again.captions == statements.captions and again.categories == statements.categories
     assert torch.equal(statements[7]["image"], photos[statements.source[7]]["image"])
-
-
-def test_clauses_say_one_attribute(photos):
-    product = photos.products[0]
-    for key, value in product.attributes().items():
-        if key in ("colour", "pattern", "sleeve", "neck", "closure") or isinstance(value, Detail):
-            assert claimed(clause(product, key)) == (key, value)
 
 
 def test_snlive_counts_what_it_leaves_out(tmp_path):
