@@ -336,20 +336,13 @@ def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
 # ---------------------------------------------------------------- data sets by name
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
-TripletName = Literal["synthetic", "fashioniq"]
-StatementName = Literal["synthetic", "snlive"]
 VAL_PRODUCTS = 300  # synthetic products held out of training
 
 
 def build_dataset(
-    name: DataName | CaptionedName,
-    root: str | Path | None,
-    split: ReportedSplit,
-    image_size: int,
-    seed: int = 0,
-    products: int = 4000,
+    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
 ) -> PhotoDataset:
-    """Open a split of a data set. Raises DataError or OSError with one clear line when it cannot be used.
+    """Open a split of a data set, a DataName or CaptionedName. Raises DataError or OSError when it cannot be used.
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
     seed: of the synthetic set, and of the split by product where the data has none
@@ -365,28 +358,18 @@ def build_dataset(
 
 
 def build_triplets(
-    name: TripletName,
-    root: str | Path | None,
-    split: ReportedSplit,
-    image_size: int,
-    seed: int = 0,
-    products: int = 4000,
+    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
 ) -> Triplets:
-    """Open a split of a set of triplets; arguments and errors as `build_dataset`."""
+    """Open a split of `synthetic` triplets or of `fashioniq`; arguments and errors as `build_dataset`."""
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed)
     return fashioniq(_folder(name, root), split, image_size)
 
 
 def build_statements(
-    name: StatementName,
-    root: str | Path | None,
-    split: ReportedSplit,
-    image_size: int,
-    seed: int = 0,
-    products: int = 4000,
+    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
 ) -> PhotoDataset:
-    """Open a split of a set of statements; arguments and errors as `build_dataset`."""
+    """Open a split of `synthetic` statements or of `snlive`; arguments and errors as `build_dataset`."""
     if name == "synthetic":
         return synthetic_statements(split, products if split == "train" else VAL_PRODUCTS, image_size, seed)
     return snlive(_folder(name, root), split, image_size)
