@@ -1,4 +1,4 @@
-"""Pretraining: a method is a function here, a recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
+"""Pretraining. A method is a function here, its recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
 
     python train.py                                            tiny model, synthetic photos, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
@@ -59,8 +59,7 @@ from losses import (
 )
 from masking import (
     corrupt_words,
-    grad_cam,
-    middle_layer,
+    itm_grad_cam,
     random_patch_mask,
     random_word_mask,
     replace_words,
@@ -418,8 +417,7 @@ def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Ten
     the `words` (B, L) leaves its image as it is.
 
     M by Grad-CAM of the model in training, from its `fused` tokens and their attentions, one a layer. -> (B, N, D)"""
-    score = run.model.itm_logits(fused)[:, 1].sum()  # pairs are independent, so one gradient serves all
-    maps = grad_cam(attentions[middle_layer(len(attentions))], score)
+    maps = itm_grad_cam(run.model, attentions, fused)
     any_word = words.any(dim=1, keepdim=True)
     word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
     mask = soft_mask(maps, word) * any_word  # (B, P)

@@ -38,6 +38,8 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
         try:
             for batch in loader:
                 yield to_device(batch, run.device)
+        except DataError as error:  # from a loading process it brings a traceback, of which it is the last line
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
@@ -47,24 +49,26 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
 
 
 def augmented(run: Run, batch: dict) -> dict:
-    """The batch with its photos cropped, flipped and normalised, each at random, and the truth with them."""
-    config, drawn = run.config, {}
+    """The batch with its images cropped, flipped and normalised, each at random, and the ground truth with them."""
+    config, batch = run.config, dict(batch)
     for key in ("images", "target_images"):
-        if key in batch:
-            crops = random_crops(len(batch[key]), config.crop_scale, run.generator, config.distort, run.device)
-            drawn[key] = augment(batch[key], crops, run.generator, config.distort)
-            if "planes" in batch:
-                drawn["planes"] = cut(batch["planes"], crops, "zeros")
-    return batch | drawn
+        if key not in batch:
+            continue
+        crops = random_crops(len(batch[key]), config.crop_scale, run.generator, config.distort, run.device)
+        batch[key] = augment(batch[key], crops, run.generator, config.distort)
+        if "planes" in batch:
+            batch["planes"] = cut(batch["planes"], crops, "zeros")
+    return batch
 
 
 def learn_vocabulary(config: TrainConfig, dataset: PhotoDataset) -> Tokenizer:
-    """The tokenizer of a new run: trained on the texts of its photos, unless --vocab gives one."""
-    rows = range(0 if config.vocab else len(dataset))
-    bar = tqdm(rows, "reading texts", unit=" texts", leave=False, disable=None)
-    spoken = [" ".join(dataset.text(row)[1::2]) for row in bar]
+    """The tokenizer of a new run: trained on its captions, unless --vocab gives one."""
+    captions = []
+    if not config.vocab:
+        for row in tqdm(range(len(dataset)), "reading texts", unit=" texts", leave=False, disable=None):
+            captions.append(" ".join(dataset.text(row)[1::2]))
     sizes = config.model.vocab_size, config.model.max_length
-    return build_tokenizer(spoken, *sizes, config.vocab, config.prompts)
+    return build_tokenizer(captions, *sizes, config.vocab, config.prompts)
 
 
 def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset:
@@ -86,14 +90,16 @@ def different_photos(dataset: PhotoDataset) -> np.ndarray:
 
 
 def texts_to_search(dataset: PhotoDataset, rows: np.ndarray) -> tuple[list[Text], Tensor, Tensor]:
-    """What photos, some rows (n,), are to be told by: one text a product, that of its first photo; where photos have
-    several captions, all of these. -> texts, of which product each photo is (n,), and of which each text (m,)."""
-    _, first, owner = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
-    lines, told = rows[first], np.arange(len(first))
+    """The captions that images, some rows (n,), are retrieved by: one a product, that of its first image; where images
+    have several captions, all of these. -> captions (m), the product of each image (n,) and of each caption (m,)"""
+    products = dataset.product_ids[rows]
+    kinds, first, image_products = np.unique(products, return_index=True, return_inverse=True)
+    caption_rows, text_products = rows[first], np.arange(len(kinds))
     if dataset.several:
-        lines = np.flatnonzero(np.isin(dataset.product_ids, dataset.product_ids[rows]))
-        told = np.unique(dataset.product_ids[lines], return_inverse=True)[1]
-    return [dataset.text(row) for row in lines], torch.from_numpy(owner), torch.from_numpy(told)
+        caption_rows = np.flatnonzero(np.isin(dataset.product_ids, products))
+        text_products = np.searchsorted(kinds, dataset.product_ids[caption_rows])
+    captions = [dataset.text(row) for row in caption_rows]
+    return captions, torch.from_numpy(image_products), torch.from_numpy(text_products)
 
 
 @torch.no_grad()
@@ -136,39 +142,39 @@ def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]
 
 
 @torch.no_grad()
-def match_scores(run: Run, photos: PhotoDataset, texts: list[Text], pairs: Tensor) -> Tensor:
-    """The ITM head's logit for "match" over "no match", of pairs (n, 2) of a row of `photos` and a text. -> (n,).
+def match_scores(run: Run, dataset: PhotoDataset, texts: list[Text], pairs: Tensor) -> Tensor:
+    """The ITM head's logit for "match" minus that for "no match", of pairs (n, 2) of a row and a text. -> (n,)
 
-    Each photo and each text is encoded once.
+    Each image and each text is encoded once.
     """
+    model = run.model
     encoded = to_device(tokenize(run.tokenizer, texts), run.device)
-    ids, keep = encoded["token_ids"], encoded["attention_mask"]
-    with autocast(run):
-        text_embeds = torch.cat([run.model.text(i, k) for i, k in zip(ids.split(256), keep.split(256), strict=True)])
-    rows, place = pairs[:, 0].unique(return_inverse=True)
-    order, scores = place.argsort(), torch.empty(len(pairs), device=run.device)
-    place, done = place[order].to(run.device), 0
-    asked, seen = pairs[order, 1].to(run.device), 0
-    for batch in batches_of(run, photos.part(rows.numpy()), "matching"):
+    ids, attention_mask = encoded["token_ids"], encoded["attention_mask"]
+    text_embeds = []
+    for start in range(0, len(ids), 256):
+        part = slice(start, start + 256)
         with autocast(run):
-            image_embeds = run.model.vision(batch["images"])
-            until = int(torch.searchsorted(place, seen + len(image_embeds)))
-            for at in torch.arange(done, until, device=run.device).split(4 * run.config.batch_size):
-                if not len(at):
-                    continue
-                t, which = asked[at], place[at] - seen
-                first, last = which[0], which[-1]  # photos are in order: of most batches a few are asked for
-                shown = image_embeds[first : last + 1]
-                image_kv = run.model.fusion.project_image_kv(shown)
-                fused_cls = run.model.fusion(text_embeds[t], keep[t], image_kv, which - first, cls_only=True)
-                logits = run.model.itm_logits(fused_cls)
-                scores[at] = (logits[:, 1] - logits[:, 0]).float()
-        seen, done = seen + len(image_embeds), until
-    if done < len(pairs):
+            text_embeds.append(model.text(ids[part], attention_mask[part]))
+    text_embeds = torch.cat(text_embeds)
+    pairs = pairs.to(run.device)
+    rows, image_of = pairs[:, 0].unique(return_inverse=True)
+    scores = torch.empty(len(pairs), device=run.device)
+    first = 0  # number of the batch's first image
+    for batch in batches_of(run, dataset.part(rows.tolist()), "matching"):
+        with autocast(run):
+            image_kv = model.fusion.project_image_kv(model.vision(batch["images"]))
+        end = first + len(batch["rows"])
+        of_batch = ((image_of >= first) & (image_of < end)).nonzero().squeeze(1)
+        for pair in of_batch.split(4 * run.config.batch_size):
+            text, image_index = pairs[pair, 1], image_of[pair] - first
+            with autocast(run):
+                fused_cls = model.fusion(text_embeds[text], attention_mask[text], image_kv, image_index, cls_only=True)
+                logits = model.itm_logits(fused_cls)
+            scores[pair] = (logits[:, 1] - logits[:, 0]).float()
+        first = end
+    if first < len(rows):
         raise DataError("a photo that could be read before could not be read again")
-    result = torch.empty_like(scores)
-    result[order.to(run.device)] = scores
-    return result
+    return scores
 
 
 def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:

@@ -5,7 +5,6 @@ code is run, and damage is found by the archive's checksums.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import zipfile
@@ -65,8 +64,9 @@ def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what torch makes of a full disk
-            full = shutil.disk_usage(path.parent).free < 2**20
-            raise OSError(errno.ENOSPC if full else None, None if full else str(error).splitlines()[0]) from None
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise OSError(None, str(error).splitlines()[0]) from None
 
 
 def save_checkpoint(run: Run, path: Path) -> None:

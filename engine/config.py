@@ -68,7 +68,7 @@ class TrainConfig(LoopConfig):
 
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
-    recipe: Literal["syncmask", "softmask", "fashionfine", "albef"] = option("syncmask", "method")
+    recipe: str = option("syncmask", "method: syncmask, softmask, fashionfine or albef")
     preset: Literal["tiny", "small", "base"] = option(
         "tiny", "sizes and schedule; unless given, synthetic: tiny, jsonl: small, fashiongen: base"
     )
@@ -99,28 +99,46 @@ class TrainConfig(LoopConfig):
 SCHEDULES = {
     # in so few steps soft targets only slow MLM down, ITM negatives drawn by similarity, of which many are false, undo
     # what the random ones have taught, the momentum model must follow closely, and retrieval wants more weight
-    "tiny": dict(steps=680, lr=1e-3, final_lr=1e-5, warmup=50, ema_decay=0.95, alpha=0.0, mlm_ratio=0.5,
-                 negatives="random", itm_share=0.5, itm_warmup=100, mask_warmup=100, mim_weight=0.5,
-                 itc_weight=2.0, crop_scale=0.8, val_every=340),
-    "small": dict(epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000,
-                  mask_warmup=1000, workers=4),
-    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000,
-                 val_every=2000),  # a checkpoint is 3.5 GB
-}  # fmt: skip
+    "tiny": dict(
+        steps=680,
+        lr=1e-3,
+        final_lr=1e-5,
+        warmup=50,
+        ema_decay=0.95,
+        alpha=0.0,
+        mlm_ratio=0.5,
+        negatives="random",
+        itm_share=0.5,
+        itm_warmup=100,
+        mask_warmup=100,
+        mim_weight=0.5,
+        itc_weight=2.0,
+        crop_scale=0.8,
+        val_every=340,
+    ),
+    "small": dict(
+        epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, mask_warmup=1000, workers=4
+    ),
+    "base": dict(
+        epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000
+    ),  # a checkpoint is 3.5 GB
+}
 # What a recipe sets over its preset, and what it sets for one preset alone. All of syncmask's are choices, those of the
 # model and of the masks made on the truth of the synthetic photos; no queue beside grouped batches, as GRIT-VLP.
 RECIPE_DEFAULTS = {
-    "syncmask": dict(mlm_ratio=0.3, mask_hint=0.2, negatives="semihard", margin=0.2, queue=0,
-                     registers=4, cls_context=False),
+    "syncmask": dict(
+        mlm_ratio=0.3, mask_hint=0.2, negatives="semihard", margin=0.2, queue=0, registers=4, cls_context=False
+    ),
     "syncmask tiny": dict(patch_layer=2, mlm_ratio=0.5, word_pool=0.6),
     "softmask": dict(focal_gamma=2.0, distort=0.5),
     "softmask tiny": dict(mlm_ratio=0.3),  # half of the words, as otherwise, would leave ITC too little to read
-    "fashionfine": dict(prompts=True, local_tokens=True, alignment=True, detector=True,
-                        focal_gamma=2.0, itc_weight=0.25, max_length=180),
+    "fashionfine": dict(
+        prompts=True, local_tokens=True, alignment=True, detector=True, focal_gamma=2.0, itc_weight=0.25, max_length=180
+    ),
     "fashionfine tiny": dict(mlm_ratio=0.3, max_length=96),
     "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
-}  # fmt: skip
+}
 # Flags that one recipe alone reads.
 RECIPE_FLAGS = {
     "syncmask": ("mim_weight", "patch_mask", "word_mask", "word_pool", "mask_hint", "mask_warmup"),
@@ -152,6 +170,9 @@ def layer_config(given: dict) -> TrainConfig:
     data = given.get("data", "synthetic")
     preset = given.get("preset", DEFAULT_PRESET[data])
     recipe = given.get("recipe", TrainConfig.recipe)
+    if recipe not in RECIPE_DEFAULTS or " " in recipe:
+        names = [name for name in RECIPE_DEFAULTS if " " not in name]
+        raise ConfigError(f"--recipe {recipe}: no such recipe; there are {', '.join(names)}")
     schedule = SCHEDULES[preset] | RECIPE_DEFAULTS[recipe] | RECIPE_DEFAULTS.get(f"{recipe} {preset}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
         schedule.pop("steps", None), schedule.pop("epochs", None)

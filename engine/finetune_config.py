@@ -1,38 +1,36 @@
 """What a fine-tuning, an evaluation or a search is told, and the command line that says it."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from data import build_dataset, build_statements, build_triplets
 from engine.checkpoints import load_checkpoint
 from engine.config import LoopConfig, check_loop
-from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
+from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, option
 from model import ModelConfig
-from readers.dataset import PhotoDataset
+from readers.dataset import DataError, PhotoDataset
 from readers.prompts import DESCRIPTION, DIFFERENCE
-from readers.triplets import Triplets
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
 RECOGNITION = ("category", "subcategory", "entailment")
 FOUND = 10  # photos that search shows
 PHOTOS, CAPTIONED = ("synthetic", "fashiongen", "jsonl"), ("flickr30k", "coco")
 TASK_DATA = {  # of the others: PHOTOS
-    "retrieval": (*PHOTOS, *CAPTIONED), "tgir": ("synthetic", "fashioniq"), "entailment": ("synthetic", "snlive"),
+    "retrieval": (*PHOTOS, *CAPTIONED),
+    "tgir": ("synthetic", "fashioniq"),
+    "entailment": ("synthetic", "snlive"),
     "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
-}  # fmt: skip
+}
+TESTED = (*CAPTIONED, "snlive")  # have a test split with labels
 CONTRAST = ("queue", "negatives", "itm_share", "margin", "focal_gamma", "itc_weight")  # retrieval goes on with these
 TASK_FLAGS = {  # flags that not all tasks read
     "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_warmup", "rerank"),
     **dict.fromkeys(RECOGNITION, ("modality", "freeze")),
     "search": ("query", "image", "index", "rerank"),
 }
-UNTRAINED = (  # flags that are read where nothing is trained, too
-    "task", "checkpoint", "data", "root", "split", "eval_only", "out", "seed", "batch_size", "products", "device",
-    "precision", "workers", "rerank", "query", "image", "index",
-)  # fmt: skip
-TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,15 @@ class FinetuneConfig(LoopConfig):
         None, "data set (default: that of the checkpoint)"
     )
     root: str | None = option(None, "folder of the data set (default: that of the checkpoint, or data/<data>)")
-    split: Literal["val", "train", "test"] = option(
-        "val",
-        "split to report on, or to search in; test: of flickr30k, coco, snlive, and of fashioniq, whose targets are not"
-        " published: it writes ranked ids",
-    )
+    split: Literal["val", "train", "test"] = option("val", "split to report on, or to search in")
     eval_only: bool = option(False, "do not train: evaluate the checkpoint as it is")
     from_scratch: bool = option(False, "random weights instead of the checkpoint's, to compare with")
     held_out: float = option(
-        0.1, "share of the training products, --val-products at most, held out to choose the best step by",
-        low=0.001, high=0.9,
-    )  # fmt: skip
-    patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
-    rerank: int = option(0, "let the matching head re-rank so many of the best by similarity", low=0)
-    modality: Literal["both", "image", "text"] = option(
-        "both", "what recognition and entailment see: photo and text, or one of them alone"
+        0.1, "share of the training products, --val-products at most, to choose the best step by", low=0.001, high=0.9
     )
+    patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
+    rerank: int = option(0, "let the ITM head re-rank so many of the best by similarity", low=0)
+    modality: Literal["both", "image", "text"] = option("both", "what recognition and entailment read")
     query: str | None = option(None, "words to search by")
     image: str | None = option(None, "photo to search by, alone or with words that change it")
     freeze: bool = option(False, "train the recognition head alone; with --modality image the usual linear probe")
@@ -83,18 +74,13 @@ SCHEDULES = {
     "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
     "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
     "base retrieval": dict(epochs=30, lr=1e-5),
-    "base tgir": dict(epochs=10, final_lr=1e-7, weight_decay=0.3),
+    "base tgir": dict(final_lr=1e-7, weight_decay=0.3),
 }
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str], dict]:
-    """Command line -> config, names of the flags given, the checkpoint to start from.
-
-    Precedence: defaults < checkpoint < preset and task < flags.
-    """
-    parser = OneLineParser(
-        "finetune.py", description="What a pretrained model is for: downstream tasks, and search.", allow_abbrev=False
-    )
+    """Read the command line. -> config, names of the flags given, parts of the checkpoint to start from"""
+    parser = OneLineParser("finetune.py", description="Downstream tasks, and search.", allow_abbrev=False)
     add_flags(parser, FinetuneConfig, SCHEDULES)
     given = vars(parser.parse_args(argv))
     if not given.get("task"):
@@ -102,19 +88,13 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
     if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
         raise ConfigError("--resume goes on with a training, which is not done here")
     path = given.get("checkpoint", FinetuneConfig.checkpoint)
-    going_on = given.get("resume") and "out" in given  # all that the checkpoint says, the run to resume says too
-    if going_on:
+    if given.get("resume") and "out" in given:  # the run to resume says all that its checkpoint said
         path = f"{given['out']}/last.pt"
     elif not Path(path).exists():
         raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` makes the default one")
     source = load_checkpoint(path)
     source = {part: source[part] for part in ("model", "tokenizer", "config", "step")}  # the rest is large
-    try:
-        config = layer_config(given, source["config"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: was saved by another version of this code ({error})") from None
-    if going_on and not config.start:
-        raise ConfigError(f"{path}: is of a pretraining run, which train.py goes on with")
+    config = layer_config(given, source["config"])
     if not config.resume:  # otherwise the run to resume has a say first
         check_start(config)
         check_flags(config, set(given))
@@ -122,41 +102,49 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
 
 
 def layer_config(given: dict, saved: dict) -> FinetuneConfig:
-    """defaults < the checkpoint's config, `saved` < preset and task < `given`."""
+    """Layer the config: defaults < the checkpoint's config, `saved` < preset and task < flags, `given`."""
     task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
-    own = {"data": data, "preset": preset, "prompts": saved["prompts"], "start": saved.get("task")}
-    own |= {"data_seed": saved.get("data_seed", saved["seed"]), "classes": tuple(saved.get("classes", ()))}
-    own |= {"root": saved["root"]} if data == saved["data"] else {}
-    own |= {"modality": saved["modality"]} if "modality" in saved else {}
-    trains = not (given.get("eval_only") or task == "search")
-    inherited = ("products", *CONTRAST) if trains and task == "retrieval" else ("products",)
-    own |= {name: saved[name] for name in inherited}
-    model = replace(ModelConfig(**saved["model"]), alignment=False, detector=False)
-    if task == "tgir":  # [CLS] alone, as in Fashion-FINE
-        model = replace(model, local_tokens=False)
+    model = ModelConfig(**saved["model"])
+    local_tokens = model.local_tokens and task != "tgir"  # which reads [CLS] alone, as in Fashion-FINE
+    layers = {
+        "model": replace(model, local_tokens=local_tokens, alignment=False, detector=False),
+        "preset": preset,
+        "data": data,
+        "root": saved["root"] if data == saved["data"] else None,
+        "products": saved["products"],
+        "prompts": saved["prompts"],
+        "start": saved.get("task"),
+        "data_seed": saved.get("data_seed", saved["seed"]),
+        "classes": tuple(saved.get("classes", ())),
+        "modality": saved.get("modality", "both"),
+    }
+    if task == "retrieval":
+        layers |= {name: saved[name] for name in CONTRAST}
     schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
-        schedule.pop("steps", None), schedule.pop("epochs", None)
-    config = FinetuneConfig(model=model, **own | schedule | given)
-    ending = f"-{config.modality}" if task in RECOGNITION and config.modality != "both" else ""
-    ending += "-frozen" if config.freeze else ""
-    ending += "-scratch" if config.from_scratch else "-eval" if config.eval_only else ""
-    return config if config.out else replace(config, out=f"runs/{data}-{task}{ending}-{preset}")
+        schedule.pop("steps", None)
+        schedule.pop("epochs", None)
+    config = FinetuneConfig(**layers | schedule | given)
+    if config.out:
+        return config
+    name = f"runs/{data}-{task}"
+    name += f"-{config.modality}" if config.modality != "both" else ""
+    for flag in ("freeze", "from_scratch", "eval_only"):
+        name += f"-{flag}" if getattr(config, flag) else ""
+    return replace(config, out=f"{name}-{preset}")
 
 
 def check_start(config: FinetuneConfig) -> None:
-    """Raise ConfigError when the checkpoint is not one that the task can start from."""
-    kind, where = config.start, f"--checkpoint {config.checkpoint}"
+    """Raise ConfigError for a checkpoint that the task cannot start from."""
+    start, where = config.start, f"--checkpoint {config.checkpoint}"
     if config.task == "search":
-        if kind in RECOGNITION:
-            raise ConfigError(f"{where}: was fine-tuned for {kind}, not for finding; give a pretraining checkpoint")
-        if kind == "tgir" and not config.image:
+        if start in RECOGNITION:
+            raise ConfigError(f"{where}: was fine-tuned for {start}, not for finding; give a pretraining checkpoint")
+        if start == "tgir" and not config.image:
             raise ConfigError(f"{where}: was fine-tuned for tgir, it needs --image to search by (and --query)")
-    elif kind not in (None, config.task):
-        raise ConfigError(f"{where}: is one of --task {kind}; give a pretraining checkpoint")
-    elif kind and not config.eval_only:
-        raise ConfigError(f"{where}: is fine-tuned already; add --eval-only, or give a pretraining checkpoint")
-    elif not kind and config.eval_only and config.task in RECOGNITION:
+    elif start and not (config.eval_only and start == config.task):
+        raise ConfigError(f"{where}: is fine-tuned already; add --task {start} --eval-only, or give a pretraining one")
+    elif not start and config.eval_only and config.task in RECOGNITION:
         raise ConfigError(f"{where}: has no classes yet; fine-tune it without --eval-only first")
 
 
@@ -167,57 +155,43 @@ def check_flags(config: FinetuneConfig, given: set[str]) -> None:
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
     check_readers("task", config.task, given, TASK_FLAGS)
-    if config.task == "search" or config.eval_only:
-        for name in sorted(given - {*UNTRAINED}):
-            raise ConfigError(f"{flag_of(name)} is for training, which is not done here")
-    if config.eval_only and "products" in given:
-        raise ConfigError("--products is of the training split, which is not used here")
-    if config.task == "search":
-        check_search(config)
     if config.split == "train" and config.task != "search":
-        raise ConfigError("--split train: figures on what was trained on mean nothing; it is for --task search")
+        raise ConfigError("--split train: metrics of what was trained on mean nothing; it is for --task search")
     if config.split == "test" and config.data not in TESTED:
         raise ConfigError(f"--split test is for {', '.join(TESTED)}; the others have val")
-
-
-def check_search(config: FinetuneConfig) -> None:
-    """`check_flags` for what to search by."""
-    if not (config.query or config.image):
+    if config.task == "search" and not (config.query or config.image):
         raise ConfigError("say with --query, --image or both what to search for")
-    if config.query is not None and not re.search(r"\w", config.query):
-        raise ConfigError(f"--query {config.query!r}: there is no word in it")
     if config.rerank and config.image:
-        raise ConfigError("--rerank contradicts --image: the matching head compares photos with words alone")
-    if 0 < config.rerank < FOUND:
-        raise ConfigError(f"--rerank {config.rerank}: {FOUND} photos are shown, give at least as many")
+        raise ConfigError("--rerank contradicts --image: the ITM head compares photos with words alone")
 
 
-def open_photos(config: FinetuneConfig, split: str) -> PhotoDataset:
-    """A data set of photos; what is in which split follows the pretraining run's seed."""
-    photos = open_triplets(config, split).photos if config.data == "fashioniq" else build_dataset(*where(config, split))
-    photos.lead = lead_of(config)
-    return photos
+def open_data(config: FinetuneConfig, split: str) -> PhotoDataset:
+    """Open a split as the task reads it: images, triplets or statements; of recognition what has a label."""
+    build = build_dataset
+    if config.task == "tgir" or config.data == "fashioniq":
+        build = build_triplets
+    elif config.task == "entailment":
+        build = build_statements
+    dataset = build(config.data, config.root, split, config.model.image_size, config.data_seed, config.products)
+    if config.task == "search" and config.data == "fashioniq":
+        dataset = dataset.photos
+    elif config.task in ("category", "subcategory"):
+        labelled = np.flatnonzero([bool(label) for label in labels_of(config, dataset)])
+        if not len(labelled):
+            raise DataError(f"no photo of the {split} split has a {config.task}")
+        dataset, problems = dataset.part(labelled), dataset.problems
+        dataset.problems = problems
+    dataset.lead = lead_of(config)
+    return dataset
 
 
-def open_triplets(config: FinetuneConfig, split: str) -> Triplets:
-    """A set of triplets, by the same rule."""
-    triplets = build_triplets(*where(config, split))
-    triplets.lead = lead_of(config)
-    return triplets
-
-
-def open_statements(config: FinetuneConfig, split: str) -> PhotoDataset:
-    """A set of statements, by the same rule."""
-    statements = build_statements(*where(config, split))
-    statements.lead = lead_of(config)
-    return statements
-
-
-def where(config: FinetuneConfig, split: str) -> tuple:
-    """Arguments of `build_dataset`, `build_triplets` and `build_statements`."""
-    return config.data, config.root, split, config.model.image_size, config.data_seed, config.products
+def labels_of(config: FinetuneConfig, dataset: PhotoDataset) -> list[str]:
+    """The label of each row; of a statement it is kept as the category."""
+    return dataset.subcategories if config.task == "subcategory" else dataset.categories
 
 
 def lead_of(config: FinetuneConfig) -> str:
     """What stands before each text, where pretraining has framed its texts."""
-    return (DIFFERENCE if "tgir" in (config.task, config.start) else DESCRIPTION) if config.prompts else ""
+    if not config.prompts:
+        return ""
+    return DIFFERENCE if "tgir" in (config.task, config.start) else DESCRIPTION

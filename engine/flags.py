@@ -5,7 +5,7 @@ import difflib
 import math
 import types
 import typing
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Literal
 
 import torch
@@ -43,47 +43,58 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             flag = message.split()[2].split("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(flag, known, n=1)
-            message = f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else "see --help")
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[str, dict]) -> None:
-    """One flag for each field of a config dataclass; a flag that is not given leaves no trace.
+    """Add one flag for each field of a config dataclass; a flag that is not given leaves no trace.
 
-    layers: what overrides the defaults under which name, for --help alone."""
+    layers: what overrides the defaults under which name, for --help alone"""
     hints = typing.get_type_hints(config_class)
     for spec in fields(config_class):
         if "help" not in spec.metadata:
             continue
-        flag, kind = flag_of(spec.name), hints[spec.name]
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        defaults = [str(spec.default)] if spec.default not in (None, ()) else []
-        defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
-        text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
+        kind = hints[spec.name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):  # T | None
+            kind = typing.get_args(kind)[0]
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            settings = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, nargs="+", metavar="FILE", default=argparse.SUPPRESS, help=text)
+            settings = {"nargs": "+", "metavar": "FILE"}
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), default=argparse.SUPPRESS, help=text)
+            settings = {"choices": typing.get_args(kind)}
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__, default=argparse.SUPPRESS, help=text)
+            settings = {"type": kind, "metavar": kind.__name__}
+        text = spec.metadata["help"] + defaults_of(spec, layers)
+        parser.add_argument(flag_of(spec.name), default=argparse.SUPPRESS, help=text, **settings)
+
+
+def defaults_of(spec: Field, layers: dict[str, dict]) -> str:
+    """The defaults of a field, by preset and recipe, for --help."""
+    defaults = []
+    if spec.default not in (None, ()):
+        defaults.append(str(spec.default))
+    for name, layer in layers.items():
+        if spec.name in layer:
+            defaults.append(f"{name} {layer[spec.name]}")
+    return f" (default {', '.join(defaults)})" if defaults else ""
 
 
 def check_ranges(config) -> None:
     """Raise ConfigError for a field of a config dataclass outside the range that its metadata gives."""
     for spec in fields(config):
-        value, low, high = getattr(config, spec.name), spec.metadata.get("low"), spec.metadata.get("high")
+        value = getattr(config, spec.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag_of(spec.name)} {value}: must be a finite number")
-        if value is None or (low is None and high is None):
+        low, high = spec.metadata.get("low"), spec.metadata.get("high")
+        if value is None or low is None:
             continue
-        if not (low if low is not None else -math.inf) <= value <= (high if high is not None else math.inf):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ConfigError(f"{flag_of(spec.name)} {value}: must be {bounds}")
+        if high is None and value < low:
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be at least {low}")
+        if high is not None and not low <= value <= high:
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be between {low} and {high}")
 
 
 def check_readers(kind: str, mine: str, given: set[str], flags: dict[str, tuple[str, ...]]) -> None:
@@ -102,9 +113,13 @@ def check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device {name}: no such kind of device; try cpu or cuda") from None
-    if device.type not in ("cpu", "cuda", "mps"):
+    if device.type == "cuda":
+        there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    elif device.type == "mps":
+        there = torch.backends.mps.is_available()
+    elif device.type == "cpu":
+        there = True
+    else:
         raise ConfigError(f"--device {name}: cpu, cuda or mps")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if not there:
         raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")

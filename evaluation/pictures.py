@@ -14,7 +14,7 @@ from torch import Tensor
 from data import encode, normalise, to_device
 from engine.run import Run, autocast
 from evaluation.truth import synchronized_masks
-from masking import grad_cam, middle_layer, random_patch_mask, random_word_mask, soft_mask
+from masking import itm_grad_cam, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import PhotoDataset, square
 from readers.prompts import Text
 
@@ -138,17 +138,19 @@ def example_masks(run: Run, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
     return masks
 
 
+def momentum_grad_cam(run: Run, batch: dict) -> Tensor:
+    """Compute Grad-CAM of the momentum encoder's ITM logit of a batch with normalised images. -> (B, h, L, N)"""
+    momentum, attention_mask = run.momentum.model, batch["attention_mask"]
+    with autocast(run), torch.enable_grad():
+        image_kv = momentum.fusion.project_image_kv(momentum.vision(batch["images"]))
+        text_embeds = momentum.text(batch["token_ids"], attention_mask).requires_grad_()
+        fused, attentions = momentum.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
+        return itm_grad_cam(momentum, attentions, fused)
+
+
 def example_soft_mask(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Make the soft mask (B, P) of one random word of each caption; the word as a mask (B, L)."""
-    momentum, attention_mask = run.momentum.model, batch["attention_mask"]
-    with autocast(run):
-        with torch.no_grad():
-            image_kv = momentum.fusion.project_image_kv(momentum.vision(batch["images"]))
-            text_embeds = momentum.text(batch["token_ids"], attention_mask)
-        text_embeds.requires_grad_()
-        fused, attentions = momentum.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
-        attention = attentions[middle_layer(len(attentions))]
-        maps = grad_cam(attention, momentum.itm_logits(fused)[:, 1].sum())
+    maps = momentum_grad_cam(run, batch)
     words = batch["words"] > 0
     drawn = torch.multinomial(words.float().clamp(min=1e-9), 1, generator=generator)  # (B, 1), also without words
     word_mask = torch.zeros_like(words).scatter(1, drawn, True) & words

@@ -13,7 +13,7 @@ from torch import Tensor
 from data import normalise, to_device, tokenize
 from engine.batches import compose, different_photos, match_scores, photo_features, text_features
 from engine.checkpoints import load_weights, read_tokenizer
-from engine.finetune_config import FOUND, FinetuneConfig, lead_of, open_photos
+from engine.finetune_config import FOUND, FinetuneConfig, lead_of, open_data
 from engine.flags import ConfigError
 from engine.run import Run, autocast, build_run
 from evaluation.pictures import draw_answers
@@ -27,7 +27,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     image = open_query_image(config)
     if config.query:
         check_words(tokenizer, config.query)
-    dataset = open_photos(config, config.split)
+    dataset = open_data(config, config.split)
     print(f"{config.split}: {dataset.report()}")
     if dataset.several:
         dataset = dataset.part(different_photos(dataset))

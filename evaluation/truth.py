@@ -121,6 +121,7 @@ def image_gain(run: Run, batch: dict, generator: torch.Generator) -> Tensor:
     return gain
 
 
+@torch.no_grad()
 def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Make the synchronized masks that the config asks for. -> attention (B, L, P), patch mask (B, P), word mask (B, L)
 

@@ -16,12 +16,13 @@ import data
 import train
 from engine import config as run_config
 from engine.config import ema_decay, itm_hard_ratio, learning_rate, parse_config
+from engine.finetune_config import FinetuneConfig
 from engine.flags import ConfigError
 from engine.run import autocast, build_optimizer
 from engine.weights import WeightsError, load_pretrained
 from finetune import hold_out
 from model import PRESETS, VisionLanguageModel
-from readers.dataset import DataError
+from readers.dataset import DataError, PhotoDataset
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -29,19 +30,23 @@ pytestmark = pytest.mark.usefixtures("quick")
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.05, 0.6), st.integers(0, 3))
 def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, share, seed):
     labels = [str(group % 4) for group in groups]
+    rows = PhotoDataset([str(row) for row in range(len(groups))], groups, [], 32)
+    config = FinetuneConfig(held_out=share, val_products=100, data_seed=seed)
     ids, groups_of = np.array(groups), {}
     for group in groups:
         groups_of.setdefault(str(group % 4), set()).add(group)
     if all(len(found) == 1 for found in groups_of.values()):
         with pytest.raises(DataError, match="too few products"):
-            hold_out(ids, share, 100, seed, labels)
+            hold_out(config, rows, ids, labels)
         return
-    kept, held = hold_out(ids, share, 100, seed, labels)
+    kept, held = ([int(row) for row in part.captions] for part in hold_out(config, rows, ids, labels))
     assert sorted([*kept, *held]) == list(range(len(groups))) and not set(ids[kept]) & set(ids[held])
     assert {labels[row] for row in kept} == set(labels) and len(held)
     assert len(set(ids[held])) <= max(2, round(share * len(set(groups))))
-    assert all(map(np.array_equal, hold_out(ids, share, 100, seed, labels), (kept, held)))
-    assert len(set(ids[hold_out(ids, 0.5, 1, seed, labels)[1]])) == 1
+    again = hold_out(config, rows, ids, labels)
+    assert [[int(row) for row in part.captions] for part in again] == [kept, held]
+    _, one = hold_out(replace(config, val_products=1), rows, ids, labels)
+    assert one.product_ids.max() == 0
 
 
 def timm_names(vit):
@@ -184,7 +189,7 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
         (["--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs contradict each other"),
         (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
-        (["--recipe", "clip"], "invalid choice: 'clip'"),
+        (["--recipe", "clip"], "--recipe clip: no such recipe; there are syncmask, softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
         (["--data", "jsonl", "--root", "x", "--word-mask", "true"], "what photos show is not known of jsonl"),
         (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),

@@ -26,7 +26,6 @@ from evaluation.scores import (
 )
 from evaluation.truth import mask_truth, negative_truth, word_truth
 from evaluation.validation import validate
-from finetune import numbers_of
 from readers.dataset import PhotoDataset
 from readers.synthetic import Synthetic
 from readers.triplets import Triplets
@@ -161,8 +160,8 @@ PRODUCTS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=2,
 def test_sampled_candidates_follow_their_definition(products, negatives, seed):
     """products: (sub-category, photos) each."""
     owner = np.repeat(np.arange(len(products)), [photos for _, photos in products])
-    kind_of = [str(kind) for kind, _ in products]  # strings: "10" sorts before "2"
-    kinds = numbers_of([kind_of[product] for product in owner])
+    kind_of = [str(kind) for kind, _ in products]
+    kinds = np.array([kind_of[product] for product in owner])
     kind_of = kinds[np.unique(owner, return_index=True)[1]]
     draws = [sampled_candidates(owner, kinds, 8, negatives, np.random.default_rng(seed)) for _ in range(2)]
     assert all(torch.equal(one, again) for one, again in zip(*draws, strict=True))

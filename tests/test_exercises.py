@@ -38,7 +38,7 @@ MISTAKES = [
     (3, "cooccurrence", {"(masked & shared).sum(), masked.sum()": "(masked & shared).sum() / masked.sum()"}, "two counts"),
     (3, "pointing", {"by_chance[words].sum()": "words.sum() / regions.shape[2]"}, "as often as the region is large"),
     (4, "same_pairs", {"same_product | same_caption": "same_product"}, "same caption to the letter counts as wrong"),
-    (4, "same_pairs", {"product_ids[:, None] == key_product_ids": "torch.eye(len(product_ids), len(key_product_ids)) > 0"}, "second photo of a product counts as wrong"),
+    (4, "same_pairs", {"product_ids[:, None] == key_product_ids": "torch.eye(len(product_ids), len(key_product_ids)) > 0"}, "second image of a product counts as wrong"),
     (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "right"}, "sum to 2.0, not to 1"),
     (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "torch.eye(*right.shape)"}, "right answers share"),
     (4, "itc_targets", {"return alpha * ": "return (1 - alpha) * ", "+ (1 - alpha) *": "+ alpha *"}, "alpha is the share of softmax"),

@@ -9,20 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from playwright.sync_api import sync_playwright
-from small import run as train_small
 
-from data import build_dataset, build_tokenizer, normalise, telling_pieces
-from engine.config import parse_config
-from engine.run import build_run
+from data import normalise
 from evaluation.pictures import first_photos
 from evaluation.truth import synchronized_masks, word_truth
 from losses import pick_negatives, same_pairs
 from masking import first_pieces
+from tests.small import run as train_small
+from tests.small import run_files, write_jsonl
 from tutorial import explore
 
-PHOTOS = 5
+IMAGES = 5
 HOSTILE = '</script><img src=x onerror="document.title=1">'
 
 
@@ -31,35 +29,41 @@ def page_of(path):
     return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)[1])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explore, "IMAGES", IMAGES)
+        yield
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A small run with its page, and the same photos as training encodes them."""
+    """A small run with its page, and the same images as training encodes them."""
     out = tmp_path_factory.mktemp("explored")
     train_small(out, "--fusion-layers", "2", "--steps", "2", "--mask-warmup", "1", "--products", "30")
-    explore.main(["--checkpoint", str(out / "last.pt"), "--photos", str(PHOTOS)])
+    explore.main(["--checkpoint", str(out / "last.pt")])
     run, dataset = explore.open_run(out / "last.pt", None, "cpu")
     run.config, dataset.truths = replace(run.config, precision="fp32"), True
     run.model.eval()
-    file = out / "explore.html"  # where it is put by default
-    batch = run.collate([dataset[row] for row in first_photos(dataset, PHOTOS)])
+    file = out / "explore.html"
+    batch = run.collate([dataset[row] for row in first_photos(dataset, IMAGES)])
+    batch["images"] = normalise(batch["images"])
     return SimpleNamespace(out=out, file=file, run=run, found=page_of(file), batch=batch)
 
 
-@torch.no_grad()
 def by_python(made, source="masked", share=0.5):
     """Attention and synchronized masks, as training makes them."""
     run = replace(made.run, config=replace(made.run.config, mask_source=source, mim_ratio=share, mlm_ratio=share))
-    return synchronized_masks(run, made.batch, explore.fixed_draws(run))
+    return synchronized_masks(run, made.batch, torch.Generator().manual_seed(run.config.seed))
 
 
 def test_masks_of_every_stop_are_those_of_training(made):
     found = made.found["masks"]
-    assert set(found) == {"random", "masked", "clean"} and all(len(stops) == 5 for stops in found.values())
-    for source, stop in (("masked", 0), ("masked", 4), ("clean", 2)):
-        _, patch_mask, word_mask = by_python(made, source, explore.SHARES[stop])
-        assert found[source][stop]["patches"] == [row.nonzero()[:, 0].tolist() for row in patch_mask]
-        assert found[source][stop]["tokens"] == [row.nonzero()[:, 0].tolist() for row in word_mask]
-    assert [len(patches) for patches in found["random"][3]["patches"]] == [round(0.7 * 16)] * PHOTOS
+    for stop in range(5):
+        _, patch_mask, word_mask = by_python(made, share=explore.SHARES[stop])
+        assert found["Synchronized"][stop]["patches"] == patch_mask.int().tolist()
+        assert found["Synchronized"][stop]["words"] == word_mask.int().tolist()
+    assert [sum(patches) for patches in found["Random"][3]["patches"]] == [round(0.7 * 16)] * IMAGES
 
 
 def test_maps_and_words_are_those_of_the_caption(made):
@@ -74,7 +78,7 @@ def test_maps_and_words_are_those_of_the_caption(made):
             drawn = torch.tensor([word[source] for word in words]) / 255
             assert (drawn - scaled[b][places]).abs().max() < 1 / 255
             assert [word["named"] for word in words] == known.attribute[b][places].tolist()
-            assert [bool(word["region"]) for word in words] == known.visible[b][places].tolist()
+            assert [any(word["region"]) for word in words] == known.visible[b][places].tolist()
             assert max(max(word["soft"]) for word in words) == 255
 
 
@@ -83,59 +87,33 @@ def test_negatives_come_computed_for_five_margins(made):
     cosines = torch.tensor(found["cosines"])
     forbidden = same_pairs(made.batch["product_ids"], made.batch["caption_ids"])
     assert len(found["margins"]) == 5 and made.run.config.margin in found["margins"]
-    for anchor, scores in (("image", cosines), ("caption", cosines.T)):
-        assert found["chosen"][anchor]["hard"] == pick_negatives(scores, forbidden, None, "hard").tolist()
-        for margin, chosen in zip(found["margins"], found["chosen"][anchor]["semihard"], strict=True):
-            assert chosen == pick_negatives(scores, forbidden, None, "semihard", None, margin).tolist()
-
-
-def test_painting_puts_patches_where_they_belong(made):
-    """What is predicted exactly is the image again."""
-    images, side = normalise(made.batch["images"]), made.run.config.model.patch_size
-    masked = torch.tensor([[1, 6, 15]]).repeat(len(images), 1)
-    patches = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1).flatten(1, 2).flatten(2)
-    target = torch.nn.functional.layer_norm(patches, patches.shape[2:], eps=1e-6)
-    again = explore.paint(images, target[:, masked[0]], masked)
-    assert (again.int() - made.batch["images"].int()).abs().max() <= 1
+    assert found["hard"] == pick_negatives(cosines, forbidden, None, "hard").tolist()
+    for margin, chosen in zip(found["margins"], found["semihard"], strict=True):
+        assert chosen == pick_negatives(cosines, forbidden, None, "semihard", None, margin).tolist()
 
 
 @pytest.fixture(scope="session")
 def hostile(tmp_path_factory):
-    """A page of one's own photos, whose truth is not known, some captions of which are markup."""
-    folder = tmp_path_factory.mktemp("hostile")
-    texts = [f"red shirt {HOSTILE}", "<!-- blue <b>dress</b>, long", "caf\u00e9 \u2028 {{explorer.js}}", "!!!", HOSTILE]
-    for number in range(len(texts)):
-        Image.new("RGB", (40, 30), (40 * number, 90, 200 - 30 * number)).save(folder / f"{number}.png")
+    """A page of images whose ground truth is not known, and some captions of which are markup."""
+    out, folder = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("files")
+    texts = [f"red shirt {HOSTILE}", "<!-- blue <b>dress</b>, long", "caf\u00e9 \u2028 {{data}}", "!!!", HOSTILE]
     records = [{"image": f"{n}.png", "caption": text, "product_id": n} for n, text in enumerate(texts)]
-    for split in ("train", "val"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    dataset = build_dataset("jsonl", folder, "val", 32)
-    sizes = "--image-size 32 --width 32 --heads 2 --vision-layers 2 --text-layers 1 --fusion-layers 1"
-    flags = ["--data", "jsonl", "--preset", "tiny", "--recipe", "albef", "--precision", "fp32", *sizes.split()]
-    config, _ = parse_config(flags)
-    tokenizer = build_tokenizer(dataset.captions, 300, 64)
-    run = build_run(config, dataset, tokenizer)
-    run.telling = telling_pieces(tokenizer, ["!!!"])
-    found = explore.gather(run, dataset, len(texts))
-    file = folder / "explore.html"
-    file.write_text(explore.page(found), encoding="utf-8")
-    return SimpleNamespace(file=file, found=found)
+    write_jsonl(folder, train=records, val=records)
+    run_files(out, folder, "--recipe", "albef", "--steps", "1")
+    explore.main(["--checkpoint", str(out / "last.pt")])
+    return SimpleNamespace(file=out / "explore.html", found=page_of(out / "explore.html"))
 
 
 def test_a_caption_stays_text_and_without_truth_there_is_a_page(hostile):
     source = hostile.file.read_text(encoding="utf-8")
     assert "<img src=x" not in source and source.count("</script>") == 2
-    assert page_of(hostile.file)["captions"] == hostile.found["captions"]
-    assert "false" not in hostile.found["negatives"] and "patch_precision" not in hostile.found["masks"]["random"][0]
+    assert "".join(word["text"] for word in hostile.found["captions"][4]).startswith("</script><img")
+    assert not hostile.found["truth"] and "patch_precision" not in hostile.found["masks"]["Random"][0]
 
 
-def test_refusals_are_one_line(made, tmp_path):
-    for flags, message in (
-        (["--checkpoint", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
-        (["--checkpoint", f"{made.out}/last.pt", "--file", f"{tmp_path}/none/e.html"], "none/e.html"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            explore.main([*flags, "--photos", "2"])
+def test_a_refusal_is_one_line():
+    with pytest.raises(SystemExit, match="/nowhere.pt: no such checkpoint"):
+        explore.main(["--checkpoint", "/nowhere.pt"])
 
 
 # In the browser
@@ -194,14 +172,15 @@ def test_sliders_choose_what_python_computed(made, page):
     page.goto(made.file.as_uri())
     page.locator("#strip button").nth(1).click()
     page.locator("#share").fill("3")
-    shown = page.get_attribute("[data-kind=masked]", "data-patches").split()
-    assert list(map(int, shown)) == made.found["masks"]["masked"][3]["patches"][1]
+    canvas = page.locator("#masks figure", has_text="Synchronized").locator("canvas")
+    pixels = canvas.evaluate("canvas => [...canvas.getContext('2d').getImageData(0, 0, 4, 4).data]")
+    assert [opacity // 255 for opacity in pixels[3::4]] == made.found["masks"]["Synchronized"][3]["patches"][1]
     page.locator("#margin").fill("4")
-    for anchor in ("image", "caption"):
-        page.select_option("#anchor", anchor)
-        chosen = made.found["negatives"]["chosen"][anchor]
-        assert page.get_attribute("#neighbours", "data-hard") == str(chosen["hard"][1])
-        assert page.get_attribute("#neighbours", "data-semihard") == str(chosen["semihard"][4][1])
+    negatives = made.found["negatives"]
+    for tag, other in (("hard", negatives["hard"][1]), ("semi-hard", negatives["semihard"][4][1])):
+        caption = " ".join(word["text"] for word in made.found["captions"][other])
+        tagged = page.locator("#captions li", has=page.locator(".tag", has_text=re.compile(rf"(^|, ){tag}\b")))
+        assert tagged.count() == 1 and caption in tagged.text_content()
 
 
 def test_the_keyboard_reaches_words_and_sliders(made, page):

@@ -1,60 +1,65 @@
-"""docs/walkthrough.md says what tutorial/walkthrough.py prints, and names what the code has."""
+"""docs/walkthrough.md says what tutorial/walkthrough.py prints; errors are one line."""
 
 import re
-from types import SimpleNamespace
+import runpy
+import sys
 
 import pytest
 import torch
 
-from tests.small import ROOT, run, unresolved
-from tutorial import walkthrough
+from tests.small import ROOT, run, run_files, write_jsonl
 
 PAGE = (ROOT / "docs/walkthrough.md").read_text()
 NUMBER, SHAPE = r"-?\d+\.\d+", r"\(\d+(?:, \d+)+\)"
-QUICK = ["--fusion-layers", "2", "--steps", "1"]
 
 
-def printed(capsys, *flags):
-    """What stands under each heading."""
-    walkthrough.main([*flags])
-    parts = re.split(r"(?m)^(\d+) (.+)\n", capsys.readouterr().out)[1:]
-    return {int(n): (name, re.sub(r"(?m)^    ", "", text).strip("\n")) for n, name, text in zip(*[iter(parts)] * 3)}
+@pytest.fixture
+def walk(monkeypatch, capsys):
+    """Run the script. -> title and text by the number of the stop"""
+
+    def run_script(*flags):
+        monkeypatch.setattr(sys, "argv", ["walkthrough.py", *flags])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "tutorial/walkthrough.py"))
+        return stops(r"(?m)^(\d+) (.+)\n", capsys.readouterr().out)
+
+    return run_script
 
 
-def test_every_name_is_in_the_code():
-    missing, asked = unresolved(PAGE)
-    assert not missing and asked > 25
+def stops(heading, text):
+    """Divide a text at its headings, of a number and a title. -> title and text by number"""
+    _, *parts = re.split(heading, text)
+    return {int(parts[i]): (parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)}
 
 
-def test_the_page_has_what_the_program_prints(capsys):
-    stops = printed(capsys)
-    sections = re.split(r"(?m)^## (\d+)\. (.+)\n", PAGE)[1:]
-    assert len(stops) == 13 and len(sections) == 39
-    for number, title, text in zip(*[iter(sections)] * 3):
-        name, ours = stops[int(number)]
-        (there,) = re.findall(r"(?s)```text\n(.*?)\n```", text)
+def test_the_page_has_what_the_script_prints(walk):
+    printed, sections = walk(), stops(r"(?m)^## (\d+)\. (.+)\n", PAGE)
+    assert list(printed) == list(sections) == list(range(1, 14))
+    for number, (title, text) in sections.items():
+        name, ours = printed[number]
+        (theirs,) = re.findall(r"(?s)```text\n(.*?)\n```", text)
         assert title.strip("`").lower() == name.lower()
-        assert re.findall(SHAPE, there) == re.findall(SHAPE, ours)
+        assert re.findall(SHAPE, theirs) == re.findall(SHAPE, ours)
         # the numbers to what another processor may round otherwise; all other words as they are
-        assert re.sub(NUMBER, "#", there).split() == re.sub(NUMBER, "#", ours).split()
-        theirs, mine = (torch.tensor([float(x) for x in re.findall(NUMBER, part)]) for part in (there, ours))
-        torch.testing.assert_close(theirs, mine, atol=0.005, rtol=0.01)
+        assert re.sub(NUMBER, "#", theirs).split() == re.sub(NUMBER, "#", ours).split()
+        on_page = torch.tensor([float(x) for x in re.findall(NUMBER, theirs)])
+        in_print = torch.tensor([float(x) for x in re.findall(NUMBER, ours)])
+        torch.testing.assert_close(on_page, in_print, atol=0.005, rtol=0.01)
         assert "\n> " in text and "`:" not in text and text.count("<details>") == text.count("</details>") == 1
 
 
-def test_a_trained_run_takes_the_same_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(walkthrough, "PRODUCTS", 18)
-    run(tmp_path, *QUICK)
-    capsys.readouterr()
-    stops = printed(capsys, "--checkpoint", str(tmp_path / "last.pt"))
-    assert len(stops) == 13 and not re.search(r"\bnan\b", str(stops))
-    assert "(16, 3, 32, 32)" in stops[1][1] and "(16, 2, " in stops[2][1]
+def test_a_trained_run_takes_the_same_way(tmp_path, walk):
+    run(tmp_path, "--fusion-layers", "2", "--steps", "1")
+    printed = walk("--checkpoint", f"{tmp_path}/last.pt")
+    assert len(printed) == 13 and not re.search(r"\bnan\b", str(printed))
+    assert "(16, 3, 32, 32)" in printed[1][1] and "(16, 2, " in printed[2][1]
 
 
-def test_what_cannot_be_walked_through_is_one_line(monkeypatch):
+def test_what_cannot_be_walked_through_is_one_line(walk, quick, tmp_path):
     with pytest.raises(SystemExit, match="walkthrough.py: /nowhere.pt: no such checkpoint"):
-        walkthrough.main(["--checkpoint", "/nowhere.pt"])
-    files = SimpleNamespace(config=SimpleNamespace(data="jsonl"))
-    monkeypatch.setattr(walkthrough, "open_run", lambda *where: (files, None))
-    with pytest.raises(SystemExit, match="x.pt was trained on jsonl, whose truth is not known"):
-        walkthrough.main(["--checkpoint", "x.pt"])
+        walk("--checkpoint", "/nowhere.pt")
+    records = [{"image": f"{n}.png", "caption": "red shirt", "product_id": n} for n in range(8)]
+    write_jsonl(tmp_path / "files", train=records, val=records)
+    run_files(tmp_path / "out", tmp_path / "files", "--steps", "1")
+    with pytest.raises(SystemExit, match="last.pt was trained on jsonl, whose ground truth is not known"):
+        walk("--checkpoint", f"{tmp_path}/out/last.pt")

@@ -110,7 +110,7 @@ def check_4(same_pairs, itc_targets) -> None:
     key_products = torch.tensor([7, 8, 7, 9])
     key_captions = torch.tensor([3, 4, 5, 4])
     right = same_pairs(products, captions, key_products, key_captions)
-    want(right[0, 2], "the second photo of a product counts as wrong: compare products, not positions")
+    want(right[0, 2], "the second image of a product counts as wrong: compare products, not positions")
     want(right[1, 3], "a key with the same caption to the letter counts as wrong, though nobody could tell it apart")
     sim_m = torch.tensor([[0.0, 0, 0, 0], [0, 9, 0, 0]])
     total = itc_targets(right, sim_m, 0.0)[0].sum()
