@@ -1,32 +1,14 @@
 """From items to batches: collation, augmentation, tokenizer; and the data sets by name.
 
-Every data set is a list of *photos* (rows). Several photos show one product and share its one description.
-
-    synthetic    garments drawn here, with the ground truth of what every photo shows
-    fashiongen   FashionGen's two HDF5 files, as distributed
-    jsonl        one's own photos: one JSON object a line
-
-For text-guided retrieval there are *triplets*: a reference photo, a text that says what differs, the target photo.
-
-    synthetic    fronts of drawn garments that differ in one or two attributes
-    fashioniq    FashionIQ's captions, image splits and photos, as distributed
-
-For retrieval also photos with several captions each, `flickr30k` and `coco` in Karpathy's splits. For entailment there
-are *statements* about photos:
-
-    synthetic    what a drawn garment shows, contradicts, or cannot tell
-    snlive       SNLI-VE's, about photos of Flickr30k
-
-Photos are decoded to uint8 squares and stay uint8 until they are on the training device, where `augment` or
-`normalise` turns a whole batch to floats at once.
+Every data set is a list of *photos* (rows); several photos show one product and share its one description. Triplets
+are for text-guided retrieval, statements for entailment: see docs/photos.md. Photos stay uint8 until they are on the
+training device, where `augment` or `normalise` turns a whole batch to floats at once.
 
 Dimensions: B photos of a batch · S side of a photo in pixels · P patches of a photo · L tokens of the longest text of a
 batch · V tokens of the vocabulary · K planes of a photo, one for each attribute that it shows, after two empty ones
 """
 
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -42,17 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masking import which_words
-from readers.dataset import DataError, PhotoDataset, Truth, Unreadable
-from readers.families import synthetic_triplets
+from readers.dataset import DataError, PhotoDataset, ReportedSplit, Truth, Unreadable
 from readers.fashiongen import fashiongen
-from readers.fashioniq import fashioniq
 from readers.jsonl import jsonl
 from readers.karpathy import CaptionedName, karpathy
 from readers.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
-from readers.snlive import snlive
-from readers.statements import synthetic_statements
+from readers.statements import snlive, synthetic_statements
 from readers.synthetic import Synthetic
-from readers.triplets import Triplets
+from readers.triplets import Triplets, fashioniq, synthetic_triplets
 from readers.wardrobe import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,20 +40,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # ---------------------------------------------------------------- items -> a batch
 
-# of a batch (B, L) each, padded with 0; `tokenize` gives the first three
-TOKEN_KEYS = ("token_ids", "attention_mask", "described", "words", "word_planes", "kinds")
-
 
 @dataclass
 class Collate:
-    """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), of triplets also `target_images`, the tokenised
-    texts padded to the longest (B, L), `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for
-    photos that cannot be read.
+    """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), of triplets also `target_images`, what `tokenize`
+    gives (B, L), `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos that cannot be
+    read.
 
     `words` (B, L) may be masked, see `masking.which_words`; telling: what `telling_pieces` gives, or every token may
-    replace_unreadable: put another item in the place of one whose photo cannot be read, so that the batch keeps its
-    size; raises DataError where none can be read. Otherwise such items are left out, and a batch of none has just
-    `rows` and `unreadable`.
+    replace_unreadable: put another item in the place of one whose photo cannot be read; raises DataError where none can
+    be. Otherwise such items are left out, and a batch of none has just `rows` and `unreadable`.
     Items with the truth bring `planes` uint8 (B, K, S, S), where attributes are on the photo; `word_planes` (B, L),
     which of them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo
     does not show it; and `kinds` (B, L), which of KINDS it is, counted from 1, else 0.
@@ -87,7 +62,13 @@ class Collate:
     def __call__(self, items: list[dict | Unreadable]) -> dict:
         readable = [item for item in items if isinstance(item, dict)]
         unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
-        items = _replaced(items, readable) if self.replace_unreadable else readable
+        if self.replace_unreadable:
+            if not readable:
+                raise DataError(f"no photo of a batch could be read, the last one: {unreadable[-1]}")
+            replacements = cycle(readable)
+            items = [next(replacements) if isinstance(item, Unreadable) else item for item in items]
+        else:
+            items = readable
         batch = {"rows": torch.tensor([item["row"] for item in items], dtype=torch.long), "unreadable": unreadable}
         if not items:
             return batch
@@ -104,14 +85,6 @@ class Collate:
         if "truth" in items[0]:
             batch |= _truth(encodings, [item["truth"] for item in items])
         return batch
-
-
-def _replaced(items: list[dict | Unreadable], readable: list[dict]) -> list[dict]:
-    """The items, with the readable ones, in turn, in the place of those whose photo cannot be read."""
-    if not readable:
-        raise DataError(f"no photo of a batch could be read, the last one: {items[-1].reason}")
-    replacements = cycle(readable)
-    return [next(replacements) if isinstance(item, Unreadable) else item for item in items]
 
 
 def _truth(encodings: list[Encoding], truths: list[Truth]) -> dict[str, Tensor]:
@@ -239,13 +212,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:
 
 def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
     """Token by token, padded to the longest: `word_ids` says of which piece of its text, `offsets` where in it."""
-    split = []
-    for text in texts:
-        pieces = list(text)
-        for number in range(1, len(pieces), 2):  # of a description: what reads like a special token is none
-            pieces[number] = re.sub(r"\[(?=\w+\])", "(", pieces[number])
-        split.append(pieces)
-    return tokenizer.encode_batch(split, is_pretokenized=True)
+    return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
 
 
 def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
@@ -262,29 +229,23 @@ def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
 def build_tokenizer(
     captions: list[str], vocab_size: int, max_length: int, vocab: str | Path | None = None, frames: bool = False
 ) -> Tokenizer:
-    """A lower-casing WordPiece tokenizer, the same as BERT's: from `vocab` (a BERT `vocab.txt`), otherwise trained
-    on `captions`. It adds [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch,
-    rounded up to a multiple of 8 where `max_length` is one.
+    """A WordPiece tokenizer as BERT's: from `vocab` (a BERT `vocab.txt`), otherwise trained on `captions`. It adds
+    [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch, in steps of 8.
 
     frames: the category symbols are tokens too, the last ones, and the words of prompts are whole in the vocabulary.
     """
     special = list(SPECIAL_TOKENS)
-    prompts = []
+    whole = []
     if frames:
         special += [f"[{symbol}]" for symbol in SYMBOLS]
-        prompts = " ".join([DESCRIPTION, DIFFERENCE, "sub", *ATTRIBUTES]).split()
-    if vocab is None:
-        words = _train_vocabulary(captions, vocab_size, list(dict.fromkeys(prompts)))
-    else:
-        words = _read_vocabulary(vocab)
-    if len(words) == len(SPECIAL_TOKENS):
-        raise DataError(f"{vocab or 'the captions'}: there is no word in it but the special tokens")
+        whole = list(dict.fromkeys(" ".join([DESCRIPTION, DIFFERENCE, "sub", *ATTRIBUTES]).split()))
+    words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, whole)
     tokenizer = _bert_style(words)
     tokenizer.add_special_tokens(special)
     cls, sep, pad = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]", "[PAD]")]
     tokenizer.post_processor = processors.BertProcessing(sep, cls)
     tokenizer.enable_truncation(max_length)
-    # lengths in steps of 8: odd ones, new ones each time, cost a CPU more than the padding (experiments/results.md)
+    # in steps of 8: odd lengths, new ones each time, cost a CPU more than the padding (experiments/results.md)
     tokenizer.enable_padding(pad_id=pad[1], pad_token=pad[0], pad_to_multiple_of=math.gcd(8, max_length))
     return tokenizer
 
@@ -299,25 +260,17 @@ def _bert_style(words: list[str]) -> Tokenizer:
 
 def _read_vocabulary(path: str | Path) -> list[str]:
     """The words of a BERT `vocab.txt`, one a line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a vocab.txt ({error})") from None
-    words = [line.rstrip("\r") for line in lines]
+    words = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
-    word, count = Counter(words).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"{path}: the same word stands on two lines, {word!r}")
     return words
 
 
 def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[str]:
     """The WordPiece vocabulary of some captions, and of `whole` words, in order of id; the same one every time."""
     tokenizer = _bert_style(["[UNK]"])
-    # words of over 100 letters will be [UNK], and the trainer takes for ever over them
-    texts = sorted({re.sub(r"[A-Za-z0-9]{101,}", "", caption) for caption in captions})
+    texts = sorted(set(captions))
     letters = set(tokenizer.normalizer.normalize_str("".join(texts)))
     # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
     # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
@@ -383,60 +336,40 @@ def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
 # ---------------------------------------------------------------- data sets by name
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
-TripletName = Literal["synthetic", "fashioniq"]
-StatementName = Literal["synthetic", "snlive"]
-ReportedSplit = Literal["train", "val", "test"]
 VAL_PRODUCTS = 300  # synthetic products held out of training
 
 
 def build_dataset(
-    name: DataName | CaptionedName,
-    root: str | Path | None,
-    split: ReportedSplit,
-    image_size: int,
-    seed: int = 0,
-    products: int = 4000,
+    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
 ) -> PhotoDataset:
-    """Open a split of a data set. Raises DataError with one clear line when it cannot be used.
+    """Open a split of a data set, a DataName or CaptionedName. Raises DataError or OSError when it cannot be used.
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
     seed: of the synthetic set, and of the split by product where the data has none
     products: synthetic products in the training split; validation has VAL_PRODUCTS
     """
-    if name in get_args(CaptionedName):
-        return karpathy(_folder(name, root), name, split, image_size)
-    if split == "test":
-        raise DataError(f"{name} has no test split")
     if name == "synthetic":
         return Synthetic(split, products if split == "train" else VAL_PRODUCTS, image_size, seed)
+    if name in get_args(CaptionedName):
+        return karpathy(_folder(name, root), name, split, image_size)
     if name == "fashiongen":
         return fashiongen(_folder(name, root), split, image_size)
     return jsonl(_folder(name, root), split, image_size, seed)
 
 
 def build_triplets(
-    name: TripletName,
-    root: str | Path | None,
-    split: ReportedSplit,
-    image_size: int,
-    seed: int = 0,
-    products: int = 4000,
+    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
 ) -> Triplets:
-    """Open a split of a set of triplets; arguments and errors as `build_dataset`. test: of `fashioniq` alone."""
+    """Open a split of `synthetic` triplets or of `fashioniq`; arguments and errors as `build_dataset`."""
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed)
     return fashioniq(_folder(name, root), split, image_size)
 
 
 def build_statements(
-    name: StatementName,
-    root: str | Path | None,
-    split: ReportedSplit,
-    image_size: int,
-    seed: int = 0,
-    products: int = 4000,
+    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
 ) -> PhotoDataset:
-    """Open a split of a set of statements; arguments and errors as `build_dataset`. test: of `snlive` alone."""
+    """Open a split of `synthetic` statements or of `snlive`; arguments and errors as `build_dataset`."""
     if name == "synthetic":
         return synthetic_statements(split, products if split == "train" else VAL_PRODUCTS, image_size, seed)
     return snlive(_folder(name, root), split, image_size)

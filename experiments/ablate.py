@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
-from engine.config import parse_config
 from engine.flags import ConfigError, OneLineParser
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -50,14 +49,10 @@ COLUMNS = {  # key of the final line of metrics.jsonl -> title; all in percent
 def final_metrics(out: Path) -> dict | None:
     """Read the final line of a run's metrics.jsonl; None where the run has not finished."""
     path = out / "metrics.jsonl"
-    if not path.exists():
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines or '"final"' not in lines[-1]:
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        last = json.loads(lines[-1])
-    except (IndexError, json.JSONDecodeError):  # a killed run may leave half a line
-        return None
-    return last if last.get("final") else None
+    return json.loads(lines[-1])
 
 
 def run_condition(out: Path, flags: list[str]) -> dict:
@@ -65,13 +60,14 @@ def run_condition(out: Path, flags: list[str]) -> dict:
     settings = out / "flags.txt"
     if settings.exists() and settings.read_text() != " ".join(flags):
         raise ConfigError(f"{out} holds a run with other flags; choose another --out")
-    if metrics := final_metrics(out):
-        return metrics
-    resume = ["--resume"] if (out / "last.pt").exists() else []
     out.mkdir(parents=True, exist_ok=True)
     settings.write_text(" ".join(flags))
-    command = [sys.executable, str(TRAIN), "--out", str(out), *(resume or flags)]
-    if subprocess.run(command).returncode or not (metrics := final_metrics(out)):
+    if not final_metrics(out):
+        if (out / "last.pt").exists():
+            flags = ["--resume"]
+        subprocess.run([sys.executable, str(TRAIN), "--out", str(out), *flags])
+    metrics = final_metrics(out)
+    if not metrics:
         raise ConfigError(f"{out}: the run did not finish; the same command goes on with it")
     return metrics
 
@@ -86,13 +82,15 @@ def spread(values: np.ndarray) -> str:
 def table(metrics: dict[str, list[dict]]) -> str:
     """Lay out the metrics of each condition, a list with one entry a seed, then the differences to the first one."""
     keys = [key for key in COLUMNS if all(key in line for lines in metrics.values() for line in lines)]
-    values = {name: 100 * np.array([[line[key] for key in keys] for line in lines]) for name, lines in metrics.items()}
+    values = {}
+    for name, lines in metrics.items():
+        values[name] = 100 * np.array([[line[key] for line in lines] for key in keys])  # (keys, seeds)
     first, *others = values
     rows = [["condition", *(COLUMNS[key] for key in keys)], ["---"] * (1 + len(keys))]
-    for name, found in values.items():  # (seeds, keys)
-        rows.append([name, *map(spread, found.T)])
+    for name, found in values.items():
+        rows.append([name, *map(spread, found)])
     for name in others:
-        rows.append([f"{name} − {first}", *map(spread, (values[name] - values[first]).T)])
+        rows.append([f"{name} − {first}", *map(spread, values[name] - values[first])])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -108,12 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     conditions = GRIDS[args.grid]
     if unknown := set(args.only or []) - set(conditions):
         parser.error(f"--only {unknown.pop()}: the conditions are {', '.join(conditions)}")
-    if args.seeds < 1:
-        parser.error("--seeds: at least 1")
-    if "--seed" in flags:
-        parser.error("--seed: give --seeds, how many")
     try:
-        parse_config(flags)
         metrics = {name: [] for name in args.only or conditions}
         for seed in range(args.seeds):
             for name, lines in metrics.items():

@@ -2,8 +2,7 @@
 
 python experiments/export.py --checkpoint runs/…/last.pt --file exported/model.safetensors
 
-With --momentum the momentum model's weights are written. config.json and vocab.txt are written beside the file, and
-`transformers` reads the folder:
+config.json and vocab.txt are written beside the file, and `transformers` reads the folder:
 
     vit.*     our ViT           ViTModel.from_pretrained(folder, add_pooling_layer=False)
     bert.*    text encoder      BertModel.from_pretrained(folder, add_pooling_layer=False): the lower layers of one BERT
@@ -38,29 +37,20 @@ from model import ModelConfig, VisionLanguageModel
 def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of a model under Hugging Face's names, and the parts of the model that keep our names."""
     tensors = {TOKEN_TYPES: torch.zeros(2, model.config.width)}  # from_pretrained draws at random what it does not find
-    own_parts = []
+    own_parts = {}
     for name, tensor in model.state_dict().items():
-        others = other_names(name, model.config)
-        if others:
-            tensors[others[0]] = tensor.contiguous()
-            continue
-        tensors[name] = tensor.contiguous()
-        part = name if name == "vision.registers" else name.split(".")[0]
-        if part not in own_parts and tensor.numel():  # a model without registers has an empty tensor
-            own_parts.append(part)
-    return tensors, own_parts
+        theirs = other_names(name, model.config)
+        tensors[theirs[0] if theirs else name] = tensor.contiguous()
+        if not theirs and tensor.numel():  # a model without registers has an empty tensor
+            part = name if name == "vision.registers" else name.split(".")[0]
+            own_parts[part] = True
+    return tensors, list(own_parts)
 
 
 def their_config(config: ModelConfig, pad: int) -> dict:
-    """Sizes for ViTConfig and BertConfig, our whole config, and the normalisation of images.
-
-    pad: id of [PAD]
-    """
-    sizes = {
-        "hidden_size": config.width,
-        "num_attention_heads": config.heads,
-        "intermediate_size": 4 * config.width,
-    }
+    """Sizes for ViTConfig and BertConfig, our whole config, and the normalisation of images; pad: id of [PAD]."""
+    width = config.width
+    sizes = {"hidden_size": width, "num_attention_heads": config.heads, "intermediate_size": 4 * width}
     vision = sizes | {
         "model_type": "vit",
         "num_hidden_layers": config.vision_layers,
@@ -90,27 +80,22 @@ def their_config(config: ModelConfig, pad: int) -> dict:
     }
 
 
-def export(checkpoint: str, file: Path, momentum: bool = False) -> None:
+def export(checkpoint: str, file: Path) -> None:
     """Write model.safetensors, config.json and vocab.txt, and print what was written. Raises ConfigError or OSError."""
     state = load_checkpoint(checkpoint)
-    try:
-        model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))
-        model.load_state_dict(state["momentum" if momentum else "model"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"{checkpoint}: does not fit its own config; another version of this code saved it") from None
+    model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))
+    model.load_state_dict(state["model"])
     tokenizer = read_tokenizer(state, checkpoint)
     config_file = file.with_name("config.json")
-    vocab_file = file.with_name("vocab.txt")
-    for path in (file, config_file, vocab_file):
-        if path.exists():
-            raise ConfigError(f"{path} is there already; give a --file in another folder")
+    if config_file.exists():
+        raise ConfigError(f"{config_file} is there already; give a --file in another folder")
     tensors, own_parts = rename(model)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     config = their_config(model.config, tokenizer.token_to_id("[PAD]"))
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt"})
     config_file.write_text(json.dumps(config, indent=1) + "\n")
-    vocab_file.write_text("\n".join(words) + "\n", encoding="utf-8")
+    file.with_name("vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     print(f"{file}: {len(tensors)} tensors; beside it config.json and vocab.txt")
     print(f"under our names, without a counterpart: {', '.join(own_parts)}")
     if model.config.registers or model.config.patch_layer:
@@ -122,12 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a run")
     parser.add_argument("--file", type=Path, required=True, help="model.safetensors, in a folder of its own")
-    parser.add_argument("--momentum", action="store_true", help="the momentum model's weights instead of the model's")
     args = parser.parse_args(argv)
-    if args.file.suffix != ".safetensors":
-        parser.error(f"--file {args.file}: its name has to end with .safetensors")
     try:
-        export(args.checkpoint, args.file, args.momentum)
+        export(args.checkpoint, args.file)
     except (ConfigError, OSError) as error:
         sys.exit(f"export.py: {error}")
 

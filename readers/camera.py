@@ -20,24 +20,23 @@ class Canvas:
             focus = pick(rng, garment.places.values())
             zooms = (1.7, 2.2)
         elif view == "half":
-            focus = pick(rng, (garment.top + 0.25, garment.bottom - 0.3))
+            focus = pick(rng, (garment.outline[0][1] + 0.25, garment.bottom - 0.3))
             zooms = (1.3, 1.6)
         else:  # the whole garment
             focus = garment.middle
             fit = 0.84 / max(0.55, garment.bottom - garment.middle)
             zooms = (0.78 * fit, 1.02 * fit)
         angle = np.deg2rad(rng.uniform(-7, 7))
-        zoom = rng.uniform(*zooms)
-        offset = rng.uniform(-0.08, 0.08, 2) / zoom
         cos = np.cos(angle)
         sin = np.sin(angle)
         self.turn = np.array([[cos, sin], [-sin, cos]])
+        zoom = rng.uniform(*zooms)
+        offset = rng.uniform(-0.08, 0.08, 2) / zoom
         self.centre = (0, focus) + offset
         self.size = size
         self.unit = zoom * size / 2  # pixels of one garment unit
-        grey = rng.uniform(196, 236)
-        background = _colour(grey + rng.uniform(-8, 8, 3))
-        self.image = Image.new("RGB", (size, size), background)
+        background = rng.uniform(196, 236) + rng.uniform(-8, 8, 3)
+        self.image = Image.new("RGB", (size, size), _colour(background))
         self.regions = {}  # key of an attribute -> Mask
 
     def mask(self, *polygons: Polygon) -> Mask:
@@ -55,8 +54,7 @@ class Canvas:
         return self.mask(half, [(-x, y) for x, y in half])
 
     def paint(self, key: str, mask: Mask, cloth: Image.Image | Colour) -> None:
-        """Fill `mask` with a cloth, with a darker edge, and remember it as a region of `key`; what it covers is no
-        longer seen."""
+        """Fill `mask` with a cloth with a darker edge, as a region of `key`; what it covers is no longer seen."""
         rim = max(1, round(0.018 * self.unit))
         edge = lighter(mask, _shift(mask, rim))
         inside = darker(mask, _shift(mask, -rim))
@@ -66,8 +64,7 @@ class Canvas:
             if isinstance(cloth, Image.Image):
                 colour = cloth.resize((1, 1)).getpixel((0, 0))
                 cloth = cloth.crop(box)
-            dark = shade(colour, -0.28)
-            self.image.paste(dark, box, edge.crop(box))
+            self.image.paste(shade(colour, -0.28), box, edge.crop(box))
             self.image.paste(cloth, box, inside.crop(box))
         painted = self.regions.get(key, mask)
         for other, region in self.regions.items():
@@ -149,15 +146,12 @@ _OPENINGS = {
 def _paint_neck(canvas: Canvas, neck: str, front: bool, tone: Colour) -> None:
     """Paint a collar, or the rim of a neckline and what one sees inside it."""
     if neck in ("hooded", "high") or (front and neck in _RIMS):
-        rim = canvas.mask(_RIMS[neck])
-        canvas.paint("neck", rim, shade(tone, -0.38))
+        canvas.paint("neck", canvas.mask(_RIMS[neck]), shade(tone, -0.38))
     if front and neck in _OPENINGS:
-        opening = canvas.mask(_OPENINGS[neck])
         shadow = _colour(np.array(tone) * 0.45 + 20)
-        canvas.paint("neck", opening, shadow)
+        canvas.paint("neck", canvas.mask(_OPENINGS[neck]), shadow)
     if front and neck == "collared":
-        collar = canvas.both_sides(_COLLAR)
-        canvas.paint("neck", collar, shade(tone, 0.75))
+        canvas.paint("neck", canvas.both_sides(_COLLAR), shade(tone, 0.75))
 
 
 def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, clip: Mask) -> None:
@@ -165,30 +159,19 @@ def _paint_details(canvas: Canvas, product: Product, front: bool, tone: Colour, 
     garment = GARMENTS[product.garment]
     places = garment.places if front else {"back": garment.middle + 0.08}
     bands = []
-    for place, y in places.items():
-        if place in product.details:
-            half_height = LOOKS[product.details[place].look][0]
-            bands.append((-half_height, place, y))
-    for _, place, y in sorted(bands):  # the widest first, or they would cover the others
+    for place in product.details.keys() & places.keys():
+        half_height = LOOKS[product.details[place].look][0]
+        bands.append((-half_height, place))
+    for _, place in sorted(bands):  # the widest first, or they would cover the others
         detail = product.details[place]
         half_height, ground_shade, ink_shade = LOOKS[detail.look]
+        y = places[place]
         box = _box(-1, y - half_height, 1, y + half_height)
         band = darker(canvas.mask(box), clip)
         ground = shade(tone, ground_shade)
         ink = shade(tone, ink_shade)
         cloth = canvas.cloth(ground, detail.noun, ink, period=0.18)
         canvas.paint(place, band, cloth)
-
-
-def _paint_closure(canvas: Canvas, closure: str, bottom: float, tone: Colour, clip: Mask) -> None:
-    """Paint five buttons or a zip from the chest to the hem."""
-    if closure == "buttoned":
-        heights = np.linspace(-0.36, bottom - 0.12, 5)
-        polygons = [_arc(y, 0.07, 0.07) for y in heights]
-    else:
-        polygons = [_box(-0.04, -0.42, 0.04, bottom)]
-    mask = darker(canvas.mask(*polygons), clip)
-    canvas.paint("closure", mask, shade(tone, -0.85))
 
 
 def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Image.Image, dict]:
@@ -199,14 +182,11 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     garment = GARMENTS[product.garment]
     front = view != "back"
     canvas = Canvas(garment, view, size * SUPERSAMPLING, rng)
-    jitter = rng.uniform(-9, 9, 3)
-    tone = _colour(COLOURS[product.colour] + jitter)
-    ink = shade(tone, 0.6)
-    cloth = canvas.cloth(tone, product.pattern, ink, period=0.24)
+    tone = _colour(COLOURS[product.colour] + rng.uniform(-9, 9, 3))
+    cloth = canvas.cloth(tone, product.pattern, shade(tone, 0.6), period=0.24)
 
     if garment.extra:
-        extra = canvas.both_sides(garment.extra)
-        canvas.paint("garment", extra, tone)
+        canvas.paint("garment", canvas.both_sides(garment.extra), tone)
     sleeves = canvas.mask()  # none
     if product.sleeve in SLEEVES:
         sleeves = canvas.both_sides(SLEEVES[product.sleeve])
@@ -222,12 +202,15 @@ def render(product: Product, view: str, size: int, rng: Generator) -> tuple[Imag
     if product.neck:
         _paint_neck(canvas, product.neck, front, tone)
     if product.closure and front:
-        _paint_closure(canvas, product.closure, garment.bottom, tone, body)
+        polygons = [_box(-0.04, -0.42, 0.04, garment.bottom)]  # a zip
+        if product.closure == "buttoned":
+            polygons = [_arc(y, 0.07, 0.07) for y in np.linspace(-0.36, garment.bottom - 0.12, 5)]
+        closure = darker(canvas.mask(*polygons), body)
+        canvas.paint("closure", closure, shade(tone, -0.85))
     canvas.regions["garment"] = silhouette  # whatever lies on it
     canvas.regions["colour"] = silhouette
     if product.sleeve == "sleeveless":  # what shows it is the bare shoulder
-        shoulder = _box(0.3, -0.57, 0.46, -0.27)
-        canvas.regions["sleeve"] = canvas.both_sides(shoulder)
+        canvas.regions["sleeve"] = canvas.both_sides(_box(0.3, -0.57, 0.46, -0.27))
 
     pixels = np.asarray(canvas.image.reduce(SUPERSAMPLING))
     top_light, bottom_light = rng.uniform(0.9, 1.08, 2)

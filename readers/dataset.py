@@ -1,7 +1,6 @@
 """A data set of photos: columns, one value a row, and the images."""
 
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +13,13 @@ from torch.utils.data import Dataset
 from readers.prompts import Text, prompted, symbol_of
 
 Split = Literal["train", "val"]
+ReportedSplit = Literal["train", "val", "test"]
 
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for blank in "\t\n\r"}
 
 
 def legible(text: str) -> str:
-    """A text from outside without control characters, which could move a terminal's cursor or change its colours."""
+    """A text from outside without control characters, which could change a terminal's colours."""
     return text.translate(CONTROLS)
 
 
@@ -36,13 +36,10 @@ class Unreadable:
 
     reason: str
 
-    def __post_init__(self):
-        self.reason = legible(self.reason)
-
 
 @dataclass
 class Truth:
-    """What a photo really shows, where that is known.
+    """What a photo really shows.
 
     spans: (start, end, key, kind) of every stretch of the description that names an attribute
     regions: of the attributes that the photo shows, where, as packed bits of (size, size) pixels
@@ -65,7 +62,6 @@ class PhotoDataset(Dataset):
     known: a column for each attribute that prompts may tell, "" where unknown; `categories` and `subcategories` are two
     names: how to call each image in messages
     problems: photos left out at opening, as text · dropped: what else was left out, counted, as text
-    notes: further lines of the report
     lead: words set before each description · prompts: put the category symbol and attribute prompts around it
     truths: give with each photo what it really shows, which `Synthetic` alone knows
     several: rows of one product are one photo with several captions, not several photos of one text
@@ -94,16 +90,13 @@ class PhotoDataset(Dataset):
         self.caption_ids = numbered(self.captions)
         self.images = images
         self.image_size = image_size
-        self.known = {"category": [""] * len(captions), "subcategory": [""] * len(captions)}
-        for name, values in (known or {}).items():
-            self.known[name] = [legible(value) for value in values]
+        self.known = {"category": [""] * len(captions), "subcategory": [""] * len(captions)} | (known or {})
         self.categories = self.known["category"]
         self.subcategories = self.known["subcategory"]
         self.names = names
         self.source = list(range(len(captions))) if source is None else source
         self.problems: list[str] = []
         self.dropped: list[str] = []
-        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -112,7 +105,7 @@ class PhotoDataset(Dataset):
         try:
             photo = self.photo(row)
         except Exception as error:  # decoders raise many kinds for damaged files
-            return Unreadable(f"{self.name_of(row)}: {error}")
+            return Unreadable(legible(f"{self.name_of(row)}: {error}"))
         pixels = np.array(square(photo, self.image_size))
         item = {
             "row": row,
@@ -134,11 +127,8 @@ class PhotoDataset(Dataset):
         if not self.prompts:
             return self.lead, self.captions[row]
         symbol = symbol_of(self.categories[row], self.subcategories[row])
-        return prompted(self.captions[row], symbol, self.attributes(row), np.random.default_rng((7, row)))
-
-    def attributes(self, row: int) -> dict[str, str]:
-        """What is known of the product of a row, for prompts; "" where unknown."""
-        return {name: values[row] for name, values in self.known.items()}
+        known = {name: values[row] for name, values in self.known.items()}
+        return prompted(self.captions[row], symbol, known, np.random.default_rng((7, row)))
 
     def name_of(self, row: int) -> str:
         """How to call the image of a row in messages."""
@@ -147,10 +137,7 @@ class PhotoDataset(Dataset):
 
     def fingerprint(self) -> int:
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
-        texts = list(self.captions)
-        if self.prompts:
-            texts += [str(self.attributes(row)) for row in range(len(self))]
-        return zlib.crc32("\n".join(texts).encode() + self.product_ids.tobytes())
+        return zlib.crc32(repr([self.captions, self.known]).encode() + self.product_ids.tobytes())
 
     def part(self, rows: np.ndarray) -> "PhotoDataset":
         """Some of its rows, numbered anew."""
@@ -163,34 +150,21 @@ class PhotoDataset(Dataset):
             self.names,
             [self.source[row] for row in rows],
         )
-        part.lead = self.lead
-        part.prompts = self.prompts
-        part.several = self.several
-        part.what = self.what
-        part.group = self.group
+        for name in ("lead", "prompts", "several", "what", "group"):
+            setattr(part, name, getattr(self, name))
         return part
 
     def report(self) -> str:
-        """For the user: how much there is, and what was left out and why; with prompts, the category symbols."""
-        products = self.product_ids.max() + 1
-        lines = [f"{len(self):,} {self.what} of {products:,} {self.group}{self.left_out()}", *self.notes]
-        if self.prompts:
-            symbols = Counter(map(symbol_of, self.categories, self.subcategories))
-            counts = [f"{symbol} {count:,}" for symbol, count in symbols.most_common()]
-            lines.append(f"photos by symbol: {', '.join(counts)}")
-        return "\n  ".join(lines)
+        """One line for the user: how much there is, and what was left out and why."""
+        return f"{len(self):,} {self.what} of {self.product_ids.max() + 1:,} {self.group}{self.left_out()}"
 
     def left_out(self) -> str:
-        """The end of a report's first line: what was left out and why."""
+        """The end of a report: what was left out and why."""
         reasons = list(self.dropped)
         if self.problems:
-            reasons.insert(0, f"{len(self.problems):,} left out ({first_three(self.problems)})")
+            more = "; …" if len(self.problems) > 3 else ""
+            reasons.insert(0, f"{len(self.problems):,} left out ({'; '.join(self.problems[:3])}{more})")
         return legible("".join(f", {reason}" for reason in reasons))
-
-
-def first_three(texts: list[str]) -> str:
-    """Up to three texts in a line, and whether there are more."""
-    return "; ".join(texts[:3]) + ("; …" if len(texts) > 3 else "")
 
 
 def numbered(values: list) -> np.ndarray:

@@ -1,30 +1,35 @@
-"""What is read from files: text, JSON, photos. Whatever is wrong with one is said in one line."""
+"""What is read from files: text, JSON, photos."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from readers.dataset import DataError
 
 
-def parse_json(text: str, where: str) -> object:
-    """The value that a JSON text holds. Raises DataError, in one line, also for what Python will not read: nested
-    ten thousand deep, or numbers of thousands of digits."""
+def read_json(path: Path) -> object:
+    """The value in a JSON file. Raises DataError or OSError."""
+    return _parse(path.read_bytes(), str(path))
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a file with one a line, each with the file and line to name in messages. Raises as `read_json`."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            record = _parse(line, where)
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected a JSON object")
+            yield where, record
+
+
+def _parse(text: bytes, where: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
-
-
-def read_text(path: Path, hint: str) -> str:
-    """The text of a file. Raises DataError, with a hint when it is not there."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of others, decoding may start another program
@@ -44,11 +49,8 @@ def open_photo(path: Path, size: int) -> Image.Image:
             if photo.has_transparency_data:
                 photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo.convert("RGBA"))
             return photo.convert("RGB")
-    except UnidentifiedImageError:
-        raise OSError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise many kinds for damaged files
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OSError(reason.splitlines()[0]) from None
+        raise OSError(f"cannot be decoded: {' '.join(str(error).split())}") from None
 
 
 class ImageFiles:

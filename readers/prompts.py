@@ -8,18 +8,8 @@ Text = tuple[str, ...]  # pieces by turns: frame, own words, frame, own words, �
 # The frames of FashionSAP (Han et al. 2023) and Fashion-FINE (Jin et al. 2024): a symbol for the kind of garment, a
 # lead, and one prompt an attribute.
 DESCRIPTION, DIFFERENCE = "the image description is", "the difference between two images are"
-ATTRIBUTES = (
-    "category",
-    "subcategory",
-    "name",
-    "composition",
-    "gender",
-    "season",
-    "colour",
-    "pattern",
-    "sleeve",
-    "neck",
-)
+SEEN = ("colour", "pattern", "sleeve", "neck")
+ATTRIBUTES = ("category", "subcategory", "name", "composition", "gender", "season", *SEEN)
 # Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
 SYMBOLS = {
     "tops": r"(?:tank|crop)?tops?|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"
@@ -35,7 +25,7 @@ SYMBOLS = {
     r"|suspenders?|keychains?|blankets?|gloves?|socks?|scar(?:f|ves)|mufflers?|stoles?|watch(?:es)?|cufflinks?"
     r"|umbrellas?|\w*rings?",
     "others": r"(?!)",
-}  # fmt: skip
+}
 
 
 def symbol_of(category: str, subcategory: str = "") -> str:
@@ -51,8 +41,7 @@ def symbol_of(category: str, subcategory: str = "") -> str:
 
 def prompted(caption: str, symbol: str, attributes: dict[str, str], rng: np.random.Generator) -> Text:
     """The text that Fashion-FINE pretrains on: "[symbol] the image description is … [SEP] the image season is … the
-    image category is …", a prompt for each attribute that is known, in random order (choice: the same every epoch and
-    for every seed, by the row alone)."""
+    image category is …", a prompt for each attribute that is known, in random order."""
     known = [name for name in ATTRIBUTES if attributes.get(name)]
     text = [f"[{symbol}] {DESCRIPTION}", caption]
     for name in rng.permutation(known).tolist():

@@ -1,18 +1,59 @@
-"""Statements about photos: does the photo show that it is true, that it is false, or neither? (Visual entailment.)"""
+"""Visual entailment: statements about photos, each shown to be true, to be false, or neither. Drawn, or SNLI-VE's."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from readers.dataset import DataError, PhotoDataset, Split
-from readers.families import clause
+from readers.dataset import DataError, PhotoDataset, ReportedSplit, Split
+from readers.files import ImageFiles, read_json_lines
 from readers.synthetic import Synthetic
+from readers.triplets import clause
 from readers.wardrobe import Product, pick
 
 LABELS = ("entailment", "neutral", "contradiction")
+
+
+def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PhotoDataset:
+    """SNLI-VE (Xie et al. 2019) as distributed: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`,
+    `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`. The category of a row is its label.
+
+    Statements without a gold label (`-`), and those of photos that are not there, are counted and left out.
+    """
+    statements, labels, source, left_out = [], [], [], Counter()
+    row_of, paths, missing = {}, [], {}  # by the name of a photo
+    for where, record in read_json_lines(folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl"):
+        try:
+            photo, statement, label = record["Flickr30K_ID"], record["sentence2"].strip(), record["gold_label"]
+        except (AttributeError, KeyError):
+            raise DataError(f"{where}: expected Flickr30K_ID, sentence2 and gold_label") from None
+        path = folder / "images" / f"{photo}.jpg"
+        if photo not in row_of and photo not in missing:
+            if path.is_file():
+                row_of[photo] = len(paths)
+                paths.append(path)
+            else:
+                missing[photo] = f"no photo {photo}.jpg"
+        if label not in LABELS:
+            left_out["without a gold label"] += 1
+        elif photo in missing:
+            left_out["of photos that are not there"] += 1
+        else:
+            statements.append(statement)
+            labels.append(label)
+            source.append(row_of[photo])
+    if not statements:
+        raise DataError(f"{folder}: no usable statement of the {split} split; {'; '.join([*missing.values()][:3])}")
+    images = ImageFiles(paths, image_size)
+    dataset = PhotoDataset(statements, source, images, image_size, {"category": labels}, list(row_of), source)
+    dataset.what = "statements"
+    dataset.group = "photos"
+    dataset.problems = list(missing.values())
+    dataset.dropped = [f"{count:,} {why}" for why, count in left_out.items()]
+    return dataset
 
 
 class Statement(NamedTuple):
@@ -33,9 +74,8 @@ class Claim(NamedTuple):
 
 
 def synthetic_statements(split: Split, products: int, image_size: int, seed: int = 0) -> PhotoDataset:
-    """Six statements about two photos of each product that has two which differ in what they show: see `block`.
-
-    A row is a statement; its category is its label, its sub-category the kind of attribute that it turns on."""
+    """Six statements about two photos of each product that has two which differ in what they show: see `block`. The
+    category of a row is its label, its sub-category the kind of attribute that it turns on."""
     photos = Synthetic(split, products, image_size, seed)
     rows_of = defaultdict(list)
     for row, (product, _) in enumerate(photos.rows):
@@ -45,26 +85,17 @@ def synthetic_statements(split: Split, products: int, image_size: int, seed: int
         found += block(photos, rows, photos._rng(5, product))
     if not found:
         raise DataError(f"--products {products}: no two photos of a product differ in what they show; give more")
-    source = [statement.photo for statement in found]
-    dataset = PhotoDataset(
-        captions=[statement.text for statement in found],
-        products=[photos.rows[photo][0] for photo in source],
-        images=photos.images,
-        image_size=image_size,
-        known={
-            "category": [statement.label for statement in found],
-            "subcategory": [statement.kind for statement in found],
-        },
-        source=source,
-    )
+    source, texts, labels, kinds = map(list, zip(*found))
+    shown = [photos.rows[photo][0] for photo in source]
+    known = {"category": labels, "subcategory": kinds}
+    dataset = PhotoDataset(texts, shown, photos.images, image_size, known, source=source)
     dataset.what = "statements"
     return dataset
 
 
 def block(photos: Synthetic, rows: list[int], rng: np.random.Generator) -> list[Statement]:
     """Of two photos, each of which shows something that the other does not: one statement each that it shows, one that
-    it contradicts, and one that it cannot tell, which is what the other shows or contradicts. Nothing where no two
-    photos of `rows` are such.
+    it contradicts, and one that it cannot tell, which is what the other shows or contradicts.
 
     So no photo has more statements of one label than of another, and a true claim and its lie are each undecided half
     the time: neither photo nor statement alone tells the label.
@@ -83,24 +114,21 @@ def _six(
     product: Product, claims: dict[int, Claim], extra: tuple[str, Product] | None, rng: np.random.Generator
 ) -> list[Statement]:
     """The statements of a block; with something extra half of the blocks turn on that, in that it is wrong."""
-    start = wrong_start = ""
-    by_extra = False
+    start = wrong_start = extra_kind = ""
     if extra:
-        extra_kind, variant = extra
-        start = f"{clause(product, extra_kind)} and "
-        wrong_start = f"{clause(variant, extra_kind)} and "
-        by_extra = rng.random() < 0.5
-    one, other = claims
+        kind, variant = extra
+        start = f"{clause(product, kind)} and "
+        wrong_start = f"{clause(variant, kind)} and "
+        if rng.random() < 0.5:
+            extra_kind = kind
     statements = []
-    for photo, elsewhere in ((one, other), (other, one)):
+    for photo, elsewhere in zip(claims, reversed(claims)):
         mine, others = claims[photo], claims[elsewhere]
-        wrong = wrong_start + mine.truth if by_extra else start + mine.lie
+        wrong = wrong_start + mine.truth if extra_kind else start + mine.lie
         undecided = start + pick(rng, (others.truth, others.lie))
-        kind = extra_kind if by_extra else mine.kind
-        undecided_kind = extra_kind if by_extra else others.kind
-        statements.append(Statement(photo, start + mine.truth, "entailment", kind))
-        statements.append(Statement(photo, wrong, "contradiction", kind))
-        statements.append(Statement(photo, undecided, "neutral", undecided_kind))
+        statements.append(Statement(photo, start + mine.truth, "entailment", extra_kind or mine.kind))
+        statements.append(Statement(photo, wrong, "contradiction", extra_kind or mine.kind))
+        statements.append(Statement(photo, undecided, "neutral", extra_kind or others.kind))
     return statements
 
 

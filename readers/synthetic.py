@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from readers.camera import render
 from readers.dataset import PhotoDataset, Split, Truth
+from readers.prompts import SEEN
 from readers.wardrobe import GARMENTS, STYLE_COLOURS, Product, draw_family, pick
 
 
@@ -33,28 +34,20 @@ class Synthetic(PhotoDataset):
             for view in self._views(index):
                 self.rows.append((index, view))
                 captions.append(caption)
-        drawn = [self.product(row) for row in range(len(self.rows))]
+        drawn = [self.products[index] for index, _ in self.rows]
         known = {  # what is true of the product, whatever a photo shows of it
             "category": [GARMENTS[product.garment].category for product in drawn],
             "subcategory": [product.garment.upper() for product in drawn],
-            "colour": [product.colour for product in drawn],
-            "sleeve": [product.sleeve or "" for product in drawn],
-            "neck": [product.neck or "" for product in drawn],
-            "pattern": [product.pattern or "" for product in drawn],
         }
+        for name in SEEN:
+            known[name] = [getattr(product, name) or "" for product in drawn]
         self.photos = []
         self.regions = []
-        super().__init__(
-            captions=captions,
-            products=[index for index, _ in self.rows],
-            images=self.photos,
-            image_size=image_size,
-            known=known,
-        )
+        super().__init__(captions, [index for index, _ in self.rows], self.photos, image_size, known)
         quiet = None if progress else True  # None: quiet unless in a terminal
-        rows = range(len(self.rows))
-        for row in tqdm(rows, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False):
-            photo, regions = self._render(self.product(row), row)
+        bar = tqdm(drawn, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False)
+        for row, product in enumerate(bar):
+            photo, regions = self._render(product, row)
             self.photos.append(photo)
             self.regions.append(regions)
 
@@ -64,8 +57,7 @@ class Synthetic(PhotoDataset):
 
     def _family(self, first: int) -> list[Product]:
         """The products from number `first` on that are drawn together."""
-        number = first // (2 * STYLE_COLOURS)
-        return draw_family(self._rng(0, number), self._owns)
+        return draw_family(self._rng(0, first // (2 * STYLE_COLOURS)), self._owns)
 
     def _owns(self, product: Product) -> bool:
         in_training = hashlib.sha256(product.style.encode()).digest()[0] < 230
@@ -99,8 +91,8 @@ class Synthetic(PhotoDataset):
         return Truth(spans, self.regions[row], self.image_size)
 
     def describes(self, product: int, row: int) -> bool:
-        """Would the description of `product` pass for the photo of `row`? It would if nothing of what it says, and
-        this camera would show, is untrue of the photo. Of another product it is then a *false* negative."""
+        """Whether nothing that the description of `product` says, and this camera would show, is untrue of the photo
+        of `row`. Of another product it is then a *false* negative."""
         said = self.products[product]
         claims = said.attributes()
         facts = self.product(row).attributes()

@@ -1,11 +1,9 @@
 """The synthetic wardrobe: which garments there are, what a product can look like, and how it is described.
 
-As in a shop, a style comes in several colours, so that no colour tells products apart; most of what is on a garment
-is of its own colour, only lighter or darker; and a description says more than one photo shows. Every word that says
-something varies on its own: no other word of the description gives it away.
+A style comes in several colours, so that no colour tells products apart. A description says more than one photo shows,
+and every word that says something varies on its own: no other word of the description gives it away.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -33,8 +31,7 @@ UNSEEN = {  # what no photo shows
     "season": ("spring", "summer", "autumn", "winter"),
 }
 
-# Garment space: x to the right, y down, the whole garment inside [−1, 1]². The polygons of garments are the right half
-# of a shape; the left half mirrors it.
+# Garment space: x to the right, y down, inside [−1, 1]². Polygons are the right half of a shape; the left mirrors it.
 Polygon = Sequence[tuple[float, float]]  # or an array (corners, 2)
 SLEEVES = {
     "short": [(0.33, -0.56), (0.68, -0.3), (0.56, -0.1), (0.33, -0.24)],
@@ -57,12 +54,8 @@ class Garment:
     extra: Polygon = ()  # a strap, handle or brim of the same cloth
 
     @property
-    def top(self) -> float:
-        return self.outline[0][1]
-
-    @property
     def middle(self) -> float:
-        return (self.top + self.bottom) / 2
+        return (self.outline[0][1] + self.bottom) / 2
 
 
 def _top(
@@ -96,23 +89,21 @@ _CROWN = ((0, -0.5), (0.22, -0.46), (0.42, -0.25), (0.48, 0.1), (0, 0.16))
 _BRIM = ((0, 0.08), (0.46, 0.06), (0.62, 0.28), (0.3, 0.36), (0, 0.38))
 _BEANIE = ((0, -0.6), (0.2, -0.56), (0.42, -0.3), (0.46, 0.3), (0, 0.3))
 _POMPOM = ((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56))
-_LONG = ("long",)
-_SHORT_OR_LONG = ("short", "long")
-_ANY = ("sleeveless", "short", "long")
 _ROUND = ("crew", "v")
+_EITHER = ("short", "long")
 GARMENTS = {
     "tee": _top("TOPS", 0.38, 0.38, 0.46, ("short",), _ROUND),
     "tank": _top("TOPS", 0.3, 0.3, 0.5, ("sleeveless",), _ROUND),
-    "shirt": _top("SHIRTS", 0.36, 0.32, 0.66, _SHORT_OR_LONG, ("collared",), CLOSURES),
-    "polo": _top("SHIRTS", 0.36, 0.37, 0.5, _SHORT_OR_LONG, ("collared",)),
-    "sweater": _top("KNITWEAR", 0.44, 0.42, 0.42, _LONG, ("crew", "v", "high")),
-    "cardigan": _top("KNITWEAR", 0.4, 0.46, 0.66, _LONG, _ROUND, CLOSURES),
-    "hoodie": _top("SWEATSHIRTS", 0.42, 0.38, 0.56, _LONG, ("hooded",)),
-    "bomber": _top("JACKETS", 0.54, 0.28, 0.32, _LONG, ("crew", "high"), CLOSURES),
-    "coat": _top("COATS", 0.36, 0.54, 0.86, _LONG, ("collared", "high"), CLOSURES),
-    "parka": _top("COATS", 0.42, 0.44, 0.72, _LONG, ("hooded", "high"), CLOSURES),
-    "mini dress": _top("DRESSES", 0.2, 0.6, 0.5, _ANY, _ROUND),
-    "maxi dress": _top("DRESSES", 0.2, 0.66, 0.9, _ANY, _ROUND),
+    "shirt": _top("SHIRTS", 0.36, 0.32, 0.66, _EITHER, ("collared",), CLOSURES),
+    "polo": _top("SHIRTS", 0.36, 0.37, 0.5, _EITHER, ("collared",)),
+    "sweater": _top("KNITWEAR", 0.44, 0.42, 0.42, ("long",), ("crew", "v", "high")),
+    "cardigan": _top("KNITWEAR", 0.4, 0.46, 0.66, ("long",), _ROUND, CLOSURES),
+    "hoodie": _top("SWEATSHIRTS", 0.42, 0.38, 0.56, ("long",), ("hooded",)),
+    "bomber": _top("JACKETS", 0.54, 0.28, 0.32, ("long",), ("crew", "high"), CLOSURES),
+    "coat": _top("COATS", 0.36, 0.54, 0.86, ("long",), ("collared", "high"), CLOSURES),
+    "parka": _top("COATS", 0.42, 0.44, 0.72, ("long",), ("hooded", "high"), CLOSURES),
+    "mini dress": _top("DRESSES", 0.2, 0.6, 0.5, ("sleeveless", *_EITHER), _ROUND),
+    "maxi dress": _top("DRESSES", 0.2, 0.66, 0.9, ("sleeveless", *_EITHER), _ROUND),
     "mini skirt": Garment("SKIRTS", _skirt(0.4, 0.6, 0.12), {"hip": -0.4, "hem": -0.04}, 0.12),
     "maxi skirt": Garment("SKIRTS", _skirt(0.36, 0.56, 0.8), _lower(-0.36, 0.8), 0.8),
     "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _lower(-0.5, 0.88), 0.88),
@@ -133,14 +124,10 @@ def pick(rng: Generator, options: Iterable):
 
 @dataclass(frozen=True)
 class Detail:
-    """A band of its own on a garment: a look and a noun, LOOKS and NOUNS, neither of which tells the other."""
+    """A band of its own on a garment: one of LOOKS and one of NOUNS, neither of which tells the other."""
 
     look: str
     noun: str
-
-
-def draw_detail(rng: Generator) -> Detail:
-    return Detail(look=pick(rng, LOOKS), noun=pick(rng, NOUNS))
 
 
 @dataclass(frozen=True)
@@ -158,10 +145,10 @@ class Product:
     wording: int = 0
 
     def with_own_words(self, rng: Generator) -> "Product":
-        """The same to the eye, with another inside, care, season, … and wording."""
-        chosen = rng.permutation(list(UNSEEN)).tolist()[:4]
-        unseen = {what: pick(rng, UNSEEN[what]) for what in sorted(chosen)}
-        details = self.details | {"inside": draw_detail(rng)}
+        """The same to the eye, with another inside, others of UNSEEN, and another wording."""
+        chosen = sorted(rng.permutation(list(UNSEEN)).tolist()[:4])
+        unseen = {what: pick(rng, UNSEEN[what]) for what in chosen}
+        details = self.details | {"inside": Detail(pick(rng, LOOKS), pick(rng, NOUNS))}
         return replace(self, details=details, unseen=unseen, wording=int(rng.integers(2**31)))
 
     @property
@@ -173,7 +160,7 @@ class Product:
 
     def attributes(self) -> dict[str, str | Detail]:
         """What is true of it: a value for every key it has."""
-        names = ("garment", "colour", "pattern", "sleeve", "neck", "closure")
+        names = (*WHOLE, "neck", "closure")
         values = {name: getattr(self, name) for name in names if getattr(self, name)}
         return values | self.details | self.unseen
 
@@ -182,7 +169,7 @@ class Product:
         attribute that shows it, the product."""
         garment = GARMENTS[self.garment]
         options = {
-            "garment": _cut_alike(self),
+            "garment": [name for name in GARMENTS if self._could_be(name)],
             "colour": COLOURS,
             "pattern": PATTERNS if self.pattern else (),
             "sleeve": garment.sleeves,
@@ -198,6 +185,12 @@ class Product:
                 for kind, details in self._changed_details(place):
                     yield kind, place, replace(self, details=details)
 
+    def _could_be(self, name: str) -> bool:
+        """Whether a garment can have the sleeves, neck, closure and details of this product."""
+        garment = GARMENTS[name]
+        fits = self.sleeve in garment.sleeves and self.neck in garment.necks and self.closure in garment.closures
+        return fits and self.details.keys() - {"back", "inside"} <= garment.places.keys()
+
     def _changed_details(self, place: str) -> Iterator[tuple[str, dict[str, Detail]]]:
         """The details with another look or noun at a place, or with what is there moved to another place."""
         detail = self.details[place]
@@ -207,10 +200,8 @@ class Product:
         for noun in NOUNS:
             if noun != detail.noun:
                 yield "noun", self.details | {place: Detail(detail.look, noun)}
-        if place == "back":
-            return
         for other in GARMENTS[self.garment].places:
-            if other not in self.details:
+            if place != "back" and other not in self.details:
                 moved = {other if key == place else key: value for key, value in self.details.items()}
                 yield "place", moved
 
@@ -219,59 +210,40 @@ class Product:
         caption = ""
         spans = []
         for phrase in self._phrases():
-            for number, (words, key, kind) in enumerate(phrase):
-                if number == 0:  # a sentence begins
-                    words = words.capitalize()
+            start = len(caption)
+            for words, key, kind in phrase:
                 if key:
                     spans.append((len(caption), len(caption) + len(words), key, kind))
                 caption += f"{words} "
-            caption = f"{caption.rstrip()}. "
+            caption = f"{caption[:start]}{caption[start:].rstrip().capitalize()}. "
         return caption.rstrip(), spans
 
     def _phrases(self) -> list[list[tuple[str, str, str]]]:
-        """The title, and in random order what else there is to say. A phrase is a list of (words, key, kind): key is
-        the attribute that the words name, "" where they name none."""
+        """The title, then the rest in random order, as (words, key, kind); key is "" of words that name nothing."""
         rng = default_rng(self.wording)
         garment = (self.garment, "garment", "garment")
         colour = (self.colour, "colour", "colour")
         title = pick(rng, ([garment, ("in", "", ""), colour], [colour, garment]))
         if self.sleeve in SLEEVES:
-            title = [("sleeve", "", ""), *title]
+            title.insert(0, ("sleeve", "", ""))
         if self.sleeve:
-            title = [(self.sleeve, "sleeve", "sleeve"), *title]
+            title.insert(0, (self.sleeve, "sleeve", "sleeve"))
         phrases = []
         for kind, noun in (("pattern", "pattern"), ("neck", "neckline"), ("closure", "front")):
             value = getattr(self, kind)
             if value:
                 phrases.append([(value, kind, kind), (noun, "", "")])
         for place, detail in self.details.items():
-            phrase = [(detail.look, place, "look"), (detail.noun, place, "noun")]
-            if place == "inside":
-                phrase += [("inside", "", "")]
-            elif place == "back":
-                phrase += [("at back", "", "")]
-            else:
-                phrase += [("at", "", ""), (place, place, "place")]
-            phrases.append(phrase)
+            where = [("at", "", ""), (place, place, "place")]
+            if place in ("inside", "back"):
+                where = [("inside" if place == "inside" else "at back", "", "")]
+            phrases.append([(detail.look, place, "look"), (detail.noun, place, "noun"), *where])
         for what, value in self.unseen.items():
             phrases.append([(value, "unseen", "unseen"), (what, "", "")])
-        order = rng.permutation(len(phrases))
-        return [title, *(phrases[number] for number in order)]
-
-
-def _cut_alike(product: Product) -> list[str]:
-    """The garments that could have the sleeves, neck, closure and details of a product."""
-    front = product.details.keys() - {"back", "inside"}
-    names = []
-    for name, garment in GARMENTS.items():
-        fits = product.sleeve in garment.sleeves and product.neck in garment.necks
-        if fits and product.closure in garment.closures and front <= garment.places.keys():
-            names.append(name)
-    return names
+        return [title, *(phrases[number] for number in rng.permutation(len(phrases)))]
 
 
 def draw_product(rng: Generator) -> Product:
-    """A random product."""
     name = pick(rng, GARMENTS)
     garment = GARMENTS[name]
     places = rng.permutation(list(garment.places)).tolist()
@@ -283,26 +255,23 @@ def draw_product(rng: Generator) -> Product:
         sleeve=pick(rng, garment.sleeves),
         neck=pick(rng, garment.necks),
         closure=pick(rng, garment.closures),
-        details={place: draw_detail(rng) for place in (*sorted(front), "back")},
+        details={place: Detail(pick(rng, LOOKS), pick(rng, NOUNS)) for place in (*sorted(front), "back")},
     )
     return product.with_own_words(rng)
 
 
 def pick_variant(rng: Generator, variants: list[tuple[str, Product]]) -> Product:
     """One of some variants, given with their kinds: first a kind is drawn, then a variant of it."""
-    by_kind = defaultdict(list)
-    for kind, variant in variants:
-        by_kind[kind].append(variant)
-    kind = pick(rng, by_kind)
-    return pick(rng, by_kind[kind])
+    chosen = pick(rng, dict.fromkeys(kind for kind, _ in variants))
+    return pick(rng, [variant for kind, variant in variants if kind == chosen])
 
 
 STYLE_COLOURS = 3  # in how many colours a style comes
 
 
 def draw_family(rng: Generator, owns: Callable[[Product], bool]) -> list[Product]:
-    """Two styles that `owns` admits and that differ in one thing which a photo can show, in STYLE_COLOURS colours each:
-    hard neighbours. What no photo shows, and the wording, is each product's own."""
+    """Two styles that `owns` admits and that differ in one thing which a photo can show, in STYLE_COLOURS colours each.
+    What no photo shows, and the wording, is each product's own."""
     sisters = []
     while not sisters:
         style = draw_product(rng)

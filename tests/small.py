@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import h5py
+import numpy as np
 import torch
 from PIL import Image
 
@@ -13,6 +15,7 @@ import train
 from engine.checkpoints import load_checkpoint
 from engine.config import parse_config
 from engine.run import build_run
+from readers.fashiongen import FILES
 from readers.synthetic import Synthetic
 
 PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
@@ -34,6 +37,21 @@ def write_fashioniq(folder, split, sizes, photo=None):
         for number, name in enumerate(ids):
             path = folder / "images" / f"{name}.{'jpg' if number % 2 else 'png'}"
             path.touch() if photo is None else photo(number).save(path)
+
+
+def export_fashiongen(folder, items, image_size=32):
+    """Synthetic products in FashionGen's HDF5 layout: `items` to train on, at least 8 for validation."""
+    folder.mkdir(exist_ok=True)
+    for split, products in (("train", items), ("val", max(8, items // 10))):
+        dataset = Synthetic(split, products, image_size, progress=False)
+        texts = {name: dataset.known[name] for name in ("category", "subcategory")} | {"description": dataset.captions}
+        texts |= {"gender": [["Men", "Women"][i % 2] for i in dataset.product_ids], "season": ["SS2018"] * len(dataset)}
+        with h5py.File(folder / FILES[split], "w") as file:
+            images = np.stack([np.asarray(photo) for photo in dataset.photos])
+            file.create_dataset("input_image", data=images, chunks=(1, *images.shape[1:]))
+            file["input_productID"] = dataset.product_ids.astype(np.int32)[:, None]
+            for key, values in texts.items():
+                file[f"input_{key}"] = np.array([text.encode("iso-8859-1") for text in values])[:, None]
 
 
 def write_snlive(folder, lines, photos, split="dev"):

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 from small import lines, resume, run, run_files, same_state, write_fashioniq, write_jsonl, write_karpathy, write_snlive
@@ -18,7 +19,6 @@ from engine.finetune_config import FOUND, open_data, parse_config
 from engine.flags import ConfigError
 from engine.run import build_run
 from evaluation.search import search
-from readers.fashiongen import export_fashiongen
 from readers.prompts import DESCRIPTION, DIFFERENCE
 
 
@@ -184,7 +184,7 @@ def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, 
 
 
 def test_retrieval_and_recognition_on_fashiongen(tmp_path, pretrained):
-    export_fashiongen(tmp_path / "fg", 48, image_size=32)
+    small.export_fashiongen(tmp_path / "fg", 48, image_size=32)
     flags = f"--checkpoint {pretrained} --data fashiongen --root {tmp_path}/fg --steps 2 --out {tmp_path}"
     found = command(f"--task retrieval {flags}/retrieval")
     assert 0 < found["protocol"]["negatives of the same sub-category"] < 1

@@ -148,15 +148,3 @@ def test_damaged_checkpoints(tmp_path_factory, data):
     path.write_bytes(damage(data, whole.getvalue()))
     state = read_or_refused(lambda: load_checkpoint(path))
     assert state is None or torch.equal(state["model"]["weights"], weights)
-
-
-WORDS = st.lists(st.sampled_from(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b", "ß", "", "\r"]))
-
-
-@fuzzed
-@given(st.binary(max_size=80) | WORDS.map("\n".join).map(str.encode))
-def test_vocabularies(tmp_path_factory, raw):
-    path = tmp_path_factory.getbasetemp() / "vocab.txt"
-    path.write_bytes(raw)
-    tokenizer = read_or_refused(lambda: build_tokenizer([], 9, 8, path))
-    assert tokenizer is None or tokenizer.encode("a b").ids

@@ -11,8 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["model", "masking", "losses", "sampler"],
     ["readers.prompts", "readers.dataset", "readers.files", "readers.wardrobe", "readers.camera", "readers.synthetic", "readers.fashiongen",
-     "readers.jsonl", "readers.triplets", "readers.families", "readers.fashioniq", "readers.karpathy", "readers.statements",
-     "readers.snlive"],
+     "readers.jsonl", "readers.karpathy", "readers.triplets", "readers.statements"],
     ["data"],
     ["engine.flags", "engine.config", "engine.distributed", "engine.run", "engine.checkpoints", "engine.log",
      "engine.batches", "engine.weights", "engine.finetune_config"],

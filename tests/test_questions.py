@@ -47,7 +47,6 @@ def test_flags_are_flags(capsys):
     known |= {
         "--checkpoint",
         "--file",
-        "--momentum",
         "--rows",
         "--products",
         "--photos",

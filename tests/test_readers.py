@@ -1,4 +1,4 @@
-"""FashionGen, jsonl and FashionIQ files good and bad; prompts; triplets; parts."""
+"""FashionGen, jsonl and FashionIQ files good and bad; photos; prompts; triplets; parts."""
 
 import json
 import pickle
@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import PUBLISHED, write_fashioniq
+from small import PUBLISHED, export_fashiongen, write_fashioniq
 
 import data
 from data import Collate, build_dataset, build_tokenizer
 from readers.dataset import DataError
-from readers.families import synthetic_triplets
-from readers.fashiongen import FILES, export_fashiongen
-from readers.files import FORMATS, open_photo
+from readers.fashiongen import FILES
+from readers.files import open_photo
 from readers.prompts import prompted, symbol_of
 from readers.synthetic import Synthetic
+from readers.triplets import synthetic_triplets
 from readers.wardrobe import GARMENTS
 
 
 @pytest.fixture
 def fashiongen(tmp_path):
-    export_fashiongen(tmp_path, 6, image_size=32)
+    export_fashiongen(tmp_path, 6)
     return tmp_path
 
 
@@ -31,10 +31,7 @@ def open_fashiongen(folder, size=32):
     return build_dataset("fashiongen", folder, "train", size)
 
 
-def test_exported_fashiongen_reads_back(fashiongen):
-    with h5py.File(fashiongen / FILES["train"]) as file:
-        assert file["input_image"].shape[1:] == (32, 32, 3) and file["input_productID"].dtype == np.int32
-        assert file["input_description"].shape == (len(file["input_image"]), 1)
+def test_fashiongen_as_distributed(fashiongen):
     dataset, drawn = open_fashiongen(fashiongen), Synthetic("train", 6, 32, progress=False)
     assert dataset.captions == drawn.captions and dataset.categories == drawn.categories
     assert dataset.product_ids.tolist() == drawn.product_ids.tolist()
@@ -51,10 +48,6 @@ def test_fashiongen_reads_latin_1_and_counts_empty_descriptions(fashiongen):
     assert dataset.captions[0] == "Robe d'été"
     assert dataset.problems == ["row 4: empty input_description"] and "1 left out (row 4" in dataset.report()
     assert dataset[4]["row"] == 4 and dataset.name_of(4).endswith("row 5")
-    with h5py.File(fashiongen / FILES["val"], "r+") as file:
-        file["input_description"][:] = b""
-    with pytest.raises(DataError, match="every row is empty"):
-        build_dataset("fashiongen", fashiongen, "val", 32)
 
 
 def replace_key(path, key, values):
@@ -69,12 +62,9 @@ def replace_key(path, key, values):
     [
         (lambda p: p.unlink(), "no such file"),
         (lambda p: p.write_bytes(p.read_bytes()[:5_000]), "not a whole HDF5 file"),
-        (lambda p: p.write_text("hello"), "not a whole HDF5 file"),
-        (lambda p: replace_key(p, "input_description", None), "no key input_description"),
-        (lambda p: replace_key(p, "input_image", np.zeros((4, 8, 8), np.uint8)), "key input_image: expected"),
-        (lambda p: replace_key(p, "input_image", np.zeros((0, 8, 8, 3), np.uint8)), "key input_image: expected"),
-        (lambda p: replace_key(p, "input_productID", np.zeros((3, 1), np.int32)), "key input_productID: shape"),
-        (lambda p: replace_key(p, "input_category", np.zeros((21, 1))), "key input_category"),
+        (lambda p: replace_key(p, "input_description", None), "'input_description' doesn't exist"),
+        (lambda p: replace_key(p, "input_productID", np.zeros((3, 1), np.int32)), "key input_productID: 3 rows"),
+        (lambda p: replace_key(p, "input_description", np.full(len(open_fashiongen(p.parent)), b" ")), "every row"),
     ],
 )
 def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
@@ -82,14 +72,6 @@ def test_damaged_fashiongen_is_one_clear_line(fashiongen, damage, message):
     with pytest.raises(DataError, match=message) as caught:
         open_fashiongen(fashiongen)
     assert "fashiongen_256_256_train.h5" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_export_writes_256_pixels_and_does_not_overwrite(tmp_path):
-    export_fashiongen(tmp_path, 2)
-    with h5py.File(tmp_path / FILES["train"]) as file:
-        assert file["input_image"].shape[1:] == (256, 256, 3)
-    with pytest.raises(DataError, match="exists"):
-        export_fashiongen(tmp_path, 2)
 
 
 def write_jsonl(folder, lines, name="train.jsonl"):
@@ -120,9 +102,9 @@ def test_jsonl_splits_by_product_or_reads_val(shop):
     assert len(train) + len(val) == 40 and len(val) > 0
     assert not set(train.captions) & set(val.captions)
     assert open_jsonl(folder, seed=1).captions != train.captions
+    assert train[0]["image"].shape == (3, 32, 32) and train.categories[0] == "A" and train.subcategories[0] == ""
     write_jsonl(folder, lines[:4], "val.jsonl")
     assert len(open_jsonl(folder)) == 40 and len(open_jsonl(folder, "val")) == 4
-    assert train[0]["image"].shape == (3, 32, 32) and train.categories[0] == "A" and train.subcategories[0] == ""
 
 
 def test_jsonl_pads_to_a_white_square_and_honours_transparency(tmp_path):
@@ -139,42 +121,33 @@ def test_jsonl_pads_to_a_white_square_and_honours_transparency(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{broken", "line 2: not JSON"),
-        ('{"image": "0.png", "more": ' + "[" * 100_000, "line 2: not JSON"),
-        ('{"image": "0.png", "product_id": ' + "9" * 5000 + "}", "line 2: not JSON"),
-        ("[1]", "line 2: expected an object"),
-        ({"caption": "x", "product_id": 1}, "field image"),
-        ({"image": "0.png", "caption": 3, "product_id": 1}, "field caption"),
-        ({"image": "0.png", "caption": "x"}, "field product_id"),
-        ({"image": "/etc/passwd", "caption": "x", "product_id": 1}, "leaves the folder"),
-        ({"image": "a/../../x.png", "caption": "x", "product_id": 1}, "leaves the folder"),
-        (b"\xff\xfe\x00", "UTF-8"),
-        (b"\n", "it is empty"),
-        (None, "no such file"),
+        (b"{broken", "line 1: not JSON"),
+        (b"\xff\xfe\x00", "line 1: not JSON"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b"[1]", "line 1: expected a JSON object"),
+        (b'{"caption": "x", "product_id": 1}', "field image"),
+        (b'{"image": "0.png", "caption": ["x"], "product_id": 1}', "field caption"),
+        (b'{"image": "0.png", "caption": "x"}', "field product_id"),
+        (b'{"image": "0.png", "caption": "x", "product_id": 1}', "train split; it has too few products"),
+        (b"\n", "it has too few products"),
+        (None, "No such file"),
     ],
 )
 def test_malformed_jsonl_is_one_clear_line(shop, line, message):
-    folder, lines = shop
-    if line is None:
-        (folder / "train.jsonl").unlink()
-    elif isinstance(line, bytes):
+    folder, _ = shop
+    (folder / "train.jsonl").unlink()
+    if line is not None:
         (folder / "train.jsonl").write_bytes(line)
-    else:
-        write_jsonl(folder, [lines[0], line])
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises((DataError, OSError), match=message) as caught:
         open_jsonl(folder)
     assert "train.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_jsonl_captions_may_hold_any_separator_and_small_sets_get_a_validation_product(shop):
     folder, lines = shop
-    lines = [json.dumps(line | {"caption": "one\u2028two\u0085three"}, ensure_ascii=False) for line in lines[:6]]
-    write_jsonl(folder, lines)
+    write_jsonl(folder, [json.dumps(line | {"caption": "one\u2028two"}, ensure_ascii=False) for line in lines[:6]])
     train, val = open_jsonl(folder), open_jsonl(folder, "val")
     assert len(train) == 4 and len(val) == 2
-    write_jsonl(folder, lines[:2])
-    with pytest.raises(DataError, match="one product cannot be split"):
-        open_jsonl(folder)
 
 
 def test_what_cannot_be_used_is_left_out_and_named(shop):
@@ -190,9 +163,8 @@ def test_what_cannot_be_used_is_left_out_and_named(shop):
     batch = collate([dataset[i] for i in range(6)])
     assert batch["rows"].tolist() == [0, 1, 3, 5] and len(batch["images"]) == len(batch["token_ids"]) == 4
     assert batch["unreadable"][0].startswith("2.png: ")
-    reason = f"4.png: not an image in one of the formats {', '.join(FORMATS)}"
-    assert batch["unreadable"][1] == reason
-    assert collate([dataset[4]]) == {"rows": pytest.approx([]), "unreadable": [reason]}
+    assert batch["unreadable"][1].startswith("4.png: cannot be decoded: cannot identify image file")
+    assert collate([dataset[4]]) == {"rows": pytest.approx([]), "unreadable": [batch["unreadable"][1]]}
 
 
 SYMBOLS = {
@@ -212,8 +184,7 @@ def test_symbol_of_a_category():
     for symbol, categories in SYMBOLS.items():
         for category in categories:
             assert symbol_of(category) == symbol, category
-    assert symbol_of("Bottomwear", "Skirts") == "skirts" and symbol_of("Topwear", "Jackets") == "coats"
-    assert symbol_of("DRESS SHIRTS", "COATS") == "tops"
+    assert symbol_of("Bottomwear", "Skirts") == "skirts" and symbol_of("DRESS SHIRTS", "COATS") == "tops"
     assert "others" not in {symbol_of(garment.category) for garment in GARMENTS.values()}
 
 
@@ -223,26 +194,23 @@ def spoken(text):
     return {frame.removeprefix("[SEP] ").removeprefix("the image ").removesuffix(" is"): v for frame, v in prompts}
 
 
-def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe):
+def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe, monkeypatch):
     plain = {row: wardrobe.text(row) for row in range(40)}
-    wardrobe.prompts, orders = True, set()
-    try:
-        for row in range(40):
-            product, text = wardrobe.products[wardrobe.rows[row][0]], wardrobe.text(row)
-            assert plain[row] == ("", wardrobe.captions[row]) and text == wardrobe.text(row)
-            symbol = symbol_of(wardrobe.categories[row])
-            assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
-            assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
-            known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
-            known |= {"colour": product.colour, "sleeve": product.sleeve, "neck": product.neck}
-            known["pattern"] = product.pattern
-            assert spoken(text) == {name: value for name, value in known.items() if value}
-            orders.add(tuple(spoken(text)))
-        assert len(orders) > 20
-        part = wardrobe.part(np.array([7, 3]))
-        assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
-    finally:
-        del wardrobe.prompts
+    monkeypatch.setattr(wardrobe, "prompts", True)
+    orders = set()
+    for row in range(40):
+        product, text = wardrobe.product(row), wardrobe.text(row)
+        assert plain[row] == ("", wardrobe.captions[row]) and text == wardrobe.text(row)
+        symbol = symbol_of(wardrobe.categories[row])
+        assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
+        assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
+        known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
+        known |= {name: getattr(product, name) for name in ("colour", "sleeve", "neck", "pattern")}
+        assert spoken(text) == {name: value for name, value in known.items() if value}
+        orders.add(tuple(spoken(text)))
+    assert len(orders) > 20
+    part = wardrobe.part(np.array([7, 3]))
+    assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
     alone = prompted("a", "bags", {"category": ""}, np.random.default_rng(0))
     assert alone == ("[bags] the image description is", "a")
 
@@ -251,32 +219,18 @@ def test_prompts_of_files(fashiongen, tmp_path):
     dataset = open_fashiongen(fashiongen)
     dataset.prompts = True
     said = spoken(dataset.text(0))
-    assert said["season"] == "spring summer 2018" and said["composition"] == "100% cotton." and said["gender"] == "Men"
-    assert said["name"].lower() in dataset.captions[0].lower() or len(said["name"].split()) > 1
-    path = fashiongen / FILES["train"]
-    replace_key(path, "input_season", None)
-    dataset = open_fashiongen(fashiongen)
-    dataset.prompts = True
-    assert "season" not in spoken(dataset.text(0)) and "gender" in spoken(dataset.text(0))
-    replace_key(path, "input_gender", np.array([[b"x"]]))
-    with pytest.raises(DataError, match="key input_gender: shape"):
-        open_fashiongen(fashiongen)
+    assert said["season"] == "spring summer 2018" and said["gender"] == "Men" and "composition" not in said
 
-    folder = tmp_path / "own"
-    folder.mkdir()
-    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
     more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7, "neck": "  "}
-    others = {"name": "Coat 6", "composition": ["wool", " silk ", None], "sleeve": True, "season": float("nan")}
-    others |= {"subcategory": {"no": "label"}}
-    write_jsonl(folder, [line | {"product_id": 1} | more, line | {"product_id": 2} | others])
-    (folder / "val.jsonl").write_text((folder / "train.jsonl").read_text())
-    opened = build_dataset("jsonl", folder, "train", 32)
+    others = {"name": "Coat 6", "composition": ["wool"], "season": float("nan"), "subcategory": {"no": "label"}}
+    write_jsonl(tmp_path, [line | {"product_id": 1} | more, line | {"product_id": 2} | others])
+    write_jsonl(tmp_path, [line | {"product_id": 3}], "val.jsonl")
+    opened = open_jsonl(tmp_path)
     opened.prompts = True
     assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
-    assert opened.categories == ["Coats", "Coats"] and opened.subcategories == ["", ""]
-    assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6", "composition": "wool, silk"}
-    assert opened.report().splitlines()[1] == "  photos by symbol: coats 2"
+    assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6"}
     before = opened.fingerprint()
     opened.known["season"][0] = "Spring"
     assert opened.fingerprint() != before
@@ -284,7 +238,7 @@ def test_prompts_of_files(fashiongen, tmp_path):
 
 @pytest.fixture(scope="module")
 def triplets():
-    return synthetic_triplets("train", 60, 32, seed=0, progress=False)
+    return synthetic_triplets("train", 60, 32, seed=0)
 
 
 def test_triplets_give_reference_and_target(triplets):
@@ -307,9 +261,13 @@ def test_a_part_is_some_rows_numbered_anew(wardrobe):
     assert part.categories == [wardrobe.categories[row] for row in (40, 0, 1)]
 
 
+def open_fashioniq(folder, split="val"):
+    return data.build_triplets("fashioniq", folder, split, 32)
+
+
 def test_fashioniq_galleries_have_the_published_sizes(tmp_path):
     write_fashioniq(tmp_path, "val", PUBLISHED)
-    opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
+    opened = open_fashioniq(tmp_path)
     for subset, (queries, split_size, union) in PUBLISHED.items():
         assert opened.subsets.count(subset) == queries
         galleries = opened.galleries[subset]
@@ -329,63 +287,44 @@ def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
         (tmp_path / "images" / name).unlink()
     path = tmp_path / "captions" / "cap.dress.val.json"
     path.write_text(path.read_text().replace('"has sleeves"', '"  "'))
-    opened = data.build_triplets("fashioniq", tmp_path, "val", 32)
+    opened = open_fashioniq(tmp_path)
     assert len(opened) == 17 and len(opened.galleries["shirt"]["original"]) == 19
     assert opened.captions[0] == "is colour 1"  # no "and" without a second text
     assert opened.problems == ["no photo dress00000", "no photo shirt00015"]
     assert "2 left out (no photo dress00000; no photo shirt00015), 1 pairs of photos that are not" in opened.report()
     assert opened[0]["target_image"].shape == (3, 32, 32)
     write_fashioniq(tmp_path, "test", sizes, photo)
-    untold = data.build_triplets("fashioniq", tmp_path, "test", 32)
+    untold = open_fashioniq(tmp_path, "test")
     assert (untold.targets == -1).all() and "target_image" not in untold[0]
 
 
-PAIR = '[{"candidate": "a", "target": "b", "captions": %s}]'
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "complaint"),
+    ("content", "complaint"),
     [
-        ("captions/cap.shirt.val.json", None, "cap.shirt.val.json: no such file"),
-        ("captions/cap.shirt.val.json", "[{", "cap.shirt.val.json: not JSON"),
-        ("captions/cap.shirt.val.json", "[]", "expected a JSON list, one object a pair"),
-        ("captions/cap.dress.val.json", '[{"candidate": "a", "captions": ["x"]}]', "entry 0: expected candidate"),
-        ("captions/cap.dress.val.json", PAIR % "[]", "captions, a list of texts"),
-        ("captions/cap.dress.val.json", PAIR % '["x"]', "no photos of any val pair of dress; expected dress00000.jpg"),
+        ("[{", "cap.dress.val.json: not JSON"),
+        ('[{"candidate": "a", "captions": ["x"]}]', "cap.dress.val.json: expected a list of pairs with candidate"),
+        (None, "no photos of any val pair; expected dress00000.jpg"),
     ],
 )
-def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, name, content, complaint):
+def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, content, complaint):
     write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
-    (tmp_path / name).unlink()
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / "captions" / "cap.dress.val.json").write_text(content)
     with pytest.raises(DataError, match=complaint) as error:
-        data.build_triplets("fashioniq", tmp_path, "val", 32)
+        open_fashioniq(tmp_path)
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="no such folder; say with --root where the fashioniq files are"):
-        data.build_triplets("fashioniq", tmp_path / "nowhere", "val", 32)
+        open_fashioniq(tmp_path / "nowhere")
 
 
-def test_photos_of_more_than_8_bits_are_refused(tmp_path):
-    for name, kind in (("grey.png", np.uint16), ("float.tiff", np.float32)):
-        Image.fromarray(np.ones((64, 64), kind)).save(tmp_path / name)
-        with pytest.raises(OSError, match="pixels of more than 8 bits"):
-            open_photo(tmp_path / name, 64)
-
-
-def test_a_large_jpeg_is_decoded_small_and_what_needs_another_program_is_not_decoded(tmp_path):
+def test_photos_that_are_not_decoded(tmp_path):
+    Image.fromarray(np.ones((64, 64), np.uint16)).save(tmp_path / "grey.png")
+    with pytest.raises(OSError, match="pixels of more than 8 bits"):
+        open_photo(tmp_path / "grey.png", 64)
+    (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # needs another program
+    with pytest.raises(OSError, match="cannot identify image file"):
+        open_photo(tmp_path / "photo.jpg", 64)
     Image.new("L", (9000, 8000)).save(tmp_path / "large.jpg")
     assert max(open_photo(tmp_path / "large.jpg", 64).size) < 2500
-    (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(OSError, match="not an image in one of the formats JPEG"):
-        open_photo(tmp_path / "photo.jpg", 64)
-
-
-def test_held_out_products_that_are_trained_on_are_named(shop):
-    folder, lines = shop
-    write_jsonl(folder, lines[:4], "val.jsonl")
-    write_jsonl(folder, lines)
-    report = open_jsonl(folder, "val").report()
-    products = list(dict.fromkeys(str(line["product_id"]) for line in lines[:4]))
-    assert report.endswith(f"{len(products)} of these products are in train.jsonl too: {'; '.join(products)}")
-    assert "too:" not in open_jsonl(folder).report()

@@ -12,7 +12,6 @@ import data
 from engine.batches import different_photos, texts_to_search
 from evaluation.scores import full_rankings, recalls_of
 from readers.dataset import DataError
-from readers.families import clause
 from readers.statements import LABELS, synthetic_statements
 from readers.synthetic import Synthetic
 from readers.wardrobe import COLOURS, Detail
@@ -88,22 +87,15 @@ def test_statements_are_deterministic(statements, photos):
     assert torch.equal(statements[7]["image"], photos[statements.source[7]]["image"])
 
 
-def test_clauses_say_one_attribute(photos):
-    product = photos.products[0]
-    for key, value in product.attributes().items():
-        if key in ("colour", "pattern", "sleeve", "neck", "closure") or isinstance(value, Detail):
-            assert claimed(clause(product, key)) == (key, value)
-
-
 def test_snlive_counts_what_it_leaves_out(tmp_path):
     lines = [("1", "A dog runs.", "entailment"), ("1", "A cat.", "contradiction"), ("2", "It is hot.", "neutral")]
-    lines += [("2", "Nobody agreed.", "-"), ("3", "Gone.", "neutral"), ("3", "Also.", "neutral"), ("2", " ", "neutral")]
+    lines += [("2", "Nobody agreed.", "-"), ("3", "Gone.", "neutral"), ("3", "Also.", "neutral")]
     write_snlive(tmp_path, lines, "12")
     found = data.build_statements("snlive", tmp_path, "val", 32)
     assert found.categories == ["entailment", "contradiction", "neutral"] and found.product_ids.tolist() == [0, 0, 1]
     assert found.problems == ["no photo 3.jpg"]
     assert found.report().startswith("3 statements of 2 photos, 1 left out (no photo 3.jpg)")
-    for count in ("2 of photos that are not there", "1 without a gold label", "1 without words"):
+    for count in ("2 of photos that are not there", "1 without a gold label"):
         assert count in found.report()
     assert found[2]["image"].shape == (3, 32, 32) and found[2]["text"] == ("", "It is hot.")
 
@@ -116,41 +108,34 @@ def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
     train, val, test = (data.build_dataset("coco", tmp_path, split, 32) for split in ("train", "val", "test"))
     assert train.captions == ["a", "b", "c"] and train.product_ids.tolist() == [0, 0, 1]
     assert train.report() == "3 captions of 2 photos, 1 left out (no photo train2014/4.jpg)"
-    assert val.report() == "2 captions of 1 photos, 1 captions without words" and len(test) == 5
+    assert val.report() == "2 captions of 1 photos" and len(test) == 5
     assert different_photos(train).tolist() == [0, 2]
     assert different_photos(train.part(np.array([1, 2]))).tolist() == [0, 1]
     texts, of_photo, of_text = texts_to_search(train, np.array([2]))
     assert texts == [("", "c")] and of_photo.tolist() == of_text.tolist() == [0]
 
 
-PHOTO = '{"images": [{"split": "val", "filename": "x.jpg", "sentences": %s}]}'
-STATEMENT = '{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "%s"}'
+PHOTO = '{"images": [{"split": "val", "filename": "x.jpg", "sentences": []}]}'
+STATEMENT = '{"Flickr30K_ID": "3", "sentence2": "x", "gold_label": "neutral"}'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("snli_ve_dev.jsonl", None, "no such file"),
-        ("snli_ve_dev.jsonl", "{", "line 1: not JSON"),
-        ("snli_ve_dev.jsonl", '{"Flickr30K_ID": 3}', "line 1: expected an object with .*, all of them text"),
-        ("snli_ve_dev.jsonl", STATEMENT % "maybe", "gold_label 'maybe' is none of entailment"),
-        ("snli_ve_dev.jsonl", STATEMENT % "neutral", "3.jpg: no photo of any statement"),
-        ("snli_ve_dev.jsonl", "", "no usable line"),
-        ("dataset_coco.json", "[]", "expected a list `images`"),
-        ("dataset_coco.json", PHOTO % "[{}]", "image 0: expected filename, split"),
-        ("dataset_coco.json", PHOTO % '[{"raw": "a"}]', "no photo images/x.jpg"),
-        ("dataset_coco.json", '{"images": []}', "no usable photo of the val split; it has none"),
+        ("snli_ve_dev.jsonl", "{", "snli_ve_dev.jsonl line 1: not JSON"),
+        ("snli_ve_dev.jsonl", '{"Flickr30K_ID": 3}', "line 1: expected Flickr30K_ID, sentence2 and gold_label"),
+        ("snli_ve_dev.jsonl", STATEMENT, "no usable statement of the val split; no photo 3.jpg"),
+        ("dataset_coco.json", "[]", "dataset_coco.json: expected images with filename, split"),
+        ("dataset_coco.json", PHOTO, "no usable photo of the val split; no photo images/x.jpg"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, name, content, complaint):
-    if content is not None:
-        (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=complaint) as error:
         if name.startswith("snli"):
             data.build_statements("snlive", tmp_path, "val", 32)
         else:
             data.build_dataset("coco", tmp_path, "val", 32)
-    assert name in str(error.value) or "3.jpg" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import small
 import torch
 from small import FAST_FOR, OF_FILES, batch_of, built, checkpoint, lines, resume, run, same_state, write_jsonl
 from torch._dynamo.testing import CompileCounter
@@ -21,7 +22,6 @@ from engine.checkpoints import config_from_dict
 from engine.config import parse_config
 from evaluation.truth import word_truth
 from masking import word_counts
-from readers.fashiongen import export_fashiongen
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
@@ -278,7 +278,7 @@ def test_what_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, m
 def shops(tmp_path_factory):
     """FashionGen's files, and photos of our own with a damaged one. -> data set -> folder."""
     root = tmp_path_factory.mktemp("shops")
-    export_fashiongen(root / "fashiongen", 10, image_size=32)
+    small.export_fashiongen(root / "fashiongen", 10, image_size=32)
     folder = root / "jsonl"
     records = [{"image": f"{i}.jpg", "caption": f"tee of style {i}", "product_id": i // 3} for i in range(40)]
     write_jsonl(folder, train=records)

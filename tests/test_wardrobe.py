@@ -9,8 +9,8 @@ import torch
 
 from readers.camera import render, shade
 from readers.dataset import DataError
-from readers.families import FAMILY, synthetic_triplets
 from readers.synthetic import Synthetic
+from readers.triplets import FAMILY, synthetic_triplets
 from readers.wardrobe import COLOURS, LOOKS, STYLE_COLOURS, Detail, Product
 
 
@@ -200,7 +200,7 @@ def test_truth_regions_are_where_the_tone_is(wardrobe):
 
 @pytest.fixture(scope="module")
 def triplets():
-    return synthetic_triplets("train", 100, 32, seed=0, progress=False)
+    return synthetic_triplets("train", 100, 32, seed=0)
 
 
 def test_synthetic_triplets_differ_in_one_or_two_things_that_the_text_names(triplets):
@@ -233,10 +233,10 @@ def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):
     train = attributes(triplets.photos)
     for first in range(0, len(train), FAMILY):
         assert len(set(train[first : first + FAMILY])) == FAMILY
-    val = synthetic_triplets("val", 60, 32, seed=0, progress=False)
+    val = synthetic_triplets("val", 60, 32, seed=0)
     pretraining = attributes(Synthetic("train", 120, 32, progress=False))
     assert not set(attributes(val.photos)) & {*train, *pretraining}
     assert {name: len(rows) for name, rows in val.galleries["synthetic"].items()} == {"union": 48, "original": 60}
     assert len(val) == 6 * 12 and set(val.families) == set(range(12))
     with pytest.raises(DataError, match="no whole family"):
-        synthetic_triplets("val", 4, 32, progress=False)
+        synthetic_triplets("val", 4, 32)
