@@ -177,7 +177,7 @@ def test_hard_takes_the_most_similar_and_similar_draws_by_softmax():
     )
 
 
-@given(size=st.integers(2, 7), margin=st.sampled_from([0.0, 0.5, 2.0]), seed=st.integers(0, 2**31))
+@given(size=st.integers(2, 7), margin=st.sampled_from([0.0, 0.5, 9.0]), seed=st.integers(0, 2**31))
 def test_semihard_equals_its_definition(size, margin, seed):
     generator = torch.Generator().manual_seed(seed)
     sim = torch.randn(size, size, generator=generator)
@@ -187,5 +187,3 @@ def test_semihard_equals_its_definition(size, margin, seed):
         below = {j: cosine for j, cosine in allowed.items() if cosine < sim[b, b] - margin}
         expected = max(below, key=below.get) if below else min(allowed, key=allowed.get, default=-1)
         assert chosen == expected
-    lowest = pick_negatives(sim, torch.eye(size).bool(), mode="semihard", margin=9.0)  # none is below
-    assert torch.equal(lowest, sim.fill_diagonal_(torch.inf).argmin(1))
