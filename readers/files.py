@@ -37,9 +37,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of others, decoding m
 
 def open_photo(path: Path, size: int) -> Image.Image:
     """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
-
-    Raises OSError when it cannot be decoded, is none of FORMATS, or has pixels of more than 8 bits.
-    """
+    Raises OSError when it cannot be decoded, is none of FORMATS, or has pixels of more than 8 bits."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             file.draft("RGB", (size, size))

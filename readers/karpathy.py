@@ -34,8 +34,7 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
             photos += [len(paths)] * len(texts)
             paths.append(file)
     except (AttributeError, KeyError, TypeError):
-        expected = "images with filename, split, and sentences with a text raw"
-        raise DataError(f"{path}: expected {expected}") from None
+        raise DataError(f"{path}: expected images with filename, split, and sentences with a text raw") from None
     if not captions:
         raise DataError(f"{path}: no usable photo of the {split} split; {'; '.join(problems[:3]) or 'it has none'}")
     images = ImageFiles(paths, image_size)

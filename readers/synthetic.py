@@ -16,8 +16,7 @@ from readers.wardrobe import GARMENTS, STYLE_COLOURS, Product, draw_family, pick
 class Synthetic(PhotoDataset):
     """Drawn garments, deterministic in (seed, split, index), with three or four photos and one description each.
 
-    Products come in families (`draw_family`). A style belongs to the split that the hash of its attributes says, so the
-    splits share none, in no colour.
+    Products come in families (`draw_family`). The hash of a style says its split, so the splits share no style.
     """
 
     def __init__(self, split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True):

@@ -91,8 +91,8 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     """FashionIQ (Wu et al. 2021) as distributed: `captions/cap.{dress,shirt,toptee}.{split}.json`,
     `image_splits/split.….json`, `images/{id}.jpg` or `.png`.
 
-    Both captions of a pair are joined by "and" (choice: in their order). Photos that are not there are named and
-    counted, with the queries that need them. The test split has no targets.
+    Both captions of a pair are joined by "and" (choice: in their order). Photos that are not there are reported, with
+    the queries that need them. The test split has no targets.
     """
     pairs, listed = [], {}
     for subset in ("dress", "shirt", "toptee"):
