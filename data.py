@@ -11,7 +11,6 @@ batch · V tokens of the vocabulary · K planes of a photo, one for each attribu
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -48,8 +47,7 @@ class Collate:
     read.
 
     `words` (B, L) may be masked, see `masking.which_words`; telling: what `telling_pieces` gives, or every token may
-    replace_unreadable: put another item in the place of one whose photo cannot be read; raises DataError where none can
-    be. Otherwise such items are left out, and a batch of none has just `rows` and `unreadable`.
+    An item whose photo cannot be read is left out; a batch of none has just `rows` and `unreadable`.
     Items with the truth bring `planes` uint8 (B, K, S, S), where attributes are on the photo; `word_planes` (B, L),
     which of them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo
     does not show it; and `kinds` (B, L), which of KINDS it is, counted from 1, else 0.
@@ -57,18 +55,12 @@ class Collate:
 
     tokenizer: Tokenizer
     telling: tuple[Tensor, Tensor] | None = None
-    replace_unreadable: bool = False
 
     def __call__(self, items: list[dict | Unreadable]) -> dict:
-        readable = [item for item in items if isinstance(item, dict)]
         unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
-        if self.replace_unreadable:
-            if not readable:
-                raise DataError(f"no photo of a batch could be read, the last one: {unreadable[-1]}")
-            replacements = cycle(readable)
-            items = [next(replacements) if isinstance(item, Unreadable) else item for item in items]
-        else:
-            items = readable
+        items = [item for item in items if isinstance(item, dict)]
+        for item in items:
+            unreadable += item.get("unreadable", [])  # in whose place the item stands
         batch = {"rows": torch.tensor([item["row"] for item in items], dtype=torch.long), "unreadable": unreadable}
         if not items:
             return batch

@@ -407,8 +407,10 @@ def train_and_select(
         load_weights(run, source, config.checkpoint)
     if fit(run, train_set, compute_losses, validate, select, config.patience, stop_at) is None:
         return None
-    best = f"{config.out}/best.pt"
-    load_weights(run, load_checkpoint(best), best)
+    where = f"{config.out}/best.pt"
+    best = load_checkpoint(where)
+    load_weights(run, best, where)
+    run.best_step = best["step"]
     return run
 
 

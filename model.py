@@ -563,16 +563,13 @@ class MomentumModel(nn.Module):
     θ_m ← decay·θ_m + (1 − decay)·θ      (He et al. 2020, eq. 2)
     """
 
-    def __init__(self, model: VisionLanguageModel, decay: float = 0.995):
+    def __init__(self, model: VisionLanguageModel):
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: VisionLanguageModel, decay: float | None = None) -> None:
-        """Move the average towards `model`; by default with the constructor's decay."""
-        if decay is None:
-            decay = self.decay
+    def update(self, model: VisionLanguageModel, decay: float) -> None:
+        """Move the average towards `model`."""
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 

@@ -193,14 +193,19 @@ class GroupedBatchSampler:
         first_seen = np.sort(np.unique(known, return_index=True)[1])
         rest = np.setdiff1d(np.arange(self.dataset_size), known)
         order = np.concatenate([known[first_seen], rng.permutation(rest)]).astype(np.int64)
-        # batch k ends after ceil(k · share / batches) items of each process
-        share = self.dataset_size // self.world_size
-        ends = -(-np.arange(1, len(self) + 1) * share // len(self)) * self.world_size
-        *batches, self._left_over = np.split(order, ends)
+        batches, self._left_over = self._cut(order)
         self.conflicts = separate(batches, self.groups, rng)
         self._batches = [batches[i] for i in rng.permutation(len(batches))]
         self._pool: list[list[Tensor]] = []  # of each batch that waits for a full pool: indices and features
         self._chains: list[np.ndarray] = []  # of each search block of this epoch its items, in order
+
+    def _cut(self, order: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Cut items (N,) into batches that the processes share evenly. -> batches, what is left over"""
+        share = self.dataset_size // self.world_size
+        # batch k ends after ceil(k · share / batches) items of each process
+        ends = -(-np.arange(1, len(self) + 1) * share // len(self)) * self.world_size
+        *batches, left_over = np.split(order, ends)
+        return batches, left_over
 
     def _chain_pool(self) -> None:
         """Shuffle what was collected, cut it into search blocks, and chain each."""
@@ -244,4 +249,6 @@ class GroupedBatchSampler:
         self.conflicts, self._pool = state["conflicts"], state["pool"]
         self._batches = [part.numpy() for part in state["order"].split(state["sizes"])]
         self._left_over = state["left_over"].numpy()
+        if any(len(batch) % self.world_size for batch in self._batches):  # cut for another number of processes
+            self._batches, self._left_over = self._cut(np.concatenate([*self._batches, self._left_over]))
         self._chains = [part.numpy() for part in state["chains"]]

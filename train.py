@@ -38,11 +38,11 @@ from engine.config import (
     learning_rate,
     parse_config,
 )
-from engine.distributed import any_process, average, gather, is_main_process, join_processes, rank, world_size
+from engine.distributed import any_process, average, gather, is_main_process, join_processes, rank, union, world_size
 from engine.flags import ConfigError, in_one_line
 from engine.log import StopSignals, peak_memory_mib, read_metrics, trim_metrics, write_metrics
 from engine.run import Run, autocast, build_run, build_sampler
-from engine.weights import WeightsError, load_pretrained
+from engine.weights import load_pretrained
 from evaluation.pictures import draw_curves, draw_masks, first_photos
 from evaluation.truth import truth, truth_in_words
 from evaluation.validation import validate
@@ -329,7 +329,7 @@ def compute_itc(
             targets_t2i = itc_targets(positives, text_feat_m @ image_keys.T / temp, run.alpha)
         loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, config.focal_gamma)
     run.queue = [key[: config.queue] for key in keys]
-    if run.sampler and grouping_of(config) != "random":
+    if run.sampler is not None and grouping_of(config) != "random":
         run.sampler.collect(gather(batch["rows"]), *new_keys[:2])
     first = rank() * len(image_feat)
     own = slice(first, first + len(image_feat))
@@ -459,11 +459,12 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     report_cut_texts(train_set, tokenizer)
 
     run = build_run(config, train_set, tokenizer, device)
-    run.telling = telling_pieces(tokenizer, train_set.captions)
     run.sampler = build_sampler(run, train_set)
     if state:
         restore(run, state)
-    elif config.weights:
+    else:
+        run.telling = telling_pieces(tokenizer, train_set.captions)
+    if config.weights and not run.step:
         report = load_pretrained(run.model, config.weights)
         if not config.vocab and report.kinds.keys() != {"ViT"}:
             raise ConfigError("--weights of text need --vocab: word embeddings belong to their vocabulary")
@@ -472,10 +473,8 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
 
     def validate_run(run: Run) -> dict[str, float]:
         metrics, chance = validate(run, val_set)
-        known = truth(run, train_set, val_set)
-        for line in [*chance, *truth_in_words(known)]:
-            tqdm.write("    " + line)
-        return metrics | known
+        tqdm.write(chance)
+        return metrics | truth(run, train_set, val_set)
 
     print(f"{config.recipe}, {config.preset}")
     final = fit(run, train_set, RECIPES[config.recipe], validate_run, stop_at=stop_at)
@@ -511,6 +510,7 @@ def fit(
     model = DistributedDataParallel(run.model, static_graph=True) if world_size() > 1 else run.model
     batches = endless_batches(run, dataset)
     images, seconds, stopping = 0, 0.0, False  # images and seconds since the last line of metrics
+    named = set(run.unreadable)  # images that cannot be read, and were printed
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
     with bar, StopSignals(second_stops=world_size() == 1) as signals:
         while run.step < run.total_steps and not stopping and not stalled(run, patience):
@@ -539,14 +539,16 @@ def fit(
             seconds += took
             images += len(batch["rows"]) * world_size()
             bar.update()
-            for reason in sorted(set(batch["unreadable"]) - run.unreadable):
-                bar.write(f"left out: {reason}")
             run.unreadable |= set(batch["unreadable"])
 
             done = run.step == run.total_steps
             stopping = any_process(bool(signals.caught) or run.step == stop_at, run.device) and not done
             if done or stopping or run.step % config.log_every == 0:
                 means = average(losses | metrics | {"loss": loss, "grad_norm": grad_norm})
+                run.unreadable = union(run.unreadable)
+                for reason in sorted(run.unreadable - named):
+                    bar.write(f"cannot be read: {reason}")
+                named = set(run.unreadable)
                 bar.set_postfix({name: f"{means[name]:.2f}" for name in losses})
                 if is_main_process():
                     write_metrics(
@@ -573,6 +575,8 @@ def fit(
                     write_metrics(out / "metrics.jsonl", step=run.step, **run.validation)
                 shown = [f"{k[4:]} {v:.3f}" for k, v in run.validation.items() if k.startswith("val_")]
                 bar.write(f"step {run.step}: " + "  ".join(shown))
+                for line in truth_in_words(run.validation):
+                    bar.write(f"    {line}")
             if at_validation or stopping:
                 save_checkpoint(run, out / "last.pt")
 
@@ -604,12 +608,12 @@ def check_finite(run: Run, losses: Values, grad_norm: Tensor) -> None:
     parts = losses | {"grad_norm": grad_norm}
     if torch.stack([part.detach() for part in parts.values()]).isfinite().all():
         return
-    values = ", ".join(f"{name} {part:.3g}" for name, part in parts.items())
+    wrong = " and ".join(name for name, part in parts.items() if not part.isfinite())
     last = Path(run.config.out) / "last.pt"
     advice = "there is no checkpoint yet; try a lower --lr"
     if last.exists():
-        advice = f"{last} is the last good state: --resume with a lower --lr; before it was {last.stem}-2.pt"
-    raise NonFiniteLoss(f"step {run.step + 1}: not finite: {values}; {advice}")
+        advice = f"{last} is the last good state: --resume with a lower --lr"
+    raise NonFiniteLoss(f"step {run.step + 1}: {wrong} not finite; {advice}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -617,11 +621,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config, given = parse_config(argv)
         train(config, given)
-    except (ConfigError, DataError, WeightsError, NonFiniteLoss, OSError) as error:
+    except (ConfigError, DataError, NonFiniteLoss, OSError) as error:
         sys.stderr = sys.__stderr__  # of a process that is otherwise silent
         sys.exit(f"train.py: {in_one_line(error)}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped before the first step")
+        sys.exit("train.py: stopped")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,31 +1,50 @@
 """Photos and texts on their way into the model: endless batches to train on, whole data sets to encode."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
 from engine.config import TrainConfig
 from engine.log import own_session
 from engine.run import Run, autocast
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError, PhotoDataset, Unreadable
 from readers.prompts import Text
 
 
+class ReadableItems(Dataset):
+    """The items of a data set. In place of an image that cannot be read the next one comes that can be, so that batches
+    keep their size; the item then says so in `unreadable`."""
+
+    def __init__(self, dataset: PhotoDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict:
+        unreadable = []
+        while len(unreadable) < 100:
+            item = self.dataset[row]
+            if not isinstance(item, Unreadable):
+                return item | {"unreadable": unreadable}
+            unreadable.append(item.reason)
+            row = (row + 1) % len(self.dataset)
+        raise DataError(f"a hundred images after each other cannot be read, the last one: {unreadable[-1]}")
+
+
 def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
-    """This process's share of the batches from the current step on, epoch after epoch, on its device. In place of an
-    image that cannot be read another one of the share comes twice."""
+    """This process's share of the batches from the current step on, epoch after epoch, on its device."""
     loader = DataLoader(
-        dataset,
+        ReadableItems(dataset),
         batch_sampler=run.sampler,
-        collate_fn=replace(run.collate, replace_unreadable=True),
+        collate_fn=run.collate,
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
@@ -44,7 +63,7 @@ def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
             if "DataLoader worker (pid" not in str(error):
                 raise
             died = "a data loading process died, for want of memory perhaps"
-            raise DataError(f"{died}; --resume goes on from {run.config.out}/last.pt, with fewer --workers") from None
+            raise DataError(f"{died}; go on with --resume and fewer --workers") from None
         epoch, first_batch = epoch + 1, 0
 
 

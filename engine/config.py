@@ -147,7 +147,8 @@ RECIPE_FLAGS = {
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
 # What decides nothing of a run's result, and a resumed run may change. (The number of processes decides what is drawn.)
-FREE_ON_RESUME = {"out", "root", "resume", "device", "workers", "log_every"}
+# --lr is free, or a run that has diverged could not go on from an earlier checkpoint.
+FREE_ON_RESUME = {"out", "root", "resume", "device", "workers", "log_every", "lr"}
 MAX_GRAD_NORM = 1.0
 
 

@@ -74,6 +74,15 @@ def average(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
 
 
+def union(names: set[str]) -> set[str]:
+    """The names of all processes."""
+    if world_size() == 1:
+        return names
+    parts: list = [None] * world_size()
+    dist.all_gather_object(parts, names)
+    return set().union(*parts)
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process."""
     if world_size() == 1:

@@ -11,7 +11,7 @@ Training, every --log-every steps, of that step's batch
     itm_accuracy, mlm_accuracy  pairs rightly told to match or not; masked words restored
     accuracy                    recognition: right labels; tgir: targets told from the batch's others
     replaced_recall             of the replaced words, the share that was detected (fashionfine)
-    unreadable                  photos left out so far because they could not be decoded
+    unreadable                  photos so far that could not be decoded; others took their places
     conflicts                   photos that share a batch of this epoch with one of their product or caption
     samples_per_second          photos trained on a second since the last line
 
@@ -83,14 +83,13 @@ def trim_metrics(path: Path, step: int) -> None:
             file.write(json.dumps(line).encode() + b"\n")
 
 
-def write_metrics(path: Path, **metrics) -> dict:
-    """Append a line to metrics.jsonl, numbers to six digits. -> the line"""
+def write_metrics(path: Path, **metrics) -> None:
+    """Append a line to metrics.jsonl, numbers to six digits."""
     line = {}
     for key, value in metrics.items():
         line[key] = float(f"{value:.6g}") if isinstance(value, float) else value
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
-    return line
 
 
 class StopSignals:

@@ -109,7 +109,7 @@ def build_run(
         config = replace(config, precision=fitting_precision(device))
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))
     model = VisionLanguageModel(config.model).to(device).train()
-    momentum = MomentumModel(model, config.ema_decay)
+    momentum = MomentumModel(model)
     if config.compile:
         compile_layers(model)
         compile_layers(momentum.model)

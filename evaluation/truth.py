@@ -65,6 +65,7 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
         for key, (hit, total) in count_truth(run, batch, generator).items():
             hits[key] += hit.item()
             totals[key] += total.item()
+    dataset.truths = False
     return {key: hits[key] / max(1, totals[key]) for key in hits}
 
 
@@ -216,8 +217,8 @@ def chance_corrected(figures: dict[str, float], key: str) -> float:
 
 
 def truth_in_words(metrics: dict[str, float]) -> list[str]:
-    """Put the metrics of `truth` into lines: image gain, choice between captions, masks, negatives."""
-    if not metrics:
+    """Put the metrics of `truth`, where they are there, into lines."""
+    if "pointing" not in metrics:
         return []
     percent = {key: f"{100 * value:.1f}" for key, value in metrics.items()}
     patches = chance_corrected(metrics, "patch_cooccurrence")

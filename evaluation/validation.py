@@ -14,7 +14,7 @@ from readers.dataset import DataError, PhotoDataset
 
 
 @torch.no_grad()
-def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[str]]:
+def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
     """Measure retrieval, ITM and MLM on held-out products, with the same random draws every time.
 
     -> metrics, and a line with the recalls of a random order
@@ -23,7 +23,7 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[st
     shown = first_products(dataset, run.config.val_products)
     outputs = defaultdict(list)
     for number, batch in enumerate(batches_of(run, shown, "validating")):
-        generator = torch.Generator(run.device).manual_seed(run.config.seed * 1_000_003 + number)
+        generator = torch.Generator(run.device).manual_seed((run.config.seed * 1_000_003 + number) % 2**63)
         with autocast(run):
             predicted = predict_batch(run, batch, generator)
         outputs["rows"].append(batch["rows"].cpu())
@@ -51,7 +51,7 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], list[st
     metrics["val_photo_gain"] = mlm_accuracy - mlm_accuracy_other
     metrics["val_itm_accuracy"] = outputs["itm_hits"].float().mean().item()
     metrics["val_unreadable"] = len(shown) - len(outputs["rows"])
-    return metrics, ["by chance: " + "  ".join(by_chance)]
+    return metrics, "by chance: " + "  ".join(by_chance)
 
 
 def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:

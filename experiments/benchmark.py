@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Collate, build_dataset, build_tokenizer, to_device
+from data import build_dataset, build_tokenizer, to_device
 from engine.batches import augmented
 from engine.config import MAX_GRAD_NORM, TrainConfig, parse_config
 from engine.flags import ConfigError, OneLineParser
@@ -56,7 +56,7 @@ def now(device: torch.device) -> float:
 def take_step(run: Run, items: list[dict]) -> dict[str, float]:
     """Take one step as the loop of train.py does. -> seconds by phase."""
     start = now(run.device)
-    batch = augmented(run, to_device(Collate(run.tokenizer)(items), run.device))
+    batch = augmented(run, to_device(run.collate(items), run.device))
     loaded = now(run.device)
     with autocast(run):
         losses, _ = RECIPES[run.config.recipe](run, batch)
@@ -67,7 +67,7 @@ def take_step(run: Run, items: list[dict]) -> dict[str, float]:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.model.clamp_temp()
-    run.momentum.update(run.model)
+    run.momentum.update(run.model, run.config.ema_decay)
     return {
         "data": loaded - start,
         "forward": computed - loaded,

@@ -10,7 +10,7 @@ from transformers import BertTokenizerFast
 
 import data
 from data import Collate, augment, build_tokenizer, random_crops, word_regions
-from engine.batches import augmented
+from engine.batches import ReadableItems, augmented
 from engine.config import parse_config
 from readers.dataset import Unreadable
 from readers.prompts import SYMBOLS
@@ -117,15 +117,15 @@ def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe, monkeypa
         assert not regions[batch["word_planes"] < 2].any() and regions[batch["word_planes"] >= 2].any(dim=1).all()
 
 
-def test_what_cannot_be_read_is_replaced_in_turn(wardrobe):
+def test_the_next_image_comes_in_the_place_of_what_cannot_be_read(wardrobe):
     tokenizer = build_tokenizer(wardrobe.captions, 300, 64)
-    collate = Collate(tokenizer, replace_unreadable=True)
-    gone = [Unreadable(f"{number}.png: gone") for number in range(3)]
-    batch = collate([gone[0], wardrobe[5], gone[1], wardrobe[9], gone[2]])
-    assert batch["rows"].tolist() == [5, 5, 9, 9, 5] and batch["unreadable"] == [one.reason for one in gone]
-    assert torch.equal(batch["images"][2], wardrobe[9]["image"]) and len(batch["token_ids"]) == 5
-    with pytest.raises(data.DataError, match="no photo of a batch could be read, the last one: 2.png: gone"):
-        collate(gone)
+    items = [Unreadable(f"{row}.png: gone") if row in (1, 2, 149) else wardrobe[row] for row in range(150)]
+    readable = ReadableItems(items)
+    batch = Collate(tokenizer)([readable[row] for row in (0, 1, 3, 149)])
+    assert batch["rows"].tolist() == [0, 3, 3, 0] and len(batch["token_ids"]) == 4
+    assert batch["unreadable"] == ["1.png: gone", "2.png: gone", "149.png: gone"]
+    with pytest.raises(data.DataError, match="a hundred images .* cannot be read, the last one: gone"):
+        ReadableItems([Unreadable("gone")] * 3)[0]
 
 
 def test_word_regions_by_hand():

@@ -48,7 +48,10 @@ class CudaAutocast(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         to = torch.bfloat16 if func in IN_BF16 else torch.float32 if func in IN_FP32 else None
         if to and self.active[-1]:
-            cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+            def cast(x):
+                return x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
             args, kwargs = tuple(map(cast, args)), {key: cast(value) for key, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
 

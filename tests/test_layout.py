@@ -10,20 +10,48 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: a file imports from its own row only what stands before it, and from the rows before as it likes.
 FLOORS = [
     ["model", "masking", "losses", "sampler"],
-    ["readers.prompts", "readers.dataset", "readers.files", "readers.wardrobe", "readers.camera", "readers.synthetic", "readers.fashiongen",
-     "readers.jsonl", "readers.karpathy", "readers.triplets", "readers.statements"],
+    [
+        "readers.prompts",
+        "readers.dataset",
+        "readers.files",
+        "readers.wardrobe",
+        "readers.camera",
+        "readers.synthetic",
+        "readers.fashiongen",
+        "readers.jsonl",
+        "readers.karpathy",
+        "readers.triplets",
+        "readers.statements",
+    ],
     ["data"],
-    ["engine.flags", "engine.config", "engine.distributed", "engine.run", "engine.checkpoints", "engine.log",
-     "engine.batches", "engine.weights", "engine.finetune_config"],
-    ["evaluation.scores", "evaluation.validation", "evaluation.choice", "evaluation.truth", "evaluation.pictures",
-     "evaluation.search"],
+    [
+        "engine.flags",
+        "engine.config",
+        "engine.distributed",
+        "engine.run",
+        "engine.checkpoints",
+        "engine.log",
+        "engine.batches",
+        "engine.weights",
+        "engine.finetune_config",
+    ],
+    [
+        "evaluation.scores",
+        "evaluation.validation",
+        "evaluation.choice",
+        "evaluation.truth",
+        "evaluation.pictures",
+        "evaluation.search",
+    ],
     ["train"],
     ["finetune"],
-]  # fmt: skip
+]
 ORDER = [module for floor in FLOORS for module in floor]
-FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
-         for folder in (".", "readers", "engine", "evaluation")
-         for path in sorted((ROOT / folder).glob("*.py"))}  # fmt: skip
+FILES = {
+    path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in (".", "readers", "engine", "evaluation")
+    for path in sorted((ROOT / folder).glob("*.py"))
+}
 
 
 def test_every_module_has_its_place():

@@ -218,11 +218,11 @@ def test_base_is_vit_b_and_bert_base():
 @torch.no_grad()
 def test_momentum_model_follows_by_the_decay_and_is_not_trained():
     model = make_model()
-    momentum = MomentumModel(model, decay=0.9)
+    momentum = MomentumModel(model)
     before = momentum.model.vision.norm.weight.clone()
     for parameter in model.parameters():
         parameter += 1
-    momentum.update(model)
+    momentum.update(model, decay=0.9)
     close(momentum.model.vision.norm.weight, before + 0.1)
     momentum.update(model, decay=0.0)
     for ours, theirs in zip(momentum.model.parameters(), model.parameters(), strict=True):

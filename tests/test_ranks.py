@@ -134,7 +134,7 @@ def test_images_that_cannot_be_read_are_replaced_in_every_share(tmp_path):
     process = torchrun("train.py", *OF_FILES, *SHARED, *flags, "--out", tmp_path / "run")
     said, error = process.communicate()
     assert process.returncode == 0, error[-3000:]
-    assert 1 <= said.count("left out: ") <= 2 and lines(tmp_path / "run")[-1]["final"]
+    assert 1 <= said.count("cannot be read: ") <= 2 and lines(tmp_path / "run")[-1]["final"]
 
 
 def test_batches_that_processes_cannot_share_evenly_are_refused(monkeypatch):

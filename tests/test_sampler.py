@@ -33,8 +33,13 @@ def run_epoch(sampler, epoch, image_feat, text_feat, first_batch=0):
 
 
 @settings(max_examples=60)
-@given(size=st.integers(1, 90), batch=st.integers(1, 20), search=st.integers(1, 20), views=st.integers(1, 4),
-       mode=st.sampled_from(MODES))  # fmt: skip
+@given(
+    size=st.integers(1, 90),
+    batch=st.integers(1, 20),
+    search=st.integers(1, 20),
+    views=st.integers(1, 4),
+    mode=st.sampled_from(MODES),
+)
 def test_every_index_exactly_once_an_epoch(size, batch, search, views, mode):
     products = np.arange(size) // views
     sampler = GroupedBatchSampler(products[None], batch, mode, seed=1, search_size=search)
@@ -169,8 +174,14 @@ def slow_chain(sim, groups, first, batch_size, mode, margin):
 
 
 @settings(max_examples=80)
-@given(size=st.integers(1, 24), batch=st.integers(1, 9), seed=st.integers(0, 10**6), mode=st.sampled_from(MODES[1:]),
-       margin=st.sampled_from([0.0, 0.2]), kinds=st.integers(1, 12))  # fmt: skip
+@given(
+    size=st.integers(1, 24),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+    mode=st.sampled_from(MODES[1:]),
+    margin=st.sampled_from([0.0, 0.2]),
+    kinds=st.integers(1, 12),
+)
 def test_chain_equals_the_slow_definition(size, batch, seed, mode, margin, kinds):
     rng = np.random.default_rng(seed)
     sim = rng.uniform(-1, 1, (size, size)).astype(np.float32)

@@ -196,7 +196,10 @@ def test_hard_negative_mining_equals_a_loop_over_batch_and_queue():
     """HNM-F: 0.25 · focal ITC of integrated features against momentum keys of [CLS] alone, one target an own entry."""
     _, state, batch = first_losses("--recipe", "fashionfine", "--queue", "6")
     generator = torch.Generator().manual_seed(1)
-    unit = lambda n: torch.nn.functional.normalize(torch.randn(n, 256, generator=generator), dim=1)
+
+    def unit(n):
+        return torch.nn.functional.normalize(torch.randn(n, 256, generator=generator), dim=1)
+
     captions = torch.tensor([90, 91, 92, 93, 94, int(batch["caption_ids"][3])])  # the last one's: product 92 has it too
     old = unit(6), unit(6), torch.tensor([0, 1, 1, 90, 91, 92]), captions
     state.queue = list(old)
@@ -309,7 +312,10 @@ def test_every_other_flag_runs(tmp_path):
 def compiled_by(backend, **other):
     """Instead of a compiler: our use of it is tested, not the compiler."""
     compile_module = torch.nn.Module.compile
-    ours = lambda self, **how: compile_module(self, **how | other, backend=backend)
+
+    def ours(self, **how):
+        return compile_module(self, **how | other, backend=backend)
+
     strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
     torch._dynamo.reset()
     with mock.patch.object(torch.nn.Module, "compile", ours), strict:

@@ -24,11 +24,11 @@ from torch import Tensor
 from data import normalise
 from engine.flags import ConfigError
 from engine.run import Run
-from evaluation.pictures import first_photos
+from evaluation.pictures import first_photos, momentum_grad_cam
 from evaluation.truth import WordTruth, synchronized_masks, word_truth
 from experiments.figures import open_run
 from losses import pick_negatives, same_pairs
-from masking import cooccurrence, itm_grad_cam, random_patch_mask, random_word_mask, soft_mask
+from masking import cooccurrence, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import DataError, PhotoDataset
 from readers.synthetic import Synthetic
 
@@ -113,11 +113,7 @@ def soft_masks(run: Run, batch: dict) -> Tensor:
     """Compute the soft mask of every token. -> (B, L, P)
 
     With one fusion layer all are 0: the ITM head reads [CLS] alone, so other rows of that layer have no gradient."""
-    momentum, attention_mask = run.momentum.model, batch["attention_mask"]
-    image_kv_m = momentum.fusion.project_image_kv(momentum.vision(batch["images"]))
-    text_embeds_m = momentum.text(batch["token_ids"], attention_mask).requires_grad_()
-    fused, attentions = momentum.fusion(text_embeds_m, attention_mask, image_kv_m, return_attention=True)
-    maps = itm_grad_cam(momentum, attentions, fused)
+    maps = momentum_grad_cam(run, batch)  # (B, h, L, N)
     rows, tokens = batch["token_ids"].shape
     by_token = [soft_mask(maps, torch.full((rows,), place)) for place in range(tokens)]
     return torch.stack(by_token, dim=1)
