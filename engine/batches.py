@@ -140,7 +140,7 @@ def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
     loader = DataLoader(dataset, run.config.batch_size, collate_fn=run.collate, **workers)
     for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
         for reason in set(batch["unreadable"]) - run.unreadable:
-            tqdm.write(f"left out: {reason}")
+            tqdm.write(f"cannot be read: {reason}")
         run.unreadable |= set(batch["unreadable"])
         if len(batch["rows"]):
             batch = to_device(batch, run.device)

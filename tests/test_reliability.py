@@ -167,7 +167,7 @@ def test_control_characters_stay_out_of_the_terminal(tmp_path, capsys):
     write_jsonl(tmp_path, train=records, val=records)
     run_files(tmp_path / "out", tmp_path, "--steps", "1", "--workers", "0")
     told = "".join(capsys.readouterr())
-    assert "left out: bad.png" in told
+    assert "cannot be read: bad.png" in told
     assert not set(told) & set(map(chr, [*range(9), *range(14, 32), *range(127, 160)]))
     assert jsonl(tmp_path, "train", 32).captions[0] == "red[2J tee 0"
 
