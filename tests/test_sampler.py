@@ -78,6 +78,20 @@ def test_processes_have_equal_shares_of_the_same_batches(size, per_process, worl
         left_over = set(range(size)) - set(seen)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_another_number_of_processes_goes_on_with_equal_shares(world_size):
+    alone_before = GroupedBatchSampler(alone(31), 6)
+    saved = alone_before.state_dict()
+    samplers = [GroupedBatchSampler(alone(31), 6, process=(rank, world_size)) for rank in range(world_size)]
+    for sampler in samplers:
+        sampler.load_state_dict(saved)
+    shares = [share for sampler in samplers for share in sampler]
+    assert all(shares) and len({len(sampler) for sampler in samplers}) == 1
+    seen = [item for share in shares for item in share]
+    assert len(seen) == len(set(seen)) == 31 // world_size * world_size
+    assert samplers[0]._left_over.tolist() == sorted(set(range(31)) - set(seen))
+
+
 def test_an_item_that_is_collected_twice_comes_once():
     """A photo that cannot be read is replaced by another one."""
     image_feat, text_feat = features(40)
