@@ -396,7 +396,7 @@ def train_and_select(
 ) -> Run | None:
     """Train by train.fit from the checkpoint `source`, or go on with it; then load the step whose metric `select` is
     best. -> the run, None when stopped early"""
-    run = build_run(config, train_set, read_tokenizer(source, config.checkpoint))
+    run = build_run(config, train_set, read_tokenizer(source))
     run.sampler = build_sampler(run, train_set)
     if config.freeze:
         run.model.requires_grad_(False)
@@ -428,7 +428,7 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
     dataset = open_data(config, config.split)
     print(f"{config.split}: {dataset.report()}")
     if config.eval_only:
-        run = build_run(config, dataset, read_tokenizer(source, config.checkpoint))
+        run = build_run(config, dataset, read_tokenizer(source))
         load_weights(run, source, config.checkpoint)
         run.best_step = source["step"]
     else:

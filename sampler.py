@@ -125,7 +125,6 @@ class GroupedBatchSampler:
     search_size: M, items in a search block
     process: rank and number of the processes. All of them compose the same batches and iterate over a share of each.
     The shares are equal: the fewer than world_size items that are left over in an epoch come first in the next one.
-    Raises ValueError if there are fewer items than processes, or batches cannot be shared evenly.
 
     The position inside an epoch is given, not counted: loader workers fetch ahead of training, so only the training
     loop knows how many batches were used. It calls `collect` after each batch and `set_epoch` to move on.
@@ -149,10 +148,6 @@ class GroupedBatchSampler:
         self.search_size = search_size
         self.rank, self.world_size = process
         self.dataset_size = groups.shape[1]
-        if self.dataset_size < self.world_size:
-            raise ValueError(f"{self.dataset_size} items are too few for {self.world_size} processes")
-        if batch_size < 1 or batch_size % self.world_size:
-            raise ValueError(f"batches of {batch_size} items cannot be shared among {self.world_size} processes")
         self.epoch, self.first_batch = 0, 0
         self._left_over = np.arange(0)
         self._begin_epoch(np.arange(0))

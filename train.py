@@ -455,7 +455,7 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
         val_set.lead = DESCRIPTION
     train_set.truths = "true" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
-    tokenizer = read_tokenizer(state, f"{config.out}/last.pt") if state else learn_vocabulary(config, train_set)
+    tokenizer = read_tokenizer(state) if state else learn_vocabulary(config, train_set)
     report_cut_texts(train_set, tokenizer)
 
     run = build_run(config, train_set, tokenizer, device)

@@ -121,15 +121,23 @@ def texts_to_search(dataset: PhotoDataset, rows: np.ndarray) -> tuple[list[Text]
     return captions, torch.from_numpy(image_products), torch.from_numpy(text_products)
 
 
+def encoded_texts(run: Run, texts: list[Text]) -> Iterator[tuple[Tensor, Tensor]]:
+    """All texts in order, in parts of up to 256. -> text_embeds (B, L, D), attention_mask (B, L)"""
+    encoded = to_device(tokenize(run.tokenizer, texts), run.device)
+    for start in tqdm(range(0, len(texts), 256), "encoding texts", unit=" batches", leave=False, disable=None):
+        attention_mask = encoded["attention_mask"][start : start + 256]
+        with autocast(run):
+            text_embeds = run.model.text(encoded["token_ids"][start : start + 256], attention_mask)
+        yield text_embeds, attention_mask
+
+
 @torch.no_grad()
 def text_features(run: Run, texts: list[Text]) -> Tensor:
     """Unit-length features (n, E). Every wording is encoded once: identical texts get identical features and tie."""
     wordings, feats = list(dict.fromkeys(texts)), []
-    for start in tqdm(range(0, len(wordings), 256), "encoding texts", unit=" batches", leave=False, disable=None):
-        encoded = to_device(tokenize(run.tokenizer, wordings[start : start + 256]), run.device)
+    for text_embeds, attention_mask in encoded_texts(run, wordings):
         with autocast(run):
-            text_embeds = run.model.text(encoded["token_ids"], encoded["attention_mask"])
-            feats.append(run.model.text_feature(text_embeds, encoded["attention_mask"]))
+            feats.append(run.model.text_feature(text_embeds, attention_mask))
     number = {wording: i for i, wording in enumerate(wordings)}
     return torch.cat(feats)[[number[text] for text in texts]]
 
@@ -167,14 +175,7 @@ def match_scores(run: Run, dataset: PhotoDataset, texts: list[Text], pairs: Tens
     Each image and each text is encoded once.
     """
     model = run.model
-    encoded = to_device(tokenize(run.tokenizer, texts), run.device)
-    ids, attention_mask = encoded["token_ids"], encoded["attention_mask"]
-    text_embeds = []
-    for start in range(0, len(ids), 256):
-        part = slice(start, start + 256)
-        with autocast(run):
-            text_embeds.append(model.text(ids[part], attention_mask[part]))
-    text_embeds = torch.cat(text_embeds)
+    text_embeds, attention_mask = map(torch.cat, zip(*encoded_texts(run, texts), strict=True))
     pairs = pairs.to(run.device)
     rows, image_of = pairs[:, 0].unique(return_inverse=True)
     scores = torch.empty(len(pairs), device=run.device)

@@ -4,14 +4,12 @@ A file is written whole or not at all, so a kill at any moment leaves a whole ch
 code is run, and damage is found by the archive's checksums.
 """
 
-import contextlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tokenizers import Tokenizer
@@ -27,46 +25,27 @@ SIMPLE = ("step", "seconds", "validation", "best_step", "best_score", "data", "q
 PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
 
 
-@contextlib.contextmanager
-def whole_file(path: Path, keep_older: bool = False) -> Iterator[BinaryIO]:
-    """Open a file beside `path` for writing; flush it to the disk, then rename it over `path`. Of a failure nothing is
-    left. keep_older: the version before stays, as `last-2.pt` beside `last.pt`."""
-    scratch = path.with_name(f".{path.name}.part")
+def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
+    """Write a checkpoint to a file beside `path`, flush it to the disk, then rename it over `path`. A failure leaves
+    nothing. keep_older: the version before stays, as `last-2.pt` beside `last.pt`. Raises OSError."""
+    scratch, older = path.with_name(f".{path.name}.part"), path.with_stem(f"{path.stem}-2")
     try:
         with open(scratch, "wb") as file:
-            yield file
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         if keep_older and path.exists():
-            copy_older(path)
+            older.unlink(missing_ok=True)
+            try:
+                os.link(path, older)  # at no moment is `path` itself away
+            except (OSError, AttributeError):  # a file system, or a system, without links
+                shutil.copyfile(path, older)
         os.replace(scratch, path)
-    except OSError as error:  # which often does not say of which file it speaks
-        raise OSError(error.errno, f"{error.strerror or error}; what was there before is whole", str(path)) from None
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        reason = str(error.__context__ or error).splitlines()[0]
+        raise OSError(None, f"{reason}; what was there before is whole", str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def copy_older(path: Path) -> None:
-    """Give a file a second name, `last-2.pt` for `last.pt`; at no moment is `path` itself away."""
-    older = path.with_stem(f"{path.stem}-2")
-    scratch = older.with_name(f".{older.name}.part")
-    scratch.unlink(missing_ok=True)
-    try:
-        os.link(path, scratch)
-    except (OSError, AttributeError):  # a file system, or a system, without links
-        shutil.copyfile(path, scratch)
-    os.replace(scratch, older)
-
-
-def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
-    """Write a checkpoint by `whole_file`."""
-    with whole_file(path, keep_older) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # what torch makes of a full disk
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise OSError(None, str(error).splitlines()[0]) from None
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -96,35 +75,22 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            intact = archive.testzip() is None
+        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such checkpoint") from None
     except Exception:  # zipfile and torch raise many kinds for a file that is not their own
-        raise ConfigError(f"{path}: damaged, or not a checkpoint of train.py") from None
-    if damaged:
-        raise ConfigError(f"{path}: damaged, its checksum is wrong at {damaged}; take the one before, or copy it again")
+        intact = False
+    if not intact:
+        raise ConfigError(f"{path}: damaged, or not a checkpoint of train.py; take the one before, or copy it again")
     if not isinstance(state, dict) or not state.keys() >= PARTS:
         raise ConfigError(f"{path}: not a checkpoint of train.py, or of another version of this code")
     return state
 
 
-def read_tokenizer(state: dict, where: str | Path) -> Tokenizer:
-    """Read the tokenizer of a checkpoint. Raises ConfigError for one of another vocabulary size than the model."""
-    try:
-        tokenizer = Tokenizer.from_str(state["tokenizer"])
-        fits = tokenizer.get_vocab_size() == state["config"]["model"]["vocab_size"]
-    except Exception:  # tokenizers raises Exception itself
-        fits = False
-    if not fits:
-        raise ConfigError(f"{where}: its tokenizer does not go with its model")
-    return tokenizer
-
-
-def does_not_fit(path: str | Path, error: Exception) -> ConfigError:
-    """Say in one line why the parts of a checkpoint could not be restored."""
-    said = legible(" ".join(str(error).split()))[:200] or type(error).__name__
-    return ConfigError(f"{path}: does not fit this run ({said})")
+def read_tokenizer(state: dict) -> Tokenizer:
+    """The tokenizer of a checkpoint."""
+    return Tokenizer.from_str(state["tokenizer"])
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
@@ -171,32 +137,20 @@ def resumed_config(
 
 
 def restore(run: Run, state: dict) -> None:
-    """Put a run where its checkpoint left off. Raises ConfigError for a state that is not one of this run."""
-    last = f"{run.config.out}/last.pt"
+    """Put a run where its checkpoint left off. Raises ConfigError if the data set has changed since."""
     if state["data"] != run.data:
-        raise ConfigError(f"{last} was trained on other rows than the training split holds now")
-    fill(run, state, last)
-    try:
-        # betas and weight decay come from the config, the moments from the checkpoint
-        moments = {"state": state["optimizer"]["state"]}
-        run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
-        run.sampler.load_state_dict(state["sampler"])
-    except Exception as error:  # each part raises its own kind for a state that is not its own
-        raise does_not_fit(last, error) from None
+        raise ConfigError(f"{run.config.out}/last.pt was trained on other rows than the training split holds now")
+    run.model.load_state_dict(state["model"])
+    run.momentum.model.load_state_dict(state["momentum"])
+    # betas and weight decay come from the config, the moments from the checkpoint
+    moments = {"state": state["optimizer"]["state"]}
+    run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
+    run.sampler.load_state_dict(state["sampler"])
     for name in SIMPLE:
         setattr(run, name, state[name])
     run.queue = [part.to(run.device) for part in run.queue]
     run.unreadable = set(state["unreadable"])
     state.clear()  # it is as large as the run itself
-
-
-def fill(run: Run, state: dict, where: str | Path) -> None:
-    """Load the weights of both models from a checkpoint into a run. Raises ConfigError."""
-    try:
-        run.model.load_state_dict(state["model"])
-        run.momentum.model.load_state_dict(state["momentum"])
-    except Exception as error:  # of names, shapes or types that are not the run's
-        raise does_not_fit(where, error) from None
 
 
 def load_weights(run: Run, source: dict, where: str) -> None:
@@ -212,6 +166,7 @@ def load_weights(run: Run, source: dict, where: str) -> None:
             weights.setdefault(name, tensor)
     try:
         run.model.load_state_dict(weights)
-    except Exception as error:  # of names, shapes or types that are not the model's
-        raise does_not_fit(where, error) from None
+    except RuntimeError as error:  # of names or shapes that are not the model's, a line for each
+        reason = legible(" ".join(str(error).split()))[:200]
+        raise ConfigError(f"{where}: does not fit this run ({reason})") from None
     run.momentum.update(run.model, decay=0)

@@ -56,8 +56,6 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoints import whole_file
-
 try:
     import resource
 except ImportError:  # Windows
@@ -75,12 +73,18 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def final_metrics(out: Path) -> dict | None:
+    """The last line of the metrics.jsonl in a run's folder; None where the run has not finished."""
+    lines = read_metrics(out / "metrics.jsonl")
+    return lines[-1] if lines and lines[-1].get("final") else None
+
+
 def trim_metrics(path: Path, step: int) -> None:
     """Drop the lines after a step, which a resumed run writes again; at step 0 all lines."""
     lines = [line for line in read_metrics(path) if line["step"] <= step and not line.get("final") and step]
-    with whole_file(path) as file:
-        for line in lines:
-            file.write(json.dumps(line).encode() + b"\n")
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(scratch, path)
 
 
 def write_metrics(path: Path, **metrics) -> None:

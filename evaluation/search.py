@@ -23,7 +23,7 @@ from readers.files import open_photo
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     """Find the best images for a query and draw them on a sheet. -> rows and scores, the best first"""
-    tokenizer = read_tokenizer(source, config.checkpoint)
+    tokenizer = read_tokenizer(source)
     image = open_query_image(config)
     if config.query:
         check_words(tokenizer, config.query)

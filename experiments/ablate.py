@@ -8,7 +8,6 @@ Other flags go to train.py. Finished runs are not run again, so the same command
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from engine.flags import ConfigError, OneLineParser
+from engine.log import final_metrics
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 GRIDS = {
@@ -44,15 +44,6 @@ COLUMNS = {  # key of the final line of metrics.jsonl -> title; all in percent
     "patch_cooccurrence": "patch precision %",
     "false_negative_rate": "false negatives %",
 }
-
-
-def final_metrics(out: Path) -> dict | None:
-    """Read the final line of a run's metrics.jsonl; None where the run has not finished."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not lines or '"final"' not in lines[-1]:
-        return None
-    return json.loads(lines[-1])
 
 
 def run_condition(out: Path, flags: list[str]) -> dict:

@@ -85,7 +85,7 @@ def export(checkpoint: str, file: Path) -> None:
     state = load_checkpoint(checkpoint)
     model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))
     model.load_state_dict(state["model"])
-    tokenizer = read_tokenizer(state, checkpoint)
+    tokenizer = read_tokenizer(state)
     config_file = file.with_name("config.json")
     if config_file.exists():
         raise ConfigError(f"{config_file} is there already; give a --file in another folder")

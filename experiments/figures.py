@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from data import DataName, build_dataset
-from engine.checkpoints import config_from_dict, fill, load_checkpoint, read_tokenizer
-from engine.flags import ConfigError, check_device
+from engine.checkpoints import config_from_dict, load_checkpoint, read_tokenizer
+from engine.flags import ConfigError
 from engine.run import Run, build_run
 from evaluation.pictures import draw_masks, first_photos
 from readers.dataset import DataError, PhotoDataset
@@ -44,13 +44,13 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path) -> None:
 
 def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
     """A trained run with its validation photos; `root` only where the files have moved. Raises ConfigError."""
-    check_device(device)
     state = load_checkpoint(checkpoint)
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
     dataset.lead = DESCRIPTION if config.prompts else ""
-    run = build_run(config, dataset, read_tokenizer(state, checkpoint))
-    fill(run, state, checkpoint)
+    run = build_run(config, dataset, read_tokenizer(state))
+    run.model.load_state_dict(state["model"])
+    run.momentum.model.load_state_dict(state["momentum"])
     run.telling, run.step = tuple(state["telling"]), state["step"]
     return run, dataset
 

@@ -184,7 +184,7 @@ def test_two_runs_are_compared(tmp_path, capsys):
     with pytest.raises(SystemExit, match="speed: not among the metrics of both runs"):
         compare.main([*runs, "speed"])
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1}')
-    with pytest.raises(SystemExit, match="the run is not finished"):
+    with pytest.raises(SystemExit, match="b: the run is not there, or not finished"):
         compare.main(runs)
-    with pytest.raises(SystemExit, match="No such file"):
+    with pytest.raises(SystemExit, match="/nowhere: the run is not there, or not finished"):
         compare.main([runs[0], "/nowhere"])

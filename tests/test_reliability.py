@@ -20,7 +20,7 @@ from test_model import make_model
 
 import data
 import train
-from engine.checkpoints import load_checkpoint, whole_file, write_whole
+from engine.checkpoints import load_checkpoint, write_whole
 from engine.flags import ConfigError
 from engine.weights import WeightsError, load_pretrained
 from readers.dataset import DataError
@@ -62,20 +62,15 @@ def test_the_checkpoint_before_the_last_is_kept(trained, tmp_path):
     assert one[-1] == two[-1]
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failure", [OSError(28, "No space left"), RuntimeError("PytorchStreamWriter failed\nat")])
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, failure):
     path = tmp_path / "last.pt"
     path.write_bytes(b"whole")
-    failed = mock.Mock(side_effect=RuntimeError("PytorchStreamWriter failed\nat"))
-    monkeypatch.setattr("engine.checkpoints.torch.save", failed)
-    for fails in (
-        mock.Mock(side_effect=OSError(28, "No space left on device")),
-        lambda file: write_whole({}, path, True),
-    ):
-        with pytest.raises(OSError) as error, whole_file(path, keep_older=True) as file:
-            file.write(b"half")
-            fails(file)
-        assert "before is whole" in said(error) and str(path) in said(error)
-        assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_bytes() == b"whole"
+    monkeypatch.setattr("engine.checkpoints.torch.save", mock.Mock(side_effect=failure))
+    with pytest.raises(OSError) as error:
+        write_whole({}, path, keep_older=True)
+    assert "before is whole" in said(error) and str(path) in said(error)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_bytes() == b"whole"
 
 
 def test_a_full_disk_is_one_line(tmp_path):

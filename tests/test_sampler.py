@@ -252,12 +252,3 @@ def test_separate_finds_room_where_there_is_some():
     assert all(len(set(products[batch])) == 10 for batch in batches)
     alike = np.zeros((1, 6), int)
     assert separate(np.split(np.arange(6), 2), alike, np.random.default_rng(0)) == 4  # nowhere to go
-
-
-def test_what_cannot_be_shared_out_is_refused():
-    with pytest.raises(ValueError, match="0 items are too few for 1 processes"):
-        GroupedBatchSampler(alone(0), 4)
-    with pytest.raises(ValueError, match="2 items are too few for 3 processes"):
-        GroupedBatchSampler(alone(2), 3, process=(0, 3))
-    with pytest.raises(ValueError, match="batches of 4 items cannot be shared among 3 processes"):
-        GroupedBatchSampler(alone(9), 4, process=(0, 3))

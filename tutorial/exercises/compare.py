@@ -4,18 +4,11 @@ python tutorial/exercises/compare.py runs/A runs/B [METRIC …]      only these 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-
-def final_metrics(run: Path) -> dict[str, float]:
-    """Read the last line of a run's metrics.jsonl. Raises ValueError if the run is not finished."""
-    file = run / "metrics.jsonl"
-    metrics = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
-    if not metrics.pop("final", False):
-        raise ValueError(f"{file}: the run is not finished; go on with train.py --resume --out {run}")
-    return metrics
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from engine.log import final_metrics
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,16 +18,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run_b", type=Path)
     parser.add_argument("metrics", nargs="*", help="only these (default: all)")
     args = parser.parse_args(argv)
-    try:
-        a, b = final_metrics(args.run_a), final_metrics(args.run_b)
-    except (OSError, ValueError) as error:
-        sys.exit(f"compare.py: {error}")
+    a, b = final_metrics(args.run_a), final_metrics(args.run_b)
+    if not (a and b):
+        sys.exit(f"compare.py: {args.run_b if a else args.run_a}: the run is not there, or not finished")
     for key in args.metrics:
         if key not in a or key not in b:
             sys.exit(f"compare.py: {key}: not among the metrics of both runs")
     print(f"| metric | {args.run_a.name} | {args.run_b.name} | difference |\n|---|---|---|---|")
     for key in args.metrics or a:
-        if isinstance(a.get(key), float | int) and isinstance(b.get(key), float | int):
+        if key != "final" and isinstance(a.get(key), float | int) and isinstance(b.get(key), float | int):
             print(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
 
 
