@@ -176,17 +176,17 @@ def layer_config(given: dict) -> TrainConfig:
         raise ConfigError(f"--recipe {recipe}: no such recipe; there are {', '.join(names)}")
     schedule = SCHEDULES[preset] | RECIPE_DEFAULTS[recipe] | RECIPE_DEFAULTS.get(f"{recipe} {preset}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
-        schedule.pop("steps", None), schedule.pop("epochs", None)
+        schedule |= {"steps": None, "epochs": None}
     if "vision_layers" in given:
         schedule.pop("patch_layer", None)  # was meant for the preset's number of layers
-    layers, sizes = schedule | given, {spec.name for spec in fields(ModelConfig)}
+    layers = {"preset": preset, "out": f"runs/{data}-{recipe}-{preset}"} | schedule | given
+    sizes = {spec.name for spec in fields(ModelConfig)}
     try:
         model = replace(PRESETS[preset], **{k: v for k, v in layers.items() if k in sizes})
     except ValueError as error:
         raise ConfigError(str(error)) from None
     run = {k: tuple(v) if isinstance(v, list) else v for k, v in layers.items() if k not in sizes}
-    config = TrainConfig(**{"preset": preset, "model": model, **run})
-    return config if config.out else replace(config, out=f"runs/{config.data}-{config.recipe}-{preset}")
+    return TrainConfig(model=model, **run)
 
 
 def check_loop(config: LoopConfig, given: set[str]) -> None:
@@ -208,10 +208,6 @@ def check_loop(config: LoopConfig, given: set[str]) -> None:
 def check_flags(config: TrainConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_loop(config, given)
-    if config.vocab and "vocab_size" in given:
-        raise ConfigError("--vocab-size contradicts --vocab, which brings its own size")
-    if len(config.weights) > 2:
-        raise ConfigError("--weights takes one file, or two: a ViT and a BERT")
     check_readers("recipe", config.recipe, given, RECIPE_FLAGS)
     if config.recipe == "softmask" and config.soft_mask and config.model.fusion_layers == 1:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """What a fine-tuning, an evaluation or a search is told, and the command line that says it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,26 +30,6 @@ TASK_FLAGS = {  # flags that not all tasks read
     "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_warmup", "rerank"),
     **dict.fromkeys(RECOGNITION, ("modality", "freeze")),
     "search": ("query", "image", "index", "rerank"),
-}
-# flags that are read where nothing is trained, too
-UNTRAINED = {
-    "task",
-    "checkpoint",
-    "data",
-    "root",
-    "split",
-    "eval_only",
-    "out",
-    "seed",
-    "batch_size",
-    "products",
-    "device",
-    "precision",
-    "workers",
-    "rerank",
-    "query",
-    "image",
-    "index",
 }
 
 
@@ -83,6 +63,11 @@ class FinetuneConfig(LoopConfig):
     data_seed: int = 0  # decides what is in which split: the same as in pretraining
     classes: tuple[str, ...] = ()  # of recognition, in the order of the head
 
+
+# Flags that only a training reads: those of its loop, but for these, and five more.
+UNTRAINED = {"out", "seed", "batch_size", "products", "device", "precision", "workers"}
+TRAINED = {spec.name for spec in fields(LoopConfig)} - UNTRAINED
+TRAINED |= {"from_scratch", "held_out", "patience", "freeze", "modality"}
 
 # Choices, but for base: learning rates, epochs and weight decay of retrieval and tgir are Fashion-FINE's.
 SCHEDULES = {
@@ -145,8 +130,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
         layers |= {name: saved[name] for name in CONTRAST}
     schedule = SCHEDULES[preset] | SCHEDULES.get(f"{preset} {task}", {})
     if "steps" in given or "epochs" in given:  # the one replaces the other
-        schedule.pop("steps", None)
-        schedule.pop("epochs", None)
+        schedule |= {"steps": None, "epochs": None}
     config = FinetuneConfig(**layers | schedule | given)
     if config.out:
         return config
@@ -179,7 +163,7 @@ def check_flags(config: FinetuneConfig, given: set[str]) -> None:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
     check_readers("task", config.task, given, TASK_FLAGS)
     if config.task == "search" or config.eval_only:
-        for name in sorted(given - UNTRAINED):
+        for name in sorted(given & TRAINED):
             raise ConfigError(f"{flag_of(name)} is for training, which is not done here")
     if config.split == "train" and config.task != "search":
         raise ConfigError("--split train: metrics of what was trained on mean nothing; it is for --task search")

@@ -5,7 +5,7 @@ import difflib
 import math
 import types
 import typing
-from dataclasses import Field, field, fields
+from dataclasses import field, fields
 from typing import Literal
 
 import torch
@@ -67,19 +67,10 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[
             settings = {"choices": typing.get_args(kind)}
         else:
             settings = {"type": kind, "metavar": kind.__name__}
-        text = spec.metadata["help"] + defaults_of(spec, layers)
+        defaults = [] if spec.default in (None, ()) else [str(spec.default)]
+        defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
+        text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
         parser.add_argument(flag_of(spec.name), default=argparse.SUPPRESS, help=text, **settings)
-
-
-def defaults_of(spec: Field, layers: dict[str, dict]) -> str:
-    """The defaults of a field, by preset and recipe, for --help."""
-    defaults = []
-    if spec.default not in (None, ()):
-        defaults.append(str(spec.default))
-    for name, layer in layers.items():
-        if spec.name in layer:
-            defaults.append(f"{name} {layer[spec.name]}")
-    return f" (default {', '.join(defaults)})" if defaults else ""
 
 
 def check_ranges(config) -> None:
@@ -109,17 +100,8 @@ def check_readers(kind: str, mine: str, given: set[str], flags: dict[str, tuple[
 
 def check_device(name: str) -> None:
     """Raise ConfigError for a device that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name}: no such kind of device; try cpu or cuda") from None
-    if device.type == "cuda":
-        there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    elif device.type == "mps":
-        there = torch.backends.mps.is_available()
-    elif device.type == "cpu":
-        there = True
-    else:
-        raise ConfigError(f"--device {name}: cpu, cuda or mps")
-    if not there:
-        raise ConfigError(f"--device {name}: no such GPU on this machine; try --device cpu")
+    there = {"cpu"} | {f"cuda:{number}" for number in range(torch.cuda.device_count())}
+    there |= {"cuda"} if torch.cuda.is_available() else set()
+    there |= {"mps"} if torch.backends.mps.is_available() else set()
+    if name not in there:
+        raise ConfigError(f"--device {name}: not on this machine, which has {', '.join(sorted(there))}")

@@ -81,20 +81,17 @@ class WeightsError(DataError):
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did."""
+    """What `load_pretrained` did. Names are ours, but of tensors without a counterpart."""
 
-    loaded: list[str] = field(default_factory=list)  # our names
-    skipped: dict[str, str] = field(default_factory=dict)  # name -> reason; our name if only the shape differs
-    missing: list[str] = field(default_factory=list)  # our names
+    loaded: set[str] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
+    missing: list[str] = field(default_factory=list)
     kinds: dict[str, str | Path] = field(default_factory=dict)  # whole, ViT or BERT -> the file
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
-        shapes_first = sorted(self.skipped, key=lambda name: not self.skipped[name].startswith("shape"))
-        for name in shapes_first[:8]:
-            lines.append(f"  skipped {name}: {self.skipped[name]}")
-        for name in self.missing[:8]:
-            lines.append(f"  missing {name}")
+        lines += [f"  skipped {name}: {reason}" for name, reason in list(self.skipped.items())[:8]]
+        lines += [f"  missing {name}" for name in self.missing[:8]]
         return "\n".join(lines)
 
 
@@ -141,9 +138,10 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
     report = LoadReport()
     for path in files:
         state = _read_weights(Path(path))
-        kind = _find_kind(state)
-        if kind is None:
+        kinds = [kind for kind, pattern in KINDS.items() if any(re.match(pattern, name) for name in state)]
+        if not kinds:
             raise WeightsError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
+        kind = kinds[0]
         if kind in report.kinds:
             raise WeightsError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
         report.kinds[kind] = path
@@ -152,7 +150,7 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         loaded = _copy_fitting(renamed, model, report)
         if not loaded:
             raise WeightsError(f"{path}: none of its tensors fits this model; is it the right preset?")
-        report.loaded += [name for name in loaded if name not in report.loaded]
+        report.loaded |= loaded
     report.missing = [name for name, _ in model.named_parameters() if name not in report.loaded]
     return report
 
@@ -174,13 +172,6 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
     return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _find_kind(state: dict[str, Tensor]) -> str | None:
-    for kind, pattern in KINDS.items():
-        if any(re.match(pattern, name) for name in state):
-            return kind
-    return None
 
 
 def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,17 +238,18 @@ def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
 
 
 @torch.no_grad()
-def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report: LoadReport) -> list[str]:
+def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report: LoadReport) -> set[str]:
     """Copy the tensors that have the shape of ours. -> their names"""
     parameters = dict(model.named_parameters())
-    loaded = []
+    loaded = set()
     for name, tensor in renamed.items():
         target = parameters[name]
         if name in ("text.word_embeddings.weight", "mlm_bias") and len(tensor) == len(target) - len(SYMBOLS):
             target = target[: -len(SYMBOLS)]  # the symbols are the last words of our vocabulary
         if tensor.shape == target.shape:
             target.copy_(tensor)
-            loaded.append(name)
-        else:
-            report.skipped[name] = f"shape {tuple(tensor.shape)}, this model has {tuple(parameters[name].shape)}"
+            loaded.add(name)
+        else:  # listed first
+            reason = f"shape {tuple(tensor.shape)}, this model has {tuple(parameters[name].shape)}"
+            report.skipped = {name: reason} | report.skipped
     return loaded

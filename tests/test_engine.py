@@ -196,7 +196,7 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--lr", "inf"], "--lr inf: must be a finite number"),
-        (["--device", "cuda:99"], "no such GPU"),
+        (["--device", "cuda:99"], "cuda:99: not on this machine, which has cpu"),
         (["--weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
     ],
