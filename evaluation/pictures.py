@@ -18,31 +18,15 @@ from masking import itm_grad_cam, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import PhotoDataset, square
 from readers.prompts import Text
 
-# of curves.png: title -> keys of metrics.jsonl
+# of curves.png: title -> keys of metrics.jsonl; each with its value for random masks, key_random, where there is one
 PANELS = {
     "loss": ["itc", "itm", "mlm", "mim", "rtd", "align", "class"],
-    "held-out recall": [
-        "val_i2t_r1",
-        "val_i2t_r5",
-        "val_i2t_r10",
-        "val_t2i_r1",
-        "val_t2i_r5",
-        "val_t2i_r10",
-        "val_r1",
-        "val_r10",
-        "val_r50",
-    ],
+    "held-out recall": ["val_i2t_r1", "val_i2t_r5", "val_i2t_r10", "val_t2i_r1", "val_t2i_r5", "val_t2i_r10"],
+    "held-out recall by image and text": ["val_r1", "val_r10", "val_r50"],
     "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "choice_fine", "choice_fine_itm"],
     "held-out": ["val_accuracy", "val_macro_f1"],
     "what the photo adds, held out": ["val_photo_gain", "photo_gain_whole", "photo_gain_detail"],
-    "held-out truth of the masks": [
-        "patch_cooccurrence",
-        "patch_cooccurrence_random",
-        "word_cooccurrence",
-        "word_cooccurrence_random",
-        "pointing",
-        "pointing_random",
-    ],
+    "held-out truth of the masks": ["patch_cooccurrence", "word_cooccurrence", "pointing"],
 }
 
 
@@ -50,7 +34,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
     """Draw the metrics over the steps, in as many of PANELS as there are metrics for."""
     panels = {}
     for title, keys in PANELS.items():
-        logged = [key for key in keys if any(key in line for line in lines)]
+        both = [name for key in keys for name in (key, f"{key}_random")]
+        logged = [name for name in both if any(name in line for line in lines)]
         if logged:
             panels[title] = logged
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
@@ -83,15 +68,9 @@ def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     return chosen
 
 
-def letters(size: int) -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings: Pillow's own has no accents."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
 def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> None:
     """Draw, for each image, what random and synchronized masks hide of the image and of its caption, and what a soft
-    mask of one random word, marked in the caption, suppresses.
-    """
+    mask of one random word, marked in the caption, suppresses."""
     batch = run.collate([dataset[row] for row in rows])
     if not len(batch["rows"]):  # no image can be decoded
         return
@@ -101,7 +80,8 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> 
     batch["images"] = normalise(batch["images"])
     masks = example_masks(run, batch)
 
-    font = letters(14)
+    # the font that matplotlib brings: Pillow's own has no accents
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 14)
     side, cell, column_width = 150, 160, 360  # of an image, of an image with its margin, of a caption
     text_left = 10 + cell * (len(masks) + 1)
     page = Image.new("RGB", (text_left + column_width * len(masks), 30 + 5 * cell * len(pixels)), PAPER)
@@ -171,12 +151,9 @@ def draw_caption(
     caption: Text,
     word_mask: Tensor,
     corner: tuple[int, int],
-    width: int = 280,
 ) -> int:
     """Write a caption with its masked tokens, word_mask (L,), in white on black, and … where the model's input is cut.
-
-    A word that begins more than `width` pixels right of the corner goes to the next line. -> the lower end in pixels
-    """
+    -> the lower end in pixels"""
     encoding = encode(tokenizer, [caption])[0]
     left, y = corner
     x = left
@@ -186,7 +163,7 @@ def draw_caption(
             continue
         if end_before not in (None, (piece, start)):  # a new word
             x += 5
-            if x > left + width:
+            if x > left + 280:  # pixels
                 x, y = left, y + LINE
         token = caption[piece][start:stop]
         size = font.getlength(token)

@@ -4,7 +4,7 @@ Letters: Q queries, C candidates of a query, K best candidates that are kept, n 
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -49,26 +49,16 @@ class Ranking:
 
     def chance(self) -> Figures:
         """Compute the recalls of a random order: 1 − C(candidates − positives, k) / C(candidates, k)."""
-        counts = Counter(self.positive_counts.tolist())
         recalls = {}
         for k in (1, 5, 10):
-            total = 0.0
-            for count, queries in counts.items():
-                miss = 0.0
-                if k <= self.candidates:
-                    miss = math.comb(self.candidates - count, k) / math.comb(self.candidates, k)
-                total += queries * (1 - miss)
-            recalls[f"{self.protocol}_r{k}"] = total / len(self.rank)
+            misses = [math.comb(self.candidates - count, k) for count in self.positive_counts.tolist()]
+            possible = len(misses) * max(1, math.comb(self.candidates, k))
+            recalls[f"{self.protocol}_r{k}"] = 1 - sum(misses) / possible
         return recalls
 
 
 def rank_candidates(
-    protocol: str,
-    sim: Tensor,
-    positives: Tensor,
-    images: Tensor,
-    captions: Tensor,
-    top: int,
+    protocol: str, sim: Tensor, positives: Tensor, images: Tensor, captions: Tensor, top: int
 ) -> Ranking:
     """Rank the candidates by similarity and keep the best `top` to be re-ranked.
 
@@ -88,11 +78,7 @@ def rank_candidates(
 
 
 def full_rankings(
-    image_feat: Tensor,
-    text_feat: Tensor,
-    image_products: Tensor,
-    text_products: Tensor,
-    top: int = 0,
+    image_feat: Tensor, text_feat: Tensor, image_products: Tensor, text_products: Tensor, top: int = 0
 ) -> list[Ranking]:
     """Rank all captions for each image, and all images for each caption. Right is what is of the same product.
 
@@ -107,11 +93,7 @@ def full_rankings(
 
 
 def sampled_candidates(
-    owner: np.ndarray,
-    kinds: np.ndarray,
-    queries: int,
-    negatives: int,
-    rng: np.random.Generator,
+    owner: np.ndarray, kinds: np.ndarray, queries: int, negatives: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw query images and, for each, the captions that it chooses from and the images that its caption chooses from.
 
@@ -140,12 +122,7 @@ def draw_negatives(wrong: np.ndarray, same_kind: np.ndarray, rng: np.random.Gene
 
 
 def sampled_rankings(
-    image_feat: Tensor,
-    text_feat: Tensor,
-    owner: Tensor,
-    kinds: np.ndarray,
-    seed: int,
-    top: int = 0,
+    image_feat: Tensor, text_feat: Tensor, owner: Tensor, kinds: np.ndarray, seed: int, top: int = 0
 ) -> tuple[list[Ranking], float]:
     """Rank by the sampled protocol: a query has one right candidate and up to NEGATIVES wrong ones, those of the same
     sub-category first.

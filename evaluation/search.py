@@ -49,10 +49,13 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
         row = int(rows[index])
         found.append((row, score))
         print(f"  {score:.3f}  {legible(dataset.name_of(row))}  {dataset.captions[row]}")
-    path = sheet_path(config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    asked = f"found {config.query or ''} {Path(config.image or '').stem}".lower()
+    name = "-".join(re.findall(r"\w+", asked))[:60]
     answers = [(row, f"{score:.2f}", False) for row, score in found]
-    draw_answers(dataset, [(config.query or "", image, answers[:5]), ("", None, answers[5:])], path)
-    print(f"see {path}")
+    draw_answers(dataset, [(config.query or "", image, answers[:5]), ("", None, answers[5:])], out / f"{name}.png")
+    print(f"see {out / name}.png")
     return found
 
 
@@ -67,30 +70,19 @@ def open_query_image(config: FinetuneConfig) -> Image.Image | None:
         raise DataError(f"--image {config.image}: {error}") from None
 
 
-def sheet_path(config: FinetuneConfig) -> Path:
-    """Name the sheet by the query, in a folder that is made if need be."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    query = f"found {config.query or ''} {Path(config.image or '').stem}".lower()
-    name = "-".join(re.findall(r"\w+", query))[:60]
-    return out / f"{name}.png"
-
-
 def check_words(tokenizer: Tokenizer, query: str) -> None:
     """Print which words of a query the vocabulary does not have. Raises DataError where it has none of them."""
     words = dict.fromkeys(re.findall(r"\w+", query))
-    unknown = [word for word in words if is_unknown(tokenizer, word)]
+    unknown = []
+    for word in words:
+        encoding = tokenizer.encode(word, add_special_tokens=False)
+        pieces = sum(encoding.attention_mask)  # without padding
+        if "[UNK]" in encoding.tokens or pieces == len(word) > 1:
+            unknown.append(word)
     if len(unknown) == len(words):
         raise DataError(f"--query {query!r}: no word of it is in the model's vocabulary")
     if unknown:
         print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
-
-
-def is_unknown(tokenizer: Tokenizer, word: str) -> bool:
-    """Whether the vocabulary can only spell a word letter by letter, or not at all."""
-    encoding = tokenizer.encode(word, add_special_tokens=False)
-    pieces = sum(encoding.attention_mask)  # without padding
-    return "[UNK]" in encoding.tokens or pieces == len(word) > 1
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What masks and negatives are worth, where the data set knows the ground truth: on synthetic images."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -188,12 +188,7 @@ def grouped(sim: Tensor, groups: np.ndarray, grouping: SamplerMode, config: Trai
 
 
 def false_negatives(
-    run: Run,
-    dataset: Synthetic,
-    rows: np.ndarray,
-    sim: Tensor,
-    picking: NegativeMode,
-    generator: torch.Generator,
+    run: Run, dataset: Synthetic, rows: np.ndarray, sim: Tensor, picking: NegativeMode, generator: torch.Generator
 ) -> list[bool]:
     """Choose the negatives of a batch, some rows (B,), by its cosines, sim (B, B). -> of each: is it a false one?"""
     temp, margin = run.model.temp.item(), run.config.margin
@@ -220,26 +215,18 @@ def truth_in_words(metrics: dict[str, float]) -> list[str]:
     """Put the metrics of `truth`, where they are there, into lines."""
     if "pointing" not in metrics:
         return []
-    percent = {key: f"{100 * value:.1f}" for key, value in metrics.items()}
+    percent = defaultdict(lambda: "–")  # choices are not there where too few images show such values
+    percent |= {key: f"{100 * value:.1f}" for key, value in metrics.items()}
     patches = chance_corrected(metrics, "patch_cooccurrence")
     words = chance_corrected(metrics, "word_cooccurrence")
     pointing_ratio = metrics["pointing"] / max(1e-9, metrics["pointing_random"])
-    lines = [
+    return [
         f"the photo adds {percent['photo_gain_detail']} points to masked words for details, "
-        f"{percent['photo_gain_whole']} to those for garment, colour, pattern, sleeve"
-    ]
-    if "choice_coarse" in metrics and "choice_fine" in metrics:  # not where too few images show such values
-        lines.append(
-            f"own caption chosen, coarse / fine: "
-            f"{percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
-            f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)"
-        )
-    lines.append(
+        f"{percent['photo_gain_whole']} to those for garment, colour, pattern, sleeve",
+        f"own caption chosen, coarse / fine: {percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
+        f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)",
         f"masks, chance-corrected: patches {patches:.2f}, words {words:.2f}; "
-        f"pointing to details {pointing_ratio:.1f} x chance"
-    )
-    lines.append(
+        f"pointing to details {pointing_ratio:.1f} x chance",
         f"false negatives, chosen / random / hard: {percent['false_negative_rate']} / "
-        f"{percent['false_negative_rate_random']} / {percent['false_negative_rate_hard']} %"
-    )
-    return lines
+        f"{percent['false_negative_rate_random']} / {percent['false_negative_rate_hard']} %",
+    ]

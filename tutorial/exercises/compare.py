@@ -21,13 +21,13 @@ def main(argv: list[str] | None = None) -> None:
     a, b = final_metrics(args.run_a), final_metrics(args.run_b)
     if not (a and b):
         sys.exit(f"compare.py: {args.run_b if a else args.run_a}: the run is not there, or not finished")
-    for key in args.metrics:
+    keys = args.metrics or [key for key in a if key in b and isinstance(a[key], float)]
+    for key in keys:
         if key not in a or key not in b:
             sys.exit(f"compare.py: {key}: not among the metrics of both runs")
     print(f"| metric | {args.run_a.name} | {args.run_b.name} | difference |\n|---|---|---|---|")
-    for key in args.metrics or a:
-        if key != "final" and isinstance(a.get(key), float | int) and isinstance(b.get(key), float | int):
-            print(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
+    for key in keys:
+        print(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
 
 
 if __name__ == "__main__":
