@@ -58,7 +58,12 @@ class Ranking:
 
 
 def rank_candidates(
-    protocol: str, sim: Tensor, positives: Tensor, images: Tensor, captions: Tensor, top: int
+    protocol: str,
+    sim: Tensor,
+    positives: Tensor,
+    images: Tensor,
+    captions: Tensor,
+    top: int,
 ) -> Ranking:
     """Rank the candidates by similarity and keep the best `top` to be re-ranked.
 
