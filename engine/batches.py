@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
+from data import augment, build_tokenizer, cut, normalise, random_crops, to_device, tokenize
 from engine.config import TrainConfig
 from engine.log import own_session
 from engine.run import Run, autocast
@@ -95,14 +95,6 @@ def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset
     return torch.utils.data.Subset(dataset, (dataset.product_ids < count).nonzero()[0].tolist())
 
 
-def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer, sample: int = 1000) -> None:
-    """Say it where texts are longer than the model reads."""
-    texts = [dataset.text(row) for row in range(0, len(dataset), max(1, len(dataset) // sample))]
-    if cut := sum(bool(encoding.overflowing) for encoding in encode(tokenizer, texts)):
-        longest = tokenizer.truncation["max_length"]
-        print(f"{100 * cut / len(texts):.0f} % of the training texts are cut at {longest} tokens; see --max-length")
-
-
 def different_photos(dataset: PhotoDataset) -> np.ndarray:
     """Rows that have each photo once. -> (n,)."""
     return np.unique(dataset.product_ids, return_index=True)[1] if dataset.several else np.arange(len(dataset))
@@ -143,28 +135,31 @@ def text_features(run: Run, texts: list[Text]) -> Tensor:
 
 
 def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
-    """All of a data set in order, on the device, photos normalised and neither cropped nor flipped."""
+    """All of a data set in order, on the device, photos normalised and neither cropped nor flipped. Raises DataError
+    if there is no image that can be read."""
     workers = dict(num_workers=run.config.workers, worker_init_fn=own_session)
     loader = DataLoader(dataset, run.config.batch_size, collate_fn=run.collate, **workers)
+    images = 0
     for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
         for reason in set(batch["unreadable"]) - run.unreadable:
             tqdm.write(f"cannot be read: {reason}")
         run.unreadable |= set(batch["unreadable"])
+        images += len(batch["rows"])
         if len(batch["rows"]):
             batch = to_device(batch, run.device)
             yield batch | {"images": normalise(batch["images"])}
+    if not images:
+        raise DataError("no image could be read")
 
 
 @torch.no_grad()
 def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
     """Rows that could be decoded (n,), and unit-length features of their photos (n, E)."""
-    rows, feats = [np.arange(0)], []
+    rows, feats = [], []
     for batch in batches_of(run, dataset, "encoding photos"):
         with autocast(run):
             feats.append(run.model.image_feature(run.model.vision(batch["images"])))
         rows.append(batch["rows"].cpu().numpy())
-    if not feats:
-        raise DataError("no photo could be read")
     return np.concatenate(rows), torch.cat(feats)
 
 

@@ -216,25 +216,22 @@ def _as_in_table(name: str, kind: str) -> str:
 
 
 def _fit_positions(renamed: dict[str, Tensor], config: ModelConfig) -> None:
-    """Interpolate the position embeddings of patches, cut those of words and add token type 0 to them, in place."""
+    """Interpolate the position embeddings of patches, bicubic as in DeiT; cut those of words, and add token type 0 to
+    them. In place."""
     if "vision.position_embed" in renamed:
-        renamed["vision.position_embed"] = _interpolate_positions(renamed["vision.position_embed"], config.grid)
+        table = renamed["vision.position_embed"]  # (1, 1 + G², D)
+        side = math.isqrt(table.shape[1] - 1)
+        if side != config.grid and table.shape[1] == 1 + side**2:
+            patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
+            patches = F.interpolate(patches, size=(config.grid, config.grid), mode="bicubic", align_corners=False)
+            patches = rearrange(patches, "1 d h w -> 1 (h w) d")
+            renamed["vision.position_embed"] = torch.cat([table[:, :1].float(), patches], dim=1)
     token_types = renamed.pop(TOKEN_TYPES, None)
     if "text.position_embeddings" in renamed:
         positions = renamed["text.position_embeddings"][: config.max_length]
         if token_types is not None:
             positions = positions + token_types[0]
         renamed["text.position_embeddings"] = positions
-
-
-def _interpolate_positions(table: Tensor, grid: int) -> Tensor:
-    """Position embeddings (1, 1 + G², D) of another grid -> (1, 1 + grid², D), bicubic as in DeiT."""
-    side = math.isqrt(table.shape[1] - 1)
-    if side == grid or 1 + side**2 != table.shape[1]:
-        return table
-    patches = rearrange(table[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1].float(), rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from engine.run import Run, autocast
 from evaluation.scores import full_rankings, recalls_of
 from losses import pick_negatives, same_pairs
 from masking import random_word_mask
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import PhotoDataset
 
 
 @torch.no_grad()
@@ -29,8 +29,6 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
         outputs["rows"].append(batch["rows"].cpu())
         for key, value in predicted.items():
             outputs[key].append(value.cpu())
-    if not outputs:
-        raise DataError("no photo of the validation split could be read")
     outputs = {key: torch.cat(parts) for key, parts in outputs.items()}
 
     texts, image_products, text_products = texts_to_search(dataset, outputs["rows"].numpy())

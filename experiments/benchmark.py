@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import build_dataset, build_tokenizer, to_device
-from engine.batches import augmented
+from data import build_dataset, to_device
+from engine.batches import augmented, learn_vocabulary
 from engine.config import MAX_GRAD_NORM, TrainConfig, parse_config
 from engine.flags import ConfigError, OneLineParser
 from engine.log import peak_memory_mib
@@ -34,10 +34,8 @@ def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products)
     dataset.prompts = config.prompts
     dataset.truths = "true" in (config.patch_mask, config.word_mask)
-    captions = [" ".join(dataset.text(row)[1::2]) for row in range(len(dataset))]
-    size = config.model.vocab_size
-    tokenizer = build_tokenizer(captions, size, config.model.max_length, config.vocab, config.prompts)
-    unused = size - tokenizer.get_vocab_size()  # synthetic captions have a few hundred words only
+    tokenizer = learn_vocabulary(config, dataset)
+    unused = config.model.vocab_size - tokenizer.get_vocab_size()  # synthetic captions have a few hundred words only
     tokenizer.add_tokens([f"[unused{i}]" for i in range(unused)])
     run = build_run(config, dataset, tokenizer)
     run.step = 10**9

@@ -1,7 +1,6 @@
 """Figures against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from small import FAST, batch_of, built
 import data
 from engine.config import parse_config
 from engine.run import build_run
-from evaluation import choice
+from evaluation import choice, truth
 from evaluation.scores import (
     Ranking,
     full_rankings,
@@ -177,31 +176,7 @@ def test_sampled_candidates_follow_their_definition(products, negatives, seed):
             assert sum(alike) == min(len(wrong), there) and alike == sorted(alike, reverse=True)
 
 
-class Oracle:
-    """Stands in for a momentum model: gives every photo and text the feature that the test wants it to have."""
-
-    def __init__(self, dataset, image_feat, text_feat):
-        self.of_photo = {dataset[row]["image"].numpy().tobytes(): feat for row, feat in enumerate(image_feat)}
-        self.texts, self.feats = dataset, text_feat
-
-    def vision(self, images):
-        return images
-
-    def project_image(self, images):
-        mean, std = (torch.tensor(values)[:, None, None] for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-        pixels = ((images * std + mean) * 255).round().byte()
-        return torch.stack([self.of_photo[photo.numpy().tobytes()] for photo in pixels])
-
-    def text(self, ids, keep):
-        return ids
-
-    def project_text(self, ids):
-        whole = [tuple(e.ids) for e in self.tokenizer.encode_batch(self.texts.captions)]
-        found = [[text[: len(row)] for text in whole].index(tuple(row)) for row in ids.tolist()]
-        return self.feats[found]
-
-
-def test_false_negatives_are_counted_by_hand():
+def test_false_negatives_are_counted_by_hand(monkeypatch):
     """Four products seen from the front. 0: a blue shirt with stripes. 1: the same without it, so its text fits photo 0,
     but not the other way round. 2: the shirt in red. 3: a bag. Similarities are chosen so that the hardest negatives
     are 0 <-> 1 and 2 <-> 3, above the own pair, and the semi-hard ones 0 <-> 2 and 1 <-> 3."""
@@ -213,16 +188,13 @@ def test_false_negatives_are_counted_by_hand():
     dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
     dataset.captions = [product.caption_and_spans()[0] for product in products]
     dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
-    dataset.photos[:] = [dataset._render(product, row)[0] for row, product in enumerate(products)]
     own, above, below, far = 0.75, 0.9, 0.5, 0.1
     rows = [own, above, below, far], [above, own, far, below], [below, far, own, above], [far, below, above, own]
     sim = torch.tensor(rows)
     flags = "--image-size 64 --patch-size 16 --batch-size 4 --negatives semihard"
     config, _ = parse_config([*FAST, *flags.split()])
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
-    oracle = Oracle(dataset, sim, torch.eye(4))
-    oracle.tokenizer = state.tokenizer
-    state.momentum = SimpleNamespace(model=oracle)
+    monkeypatch.setattr(truth, "momentum_features", lambda run, dataset, rows: (sim[rows], torch.eye(4)[rows]))
     figures = negative_truth(state, dataset)
     # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no stripes), 2 and 3 each other's;
     # texts the same way round: text 1 gets photo 0 (false)
