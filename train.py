@@ -40,7 +40,7 @@ from engine.config import (
 )
 from engine.distributed import any_process, average, gather, is_main_process, join_processes, rank, union, world_size
 from engine.flags import ConfigError, in_one_line
-from engine.log import StopSignals, peak_memory_mib, read_metrics, trim_metrics, write_metrics
+from engine.log import peak_memory_mib, read_metrics, stop_signals, trim_metrics, write_metrics
 from engine.run import Run, autocast, build_run, build_sampler
 from engine.weights import load_pretrained
 from evaluation.pictures import draw_curves, draw_masks, first_photos
@@ -511,7 +511,7 @@ def fit(
     images, seconds, stopping = 0, 0.0, False  # images and seconds since the last line of metrics
     named = set(run.unreadable)  # images that cannot be read, and were printed
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
-    with bar, StopSignals(second_stops=world_size() == 1) as signals:
+    with bar, stop_signals(second_stops=world_size() == 1) as signals:
         while run.step < run.total_steps and not stopping and not stalled(run, patience):
             start = time.perf_counter()
             lr = learning_rate(run.step, config, run.total_steps)
@@ -541,7 +541,7 @@ def fit(
             run.unreadable |= set(batch["unreadable"])
 
             done = run.step == run.total_steps
-            stopping = any_process(bool(signals.caught) or run.step == stop_at, run.device) and not done
+            stopping = any_process(bool(signals) or run.step == stop_at, run.device) and not done
             if done or stopping or run.step % config.log_every == 0:
                 means = average(losses | metrics | {"loss": loss, "grad_norm": grad_norm})
                 run.unreadable = union(run.unreadable)
@@ -582,7 +582,7 @@ def fit(
     if is_main_process():
         draw_curves(read_metrics(out / "metrics.jsonl"), out / "curves.png")
     if stopping:
-        why = signals.caught or ("as asked" if run.step == stop_at else "signal")
+        why = " ".join(signals[:1]) or ("as asked" if run.step == stop_at else "signal")
         print(f"stopped at step {run.step} ({why}); saved in {out}/last.pt, go on with --resume")
         return None
     print(f"done at step {run.step}, {run.seconds / 60:.1f} min of training; see {out}/curves.png")

@@ -10,14 +10,11 @@ from typing import Literal
 
 import torch
 
-from readers.dataset import legible
+from readers.dataset import DataError
 
 
-class ConfigError(ValueError):
+class ConfigError(DataError):
     """Flags that do not fit together, or a checkpoint that does not fit the flags."""
-
-    def __init__(self, message: str):
-        super().__init__(legible(message))
 
 
 def in_one_line(error: Exception) -> str:
@@ -80,12 +77,9 @@ def check_ranges(config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag_of(spec.name)} {value}: must be a finite number")
         low, high = spec.metadata.get("low"), spec.metadata.get("high")
-        if value is None or low is None:
-            continue
-        if high is None and value < low:
-            raise ConfigError(f"{flag_of(spec.name)} {value}: must be at least {low}")
-        if high is not None and not low <= value <= high:
-            raise ConfigError(f"{flag_of(spec.name)} {value}: must be between {low} and {high}")
+        if value is not None and low is not None and not low <= value <= (high or math.inf):
+            limits = f"between {low} and {high}" if high else f"at least {low}"
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be {limits}")
 
 
 def check_readers(kind: str, mine: str, given: set[str], flags: dict[str, tuple[str, ...]]) -> None:

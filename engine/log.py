@@ -48,10 +48,12 @@ The last line, with the last validation
     peak_memory_mib             peak memory, of the first process
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -96,26 +98,22 @@ def write_metrics(path: Path, **metrics) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-class StopSignals:
+@contextlib.contextmanager
+def stop_signals(second_stops: bool) -> Iterator[list[str]]:
     """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once, unless torchrun is there:
-    it may pass on a signal that has already come."""
+    it may pass on a signal that has already come. -> the names of the signals that came"""
+    caught = []
 
-    def __init__(self, second_stops: bool):
-        self.second_stops = second_stops
-        self.caught: str | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def catch(self, number: int, _frame) -> None:
-        """Note the signal."""
-        self.caught = signal.Signals(number).name
-        if self.second_stops:
+    def note(number: int, _frame) -> None:
+        caught.append(signal.Signals(number).name)
+        if second_stops:
             signal.signal(number, signal.SIG_DFL)
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

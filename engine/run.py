@@ -79,8 +79,6 @@ def fitting_precision(device: torch.device) -> str:
     """What `--precision auto` takes: bf16 where the GPU or the processor multiplies bf16 itself, fp32 elsewhere."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "mps":
-        return "fp32"  # nothing here was ever tried on a Mac's GPU
     has = torch.cpu.get_capabilities()
     fast = has.get("amx_bf16") or has.get("avx512_bf16")  # others compute in bf16, but slower than in fp32
     return "bf16" if fast and torch.backends.mkldnn.is_available() else "fp32"
