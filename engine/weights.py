@@ -75,10 +75,6 @@ KINDS = {
 }
 
 
-class WeightsError(DataError):
-    """A weights file that cannot be read, or that has nothing that fits the model."""
-
-
 @dataclass
 class LoadReport:
     """What `load_pretrained` did. Names are ours, but of tensors without a counterpart."""
@@ -133,23 +129,23 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         ViT: in the naming of Hugging Face, timm, DeiT or MAE; position embeddings are interpolated
         BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
         whole: a checkpoint of ALBEF, or a file of experiments/export.py
-    Raises WeightsError if a file cannot be read, is of no kind or of another file's kind, or has no tensor that fits.
+    Raises DataError if a file cannot be read, is of no kind or of another file's kind, or has no tensor that fits.
     """
     report = LoadReport()
     for path in files:
         state = _read_weights(Path(path))
         kinds = [kind for kind, pattern in KINDS.items() if any(re.match(pattern, name) for name in state)]
         if not kinds:
-            raise WeightsError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
+            raise DataError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
         kind = kinds[0]
         if kind in report.kinds:
-            raise WeightsError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
+            raise DataError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
         report.kinds[kind] = path
         renamed = _rename(_split_qkv(state), kind, model, report)
         _fit_positions(renamed, model.config)
         loaded = _copy_fitting(renamed, model, report)
         if not loaded:
-            raise WeightsError(f"{path}: none of its tensors fits this model; is it the right preset?")
+            raise DataError(f"{path}: none of its tensors fits this model; is it the right preset?")
         report.loaded |= loaded
     report.missing = [name for name, _ in model.named_parameters() if name not in report.loaded]
     return report
@@ -163,14 +159,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DeiT store their options
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise WeightsError(f"{path}: no such weights file") from None
+        raise DataError(f"{path}: no such weights file") from None
     except Exception:  # damaged files raise many kinds
-        raise WeightsError(f"{path}: damaged, or not plain tensors; pickled code is never run") from None
+        raise DataError(f"{path}: damaged, or not plain tensors; pickled code is never run") from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise WeightsError(f"{path}: holds a {type(state).__name__}, not named tensors")
+        raise DataError(f"{path}: holds a {type(state).__name__}, not named tensors")
     return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 

@@ -19,7 +19,7 @@ from engine.config import ema_decay, itm_hard_ratio, learning_rate, parse_config
 from engine.finetune_config import FinetuneConfig
 from engine.flags import ConfigError
 from engine.run import autocast, build_optimizer
-from engine.weights import WeightsError, load_pretrained
+from engine.weights import load_pretrained
 from finetune import hold_out
 from model import PRESETS, VisionLanguageModel
 from readers.dataset import DataError, PhotoDataset
@@ -119,14 +119,14 @@ def test_a_whole_albef_checkpoint_fills_what_a_vit_and_a_bert_fill_and_the_heads
 def test_weights_of_another_size_are_refused_and_partial_fits_reported(tmp_path):
     other, target = make_model(replace(SMALL, width=64)), make_model()
     torch.save(timm_names(other.vision), tmp_path / "vit.pth")
-    with pytest.raises(WeightsError, match="none of its tensors fits"):
+    with pytest.raises(DataError, match="none of its tensors fits"):
         load_pretrained(target, [tmp_path / "vit.pth"])
     torch.save(bert_names(vocab_size=99), tmp_path / "bert.bin")
     report = load_pretrained(target, [tmp_path / "bert.bin"])
     assert "shape (99, 48), this model has (60, 48)" in str(report)
     assert "text.word_embeddings.weight" in report.missing
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match="list.pth"):
+    with pytest.raises(DataError, match="list.pth"):
         load_pretrained(target, [tmp_path / "list.pth"])
 
 

@@ -13,9 +13,10 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFa
 import train
 from data import build_tokenizer
 from engine.checkpoints import PARTS
-from engine.weights import WeightsError, load_pretrained
+from engine.weights import load_pretrained
 from experiments import export
 from model import ModelConfig, VisionLanguageModel
+from readers.dataset import DataError
 from tests.small import FAST, checkpoint, run
 
 WORDS = ["a red dress with a round neck and long sleeves", "a blue shirt with white stripes, short sleeves"] * 3
@@ -106,7 +107,7 @@ def test_it_is_read_back_bit_for_bit(tmp_path, config, capsys):
     assert not report.missing and not report.skipped
     for (name, ours), theirs in zip(target.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
-    with pytest.raises(WeightsError, match="a whole file as .* is; give two of different kinds"):
+    with pytest.raises(DataError, match="a whole file as .* is; give two of different kinds"):
         load_pretrained(target, [file, file])
 
 
