@@ -26,8 +26,7 @@ PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "co
 
 
 def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
-    """Write a checkpoint to a file beside `path`, flush it to the disk, then rename it over `path`. A failure leaves
-    nothing. keep_older: the version before stays, as `last-2.pt` beside `last.pt`. Raises OSError."""
+    """Write a checkpoint beside `path`, then rename it. keep_older: the version before stays, as `last-2.pt`."""
     scratch, older = path.with_name(f".{path.name}.part"), path.with_stem(f"{path.stem}-2")
     try:
         with open(scratch, "wb") as file:
@@ -49,10 +48,8 @@ def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Write all that a run needs to go on, from the first process.
-
-    There is no random state to save: every step seeds itself from (seed, step), the sampler from (seed, epoch).
-    """
+    """Write all that a run needs to go on, from the first process. Random states are not among it: every step seeds
+    itself from (seed, step), the sampler from (seed, epoch)."""
     if not is_main_process():
         return
     state = {name: getattr(run, name) for name in SIMPLE}

@@ -33,19 +33,12 @@ class LoopConfig:
     warmup: int = option(500, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
     ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
-    alpha: float = option(
-        0.4, "share of momentum soft targets in ITC and MLM, ramped up over the first epoch", low=0, high=1
-    )
+    alpha: float = option(0.4, "share of momentum soft targets, ramped up over the first epoch", low=0, high=1)
     queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
-    negatives: NegativeMode = option(
-        "similar",
-        "how ITM negatives are chosen; hard and semihard also group the batches, from the second epoch on",
-    )
+    negatives: NegativeMode = option("similar", "choice of ITM negatives; hard and semihard also group the batches")
     itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
     itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
-    margin: float = option(
-        0.0, "semihard groups and negatives: how much less similar than the own pair, as a cosine", low=0, high=2
-    )
+    margin: float = option(0.0, "semihard: how much less similar than the own pair, as a cosine", low=0, high=2)
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
     distort: float = option(0.0, "strength of rotation, shear, blur and noise", low=0, high=1)
     focal_gamma: float = option(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
@@ -78,22 +71,15 @@ class TrainConfig(LoopConfig):
     mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
     patch_mask: MaskMode = option("sync", "how MIM chooses patches: at random, synchronized, by the truth")
     word_mask: MaskMode = option("sync", "how MLM chooses words: at random, synchronized, by the truth")
-    mask_source: MaskSource = option(
-        "masked",
-        "attention that synchronized masks are made of: that of each word while it is masked, or of the clean pair",
-    )
-    word_pool: float = option(
-        0.45, "share of the words, those with the highest scores, of which the masked ones are drawn", low=0, high=1
-    )
+    mask_source: MaskSource = option("masked", "sync masks read the attention of masked words, or of the clean pair")
+    word_pool: float = option(0.45, "share of the words, the best, of which sync masks draw", low=0, high=1)
     mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
     mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
     soft_mask: bool = option(True, "one more match for ITM: the photo with what one word is about suppressed")
     mask_text: bool = option(True, "masked text for ITC and ITM too, not for MLM alone")
 
     vocab: str | None = option(None, "a BERT vocab.txt instead of a vocabulary trained on the captions")
-    weights: tuple[str, ...] = option(
-        (), "published weights to start from, one or two files: ViT, BERT, or a whole ALBEF; text needs --vocab"
-    )
+    weights: tuple[str, ...] = option((), "published weights to start from: ViT, BERT (with --vocab), or ALBEF")
 
 
 SCHEDULES = {
@@ -119,9 +105,8 @@ SCHEDULES = {
     "small": dict(
         epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, mask_warmup=1000, workers=4
     ),
-    "base": dict(
-        epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000
-    ),  # a checkpoint is 3.5 GB
+    # a checkpoint is 3.5 GB
+    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000),
 }
 # What a recipe sets over its preset, and what it sets for one preset alone. All of syncmask's are choices, those of the
 # model and of the masks made on the truth of the synthetic photos; no queue beside grouped batches, as GRIT-VLP.
@@ -210,9 +195,7 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
     check_loop(config, given)
     check_readers("recipe", config.recipe, given, RECIPE_FLAGS)
     if config.recipe == "softmask" and config.soft_mask and config.model.fusion_layers == 1:
-        raise ConfigError(
-            "--soft-mask needs two or more --fusion-layers, since it cannot read the last; add --no-soft-mask"
-        )
+        raise ConfigError("--soft-mask needs two or more --fusion-layers; add --no-soft-mask")
     if "true" in (config.patch_mask, config.word_mask) and config.data != "synthetic":
         raise ConfigError(f"--patch-mask and --word-mask true: what photos show is not known of {config.data}")
     if config.prompts and config.model.max_length < 16:

@@ -46,9 +46,7 @@ class FinetuneConfig(LoopConfig):
     split: Literal["val", "train", "test"] = option("val", "split to report on, or to search in")
     eval_only: bool = option(False, "do not train: evaluate the checkpoint as it is")
     from_scratch: bool = option(False, "random weights instead of the checkpoint's, to compare with")
-    held_out: float = option(
-        0.1, "share of the training products, --val-products at most, to choose the best step by", low=0.001, high=0.9
-    )
+    held_out: float = option(0.1, "share of the products to choose the best step by", low=0.001, high=0.9)
     patience: int = option(0, "stop after so many validations without a better one; 0: never", low=0)
     rerank: int = option(0, "let the ITM head re-rank so many of the best by similarity", low=0)
     modality: Literal["both", "image", "text"] = option("both", "what recognition and entailment read")

@@ -45,10 +45,7 @@ def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str,
     """Measure masks, the choice between captions, and negatives, where both data sets know the ground truth."""
     if not (isinstance(train_set, Synthetic) and isinstance(val_set, Synthetic)):
         return {}
-    metrics = mask_truth(run, val_set)
-    metrics |= choices(run, val_set, CHOICE_PRODUCTS)
-    metrics |= negative_truth(run, train_set)
-    return metrics
+    return mask_truth(run, val_set) | choices(run, val_set, CHOICE_PRODUCTS) | negative_truth(run, train_set)
 
 
 @torch.no_grad()

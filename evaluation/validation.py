@@ -34,14 +34,10 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
     texts, image_products, text_products = texts_to_search(dataset, outputs["rows"].numpy())
     text_feat = text_features(run, texts).cpu()
     rankings = full_rankings(outputs["image_feat"], text_feat, image_products, text_products)
-    metrics = {}
-    for key, value in recalls_of(rankings).items():
-        if key != "full_mean":
-            metrics[key.replace("full", "val")] = value
-    by_chance = []
-    for ranking in rankings:
-        for key, value in ranking.chance().items():
-            by_chance.append(f"{key.removeprefix('full_')} {value:.3f}")
+    metrics = {key.replace("full", "val"): value for key, value in recalls_of(rankings).items()}
+    del metrics["val_mean"]
+    chance = rankings[0].chance() | rankings[1].chance()
+    by_chance = [f"{key.removeprefix('full_')} {value:.3f}" for key, value in chance.items()]
 
     mlm_accuracy = outputs["mlm_hits"].float().mean().item()
     mlm_accuracy_other = outputs["mlm_hits_other"].float().mean().item()
