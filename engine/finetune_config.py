@@ -112,13 +112,11 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
     model = ModelConfig(**saved["model"])
     local_tokens = model.local_tokens and task != "tgir"  # which reads [CLS] alone, as in Fashion-FINE
-    layers = {
+    layers = {name: saved[name] for name in ("preset", "products", "prompts")}
+    layers |= {
         "model": replace(model, local_tokens=local_tokens, alignment=False, detector=False),
-        "preset": preset,
         "data": data,
         "root": saved["root"] if data == saved["data"] else None,
-        "products": saved["products"],
-        "prompts": saved["prompts"],
         "start": saved.get("task"),
         "data_seed": saved.get("data_seed", saved["seed"]),
         "classes": tuple(saved.get("classes", ())),

@@ -31,16 +31,11 @@ from readers.triplets import Triplets
 from readers.wardrobe import WHOLE, Detail, Product
 
 
-def with_truth(dataset, rows, tokenizer, monkeypatch):
-    """A batch that brings the truth."""
-    monkeypatch.setattr(dataset, "truths", True)
-    return data.Collate(tokenizer)([dataset[row] for row in rows])
-
-
 def test_word_truth_is_the_truth_token_by_token(wardrobe, monkeypatch):
     tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
     rows = list(range(0, 60, 5))
-    known = word_truth(with_truth(wardrobe, rows, tokenizer, monkeypatch), 8)
+    monkeypatch.setattr(wardrobe, "truths", True)
+    known = word_truth(data.Collate(tokenizer)([wardrobe[row] for row in rows]), 8)
     encodings = data.encode(tokenizer, [wardrobe.text(row) for row in rows])
     assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
     hidden = 0

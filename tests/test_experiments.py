@@ -1,7 +1,6 @@
 """Pictures are drawn, experiments go on where they stopped, and a step's passes are those that its recipe names."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,7 @@ SMALL = [*FAST, "--steps", "2"]
 
 
 def test_contact_sheet(tmp_path):
-    command = [sys.executable, "experiments/figures.py", "sheet", "--products", "2", "--file", str(tmp_path / "s.png")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    figures.main(["sheet", "--products", "2", "--file", str(tmp_path / "s.png")])
     assert Image.open(tmp_path / "s.png").width > 600
 
 
