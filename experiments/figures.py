@@ -10,12 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import get_args
 
-import matplotlib
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from data import DataName, build_dataset
 from engine.checkpoints import config_from_dict, load_checkpoint, read_tokenizer
 from engine.flags import ConfigError
@@ -28,9 +25,8 @@ from readers.prompts import DESCRIPTION
 def draw_sheet(dataset: PhotoDataset, products: int, path: Path) -> None:
     """A page of the first products, one a row: up to four photos, then the description."""
     products = min(products, int(dataset.product_ids.max()) + 1)
-    figure, axes = plt.subplots(
-        products, 5, figsize=(9.4, 1.55 * products), squeeze=False, width_ratios=[1, 1, 1, 1, 2.3], layout="constrained"
-    )
+    figure = Figure(figsize=(9.4, 1.55 * products), layout="constrained")
+    axes = figure.subplots(products, 5, squeeze=False, width_ratios=[1, 1, 1, 1, 2.3])
     for product, row_axes in enumerate(axes):
         rows = (dataset.product_ids == product).nonzero()[0][:4]
         for axis in row_axes:
