@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from readers.camera import render, shade
+from readers.camera import shade
 from readers.dataset import DataError
 from readers.synthetic import Synthetic
 from readers.triplets import FAMILY, synthetic_triplets
@@ -135,18 +135,6 @@ def test_what_is_covered_is_not_seen(wardrobe):
         assert sum((truth.region(key).astype(int) for key in on_top), np.zeros((64, 64), int)).max() <= 1
         for key in truth.regions.keys() & product.details.keys():
             assert not (truth.region(key) & ~truth.region("garment")).any()
-    narrow, wide = Detail("narrow", "pleats"), Detail("wide", "stripes")
-    skirt = Product("mini skirt", "red", None, None, None, None, {"hip": narrow, "hem": wide})
-
-    def area(product, key):
-        _, regions = render(product, "front", 64, np.random.default_rng(0))
-        return np.asarray(regions[key]).sum()
-
-    alone = replace(skirt, details={"hem": wide})
-    assert area(skirt, "hem") < area(alone, "hem")  # under the narrow band, whichever is named first
-    assert area(skirt, "hip") == area(replace(skirt, details={"hip": narrow}), "hip")
-    turned = replace(skirt, details={"hem": wide, "hip": narrow})
-    assert area(turned, "hem") == area(skirt, "hem") and turned.style == skirt.style
 
 
 def test_a_description_fits_a_photo_that_shows_nothing_against_it():
