@@ -57,20 +57,20 @@ def file_of(number: int) -> Path:
 def written(number: int) -> Functions:
     """The student's functions. Raises Mistake where one is missing."""
     found = runpy.run_path(str(file_of(number)))
-    names = EXERCISES[number].write
-    for name in names:
+    functions = {}
+    for name in EXERCISES[number].write:
         if name not in found:
-            raise Mistake(f"{file_of(number)} defines no {name}; start.py {number} --again writes the stub anew")
-    return {name: found[name] for name in names}
+            raise Mistake(f"{file_of(number)} defines no {name}")
+        functions[name] = found[name]
+    return functions
 
 
-def run_own_tests(number: int, functions: Functions) -> list[str]:
-    """Run the project's tests of an exercise with these functions in place of the project's own. -> their names"""
+def run_own_tests(number: int, functions: Functions) -> None:
+    """Run the project's tests of an exercise with these functions in place of the project's own."""
     exercise = EXERCISES[number]
     with mock.patch.multiple(exercise.module, **functions):
         # a fresh copy of the tests, which imports these functions
         copy = runpy.run_path(str(ROOT / "tests" / f"test_{exercise.module}.py"))
-        names = [name for name in copy if re.match(f"test_.*({exercise.tests})", name)]
-        for name in names:
-            copy[name]()
-    return names
+        for name, test in copy.items():
+            if re.match(f"test_.*({exercise.tests})", name):
+                test()

@@ -57,15 +57,14 @@ def main(argv: list[str] | None = None) -> None:
         "start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("number", type=int, choices=EXERCISES, metavar="N", help=f"exercise, 1 to {len(EXERCISES)}")
-    parser.add_argument("--again", action="store_true", help="write the stub anew, over what you wrote")
     parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help="idea, pseudo-code, place")
     args = parser.parse_args(argv)
     if args.hint:
         print(hint(args.number, args.hint))
         return
     path = file_of(args.number)
-    if path.exists() and not args.again:
-        sys.exit(f"start.py: {path} is there already; --again writes the stub over it")
+    if path.exists():
+        sys.exit(f"start.py: {path} is there already; delete it to begin anew")
     path.parent.mkdir(exist_ok=True)
     path.write_text(stub(args.number))
     exercise = EXERCISES[args.number]
