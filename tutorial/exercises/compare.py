@@ -10,11 +10,13 @@ from pathlib import Path
 
 
 def final_metrics(run: Path) -> dict[str, float]:
-    """Read the last line of a run's metrics.jsonl. Raises ValueError if the run is not finished."""
+    """Read the last line of a run's metrics.jsonl."""
     file = run / "metrics.jsonl"
+    if not file.exists():
+        sys.exit(f"compare.py: {file}: no such file")
     metrics = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
     if not metrics.pop("final", False):
-        raise ValueError(f"{file}: the run is not finished; go on with train.py --resume --out {run}")
+        sys.exit(f"compare.py: {file}: the run is not finished; go on with train.py --resume --out {run}")
     return metrics
 
 
@@ -23,19 +25,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_a", type=Path)
     parser.add_argument("run_b", type=Path)
-    parser.add_argument("metrics", nargs="*", help="only these (default: all)")
+    parser.add_argument("metrics", nargs="*", help="only these (default: all that both runs have)")
     args = parser.parse_args(argv)
-    try:
-        a, b = final_metrics(args.run_a), final_metrics(args.run_b)
-    except (OSError, ValueError) as error:
-        sys.exit(f"compare.py: {error}")
-    for key in args.metrics:
-        if key not in a or key not in b:
-            sys.exit(f"compare.py: {key}: not among the metrics of both runs")
+    a, b = final_metrics(args.run_a), final_metrics(args.run_b)
+    common = [key for key in a if key in b]
     print(f"| metric | {args.run_a.name} | {args.run_b.name} | difference |\n|---|---|---|---|")
-    for key in args.metrics or a:
-        if isinstance(a.get(key), float | int) and isinstance(b.get(key), float | int):
-            print(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
+    for key in args.metrics or common:
+        if key not in common:
+            sys.exit(f"compare.py: {key}: not among the metrics of both runs")
+        print(f"| {key} | {a[key]:.4g} | {b[key]:.4g} | {b[key] - a[key]:+.4g} |")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import argparse
 import ast
 import importlib
 import inspect
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -45,12 +44,6 @@ def stub(number: int) -> str:
     return text
 
 
-def hint(number: int, level: int) -> str:
-    """Read the text under its heading in hints.md."""
-    text = (Path(__file__).parent / "hints.md").read_text()
-    return re.search(rf"^## {number}\.{level} .*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0].strip()
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -60,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help="idea, pseudo-code, place")
     args = parser.parse_args(argv)
     if args.hint:
-        print(hint(args.number, args.hint))
+        hints = Path(__file__).with_name("hints.md").read_text().split("\n## ")
+        print(next(text for text in hints if text.startswith(f"{args.number}.{args.hint} ")))
         return
     path = file_of(args.number)
     if path.exists():
@@ -68,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(stub(args.number))
     exercise = EXERCISES[args.number]
-    names = ", ".join(exercise.write)
-    print(f"{path}: write {names}; then python -m pytest tutorial/exercises -k ex{args.number}")
+    print(f"{path}: write {', '.join(exercise.write)}; then python -m pytest tutorial/exercises -k ex{args.number}")
     print(f"Leave {exercise.module}.py closed: the solution is there.")
 
 
