@@ -46,15 +46,13 @@ def stub(number: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("start.py", description=__doc__.split("\n")[0])
     parser.add_argument("number", type=int, choices=EXERCISES, metavar="N", help=f"exercise, 1 to {len(EXERCISES)}")
     parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help="idea, pseudo-code, place")
     args = parser.parse_args(argv)
     if args.hint:
         hints = Path(__file__).with_name("hints.md").read_text().split("\n## ")
-        print(next(text for text in hints if text.startswith(f"{args.number}.{args.hint} ")))
+        print(next(text for text in hints if text.startswith(f"{args.number}.{args.hint} ")).strip())
         return
     path = file_of(args.number)
     if path.exists():
