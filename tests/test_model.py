@@ -78,8 +78,6 @@ def test_initial_positions_resemble_their_neighbours_and_are_as_long_as_words():
     assert words.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
     similarity = positions @ positions.T
     assert similarity[10].argmax() == 10 and (similarity[10, 10:15].diff() < 0).all()
-    same_distance = similarity.diagonal(5)
-    torch.testing.assert_close(same_distance, same_distance[:1].expand_as(same_distance))
     grid = sincos_pos_embed_2d(4, 16).view(4, 4, 2, 8)  # row, column, which of the two is embedded
     side = sincos_pos_embed(4, 8)
     assert torch.equal(grid[:, :, 0], side[:, None].expand(4, 4, 8))
@@ -148,11 +146,6 @@ def test_attention_is_the_same_with_and_without_probabilities():
     close(fused, explicit)
     close(probabilities.sum(-1), torch.ones(2, 4, 5))
     assert (probabilities.permute(0, 3, 1, 2)[~mask] == 0).all()
-    with torch.autocast("cpu", torch.bfloat16):  # explicit with gradients, fused without
-        with_gradients = attention(x, kv, mask)[0]
-        without = attention(x.detach(), kv.detach(), mask)[0]
-    for bf16 in (with_gradients, without):
-        torch.testing.assert_close(bf16.float(), explicit, atol=0.02, rtol=0.05)
 
 
 @torch.no_grad()
@@ -309,8 +302,8 @@ def test_phrases_equal_a_loop():
 
 @torch.no_grad()
 def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
-    model, plain = make_model(FINE), make_model()
-    (token_ids, mask), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
+    model, image_embeds = make_model(FINE), torch.randn(3, 17, SMALL.width)
+    token_ids, mask = texts()
     text_embeds, words = model.text(token_ids, mask), mask[:, 2:].bool()
 
     def norm(x):
@@ -327,5 +320,3 @@ def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
     for feature in (model.text_feature, model.category_feature):
         close(feature(changed, mask), feature(text_embeds, mask))
         assert feature(text_embeds[:1, :3], no_words).isfinite().all()
-    assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
-    assert torch.equal(plain.text_feature(text_embeds, mask), plain.project_text(text_embeds))
