@@ -1,6 +1,6 @@
 """Small runs and files that several tests share."""
 
-import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -148,21 +148,12 @@ ROOT = Path(__file__).parent.parent
 def unresolved(page):
     """Of the `file.py:name` and `file.py:Class.name` in a page's text, those that the code does not have. -> names, and
     how many there were."""
-    asked = re.findall(r"`([\w/]+\.py):([\w.]+)`", page)
-    return [f"{file}:{name}" for file, name in asked if not _defines(ROOT / file, name.split("."))], len(asked)
-
-
-def _defines(file, path):
-    body = ast.parse(file.read_text()).body if file.exists() else []
-    for name in path:
-        named = [node for node in body if name in _names(node)]
-        if not named:
-            return False
-        body = getattr(named[0], "body", [])
-    return True
-
-
-def _names(node):
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return [getattr(node, "name", ""), getattr(getattr(node, "target", None), "id", "")]
+    asked, missing = re.findall(r"`([\w/]+)\.py:([\w.]+)`", page), []
+    for file, path in asked:
+        owner = importlib.import_module(file.replace("/", "."))
+        for name in path.split("."):
+            if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", {}):
+                missing.append(f"{file}.py:{path}")
+                break
+            owner = getattr(owner, name, None)
+    return missing, len(asked)

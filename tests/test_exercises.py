@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,84 +13,66 @@ from tutorial.exercises.catalogue import EXERCISES, Mistake, run_own_tests, writ
 from tutorial.exercises.checks import check
 
 HERE = Path(catalogue.__file__).parent
-OWN_TESTS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 5, 8: 1}  # of the project's tests, how many
-RANKED = "return mask_words(scores, words, ratio)"
-MASKED_LOGITS = """logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)
-        chosen = torch.multinomial(logits.softmax(dim=1), 1"""
-PLACES = "torch.arange(1, words.shape[1] + 1).expand_as(words)"
-ONE_ARGSORT = """scores = scores.masked_fill(~first_pieces(words), -1)
-    first = (scores.argsort(dim=1, descending=True) < word_counts(words, ratio)) & first_pieces(words)
-    return first.gather(1, (words - 1).clamp(min=0)) & (words > 0)"""
-IN_TOKENS = """topk_mask(
-        break_ties(scores, generator), words > 0,
-        ((words > 0).sum(1, keepdim=True) * max(pool, word_ratio)).round().minimum((words > 0).sum(1, keepdim=True)))"""
-DRAWN = "chosen = torch.multinomial(logits.softmax(dim=1) * ~forbidden, 1"
-# exercise, function, what of it becomes what, the message
-MISTAKES = [
-    (1, "random_word_mask", {RANKED: "return (scores < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0)"}, "no coin for each word"),
-    (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES}, ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
-    (1, "random_word_mask", {RANKED: f"return mask_words(scores, {PLACES} * (words > 0), ratio)"}, r"count words \(`word_counts`\), not tokens|one piece"),
-    (1, "random_word_mask", {RANKED: "return mask_words(scores[:1].expand(words.shape), words, ratio)"}, "the same random numbers"),
-    (1, "random_word_mask", {RANKED: ONE_ARGSORT}, "or one argsort"),
-    (2, "corrupt_words", {"token_ids.masked_fill(~mask, -100)": "token_ids"}, "words that are not masked have labels"),
-    (2, "corrupt_words", {"dice < 0.8": "dice < 1"}, r"become \[MASK\] and 0% stay"),
-    (2, "corrupt_words", {"token_ids.masked_fill(mask": "token_ids.masked_fill_(mask"}, "token_ids itself is written into"),
-    (3, "cooccurrence", {"mask & candidates": "mask"}, "only masked candidates count"),
-    (3, "cooccurrence", {"(masked & shared).sum(), masked.sum()": "(masked & shared).sum() / masked.sum()"}, "two counts"),
-    (3, "pointing", {"by_chance[words].sum()": "words.sum() / regions.shape[2]"}, "as often as the region is large"),
-    (4, "same_pairs", {"same_product | same_caption": "same_product"}, "same caption to the letter counts as wrong"),
-    (4, "same_pairs", {"product_ids[:, None] == key_product_ids": "torch.eye(len(product_ids), len(key_product_ids)) > 0"}, "second image of a product counts as wrong"),
-    (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "right"}, "sum to 2.0, not to 1"),
-    (4, "itc_targets", {"right / right.sum(dim=1, keepdim=True)": "torch.eye(*right.shape)"}, "right answers share"),
-    (4, "itc_targets", {"return alpha * ": "return (1 - alpha) * ", "+ (1 - alpha) *": "+ alpha *"}, "alpha is the share of softmax"),
-    (5, "pick_negatives", {MASKED_LOGITS: DRAWN}, "Mask the logits before the softmax"),
-    (5, "pick_negatives", {"logits = sim if": "logits = -sim if"}, r"not drawn ∝ exp\(sim\)"),
-    (5, "pick_negatives", {", generator=generator": ""}, "one generator, two draws"),
-    (5, "pick_negatives", {"masked_fill(forbidden, -torch.inf)": "masked_fill(forbidden, 0)"}, "hard: a pair itself, .* −∞ where forbidden"),
-    (5, "pick_negatives", {' if mode == "similar" else torch.zeros_like(sim)': ""}, "random always draws the same"),
-    (5, "pick_negatives", {'sim if mode == "similar" else ': ""}, r"not drawn ∝ exp\(sim\)"),
-    (5, "pick_negatives", {"sim.masked_fill(forbidden, -": "sim.masked_fill_(forbidden, -"}, "sim itself is written into"),
-    (5, "pick_negatives", {MASKED_LOGITS: DRAWN.replace("forbidden", "forbidden + 1e-9")}, "pair itself, or another forbidden one, is drawn"),
-    (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden & False", "masked_fill(forbidden, ": "masked_fill(forbidden & False, "}, "a pair itself, or another"),
-    (5, "pick_negatives", {"torch.where(possible, chosen, -1)": "chosen"}, "the answer is −1"),
-    (5, "pick_negatives", {"forbidden & possible[:, None]": "forbidden"}, "Keep the logits finite"),
-    (6, "pick_negatives", {"[:, None] - margin": "[:, None] + margin"}, "margin is on the wrong side"),
-    (6, "pick_negatives", {"sim < sim.diag": "sim > sim.diag"}, "more similar than the own pair"),
-    (6, "pick_negatives", {"torch.inf).argmin": "-torch.inf).argmax"}, "then the least similar one"),
-    (6, "pick_negatives", {"~below, -torch.inf).argmax": "~below, torch.inf).argmin"}, "is the easiest"),
-    (7, "sync_mask", {"break_ties(scores, generator)": "break_ties(-scores, generator)"}, "the lowest scores are masked"),
-    (7, "sync_mask", {"word_mask = mask_words(best + draws, words, word_ratio)": f"word_mask = mask_words(best + draws, {PLACES}, word_ratio)"}, r"no words, where `words` is 0: \[CLS\]"),
-    (7, "sync_mask", {"attention * word_mask[..., None]": "attention * (words > 0)[..., None]"}, "rows of other words"),
-    (7, "sync_mask", {"attention * word_mask[..., None]": "attention"}, "highest mean attention of the words just masked"),
-    (7, "sync_mask", {".clamp(min=1)": ""}, "a caption without a word has always the same patches"),
-    (7, "sync_mask", {"break_ties(patch_scores, generator)": "-patch_scores"}, "other patches are masked than"),
-    (7, "sync_mask", {"break_ties(patch_scores, generator)": "patch_scores"}, "always the same patches: `break_ties`"),
-    (7, "sync_mask", {"break_ties(scores, generator)": "scores"}, "always the same word: `break_ties`"),
-    (7, "sync_mask", {"mask_words(best + draws": "mask_words(draws"}, "not of all words"),
-    (7, "sync_mask", {"max(pool, word_ratio)": "word_ratio"}, "the pool is ignored"),
-    (7, "sync_mask", {"max(pool, word_ratio)": "pool"}, r"the best max\(pool, word_ratio\)"),
-    (7, "sync_mask", {"mask_words(break_ties(scores, generator), words, max(pool, word_ratio))": IN_TOKENS}, "not of the tokens"),
-    (7, "sync_mask", {"mask_words(best + draws, words, word_ratio)": "topk_mask(best + draws, words > 0, word_counts(words, word_ratio))"}, "one piece of a word"),
-    (8, "grad_cam", {"gradient.clamp(min=0)": "gradient"}, "the ReLU of Grad-CAM"),
-    (8, "grad_cam", {"attention * ": ""}, "the attention itself is a factor"),
-    (8, "grad_cam", {", retain_graph=True": ""}, "still need the graph"),
-    (8, "grad_cam", {".detach()": ""}, "nothing is learnt through a soft mask"),
-    (8, "soft_mask", {"word_index, 1:]": "word_index]"}, "without the image CLS"),
-    (8, "soft_mask", {"word_index, 1:]": "0, 1:]"}, "the row of the word counts"),
-    (8, "soft_mask", {"heat.amax(dim=1, keepdim=True)": "heat.amax()"}, "a most of its own"),
-]  # fmt: skip
+# exercise ¦ what of its solution ¦ becomes what ¦ what the student reads
+TABLE = """
+1 ¦ mask_words(scores, words, ratio) ¦ (scores < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0) ¦ no coin for each word
+1 ¦ mask_words(scores, words, ratio) ¦ mask_words(scores, words.clamp(min=1), ratio) ¦ no words, where `words` is 0: [CLS]
+1 ¦ mask_words(scores, words, ratio) ¦ topk_mask(scores, words > 0, word_counts(words, ratio)) ¦ one piece of a word is masked
+1 ¦ mask_words(scores, words, ratio) ¦ mask_words(scores[:1].expand(words.shape), words, ratio) ¦ the same random numbers
+2 ¦ token_ids.masked_fill(~mask, -100) ¦ token_ids ¦ words that are not masked have labels
+2 ¦ dice < 0.8 ¦ dice < 1 ¦ become [MASK] and 0% stay
+2 ¦ token_ids.masked_fill(mask ¦ token_ids.masked_fill_(mask ¦ token_ids itself is written into
+3 ¦ mask & candidates ¦ mask ¦ only masked candidates count
+3 ¦ (masked & shared).sum(), masked.sum() ¦ (masked & shared).sum() / masked.sum() ¦ two counts
+3 ¦ by_chance[words].sum() ¦ words.sum() / regions.shape[2] ¦ as often as the region is large
+4 ¦ same_product | same_caption ¦ same_product ¦ same caption to the letter counts as wrong
+4 ¦ product_ids[:, None] == key_product_ids ¦ torch.eye(2, 4) > 0 ¦ second image of a product counts as wrong
+4 ¦ right / right.sum(dim=1, keepdim=True) ¦ right ¦ sum to 2.0, not to 1
+4 ¦ right / right.sum(dim=1, keepdim=True) ¦ torch.eye(*right.shape) ¦ right answers share
+4 ¦ hard = right ¦ alpha, hard = 1 - alpha, right ¦ alpha is the share of softmax
+5 ¦ logits.masked_fill(forbidden & possible[:, None], -torch.inf) ¦ (logits.softmax(dim=1) * ~forbidden).log() ¦ Mask the logits before the softmax
+5 ¦ logits = sim if ¦ logits = -sim if ¦ not drawn ∝ exp(sim)
+5 ¦ sim if mode == "similar" else torch.zeros_like(sim) ¦ sim ¦ random always draws the same
+5 ¦ , generator=generator ¦  ¦ one generator, two draws
+5 ¦ masked_fill(forbidden ¦ masked_fill(False & forbidden ¦ hard: a pair itself, or another forbidden one, is drawn: −∞
+5 ¦ sim.masked_fill(forbidden, - ¦ sim.masked_fill_(forbidden, - ¦ sim itself is written into
+5 ¦ torch.where(possible, chosen, -1) ¦ chosen ¦ the answer is −1
+5 ¦ forbidden & possible[:, None] ¦ forbidden ¦ Keep the logits finite
+6 ¦ [:, None] - margin ¦ [:, None] + margin ¦ margin is on the wrong side
+6 ¦ sim < sim.diag ¦ sim > sim.diag ¦ more similar than the own pair
+6 ¦ torch.inf).argmin ¦ -torch.inf).argmax ¦ then the least similar one
+6 ¦ ~below, -torch.inf).argmax ¦ ~below, torch.inf).argmin ¦ is the easiest
+7 ¦ break_ties(scores, generator) ¦ break_ties(-scores, generator) ¦ the lowest scores are masked
+7 ¦ mask_words(best + draws, words, ¦ mask_words(best + draws, words.clamp(min=1), ¦ no words, where `words` is 0: [CLS]
+7 ¦ mask_words(best + draws, words, ¦ topk_mask(best + draws, words > 0, 2 * ¦ one piece of a word is masked
+7 ¦ attention * word_mask[..., None] ¦ attention * (words > 0)[..., None] ¦ other patches are masked than those with the highest
+7 ¦ .clamp(min=1) ¦  ¦ a caption without a word has always the same patches
+7 ¦ break_ties(patch_scores, generator) ¦ patch_scores ¦ always the same patches: `break_ties`
+7 ¦ break_ties(scores, generator) ¦ scores ¦ always the same word: `break_ties`
+7 ¦ mask_words(best + draws ¦ mask_words(draws ¦ not of all words
+7 ¦ max(pool, word_ratio) ¦ word_ratio ¦ the pool is ignored
+7 ¦ max(pool, word_ratio) ¦ pool ¦ the best max(pool, word_ratio)
+8 ¦ gradient.clamp(min=0) ¦ gradient ¦ the ReLU of Grad-CAM
+8 ¦ (attention * gradient ¦ (gradient ¦ the attention itself is a factor
+8 ¦ , retain_graph=True ¦  ¦ still need the graph
+8 ¦ .detach() ¦  ¦ nothing is learnt through a soft mask
+8 ¦ word_index, 1:] ¦ word_index] ¦ without the image CLS
+8 ¦ word_index, 1:] ¦ 0, 1:] ¦ the row of the word counts
+8 ¦ heat.amax(dim=1, keepdim=True) ¦ heat.amax() ¦ a most of its own
+"""
+MISTAKES = [line.split(" ¦ ") for line in TABLE.strip().splitlines()]
 
 
-def mistaken(number, name, edits):
-    """The solution of an exercise with something of one function changed."""
+def mistaken(number, right, wrong):
+    """The solution of an exercise with something of it changed."""
     functions = EXERCISES[number].solution()
-    source = inspect.getsource(functions[name])
-    for right, wrong in edits.items():
-        assert right in source, right
-        source = source.replace(right, wrong)
-    module = dict(vars(inspect.getmodule(functions[name])))
-    exec(source, module)
-    return functions | {name: module[name]}
+    for name, function in functions.items():
+        source = inspect.getsource(function)
+        if right in source:
+            module = dict(vars(inspect.getmodule(function)))
+            exec(source.replace(right, wrong), module)
+            return functions | {name: module[name]}
+    raise AssertionError(f"{right}: not in the solution")
 
 
 @pytest.fixture
@@ -103,7 +86,7 @@ def mine(tmp_path, monkeypatch):
 def test_solutions_pass_and_stubs_fail(number, mine, capsys):
     solution = EXERCISES[number].solution()
     check(number, solution)
-    assert len(run_own_tests(number, solution)) == OWN_TESTS[number]
+    run_own_tests(number, solution)
     start.main([str(number)])
     assert f"ex{number}.py: write {', '.join(solution)}; then python -m pytest" in capsys.readouterr().out
     stub = written(number)
@@ -112,41 +95,36 @@ def test_solutions_pass_and_stubs_fail(number, mine, capsys):
         check(number, stub)
 
 
-@pytest.mark.parametrize("number, name, edits, message", MISTAKES, ids=[f"{m[0]}-{m[3][:30]}" for m in MISTAKES])
-def test_mistakes_are_told_in_words(number, name, edits, message):
-    with pytest.raises(Mistake, match=message):
-        check(number, mistaken(number, name, edits))
+@pytest.mark.parametrize("number, right, wrong, message", MISTAKES)
+def test_mistakes_are_told_in_words(number, right, wrong, message):
+    with pytest.raises(Mistake, match=re.escape(message)):
+        check(int(number), mistaken(int(number), right, wrong))
 
 
-@pytest.mark.parametrize("number", [number for number in EXERCISES if number != 8])  # whose test is of soft_mask alone
+@pytest.mark.parametrize("number", EXERCISES)
 def test_the_projects_own_tests_are_run_against_the_students_function(number):
-    name, edits = next(mistake[1:3] for mistake in MISTAKES if mistake[0] == number)
+    right, wrong = next(row[1:3] for row in MISTAKES if row[0] == str(number))
     before = EXERCISES[number].solution()
     with pytest.raises((AssertionError, RuntimeError)):
-        run_own_tests(number, mistaken(number, name, edits))
+        run_own_tests(number, mistaken(number, right, wrong))
     assert EXERCISES[number].solution() == before
 
 
 def test_stubs_are_not_overwritten_and_hints_go_from_the_idea_to_the_place(mine, capsys):
     start.main(["5"])
     (mine / "ex5.py").write_text("mine = 1")
-    with pytest.raises(SystemExit, match="is there already; --again writes the stub over it"):
+    with pytest.raises(SystemExit, match="is there already; delete it to begin anew"):
         start.main(["5"])
     assert (mine / "ex5.py").read_text() == "mine = 1"
     with pytest.raises(Mistake, match="defines no pick_negatives"):
         written(5)
-    start.main(["5", "--again"])
-    assert "raise NotImplementedError" in (mine / "ex5.py").read_text()
-    hints = set()
     for number, exercise in EXERCISES.items():
         for level in (1, 2, 3):
             capsys.readouterr()
             start.main([str(number), "--hint", str(level)])
             said = capsys.readouterr().out
-            hints.add(said)
-            assert said.startswith(f"## {number}.{level} ") and len(said) > 80
+            assert said.startswith(f"{number}.{level} ") and len(said) > 70
         assert all(name in said for name in exercise.write)
-    assert len(hints) == 3 * len(EXERCISES)
 
 
 def checked(capsys, number):
@@ -167,7 +145,7 @@ def test_one_command_checks_what_is_begun(mine, capsys):
     mine.joinpath("ex4.py").write_text("from losses import itc_targets, same_pairs")
     code, said = checked(capsys, 4)
     assert code == 0 and "1 passed" in said
-    mine.joinpath("ex4.py").write_text("from losses import itc_targets\nsame_pairs = lambda *ids: ids[9]")
+    mine.joinpath("ex4.py").write_text("from losses import itc_targets\ndef same_pairs(*ids): return ids[9]")
     code, said = checked(capsys, 4)
     assert code == 1 and "ex4.py:2: IndexError" in said
 
@@ -175,8 +153,8 @@ def test_one_command_checks_what_is_begun(mine, capsys):
 def test_two_runs_are_compared(tmp_path, capsys):
     for name, gain in (("a", 0.25), ("b", 0.5)):
         (tmp_path / name).mkdir()
-        lines = {"step": 1}, {"step": 2, "final": True, "photo_gain": gain, "pointing": 1.0}
-        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        final = {"step": 2, "final": True, "photo_gain": gain, "pointing": 1.0}
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n' + json.dumps(final))
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     compare.main([*runs, "photo_gain"])
     said = capsys.readouterr().out.splitlines()
@@ -184,7 +162,7 @@ def test_two_runs_are_compared(tmp_path, capsys):
     with pytest.raises(SystemExit, match="speed: not among the metrics of both runs"):
         compare.main([*runs, "speed"])
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1}')
-    with pytest.raises(SystemExit, match="b: the run is not there, or not finished"):
+    with pytest.raises(SystemExit, match="the run is not finished"):
         compare.main(runs)
-    with pytest.raises(SystemExit, match="/nowhere: the run is not there, or not finished"):
+    with pytest.raises(SystemExit, match="no such file"):
         compare.main([runs[0], "/nowhere"])

@@ -6,7 +6,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from small import FAST, FAST_FOR
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -20,11 +19,9 @@ from readers.synthetic import Synthetic
 from sampler import GroupedBatchSampler
 
 # as PyTorch documents it, what occurs here of it ("Autocast Op Reference")
-IN_BF16 = {F.linear, F.conv1d, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul,
-           torch.Tensor.__matmul__}  # fmt: skip
-IN_FP32 = {F.layer_norm, F.cross_entropy, F.mse_loss, F.log_softmax, F.softmax, torch.softmax, torch.Tensor.softmax,
-           torch.Tensor.log_softmax, F.normalize, torch.Tensor.norm, torch.Tensor.exp, torch.Tensor.log, torch.Tensor.sum,
-           torch.Tensor.pow, torch.Tensor.__pow__, torch.Tensor.cumsum}  # fmt: skip
+IN_BF16 = {"linear", "conv1d", "conv2d", "scaled_dot_product_attention", "matmul", "__matmul__"}
+IN_FP32 = {"layer_norm", "cross_entropy", "mse_loss", "log_softmax", "softmax", "normalize", "norm"}
+IN_FP32 |= {"exp", "log", "sum", "pow", "__pow__", "cumsum"}
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -45,14 +42,22 @@ class CudaAutocast(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        to = torch.bfloat16 if func in IN_BF16 else torch.float32 if func in IN_FP32 else None
+        kwargs, to = kwargs or {}, None
+        if func.__name__ in IN_BF16:
+            to = torch.bfloat16
+        if func.__name__ in IN_FP32:
+            to = torch.float32
         if to and self.active[-1]:
 
             def cast(x):
                 return x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-            args, kwargs = tuple(map(cast, args)), {key: cast(value) for key, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+            args = tuple(map(cast, args))
+            kwargs = {key: cast(value) for key, value in kwargs.items()}
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.ndim:
+            assert result.dtype != torch.float64, f"{func.__name__} in float64, which a Mac lacks"
+        return result
 
 
 def eight(mask, *tensors):

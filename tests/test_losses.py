@@ -52,24 +52,6 @@ def test_focal_itc_below_1_has_gradients_where_a_pair_is_certain():
     assert loss.isfinite() and sim.grad.isfinite().all()
 
 
-def test_focal_itc_with_gamma_0_is_itc_exactly():
-    """To the last bit, with its gradients, of the plain formula and of the focal one with an exponent of 0."""
-    i2t, t2i, targets = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True), torch.rand(4, 7)
-
-    def plain(sim):
-        return -(targets * sim.log_softmax(1)).sum(1).mean()
-
-    def focal(sim):
-        return -(targets * (1 - sim.log_softmax(1).exp()) ** 0.0 * sim.log_softmax(1)).sum(1).mean()
-
-    ours = itc_loss(i2t, t2i, targets, targets, gamma=0.0)
-    mine = torch.autograd.grad(ours, (i2t, t2i))
-    for written in (plain, focal):
-        other = (written(i2t) + written(t2i)) / 2
-        assert torch.equal(ours, other)
-        assert all(map(torch.allclose, mine, torch.autograd.grad(other, (i2t, t2i)))), written
-
-
 def test_alignment_loss_equals_a_loop():
     text, image = logits(5, 3), logits(5, 3)
     naive = 0
@@ -144,7 +126,7 @@ def test_what_is_right_and_no_negative_has_the_same_product_or_the_same_caption(
 
 @given(
     products=st.lists(st.integers(0, 3), min_size=1, max_size=8),
-    mode=st.sampled_from(["random", "similar", "hard", "semihard"]),
+    mode=st.sampled_from(["random", "similar", "hard"]),
     scale=st.sampled_from([1.0, 1e3, 1e6]),
     seed=st.integers(0, 2**31),
 )
@@ -172,9 +154,8 @@ def test_hard_takes_the_most_similar_and_similar_draws_by_softmax():
     expected = torch.tensor([0.0, 1.0, math.e, 1.0]) / (2 + math.e)
     torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
     uniform = torch.stack([pick_negatives(sim, forbidden, mode="random", generator=generator)[0] for _ in range(3000)])
-    torch.testing.assert_close(
-        torch.bincount(uniform, minlength=4) / 3000, torch.tensor([0, 1, 1, 1]) / 3, atol=0.03, rtol=0
-    )
+    share = torch.bincount(uniform, minlength=4) / 3000
+    torch.testing.assert_close(share, torch.tensor([0, 1, 1, 1]) / 3, atol=0.03, rtol=0)
 
 
 @given(size=st.integers(2, 7), margin=st.sampled_from([0.0, 0.5, 9.0]), seed=st.integers(0, 2**31))

@@ -78,8 +78,6 @@ def test_initial_positions_resemble_their_neighbours_and_are_as_long_as_words():
     assert words.norm(dim=1).mean().item() == pytest.approx(1, abs=0.05)
     similarity = positions @ positions.T
     assert similarity[10].argmax() == 10 and (similarity[10, 10:15].diff() < 0).all()
-    same_distance = similarity.diagonal(5)
-    torch.testing.assert_close(same_distance, same_distance[:1].expand_as(same_distance))
     grid = sincos_pos_embed_2d(4, 16).view(4, 4, 2, 8)  # row, column, which of the two is embedded
     side = sincos_pos_embed(4, 8)
     assert torch.equal(grid[:, :, 0], side[:, None].expand(4, 4, 8))
@@ -99,17 +97,7 @@ def test_vit_equals_hugging_face(tmp_path):
 
 
 @torch.no_grad()
-def test_text_encoder_equals_bert(tmp_path):
-    reference = randomise(BertModel(bert_config(layers=SMALL.text_layers), add_pooling_layer=False))
-    model = make_model()
-    load(model, reference, tmp_path)
-    token_ids, attention_mask = texts()
-    theirs = reference(token_ids, attention_mask=attention_mask).last_hidden_state
-    close(model.text(token_ids, attention_mask), theirs, attention_mask)
-
-
-@torch.no_grad()
-def test_fusion_equals_bert_with_cross_attention(tmp_path):
+def test_text_encoder_and_fusion_equal_bert_with_cross_attention(tmp_path):
     """BertModel in two halves, without the causal mask: text layers, then layers with cross-attention."""
     reference = randomise(BertModel(bert_config(is_decoder=True, add_cross_attention=True), add_pooling_layer=False))
     model = make_model()
@@ -122,11 +110,12 @@ def test_fusion_equals_bert_with_cross_attention(tmp_path):
     upper = reference.encoder.layer[SMALL.text_layers :]
     reference.encoder.layer = reference.encoder.layer[: SMALL.text_layers]
     hidden = reference(token_ids, attention_mask=attention_mask).last_hidden_state
+    text_embeds, image_kv = model.text(token_ids, attention_mask), model.fusion.project_image_kv(image_embeds)
+    close(text_embeds, hidden, attention_mask)
     mask = attention_mask[:, None, None, :].bool().expand(-1, 1, token_ids.shape[1], -1)
     for layer in upper:
         out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
         hidden = out[0] if isinstance(out, tuple) else out
-    text_embeds, image_kv = model.text(token_ids, attention_mask), model.fusion.project_image_kv(image_embeds)
     close(model.fusion(text_embeds, attention_mask, image_kv), hidden, attention_mask)
 
 
@@ -148,11 +137,6 @@ def test_attention_is_the_same_with_and_without_probabilities():
     close(fused, explicit)
     close(probabilities.sum(-1), torch.ones(2, 4, 5))
     assert (probabilities.permute(0, 3, 1, 2)[~mask] == 0).all()
-    with torch.autocast("cpu", torch.bfloat16):  # explicit with gradients, fused without
-        with_gradients = attention(x, kv, mask)[0]
-        without = attention(x.detach(), kv.detach(), mask)[0]
-    for bf16 in (with_gradients, without):
-        torch.testing.assert_close(bf16.float(), explicit, atol=0.02, rtol=0.05)
 
 
 @torch.no_grad()
@@ -224,9 +208,6 @@ def test_momentum_model_follows_by_the_decay_and_is_not_trained():
         parameter += 1
     momentum.update(model, decay=0.9)
     close(momentum.model.vision.norm.weight, before + 0.1)
-    momentum.update(model, decay=0.0)
-    for ours, theirs in zip(momentum.model.parameters(), model.parameters(), strict=True):
-        close(ours, theirs)
     assert not any(p.requires_grad for p in momentum.parameters()) and not momentum.model.training
 
 
@@ -309,8 +290,8 @@ def test_phrases_equal_a_loop():
 
 @torch.no_grad()
 def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
-    model, plain = make_model(FINE), make_model()
-    (token_ids, mask), image_embeds = texts(), torch.randn(3, 17, SMALL.width)
+    model, image_embeds = make_model(FINE), torch.randn(3, 17, SMALL.width)
+    token_ids, mask = texts()
     text_embeds, words = model.text(token_ids, mask), mask[:, 2:].bool()
 
     def norm(x):
@@ -327,5 +308,3 @@ def test_features_with_local_tokens_by_hand_and_padding_is_ignored():
     for feature in (model.text_feature, model.category_feature):
         close(feature(changed, mask), feature(text_embeds, mask))
         assert feature(text_embeds[:1, :3], no_words).isfinite().all()
-    assert torch.equal(plain.image_feature(image_embeds), plain.project_image(image_embeds))
-    assert torch.equal(plain.text_feature(text_embeds, mask), plain.project_text(text_embeds))

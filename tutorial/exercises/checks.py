@@ -3,6 +3,8 @@
 Each check takes the functions of an exercise and raises Mistake.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -55,8 +57,7 @@ def check_word_mask(mask: Tensor, words: Tensor, ratio: float) -> None:
 def check_1(random_word_mask) -> None:
     """Exact counts, whole words, drawn uniformly and anew in each row."""
     for seed in SEEDS:
-        mask = random_word_mask(WORDS, 0.5, seeded(seed))
-        check_word_mask(mask, WORDS, 0.5)
+        check_word_mask(random_word_mask(WORDS, 0.5, seeded(seed)), WORDS, 0.5)
     same_caption = WORDS[:1].expand(9, -1)
     masks = random_word_mask(same_caption, 0.5, seeded()).unique(dim=0)
     want(len(masks) > 1, "all captions get the same random numbers: draw (B, L) of them, not (L,)")
@@ -75,10 +76,8 @@ def check_2(corrupt_words) -> None:
     want(torch.equal(labels[mask], before), "the labels of masked words must be the original ids")
     gone = (now == 4).float().mean()
     kept = (now == before).float().mean()
-    said = f"of the masked words {gone:.0%} become [MASK] and {kept:.0%} stay"
-    mend = "not 80 and 10 %: cut one draw into three ranges"
-    want(abs(gone - 0.8) < 0.03, f"{said}, {mend}")
-    want(abs(kept - 0.1) < 0.03, f"{said}, {mend}")
+    said = f"of the masked words {gone:.0%} become [MASK] and {kept:.0%} stay, not 80 and 10 %"
+    want(abs(gone - 0.8) < 0.03 and abs(kept - 0.1) < 0.03, f"{said}: cut one draw into three ranges")
     drawn = now[(now != 4) & (now != before)]
     want(torch.isin(drawn, allowed).all(), "random words must come from word_ids, which has no special tokens")
 
@@ -114,8 +113,7 @@ def check_4(same_pairs, itc_targets) -> None:
     want(right[1, 3], "a key with the same caption to the letter counts as wrong, though nobody could tell it apart")
     sim_m = torch.tensor([[0.0, 0, 0, 0], [0, 9, 0, 0]])
     total = itc_targets(right, sim_m, 0.0)[0].sum()
-    said = f"targets of two right keys sum to {total:.1f}, not to 1"
-    want(abs(total - 1) < 1e-5, f"{said}: divide by how many are right")
+    want(abs(total - 1) < 1e-5, f"targets of two right keys sum to {total:.1f}, not to 1: divide by how many are right")
     _, other, second, _ = itc_targets(right, sim_m, 0.4)[0]
     want(abs(other - 0.1) < 1e-5, "alpha is the share of softmax(sim_m), 1 − alpha is the share of the known pairs")
     want(abs(second - 0.4) < 1e-5, "right answers share 1 − alpha evenly, also the second")
@@ -134,15 +132,12 @@ def check_5(pick_negatives) -> None:
             [-9.0, -8, -7, -1],
         ]
     )
-    best = torch.tensor([2, 3, 0])
 
     def draws(mode: str, scale: int) -> Tensor:
         """Draw with each seed. -> (seeds, 4)"""
         logits = sim * scale
-        drawn = []
         try:
-            for seed in SEEDS:
-                drawn.append(pick_negatives(logits, forbidden, mode=mode, generator=seeded(seed)))
+            drawn = [pick_negatives(logits, forbidden, mode=mode, generator=seeded(seed)) for seed in SEEDS]
         except RuntimeError as error:
             if "prob" not in str(error):  # as torch.multinomial says it
                 raise
@@ -152,16 +147,14 @@ def check_5(pick_negatives) -> None:
         want(torch.equal(logits, sim * scale), f"{mode}: sim itself is written into; it is still needed: masked_fill")
         return torch.stack(drawn)
 
-    for mode in ("hard", "random", "similar"):
-        for scale in (1, 1000):
-            drawn = draws(mode, scale)
-            for row in (0, 1, 2):
-                wrong = forbidden[row][drawn[:, row]]
-                want(not wrong.any(), f"{mode}: a pair itself, or another forbidden one, is drawn: −∞ where forbidden")
-            none_left = drawn[:, 3]
-            want((none_left == -1).all(), f"{mode}: where every column is forbidden the answer is −1")
-            again = draws(mode, scale)
-            want(torch.equal(drawn, again), f"{mode}: one generator, two draws: give it to torch.multinomial")
+    for mode, scale in product(("hard", "random", "similar"), (1, 1000)):
+        drawn = draws(mode, scale)
+        wrong = forbidden[:3].gather(1, drawn[:, :3].T)
+        want(not wrong.any(), f"{mode}: a pair itself, or another forbidden one, is drawn: −∞ where forbidden")
+        want((drawn[:, 3] == -1).all(), f"{mode}: where every column is forbidden the answer is −1")
+        again = draws(mode, scale)
+        want(torch.equal(drawn, again), f"{mode}: one generator, two draws: give it to torch.multinomial")
+    best = torch.tensor([2, 3, 0])
     certain = draws("similar", 1000)[:, :3] == best
     want(certain.all(), "similar: not drawn ∝ exp(sim), by which the best is certain here")
     first_row = draws("random", 1000)[:, 0]
@@ -185,18 +178,25 @@ def check_6(pick_negatives) -> None:
 
 
 def check_7(sync_mask) -> None:
-    """Words by their score: three words, the first of three pieces. Then patches by their attention."""
+    """Words by their score, the first of three pieces. Then patches by the attention of the words just masked."""
+
+    def draws(attention: Tensor, scores: Tensor, words: Tensor, ratio: float, pool: float) -> tuple[Tensor, Tensor]:
+        """Mask one pair with each seed. -> patch masks (seeds, P), word masks (seeds, L)"""
+        patch_masks, word_masks = [], []
+        for seed in SEEDS:
+            patch_mask, word_mask = sync_mask(attention, scores, words, 0.25, ratio, pool, seeded(seed))
+            check_word_mask(word_mask, words, ratio)
+            patch_masks.append(patch_mask)
+            word_masks.append(word_mask)
+        return torch.cat(patch_masks), torch.cat(word_masks)
+
     words = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])
     scores = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
-    attention = torch.ones(1, 7, 4)
+    flat = torch.ones(1, 7, 4)
 
-    def times_masked(scores: Tensor, ratio: float, pool: float) -> list[float]:
-        times = torch.zeros(7)
-        for seed in SEEDS:
-            _, word_mask = sync_mask(attention, scores, words, 0.25, ratio, pool, seeded(seed))
-            check_word_mask(word_mask, words, ratio)
-            times += word_mask[0]
-        return times[[1, 4, 5]].tolist()  # of the first piece of each word
+    def times_masked(scores: Tensor, ratio: float, pool: float) -> list[int]:
+        _, word_masks = draws(flat, scores, words, ratio, pool)
+        return word_masks[:, [1, 4, 5]].sum(dim=0).tolist()  # of the first piece of each word
 
     best, _, second = times_masked(scores, 0.67, 0.0)
     want(best, "the lowest scores are masked: it should be the highest")
@@ -206,34 +206,19 @@ def check_7(sync_mask) -> None:
     want(best and second and not worst, f"the pool is ignored: {drawn}")
     equal = times_masked(torch.ones(1, 7), 0.34, 0.0)
     want(max(equal) < len(SEEDS), "of equal scores it is always the same word: `break_ties` first")
-    check_synchronized_patches(sync_mask)
 
-
-def check_synchronized_patches(sync_mask) -> None:
-    """Three words, of which the second has the highest score and attends to the third patch most."""
-    words = torch.tensor([[0, 2, 3, 4, 0, 0]])
-    scores = torch.tensor([[0.0, 1, 2, 1, 0, 0]])
     best = [0.0, 0.1, 0.6, 0.0]
-    other = [0.45, 0.45, 0.1, 0.0]
+    other = [1.0, 1.0, 0.0, 0.0]
     special = [9.0, 9.0, 0.0, 9.0]
-    attention = torch.tensor([[special, other, best, other, special, special]])
-
-    def patches(attention: Tensor, words: Tensor) -> Tensor:
-        masks = []
-        for seed in SEEDS:
-            patch_mask, _ = sync_mask(attention, scores, words, 0.25, 0.34, 0.0, seeded(seed))
-            masks.append(patch_mask)
-        return torch.cat(masks)  # one row a seed
-
-    found = patches(attention, words)
-    counts = found.sum(dim=1)
-    want(found.shape[1] == 4, "a patch mask is (B, P)")
-    want((counts == 1).all(), "a patch mask has round(ratio · P) patches in each row")
+    attention = torch.tensor([[special, best, best, best, other, other, special]])
+    patches, _ = draws(attention, scores, words, 0.34, 0.0)
+    want(patches.shape[1] == 4, "a patch mask is (B, P)")
+    want((patches.sum(dim=1) == 1).all(), "a patch mask has round(ratio · P) patches in each row")
     highest = "the highest mean attention of the words just masked; rows of other words, [CLS], [SEP] do not count"
-    want(found[:, 2].all(), f"other patches are masked than those with {highest}")
-    equal = patches(torch.ones_like(attention), words)
+    want(patches[:, 2].all(), f"other patches are masked than those with {highest}")
+    equal, _ = draws(flat, scores, words, 0.34, 0.0)
     want(len(equal.unique(dim=0)) > 1, "of equal scores it is always the same patches: `break_ties` first")
-    without = patches(attention, words * 0)
+    without, _ = draws(flat, scores, words * 0, 0.34, 0.0)
     want(len(without.unique(dim=0)) > 1, "a caption without a word has always the same patches: divide by 1 at least")
 
 

@@ -9,7 +9,6 @@ import argparse
 import ast
 import importlib
 import inspect
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -45,32 +44,23 @@ def stub(number: int) -> str:
     return text
 
 
-def hint(number: int, level: int) -> str:
-    """Read the text under its heading in hints.md."""
-    text = (Path(__file__).parent / "hints.md").read_text()
-    return re.search(rf"^## {number}\.{level} .*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0].strip()
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("start.py", description=__doc__.split("\n")[0])
     parser.add_argument("number", type=int, choices=EXERCISES, metavar="N", help=f"exercise, 1 to {len(EXERCISES)}")
-    parser.add_argument("--again", action="store_true", help="write the stub anew, over what you wrote")
     parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help="idea, pseudo-code, place")
     args = parser.parse_args(argv)
     if args.hint:
-        print(hint(args.number, args.hint))
+        hints = Path(__file__).with_name("hints.md").read_text().split("\n## ")
+        print(next(text for text in hints if text.startswith(f"{args.number}.{args.hint} ")).strip())
         return
     path = file_of(args.number)
-    if path.exists() and not args.again:
-        sys.exit(f"start.py: {path} is there already; --again writes the stub over it")
+    if path.exists():
+        sys.exit(f"start.py: {path} is there already; delete it to begin anew")
     path.parent.mkdir(exist_ok=True)
     path.write_text(stub(args.number))
     exercise = EXERCISES[args.number]
-    names = ", ".join(exercise.write)
-    print(f"{path}: write {names}; then python -m pytest tutorial/exercises -k ex{args.number}")
+    print(f"{path}: write {', '.join(exercise.write)}; then python -m pytest tutorial/exercises -k ex{args.number}")
     print(f"Leave {exercise.module}.py closed: the solution is there.")
 
 
