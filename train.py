@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import build_dataset, telling_pieces, word_regions
-from engine.batches import augmented, endless_batches, learn_vocabulary
+from engine.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
 from engine.checkpoints import begin, read_tokenizer, restore, save_checkpoint
 from engine.config import (
     MAX_GRAD_NORM,
@@ -456,6 +456,7 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     train_set.truths = "true" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     tokenizer = read_tokenizer(state) if state else learn_vocabulary(config, train_set)
+    report_cut_texts(train_set, tokenizer)
 
     run = build_run(config, train_set, tokenizer, device)
     run.sampler = build_sampler(run, train_set)

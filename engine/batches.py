@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, build_tokenizer, cut, normalise, random_crops, to_device, tokenize
+from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
 from engine.config import TrainConfig
 from engine.log import own_session
 from engine.run import Run, autocast
@@ -88,6 +88,18 @@ def learn_vocabulary(config: TrainConfig, dataset: PhotoDataset) -> Tokenizer:
             captions.append(" ".join(dataset.text(row)[1::2]))
     sizes = config.model.vocab_size, config.model.max_length
     return build_tokenizer(captions, *sizes, config.vocab, config.prompts)
+
+
+def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer) -> None:
+    """Print how many of a thousand training captions are longer than the model reads."""
+    rows = range(0, len(dataset), max(1, len(dataset) // 1000))
+    encodings = encode(tokenizer, [dataset.text(row) for row in rows])
+    longer = sum(bool(encoding.overflowing) for encoding in encodings)
+    if longer:
+        longest = tokenizer.truncation["max_length"]
+        print(
+            f"{100 * longer / len(rows):.0f} % of the training captions are cut at {longest} tokens; see --max-length"
+        )
 
 
 def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset:

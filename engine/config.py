@@ -193,6 +193,8 @@ def check_loop(config: LoopConfig, given: set[str]) -> None:
 def check_flags(config: TrainConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_loop(config, given)
+    if config.vocab and "vocab_size" in given:
+        raise ConfigError("--vocab-size contradicts --vocab, which brings its own size")
     check_readers("recipe", config.recipe, given, RECIPE_FLAGS)
     if config.recipe == "softmask" and config.soft_mask and config.model.fusion_layers == 1:
         raise ConfigError("--soft-mask needs two or more --fusion-layers; add --no-soft-mask")
