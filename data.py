@@ -22,7 +22,7 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from tqdm import tqdm
 
-from masking import which_words
+from masking import maskable_words
 from readers.dataset import DataError, PhotoDataset, ReportedSplit, Truth, Unreadable
 from readers.fashiongen import fashiongen
 from readers.jsonl import jsonl
@@ -46,7 +46,7 @@ class Collate:
     gives (B, L), `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos that cannot be
     read.
 
-    `words` (B, L) may be masked, see `masking.which_words`; telling: what `telling_pieces` gives, or every token may
+    `words` (B, L) may be masked, see `masking.maskable_words`; telling: what `telling_pieces` gives, or every token may
     An item whose photo cannot be read is left out; a batch of none has just `rows` and `unreadable`.
     Items with the truth bring `planes` uint8 (B, K, S, S), where attributes are on the photo; `word_planes` (B, L),
     which of them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo
@@ -73,7 +73,7 @@ class Collate:
         batch |= _tensors(encodings)
         every = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
         continues, telling = self.telling or (~every, every)
-        batch["words"] = which_words(batch["token_ids"], batch["described"], continues, telling)
+        batch["maskable"] = maskable_words(batch["token_ids"], batch["described"], continues, telling)
         if "truth" in items[0]:
             batch |= _truth(encodings, [item["truth"] for item in items])
         return batch
@@ -279,12 +279,12 @@ def word_ids(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor([i for i in range(tokenizer.get_vocab_size()) if i not in special])
 
 
-FREQUENT = 0.75  # words in a larger share of the captions tell nothing, and are not masked (choice)
+MAX_DOC_FREQ = 0.75  # words in a larger share of the captions tell nothing, and are not masked (choice)
 
 
 def telling_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """For `masking.which_words`: pieces that continue a word; those that are no punctuation and stand in no more than
-    the share FREQUENT of the different captions. -> (V,), (V,) bool."""
+    """For `masking.maskable_words`: the pieces that continue a word; the pieces that are no punctuation and stand in no
+    more than the share MAX_DOC_FREQ of the different captions. -> (V,), (V,) bool"""
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     wordings = list(dict.fromkeys(captions))
     counts = torch.zeros(len(pieces))
@@ -293,7 +293,7 @@ def telling_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, T
             counts[list(set(encoding.ids))] += 1
     continues = torch.tensor([piece.startswith("##") for piece in pieces])
     spelt = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
-    return continues, spelt & (counts <= FREQUENT * len(wordings))
+    return continues, spelt & (counts <= MAX_DOC_FREQ * len(wordings))
 
 
 # choice: a few words instead of WordNet, which FashionSAP looks them up in

@@ -24,7 +24,7 @@ MaskSource = Literal["masked", "clean"]
 #     words     0    2   2   4    0
 
 
-def which_words(token_ids: Tensor, described: Tensor, continues: Tensor, telling: Tensor) -> Tensor:
+def maskable_words(token_ids: Tensor, described: Tensor, continues: Tensor, telling: Tensor) -> Tensor:
     """Number the words that may be masked: `words` (B, L), as above.
 
     Our choice: whole words, since one piece gives the others away, and only words with a piece that tells something,
@@ -146,7 +146,7 @@ def masked_attention(
     batch: token_ids, attention_mask, words (B, L) · image_kv: by `FusionEncoder.project_image_kv`
     -> one map (B, h, L, N) a fusion layer, log-probabilities (2, B, L)
     """
-    ids, words = batch["token_ids"], batch["words"]
+    ids, words = batch["token_ids"], batch["maskable"]
     first_half = random_word_mask(words, 0.5, generator)  # (B, L)
     second_half = (words > 0) & ~first_half
     masked = torch.cat([first_half, second_half])  # (2B, L)
@@ -292,7 +292,7 @@ def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
 # Oracle masks: from the ground truth
 
 
-def true_mask(
+def oracle_mask(
     regions: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Make the masks that synchronized masks are meant to be, where it is known what an image shows.
@@ -366,7 +366,7 @@ def replace_words(
 # Measuring masks
 
 
-def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+def mask_precision(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
     """Count how many of the masked `candidates` are `shared` by image and caption. All (B, X) -> hits, of how many
 
     Words: candidates name an attribute, shared ones name one that this image shows. Patches: all are candidates,
@@ -376,7 +376,7 @@ def cooccurrence(mask: Tensor, candidates: Tensor, shared: Tensor) -> tuple[Tens
     return (masked & shared).sum(), masked.sum()
 
 
-def pointing(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pointing_game(attention: Tensor, regions: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Play the pointing game (Zhang et al. 2016): is the most attended patch of a word in the word's region?
 
     attention (B, L, P), regions (B, L, P), words (B, L) with a region

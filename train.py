@@ -34,7 +34,7 @@ from engine.config import (
     check_flags,
     ema_decay,
     grouping_of,
-    itm_hard_ratio,
+    itm_hard_share,
     learning_rate,
     parse_config,
 )
@@ -61,6 +61,7 @@ from losses import (
 from masking import (
     corrupt_words,
     itm_grad_cam,
+    oracle_mask,
     random_patch_mask,
     random_word_mask,
     replace_words,
@@ -68,7 +69,6 @@ from masking import (
     soft_mask,
     split_patches,
     sync_mask,
-    true_mask,
 )
 from readers.dataset import DataError, PhotoDataset
 from readers.prompts import DESCRIPTION
@@ -85,7 +85,7 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: random words
-    word_mask = random_word_mask(batch["words"], run.config.mlm_ratio, run.generator)
+    word_mask = random_word_mask(batch["maskable"], run.config.mlm_ratio, run.generator)
     corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
 
     # encode: captions and masked captions in one call
@@ -180,7 +180,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: random words
-    word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
     corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
 
     # encode: the masked caption serves all objectives; the momentum encoder sees the unmasked one
@@ -205,7 +205,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     if config.soft_mask:
         # one more positive: the image without what one of the words is about
         fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
-        words = batch["words"] > 0
+        words = batch["maskable"] > 0
         if config.mask_text:
             words = words & ~word_mask  # a masked word is about nothing
         soft_embeds = apply_soft_mask(run, words, fused, attentions, image_embeds)
@@ -240,9 +240,9 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: random words, of which some are replaced
-    word_mask = random_word_mask(batch["words"], config.mlm_ratio, run.generator)
+    word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
     corrupted_ids, mlm_labels, replaced = replace_words(
-        ids, batch["words"], word_mask, run.mask_id, run.word_ids, run.swaps, run.generator
+        ids, batch["maskable"], word_mask, run.mask_id, run.word_ids, run.swaps, run.generator
     )
 
     # encode: one caption serves all objectives
@@ -328,7 +328,7 @@ def compute_itc(
             targets_i2t = itc_targets(positives, image_feat_m @ text_keys.T / temp, run.alpha)
             targets_t2i = itc_targets(positives, text_feat_m @ image_keys.T / temp, run.alpha)
         loss = itc_loss(sim_i2t, sim_t2i, targets_i2t, targets_t2i, config.focal_gamma)
-    run.queue = [key[: config.queue] for key in keys]
+    run.queue = [key[: config.queue_size] for key in keys]
     if run.sampler is not None and grouping_of(config) != "random":
         run.sampler.collect(gather(batch["rows"]), *new_keys[:2])
     first = rank() * len(image_feat)
@@ -338,7 +338,7 @@ def compute_itc(
 
 def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Choose for each image a wrong caption of the batch, and for each caption a wrong image: as --negatives says with
-    probability `itm_hard_ratio`, otherwise at random. sim_i2t, sim_t2i (B, B) logits of this process's pairs.
+    probability `itm_hard_share`, otherwise at random. sim_i2t, sim_t2i (B, B) logits of this process's pairs.
 
     -> wrong_caption (B,), wrong_image (B,), labels (3B,) of the pairs with these and of the own pairs: 0 no match, 1
     match, −100 where every other pair of the batch would match"""
@@ -350,7 +350,7 @@ def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor
         chosen = pick_negatives(sim, forbidden, config.negatives, run.generator, margin)
         drawn = pick_negatives(sim, forbidden, "random", run.generator)
         dice = torch.rand(len(sim), device=run.device, generator=run.generator)
-        negatives.append(torch.where(dice < itm_hard_ratio(run.step, config), chosen, drawn))
+        negatives.append(torch.where(dice < itm_hard_share(run.step, config), chosen, drawn))
     wrong_caption, wrong_image = negatives
     impossible = torch.cat(negatives) < 0
     labels = torch.cat([torch.where(impossible, -100, 0), torch.ones_like(wrong_caption)])
@@ -392,21 +392,21 @@ def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [x.flatten(0, 1).index_select(0, marked) for x in tensors]
 
 
-TRUE_RATIO = 0.5  # our choice: share of the words that an image shows which true masks hide
+ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which true masks hide
 
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or true, as
-    --patch-mask and --word-mask say. Synchronized ones are random during --mask-warmup, and a share --mask-hint of the
-    pairs keeps random masks of both."""
-    config, words, generator = run.config, batch["words"], run.generator
+    """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or oracle, as
+    --patch-mask and --word-mask say. Synchronized masks are random during --mask-warmup. With --random-mask-prob a pair
+    keeps random masks of both."""
+    config, words, generator = run.config, batch["maskable"], run.generator
     patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
     word_mask = random_word_mask(words, config.mlm_ratio, generator)
     modes = (config.patch_mask, config.word_mask)
     chosen = {}
-    if "true" in modes:
+    if "oracle" in modes:
         regions = word_regions(batch, config.model.grid)
-        chosen["true"] = true_mask(regions, words, config.mim_ratio, TRUE_RATIO, generator)
+        chosen["oracle"] = oracle_mask(regions, words, config.mim_ratio, ORACLE_RATIO, generator)
     if "sync" in modes and run.step >= config.mask_warmup:
         momentum = run.momentum.model
         image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
@@ -417,7 +417,7 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: T
             attention, scores, words, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
         )
     if chosen:
-        keep_random = torch.rand(len(words), 1, generator=generator, device=run.device) < config.mask_hint
+        keep_random = torch.rand(len(words), 1, generator=generator, device=run.device) < config.random_mask_prob
         if config.patch_mask in chosen:
             patch_mask = torch.where(keep_random, patch_mask, chosen[config.patch_mask][0])
         if config.word_mask in chosen:
@@ -447,13 +447,13 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     stop_at: save and stop after this step. Under torchrun every process calls this."""
     device = join_processes(config.device)
     config, state = begin(config, given, check_flags)
-    sizes = (config.model.image_size, config.seed, config.products)
+    sizes = (config.model.image_size, config.seed, config.num_products)
     train_set = build_dataset(config.data, config.root, "train", *sizes)
     val_set = build_dataset(config.data, config.root, "val", *sizes)
     train_set.prompts = config.prompts
     if config.prompts:  # held-out captions as the downstream tasks give them: without what the prompts would tell
         val_set.lead = DESCRIPTION
-    train_set.truths = "true" in (config.patch_mask, config.word_mask)
+    train_set.truths = "oracle" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     tokenizer = read_tokenizer(state) if state else learn_vocabulary(config, train_set)
     report_cut_texts(train_set, tokenizer)

@@ -13,7 +13,7 @@ from masking import MaskSource
 from model import PRESETS, ModelConfig
 from sampler import SEARCH_SIZE, SamplerMode
 
-MaskMode = Literal["random", "sync", "true"]
+MaskMode = Literal["random", "sync", "oracle"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -29,22 +29,22 @@ class LoopConfig:
     epochs: int | None = option(None, "passes over the training photos", low=1)
     batch_size: int = option(64, "photos a batch, of all processes together", low=2)
     lr: float = option(1e-4, "peak learning rate", low=0)
-    final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0)
     warmup: int = option(500, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.02, "AdamW's, not on biases, norms, embeddings", low=0)
     ema_decay: float = option(0.995, "decay of the momentum model", low=0, high=1)
     alpha: float = option(0.4, "share of momentum soft targets, ramped up over the first epoch", low=0, high=1)
-    queue: int = option(0, "momentum features kept as further ITC negatives", low=0)
+    queue_size: int = option(0, "momentum features kept as further ITC negatives", low=0)
     negatives: NegativeMode = option("similar", "choice of ITM negatives; hard and semihard also group the batches")
-    itm_share: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
-    itm_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
+    itm_hard_ratio: float = option(1.0, "share of the ITM negatives chosen so; the others are random", low=0, high=1)
+    itm_hard_warmup: int = option(0, "steps with random ITM negatives; in as many more the share grows to that", low=0)
     margin: float = option(0.0, "semihard: how much less similar than the own pair, as a cosine", low=0, high=2)
     crop_scale: float = option(0.5, "smallest area share of the random crop", low=0.01, high=1)
     distort: float = option(0.0, "strength of rotation, shear, blur and noise", low=0, high=1)
     focal_gamma: float = option(0.0, "γ of focal ITC: how much less the easy pairs count; 0: plain ITC", low=0)
     itc_weight: float = option(1.0, "weight of ITC in the loss", low=0)
 
-    products: int = option(4000, "synthetic training products", low=2)
+    num_products: int = option(4000, "synthetic training products", low=2)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run: cpu, cuda, cuda:1, …")
     precision: Precision = option("auto", "bf16: autocast; auto: bf16 where the GPU or the processor has it, else fp32")
     compile: bool = option(False, "torch.compile the layers")
@@ -69,11 +69,11 @@ class TrainConfig(LoopConfig):
     mlm_ratio: float = option(0.15, "share of the words that MLM masks", low=0, high=1)
     mim_ratio: float = option(0.5, "share of the patches that MIM masks", low=0, high=1)
     mim_weight: float = option(1.0, "weight of MIM in the loss", low=0)
-    patch_mask: MaskMode = option("sync", "how MIM chooses patches: at random, synchronized, by the truth")
-    word_mask: MaskMode = option("sync", "how MLM chooses words: at random, synchronized, by the truth")
+    patch_mask: MaskMode = option("sync", "how MIM chooses patches: at random, synchronized, from the ground truth")
+    word_mask: MaskMode = option("sync", "how MLM chooses words: at random, synchronized, from the ground truth")
     mask_source: MaskSource = option("masked", "sync masks read the attention of masked words, or of the clean pair")
     word_pool: float = option(0.45, "share of the words, the best, of which sync masks draw", low=0, high=1)
-    mask_hint: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
+    random_mask_prob: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
     mask_warmup: int = option(0, "steps with random masks, until attention means something", low=0)
     soft_mask: bool = option(True, "one more match for ITM: the photo with what one word is about suppressed")
     mask_text: bool = option(True, "masked text for ITC and ITM too, not for MLM alone")
@@ -88,14 +88,14 @@ SCHEDULES = {
     "tiny": dict(
         steps=680,
         lr=1e-3,
-        final_lr=1e-5,
+        min_lr=1e-5,
         warmup=50,
         ema_decay=0.95,
         alpha=0.0,
         mlm_ratio=0.5,
         negatives="random",
-        itm_share=0.5,
-        itm_warmup=100,
+        itm_hard_ratio=0.5,
+        itm_hard_warmup=100,
         mask_warmup=100,
         mim_weight=0.5,
         itc_weight=2.0,
@@ -103,16 +103,29 @@ SCHEDULES = {
         val_every=340,
     ),
     "small": dict(
-        epochs=20, batch_size=128, lr=3e-4, queue=16384, mlm_ratio=0.3, itm_warmup=1000, mask_warmup=1000, workers=4
+        epochs=20,
+        batch_size=128,
+        lr=3e-4,
+        queue_size=16384,
+        mlm_ratio=0.3,
+        itm_hard_warmup=1000,
+        mask_warmup=1000,
+        workers=4,
     ),
     # a checkpoint is 3.5 GB
-    "base": dict(epochs=30, queue=65536, workers=8, itm_warmup=1000, mask_warmup=2000, val_every=2000),
+    "base": dict(epochs=30, queue_size=65536, workers=8, itm_hard_warmup=1000, mask_warmup=2000, val_every=2000),
 }
 # What a recipe sets over its preset, and what it sets for one preset alone. All of syncmask's are choices, those of the
 # model and of the masks made on the truth of the synthetic photos; no queue beside grouped batches, as GRIT-VLP.
 RECIPE_DEFAULTS = {
     "syncmask": dict(
-        mlm_ratio=0.3, mask_hint=0.2, negatives="semihard", margin=0.2, queue=0, registers=4, cls_context=False
+        mlm_ratio=0.3,
+        random_mask_prob=0.2,
+        negatives="semihard",
+        margin=0.2,
+        queue_size=0,
+        registers=4,
+        cls_context=False,
     ),
     "syncmask tiny": dict(patch_layer=2, mlm_ratio=0.5, word_pool=0.6),
     "softmask": dict(focal_gamma=2.0, distort=0.5),
@@ -126,7 +139,7 @@ RECIPE_DEFAULTS = {
 }
 # Flags that one recipe alone reads.
 RECIPE_FLAGS = {
-    "syncmask": ("mim_weight", "patch_mask", "word_mask", "word_pool", "mask_hint", "mask_warmup"),
+    "syncmask": ("mim_weight", "patch_mask", "word_mask", "word_pool", "random_mask_prob", "mask_warmup"),
     "softmask": ("soft_mask", "mask_text"),
     "fashionfine": ("local_tokens", "alignment", "detector"),
 }
@@ -184,8 +197,8 @@ def check_loop(config: LoopConfig, given: set[str]) -> None:
         )
     if config.data == "synthetic" and config.root:
         raise ConfigError("--root is for data from files; synthetic photos are drawn")
-    if config.data != "synthetic" and "products" in given:
-        raise ConfigError(f"--products is for synthetic photos, not for {config.data}")
+    if config.data != "synthetic" and "num_products" in given:
+        raise ConfigError(f"--num-products is for synthetic photos, not for {config.data}")
     check_ranges(config)
     check_device(config.device)
 
@@ -198,8 +211,8 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
     check_readers("recipe", config.recipe, given, RECIPE_FLAGS)
     if config.recipe == "softmask" and config.soft_mask and config.model.fusion_layers == 1:
         raise ConfigError("--soft-mask needs two or more --fusion-layers; add --no-soft-mask")
-    if "true" in (config.patch_mask, config.word_mask) and config.data != "synthetic":
-        raise ConfigError(f"--patch-mask and --word-mask true: what photos show is not known of {config.data}")
+    if "oracle" in (config.patch_mask, config.word_mask) and config.data != "synthetic":
+        raise ConfigError(f"--patch-mask and --word-mask oracle: what photos show is not known of {config.data}")
     if config.prompts and config.model.max_length < 16:
         raise ConfigError(f"--max-length {config.model.max_length}: --prompts need 16 at least, or no word is left")
     if config.model.alignment and not config.prompts:
@@ -207,11 +220,11 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
 
 
 def learning_rate(step: int, config: LoopConfig, total_steps: int) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `final_lr`, reached with the last step."""
+    """Linear warm-up to `lr`, then half a cosine down to `min_lr`, reached with the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, total_steps - 1 - config.warmup)
-    return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
 
 def grouping_of(config: LoopConfig) -> SamplerMode:
@@ -224,9 +237,9 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def itm_hard_ratio(step: int, config: LoopConfig) -> float:
+def itm_hard_share(step: int, config: LoopConfig) -> float:
     """Share of the ITM negatives that are chosen rather than drawn at random. A curriculum (our choice): with hard
     negatives from the first step on ITM does not leave chance; with nothing else it forgets the easy ones."""
-    if not config.itm_warmup:
-        return config.itm_share
-    return config.itm_share * min(1.0, max(0.0, step / config.itm_warmup - 1))
+    if not config.itm_hard_warmup:
+        return config.itm_hard_ratio
+    return config.itm_hard_ratio * min(1.0, max(0.0, step / config.itm_hard_warmup - 1))

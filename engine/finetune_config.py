@@ -25,9 +25,16 @@ TASK_DATA = {  # of the others: PHOTOS
     "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
 }
 TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split; fashioniq's targets are not published
-CONTRAST = ("queue", "negatives", "itm_share", "margin", "focal_gamma", "itc_weight")  # retrieval goes on with these
+CONTRAST = (
+    "queue_size",
+    "negatives",
+    "itm_hard_ratio",
+    "margin",
+    "focal_gamma",
+    "itc_weight",
+)  # retrieval goes on with these
 TASK_FLAGS = {  # flags that not all tasks read
-    "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_warmup", "rerank"),
+    "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_hard_warmup", "rerank"),
     **dict.fromkeys(RECOGNITION, ("modality", "freeze")),
     "search": ("query", "image", "index", "rerank"),
 }
@@ -63,21 +70,21 @@ class FinetuneConfig(LoopConfig):
 
 
 # Flags that only a training reads: those of its loop, but for these, and five more.
-UNTRAINED = {"out", "seed", "batch_size", "products", "device", "precision", "workers"}
+UNTRAINED = {"out", "seed", "batch_size", "num_products", "device", "precision", "workers"}
 TRAINED = {spec.name for spec in fields(LoopConfig)} - UNTRAINED
 TRAINED |= {"from_scratch", "held_out", "patience", "freeze", "modality"}
 
 # Choices, but for base: learning rates, epochs and weight decay of retrieval and tgir are Fashion-FINE's.
 SCHEDULES = {
-    "tiny": dict(steps=200, lr=5e-4, final_lr=1e-5, warmup=20, ema_decay=0.99, alpha=0.0, crop_scale=0.8, val_every=50),
+    "tiny": dict(steps=200, lr=5e-4, min_lr=1e-5, warmup=20, ema_decay=0.99, alpha=0.0, crop_scale=0.8, val_every=50),
     "tiny tgir": dict(steps=300, lr=1e-3),
     "tiny category": dict(steps=600, lr=1e-3, patience=4),
     "tiny subcategory": dict(steps=600, lr=1e-3, patience=4),
     "tiny entailment": dict(steps=600, lr=3e-4),  # with 1e-3 it may stand still
-    "small": dict(epochs=10, batch_size=128, lr=1e-4, final_lr=1e-6, workers=4),
-    "base": dict(epochs=10, lr=3e-5, final_lr=1e-6, workers=8),
+    "small": dict(epochs=10, batch_size=128, lr=1e-4, min_lr=1e-6, workers=4),
+    "base": dict(epochs=10, lr=3e-5, min_lr=1e-6, workers=8),
     "base retrieval": dict(epochs=30, lr=1e-5),
-    "base tgir": dict(final_lr=1e-7, weight_decay=0.3),
+    "base tgir": dict(min_lr=1e-7, weight_decay=0.3),
 }
 
 
@@ -112,7 +119,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
     task, preset, data = given["task"], saved["preset"], given.get("data", saved["data"])
     model = ModelConfig(**saved["model"])
     local_tokens = model.local_tokens and task != "tgir"  # which reads [CLS] alone, as in Fashion-FINE
-    layers = {name: saved[name] for name in ("preset", "products", "prompts")}
+    layers = {name: saved[name] for name in ("preset", "num_products", "prompts")}
     layers |= {
         "model": replace(model, local_tokens=local_tokens, alignment=False, detector=False),
         "data": data,
@@ -178,7 +185,7 @@ def open_data(config: FinetuneConfig, split: str) -> PhotoDataset:
         build = build_triplets
     elif config.task == "entailment":
         build = build_statements
-    dataset = build(config.data, config.root, split, config.model.image_size, config.data_seed, config.products)
+    dataset = build(config.data, config.root, split, config.model.image_size, config.data_seed, config.num_products)
     if config.task == "search" and config.data == "fashioniq":
         dataset = dataset.photos
     elif config.task in ("category", "subcategory"):

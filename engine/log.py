@@ -18,7 +18,7 @@ Training, every --log-every steps, of that step's batch
 Validation, every --val-every steps, on held-out photos
     val_i2t_r1 … val_t2i_r10    retrieval recall, photo to text and text to photo, by product
     val_mlm_accuracy            masked words restored (the run's ratio of random words, of those that may be masked)
-    val_photo_gain              that, minus the same with another product's photo: what the photo adds; needs no truth
+    val_image_gain              that, minus the same with another product's photo: what the photo adds; needs no truth
     val_itm_accuracy            pairs told from random wrong ones; chance is 0.5
     val_unreadable              photos left out because they could not be decoded
     val_mean                    mean of the six recalls (retrieval), of R@10 and R@50 (tgir); best.pt is by it
@@ -27,15 +27,15 @@ Validation, every --val-every steps, on held-out photos
 
 On synthetic photos also the truth: of masks, each with its value for random masks (or a random patch) beside it as
 …_random; of ITM negatives, with …_random and …_hard for random and the hardest batches and negatives
-    word_cooccurrence           of the masked words that name an attribute, the share of which this photo shows it
-    patch_cooccurrence          of the masked patches, the share on the region of an attribute that the text names
-    pointing                    the pointing game: of the words that name a detail which this photo shows, the share
+    word_precision           of the masked words that name an attribute, the share of which this photo shows it
+    patch_precision          of the masked patches, the share on the region of an attribute that the text names
+    pointing_game               of the words that name a detail which this photo shows, the share
                                 whose most attended patch lies on that detail
-    photo_gain                  of the words that name what the photo shows, each masked once with a third of the
+    image_gain                  of the words that name what the photo shows, each masked once with a third of the
                                 others, the share predicted, minus the same with the photo of another product (no
                                 …_random)
-    photo_gain_whole            the same of words for garment, colour, pattern and sleeve
-    photo_gain_detail           the same of all other words
+    image_gain_coarse            the same of words for garment, colour, pattern and sleeve
+    image_gain_fine           the same of all other words
     choice_coarse, choice_fine  of photos with their own text and one in which one value that the photo shows is wrong:
                                 the share whose own text has the higher similarity; mean over garment, colour, pattern
                                 and sleeve, and over all other kinds; chance is 0.5 (no …_random)

@@ -25,8 +25,8 @@ PANELS = {
     "held-out recall by image and text": ["val_r1", "val_r10", "val_r50"],
     "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "choice_fine", "choice_fine_itm"],
     "held-out": ["val_accuracy", "val_macro_f1"],
-    "what the photo adds, held out": ["val_photo_gain", "photo_gain_whole", "photo_gain_detail"],
-    "held-out truth of the masks": ["patch_cooccurrence", "word_cooccurrence", "pointing"],
+    "what the photo adds, held out": ["val_image_gain", "image_gain_coarse", "image_gain_fine"],
+    "held-out truth of the masks": ["patch_precision", "word_precision", "pointing_game"],
 }
 
 
@@ -106,7 +106,7 @@ def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> 
 
 def example_masks(run: Run, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
     """Make a mask of each kind for a batch with normalised images. -> title -> patch mask (B, P), word mask (B, L)"""
-    config, words = run.config, batch["words"]
+    config, words = run.config, batch["maskable"]
     run.model.eval()
     generator = torch.Generator(run.device).manual_seed(config.seed)
     _, sync_patches, sync_words = synchronized_masks(run, batch, generator)
@@ -131,7 +131,7 @@ def momentum_grad_cam(run: Run, batch: dict) -> Tensor:
 def example_soft_mask(run: Run, batch: dict, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Make the soft mask (B, P) of one random word of each caption; the word as a mask (B, L)."""
     maps = momentum_grad_cam(run, batch)
-    words = batch["words"] > 0
+    words = batch["maskable"] > 0
     drawn = torch.multinomial(words.float().clamp(min=1e-9), 1, generator=generator)  # (B, 1), also without words
     word_mask = torch.zeros_like(words).scatter(1, drawn, True) & words
     return soft_mask(maps, drawn.squeeze(1)), word_mask

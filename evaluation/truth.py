@@ -15,7 +15,7 @@ from engine.run import Run, autocast
 from evaluation.choice import choices
 from evaluation.validation import draw_other
 from losses import NegativeMode, pick_negatives, same_pairs
-from masking import cooccurrence, pointing, random_patch_mask, random_word_mask, score_words, sync_mask
+from masking import mask_precision, pointing_game, random_patch_mask, random_word_mask, score_words, sync_mask
 from readers.dataset import PhotoDataset
 from readers.synthetic import Synthetic
 from readers.wardrobe import WHOLE
@@ -68,29 +68,29 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
 
 def count_truth(run: Run, batch: dict, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
     """Count, for each metric of `mask_truth`, the hits in a batch and how many there could be."""
-    config, words = run.config, batch["words"]
+    config, words = run.config, batch["maskable"]
     known = word_truth(batch, config.model.grid)
     attention, patch_mask, word_mask = synchronized_masks(run, batch, generator)
     random_patches = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
     random_words = random_word_mask(words, config.mlm_ratio, generator)
     named = known.regions.any(dim=1)  # (B, P): patches that show something that the caption names
     every_patch = torch.ones_like(named)
-    hits, expected, total = pointing(attention, known.regions, known.visible & known.detail)
+    hits, expected, total = pointing_game(attention, known.regions, known.visible & known.detail)
 
     gain = image_gain(run, batch, generator)
     shown = known.visible & (words > 0)
     fine = shown & known.detail
     coarse = shown & ~known.detail
     return {
-        "patch_cooccurrence": cooccurrence(patch_mask, every_patch, named),
-        "word_cooccurrence": cooccurrence(word_mask, known.attribute, known.visible),
-        "patch_cooccurrence_random": cooccurrence(random_patches, every_patch, named),
-        "word_cooccurrence_random": cooccurrence(random_words, known.attribute, known.visible),
-        "photo_gain": (gain[shown].sum(), shown.sum()),
-        "photo_gain_detail": (gain[fine].sum(), fine.sum()),
-        "photo_gain_whole": (gain[coarse].sum(), coarse.sum()),
-        "pointing": (hits, total),
-        "pointing_random": (expected, total),
+        "patch_precision": mask_precision(patch_mask, every_patch, named),
+        "word_precision": mask_precision(word_mask, known.attribute, known.visible),
+        "patch_precision_random": mask_precision(random_patches, every_patch, named),
+        "word_precision_random": mask_precision(random_words, known.attribute, known.visible),
+        "image_gain": (gain[shown].sum(), shown.sum()),
+        "image_gain_fine": (gain[fine].sum(), fine.sum()),
+        "image_gain_coarse": (gain[coarse].sum(), coarse.sum()),
+        "pointing_game": (hits, total),
+        "pointing_game_random": (expected, total),
     }
 
 
@@ -99,7 +99,7 @@ def image_gain(run: Run, batch: dict, generator: torch.Generator) -> Tensor:
 
     -> (B, L): 1 where the prediction is right from its own image alone, −1 from that of another product alone, else 0
     """
-    model, words = run.model, batch["words"]
+    model, words = run.model, batch["maskable"]
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]
     part_of = torch.randint(PARTS, words.shape, generator=generator, device=run.device)
     part_of = part_of.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
@@ -133,7 +133,7 @@ def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tup
             momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
         )
     patch_mask, word_mask = sync_mask(
-        attention, scores, batch["words"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+        attention, scores, batch["maskable"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
     )
     return attention, patch_mask, word_mask
 
@@ -142,7 +142,7 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Measure how many ITM negatives are false, over some search blocks of training images.
 
     Batches are grouped and negatives are chosen by the config's modes, at random, and hard. The random negatives that
-    `itm_share` mixes in do not count.
+    `itm_hard_ratio` mixes in do not count.
     """
     config = run.config
     generator = torch.Generator().manual_seed(config.seed)
@@ -210,16 +210,16 @@ def chance_corrected(figures: dict[str, float], key: str) -> float:
 
 def truth_in_words(metrics: dict[str, float]) -> list[str]:
     """Put the metrics of `truth`, where they are there, into lines."""
-    if "pointing" not in metrics:
+    if "pointing_game" not in metrics:
         return []
     percent = defaultdict(lambda: "–")  # choices are not there where too few images show such values
     percent |= {key: f"{100 * value:.1f}" for key, value in metrics.items()}
-    patches = chance_corrected(metrics, "patch_cooccurrence")
-    words = chance_corrected(metrics, "word_cooccurrence")
-    pointing_ratio = metrics["pointing"] / max(1e-9, metrics["pointing_random"])
+    patches = chance_corrected(metrics, "patch_precision")
+    words = chance_corrected(metrics, "word_precision")
+    pointing_ratio = metrics["pointing_game"] / max(1e-9, metrics["pointing_game_random"])
     return [
-        f"the photo adds {percent['photo_gain_detail']} points to masked words for details, "
-        f"{percent['photo_gain_whole']} to those for garment, colour, pattern, sleeve",
+        f"the photo adds {percent['image_gain_fine']} points to masked words for details, "
+        f"{percent['image_gain_coarse']} to those for garment, colour, pattern, sleeve",
         f"own caption chosen, coarse / fine: {percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
         f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)",
         f"masks, chance-corrected: patches {patches:.2f}, words {words:.2f}; "

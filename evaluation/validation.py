@@ -42,7 +42,7 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
     mlm_accuracy = outputs["mlm_hits"].float().mean().item()
     mlm_accuracy_other = outputs["mlm_hits_other"].float().mean().item()
     metrics["val_mlm_accuracy"] = mlm_accuracy
-    metrics["val_photo_gain"] = mlm_accuracy - mlm_accuracy_other
+    metrics["val_image_gain"] = mlm_accuracy - mlm_accuracy_other
     metrics["val_itm_accuracy"] = outputs["itm_hits"].float().mean().item()
     metrics["val_unreadable"] = len(shown) - len(outputs["rows"])
     return metrics, "by chance: " + "  ".join(by_chance)
@@ -56,7 +56,7 @@ def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str
     """
     model = run.model
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]  # (B, L)
-    masked = random_word_mask(batch["words"], run.config.mlm_ratio, generator)  # (B, L)
+    masked = random_word_mask(batch["maskable"], run.config.mlm_ratio, generator)  # (B, L)
     other = draw_other(batch, generator)
     has_other = other >= 0
     other = other.clamp(min=0)

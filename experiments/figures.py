@@ -58,17 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--file", type=Path, help="picture to write (default the figure's name, .png)")
     parser.add_argument("--data", choices=get_args(DataName), default="synthetic")
     parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--products", type=int, default=6, help="on the page or of the masked photos")
+    parser.add_argument("--num-products", type=int, default=6, help="on the page or of the masked photos")
     parser.add_argument("--checkpoint", type=Path, help="last.pt of a run, for masks")
     args = parser.parse_args(argv)
     file = args.file or Path(f"{args.figure}.png")
     try:
         if args.figure == "sheet":
-            dataset = build_dataset(args.data, args.root, "train", image_size=128, products=args.products)
-            draw_sheet(dataset, args.products, file)
+            dataset = build_dataset(args.data, args.root, "train", image_size=128, products=args.num_products)
+            draw_sheet(dataset, args.num_products, file)
         else:
             run, dataset = open_run(args.checkpoint, args.root, "cpu")
-            draw_masks(run, dataset, first_photos(dataset, args.products), file)
+            draw_masks(run, dataset, first_photos(dataset, args.num_products), file)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"figures.py: {error}")
     print(file)

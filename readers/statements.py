@@ -84,7 +84,7 @@ def synthetic_statements(split: Split, products: int, image_size: int, seed: int
     for product, rows in tqdm(rows_of.items(), "making statements", unit=" products", leave=False, disable=None):
         found += block(photos, rows, photos._rng(5, product))
     if not found:
-        raise DataError(f"--products {products}: no two photos of a product differ in what they show; give more")
+        raise DataError(f"--num-products {products}: no two photos of a product differ in what they show; give more")
     source, texts, labels, kinds = map(list, zip(*found))
     shown = [photos.rows[photo][0] for photo in source]
     known = {"category": labels, "subcategory": kinds}

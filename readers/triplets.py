@@ -145,7 +145,7 @@ def synthetic_triplets(split: Split, products: int, image_size: int, seed: int =
             references += [first, variant]
             targets += [variant, first]
     if not references:
-        raise DataError(f"--products {products}: no whole family of {FAMILY} products; give more")
+        raise DataError(f"--num-products {products}: no whole family of {FAMILY} products; give more")
     for number, (a, b) in enumerate(zip(references, targets)):
         texts.append(difference(photos.products[a], photos.products[b], photos._rng(4, number)))
     subsets = ["synthetic"] * len(texts)

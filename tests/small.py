@@ -89,9 +89,9 @@ def write_jsonl(folder, **splits):
 
 
 SIZES = "--image-size 32 --width 32 --heads 2 --vision-layers 2 --text-layers 1 --fusion-layers 1 --vocab-size 300"
-SCHEDULE = "--batch-size 8 --val-products 10 --warmup 2 --itm-warmup 2 --dropout 0.1 --precision fp32"
+SCHEDULE = "--batch-size 8 --val-products 10 --warmup 2 --itm-hard-warmup 2 --dropout 0.1 --precision fp32"
 OF_FILES = [*SIZES.split(), *SCHEDULE.split()]
-FAST = [*OF_FILES, "--products", "12"]
+FAST = [*OF_FILES, "--num-products", "12"]
 # soft masks read the gradient in a layer before the last
 FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine": [], "albef": []}
 

@@ -82,7 +82,7 @@ def test_telling_pieces_by_hand(tmp_path, monkeypatch):
     captions.insert(2, captions[0])
 
     def told(frequent):
-        monkeypatch.setattr(data, "FREQUENT", frequent)
+        monkeypatch.setattr(data, "MAX_DOC_FREQ", frequent)
         return data.telling_pieces(tokenizer, captions)
 
     def names(pieces):
@@ -97,9 +97,9 @@ def test_telling_pieces_by_hand(tmp_path, monkeypatch):
     item["text"] = ("[UNK]", "Red zipper at front. V-v.")
     batch = Collate(tokenizer, told(0.6))([item])
     # [CLS] [UNK] red zip ##per at front . v - v . [SEP]: a word whose second piece tells something is masked whole
-    assert batch["words"][0, :13].tolist() == [0, 0, 3, 4, 4, 0, 0, 0, 9, 0, 11, 0, 0]
+    assert batch["maskable"][0, :13].tolist() == [0, 0, 3, 4, 4, 0, 0, 0, 9, 0, 11, 0, 0]
     assert batch["described"][0, :13].tolist() == [False] * 2 + [True] * 10 + [False]
-    every = Collate(tokenizer)([item])["words"][0, :13].tolist()
+    every = Collate(tokenizer)([item])["maskable"][0, :13].tolist()
     assert every == [0, 0, *range(3, 13), 0]  # without what is telling, each piece is a word
 
 

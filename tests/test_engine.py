@@ -15,7 +15,7 @@ from transformers import BertModel
 import data
 import train
 from engine import config as run_config
-from engine.config import ema_decay, itm_hard_ratio, learning_rate, parse_config
+from engine.config import ema_decay, itm_hard_share, learning_rate, parse_config
 from engine.finetune_config import FinetuneConfig
 from engine.flags import ConfigError
 from engine.run import autocast, build_optimizer
@@ -174,7 +174,7 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
     }
     files["text.norm.weight"] = {f"bert.embeddings.{name}": w for name, w in files["text.norm.weight"].items()}
     flags = [flag for flag in FAST if flag not in ("--vocab-size", "300")]
-    flags += ["--vocab", str(tmp_path / "vocab.txt"), "--lr", "0", "--final-lr", "0", "--steps", "1"]
+    flags += ["--vocab", str(tmp_path / "vocab.txt"), "--lr", "0", "--min-lr", "0", "--steps", "1"]
     for key, state in files.items():
         torch.save({"model": state}, tmp_path / "weights.pth")
         train.main([*flags, "--weights", str(tmp_path / "weights.pth"), "--out", str(tmp_path / key)])
@@ -191,13 +191,13 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
         (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
         (["--recipe", "clip"], "--recipe clip: no such recipe; there are syncmask, softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
-        (["--data", "jsonl", "--root", "x", "--word-mask", "true"], "what photos show is not known of jsonl"),
+        (["--data", "jsonl", "--root", "x", "--word-mask", "oracle"], "what photos show is not known of jsonl"),
         (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--lr", "inf"], "--lr inf: must be a finite number"),
         (["--device", "cuda:99"], "cuda:99: not on this machine, which has cpu"),
-        (["--weights", "/nowhere.pth", "--products", "2"], "/nowhere.pth: no such weights file"),
+        (["--weights", "/nowhere.pth", "--num-products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
     ],
 )
@@ -225,7 +225,7 @@ def test_precedence_defaults_preset_recipe_flags():
     assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
     config, _ = parse_config(["--data", "fashiongen"])
     assert config.preset == "base" and config.model.width == PRESETS["base"].width
-    assert config.queue == 0 and parse_config(["--preset", "base", "--recipe", "albef"])[0].queue == 65536
+    assert config.queue_size == 0 and parse_config(["--preset", "base", "--recipe", "albef"])[0].queue_size == 65536
     config, _ = parse_config(["--no-compile", "--data", "jsonl"])
     assert config.compile is False and config.preset == "small"
 
@@ -249,7 +249,7 @@ def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritte
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
-    config = replace(parse_config([])[0], lr=1.0, final_lr=0.1, warmup=10)
+    config = replace(parse_config([])[0], lr=1.0, min_lr=0.1, warmup=10)
     rates = [learning_rate(step, config, 111) for step in range(111)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
@@ -257,11 +257,11 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 
 
 def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
-    state, _ = built("--alpha 0.4 --negatives hard --itm-share 0.6 --itm-warmup 10", products=12)
+    state, _ = built("--alpha 0.4 --negatives hard --itm-hard-ratio 0.6 --itm-hard-warmup 10", products=12)
     seen = []
     for step in (0, 1, 10, 15, 1000):
         state.step = step
-        seen.append((state.alpha, itm_hard_ratio(step, state.config)))
+        seen.append((state.alpha, itm_hard_share(step, state.config)))
     assert seen[0] == (0.0, 0.0) and seen[2][1] == 0 and seen[3][1] == pytest.approx(0.3) and seen[4] == (0.4, 0.6)
     assert seen[1][0] == pytest.approx(0.4 / state.epoch_steps)
     assert ema_decay(0, 0.99) == 0.1 and ema_decay(10**6, 0.99) == 0.99
@@ -269,7 +269,7 @@ def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
     sim, batch = torch.arange(200.0).expand(200, 200), dict.fromkeys(("product_ids", "caption_ids"), torch.arange(200))
     hardest = train.sample_itm_negatives(state, batch, sim, sim)[0] == 199
     assert 0.45 < hardest.float().mean() < 0.75  # 0.6 of them
-    assert itm_hard_ratio(0, replace(state.config, itm_warmup=0)) == 0.6
+    assert itm_hard_share(0, replace(state.config, itm_hard_warmup=0)) == 0.6
 
 
 def test_weight_decay_is_on_matrices_only():

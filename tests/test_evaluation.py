@@ -208,7 +208,7 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
 
     monkeypatch.setattr("masking.clean_attention", attention)
     figures = mask_truth(state, dataset)
-    for key in ("patch_cooccurrence", "word_cooccurrence", "pointing"):
+    for key in ("patch_precision", "word_precision", "pointing_game"):
         assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
 
 
@@ -221,7 +221,7 @@ def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
     monkeypatch.setattr(state.model.fusion, "project_image_kv", lambda embeds: project(torch.zeros_like(embeds)))
     assert torch.equal(*restored_logits(state, batch))
     figures = mask_truth(state, dataset) | validate(state, dataset)[0]
-    for key in ("photo_gain", "photo_gain_detail", "photo_gain_whole", "val_photo_gain"):
+    for key in ("image_gain", "image_gain_fine", "image_gain_coarse", "val_image_gain"):
         assert figures[key] == 0, key
 
 

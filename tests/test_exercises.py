@@ -153,12 +153,12 @@ def test_one_command_checks_what_is_begun(mine, capsys):
 def test_two_runs_are_compared(tmp_path, capsys):
     for name, gain in (("a", 0.25), ("b", 0.5)):
         (tmp_path / name).mkdir()
-        final = {"step": 2, "final": True, "photo_gain": gain, "pointing": 1.0}
+        final = {"step": 2, "final": True, "image_gain": gain, "pointing_game": 1.0}
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n' + json.dumps(final))
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    compare.main([*runs, "photo_gain"])
+    compare.main([*runs, "image_gain"])
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "| metric | a | b | difference |" and said[2:] == ["| photo_gain | 0.25 | 0.5 | +0.25 |"]
+    assert said[0] == "| metric | a | b | difference |" and said[2:] == ["| image_gain | 0.25 | 0.5 | +0.25 |"]
     with pytest.raises(SystemExit, match="speed: not among the metrics of both runs"):
         compare.main([*runs, "speed"])
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1}')

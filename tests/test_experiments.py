@@ -17,7 +17,7 @@ SMALL = [*FAST, "--steps", "2"]
 
 
 def test_contact_sheet(tmp_path):
-    figures.main(["sheet", "--products", "2", "--file", str(tmp_path / "s.png")])
+    figures.main(["sheet", "--num-products", "2", "--file", str(tmp_path / "s.png")])
     assert Image.open(tmp_path / "s.png").width > 600
 
 
@@ -25,7 +25,7 @@ def test_masks_of_a_checkpoint(tmp_path):
     config, given = parse_config([*SMALL, "--out", str(tmp_path / "run")])
     train.train(config, given)
     checkpoint = str(tmp_path / "run" / "last.pt")
-    figures.main(["masks", "--checkpoint", checkpoint, "--products", "2", "--file", str(tmp_path / "m.png")])
+    figures.main(["masks", "--checkpoint", checkpoint, "--num-products", "2", "--file", str(tmp_path / "m.png")])
     assert np.array(Image.open(tmp_path / "m.png")).std() > 10
     with pytest.raises(SystemExit, match="nowhere.pt: no such checkpoint"):
         figures.main(["masks", "--checkpoint", "nowhere.pt"])

@@ -40,7 +40,7 @@ def few_images():
 def made(tmp_path_factory):
     """A small run with its page, and the same images as training encodes them."""
     out = tmp_path_factory.mktemp("explored")
-    train_small(out, "--fusion-layers", "2", "--steps", "2", "--mask-warmup", "1", "--products", "30")
+    train_small(out, "--fusion-layers", "2", "--steps", "2", "--mask-warmup", "1", "--num-products", "30")
     explore.main(["--checkpoint", str(out / "last.pt")])
     run, dataset = explore.open_run(out / "last.pt", None, "cpu")
     run.config, dataset.truths = replace(run.config, precision="fp32"), True
@@ -74,7 +74,7 @@ def test_maps_and_words_are_those_of_the_caption(made):
         for b, caption in enumerate(made.found["captions"]):
             words = [word for word in caption if "place" in word]
             places = torch.tensor([word["place"] for word in words])
-            assert torch.equal(places, first_pieces(made.batch["words"])[b].nonzero()[:, 0])
+            assert torch.equal(places, first_pieces(made.batch["maskable"])[b].nonzero()[:, 0])
             drawn = torch.tensor([word[source] for word in words]) / 255
             assert (drawn - scaled[b][places]).abs().max() < 1 / 255
             assert [word["named"] for word in words] == known.attribute[b][places].tolist()

@@ -119,7 +119,7 @@ def test_a_run_starts_from_an_export_and_the_vocabulary_is_read_back(tmp_path, c
     assert BertTokenizerFast(str(folder / "vocab.txt"))("A blue dress")["input_ids"] == ids and len(ids) > 4
     words = ["--weights", str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
     flags = [flag for flag in FAST if flag not in ("--vocab-size", "300")]
-    train.main([*flags, *words, "--lr", "0", "--final-lr", "0", "--steps", "1", "--out", str(tmp_path / "two")])
+    train.main([*flags, *words, "--lr", "0", "--min-lr", "0", "--steps", "1", "--out", str(tmp_path / "two")])
     assert "0 skipped, 0 missing" in capsys.readouterr().out
     one, two = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
     assert all(torch.equal(one[name], two[name]) for name in one)

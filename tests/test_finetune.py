@@ -35,7 +35,7 @@ def few_products():
 def pretrained(tmp_path_factory):
     """A checkpoint of a few steps."""
     out = tmp_path_factory.mktemp("pretrained")
-    run(out, "--products", "20", "--steps", "4")
+    run(out, "--num-products", "20", "--steps", "4")
     return out / "last.pt"
 
 
@@ -101,7 +101,7 @@ def test_a_task_end_to_end(tmp_path, pretrained, capsys, task, flags, selected_b
 
 def test_tasks_of_a_fashionfine_checkpoint(tmp_path):
     """Texts get a lead and neither symbol nor prompts, so no label is told; tgir compares [CLS] alone."""
-    run(tmp_path / "pre", "--products", "20", "--steps", "2", "--recipe", "fashionfine")
+    run(tmp_path / "pre", "--num-products", "20", "--steps", "2", "--recipe", "fashionfine")
     source = tmp_path / "pre" / "last.pt"
     for task, lead in (("retrieval", DESCRIPTION), ("category", DESCRIPTION), ("tgir", DIFFERENCE)):
         flags = f"--task {task} --checkpoint {source} --steps 2 --val-every 2 --out {tmp_path}/{task}"
@@ -144,14 +144,14 @@ def test_a_frozen_model_is_a_linear_probe_and_from_scratch_takes_no_weights(tmp_
     before, after = load_checkpoint(pretrained)["model"], load_checkpoint(tmp_path / "probe" / "last.pt")["model"]
     changed = {name for name, tensor in after.items() if name not in before or not torch.equal(tensor, before[name])}
     assert changed == {"class_head.weight", "class_head.bias"}
-    found = command(f"{flags} --from-scratch --lr 0 --final-lr 0 --out {tmp_path}/scratch")
+    found = command(f"{flags} --from-scratch --lr 0 --min-lr 0 --out {tmp_path}/scratch")
     assert found["checkpoint"] == "random weights"
     random = load_checkpoint(tmp_path / "scratch" / "last.pt")["model"]
     assert not torch.equal(random["vision.patch_embed.weight"], before["vision.patch_embed.weight"])
 
 
 def test_early_stopping_and_the_best_step(tmp_path, pretrained):
-    schedule = "--lr 0 --final-lr 0 --val-every 1 --steps 9 --patience 2"
+    schedule = "--lr 0 --min-lr 0 --val-every 1 --steps 9 --patience 2"
     found = command(f"--task subcategory --checkpoint {pretrained} {schedule} --out {tmp_path}")
     steps = [line["step"] for line in lines(tmp_path) if "val_accuracy" in line and not line.get("final")]
     assert steps == [1, 2, 3] and found["steps"] == 3  # nothing is learnt, so nothing becomes better
@@ -161,9 +161,9 @@ def test_early_stopping_and_the_best_step(tmp_path, pretrained):
 
 
 def test_every_other_flag_runs(tmp_path, pretrained):
-    flags = "--negatives hard --itm-share 0.7 --itm-warmup 1 --margin 0.1 --queue 8"
+    flags = "--negatives hard --itm-hard-ratio 0.7 --itm-hard-warmup 1 --margin 0.1 --queue-size 8"
     flags += " --alpha 0.3 --ema-decay 0.9 --focal-gamma 2 --distort 0.3 --crop-scale 0.7 --held-out 0.3"
-    flags += " --precision bf16 --epochs 2 --batch-size 6 --products 14 --seed 3 --val-products 5 --workers 0"
+    flags += " --precision bf16 --epochs 2 --batch-size 6 --num-products 14 --seed 3 --val-products 5 --workers 0"
     found = command(f"--task retrieval --checkpoint {pretrained} --out {tmp_path} {flags}")
     assert found["seed"] == 3 and found["steps"] == lines(tmp_path)[-1]["step"] > 2
     assert all("itc" in line and "itm" in line for line in lines(tmp_path) if "loss" in line)

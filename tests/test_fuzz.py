@@ -105,7 +105,7 @@ def test_any_caption_makes_a_batch(captions, size, length):
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     items = [{"row": 0, "image": image, "text": ("", text), "product_id": 0, "caption_id": 0} for text in captions]
     batch = Collate(tokenizer, telling_pieces(tokenizer, captions))(items)
-    assert batch["token_ids"].shape == batch["words"].shape and batch["token_ids"].shape[1] <= max(length, 8)
+    assert batch["token_ids"].shape == batch["maskable"].shape and batch["token_ids"].shape[1] <= max(length, 8)
     assert (batch["token_ids"] < tokenizer.get_vocab_size()).all()
 
 

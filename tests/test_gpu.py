@@ -78,12 +78,12 @@ def on_stand_in(run):
     return run
 
 
-TRUE = ["--patch-mask", "true", "--word-mask", "true"]
+TRUE = ["--patch-mask", "oracle", "--word-mask", "oracle"]
 
 
 @pytest.mark.parametrize(("recipe", "flags"), [*((recipe, []) for recipe in train.RECIPES), ("syncmask", TRUE)])
 def test_a_step_mixes_neither_devices_nor_types(recipe, flags):
-    more = [*flags, "--fusion-layers", "2", "--precision", "bf16", "--queue", "6", "--alpha", "0.4"]
+    more = [*flags, "--fusion-layers", "2", "--precision", "bf16", "--queue-size", "6", "--alpha", "0.4"]
     config, _ = parse_config([*FAST, *FAST_FOR[recipe], "--recipe", recipe, *more])
     dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts, dataset.truths = config.prompts, bool(flags)

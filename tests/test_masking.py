@@ -13,20 +13,20 @@ from masking import (
     average_attention,
     clean_attention,
     concentration,
-    cooccurrence,
     corrupt_words,
     first_pieces,
     grad_cam,
     itm_grad_cam,
+    mask_precision,
     mask_words,
+    maskable_words,
     masked_attention,
-    pointing,
+    oracle_mask,
+    pointing_game,
     random_word_mask,
     replace_words,
     soft_mask,
     sync_mask,
-    true_mask,
-    which_words,
     word_counts,
 )
 
@@ -75,7 +75,7 @@ def words_slowly(text, described):
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_which_words_equals_a_slow_definition(texts):
     ids, described = tokens_of(texts)
-    words = which_words(ids, described, CONTINUES, TELLING)
+    words = maskable_words(ids, described, CONTINUES, TELLING)
     for b in range(len(texts)):
         expected = [0] * ids.shape[1]
         for places in words_slowly(ids[b].tolist(), described[b]):
@@ -87,7 +87,7 @@ def test_which_words_equals_a_slow_definition(texts):
 
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 2**31), st.booleans())
 def test_masks_hide_all_pieces_of_a_word_or_none_and_count_words(texts, ratio, seed, synchronized):
-    words = which_words(*tokens_of(texts), CONTINUES, TELLING)
+    words = maskable_words(*tokens_of(texts), CONTINUES, TELLING)
     if synchronized:
         attention = torch.rand(*words.shape, 9, generator=seeded(seed))
         scores = concentration(attention)
@@ -114,12 +114,12 @@ def test_mask_words_goes_by_the_first_piece():
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
 def test_true_masks_hide_visible_words_and_their_patches_first(texts, patch_ratio, word_ratio, seed):
     """Half of the words are shown, each on some of 16 patches, all pieces of a word on the same."""
-    words = which_words(*tokens_of(texts), CONTINUES, TELLING)
+    words = maskable_words(*tokens_of(texts), CONTINUES, TELLING)
     share = torch.rand(*words.shape, 1, generator=seeded(seed)) / 4
     shown = torch.rand(*words.shape, 16, generator=seeded(seed)) < share
     shown &= torch.rand(*words.shape, 1, generator=seeded(seed + 1)) < 0.5
     regions = shown.gather(1, (words - 1).clamp(min=0)[..., None].expand(-1, -1, 16)) & (words > 0)[..., None]
-    patch_mask, word_mask = true_mask(regions, words, patch_ratio, word_ratio, seeded(seed))
+    patch_mask, word_mask = oracle_mask(regions, words, patch_ratio, word_ratio, seeded(seed))
     assert patch_mask.sum(1).tolist() == [min(round(patch_ratio * 16), 15)] * len(texts)
     visible = words * regions.any(dim=2)
     assert not word_mask[visible == 0].any()
@@ -131,7 +131,7 @@ def test_true_masks_hide_visible_words_and_their_patches_first(texts, patch_rati
         masked = patch_mask[b]
         assert not (masked & ~of_masked).any() or not (of_masked & ~masked).any()  # those of the masked words first
         assert not (masked & ~of_any).any() or not (of_any & ~masked).any()  # then what other words name
-    again = true_mask(regions, words, patch_ratio, word_ratio, seeded(seed))
+    again = oracle_mask(regions, words, patch_ratio, word_ratio, seeded(seed))
     assert all(map(torch.equal, again, (patch_mask, word_mask)))
 
 
@@ -180,7 +180,7 @@ def test_answers_are_those_of_each_hidden_word_by_its_photo_and_by_another():
     """Against one pass for each of some words, with the same half of the others hidden."""
     state, dataset = built("--fusion-layers", "2")
     batch = batch_of(state, dataset, range(6))
-    momentum, keep, words = state.momentum.model, batch["attention_mask"], batch["words"]
+    momentum, keep, words = state.momentum.model, batch["attention_mask"], batch["maskable"]
     photos = momentum.fusion.project_image_kv(momentum.vision(data.normalise(batch["images"])))
     attentions, answers = masked_attention(momentum, batch, photos, state.mask_id, seeded(3))
     assert len(attentions) == 2 and not answers[:, words == 0].any()
@@ -199,7 +199,7 @@ def test_cooccurrence_by_hand():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0]]).bool()
     candidates = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]]).bool()
     shared = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool()
-    hits, total = cooccurrence(mask, candidates, shared)
+    hits, total = mask_precision(mask, candidates, shared)
     assert (hits, total) == (2, 3)
 
 
@@ -207,7 +207,7 @@ def test_pointing_by_hand():
     """Word 0 points into its region, word 1 beside it, word 2 has none, word 3 is not asked about."""
     attention = torch.tensor([[[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0]]])
     regions = torch.tensor([[[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]]]).bool()
-    hits, expected, total = pointing(attention, regions, torch.tensor([[True, True, False, False]]))
+    hits, expected, total = pointing_game(attention, regions, torch.tensor([[True, True, False, False]]))
     assert (hits, total) == (1, 2) and expected == pytest.approx(2 / 3 + 1 / 3)
 
 

@@ -48,7 +48,7 @@ def test_flags_are_flags(capsys):
         "--checkpoint",
         "--file",
         "--rows",
-        "--products",
+        "--num-products",
         "--photos",
         "--split",
         "--items",

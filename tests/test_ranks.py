@@ -39,7 +39,7 @@ SHARED = [
     "4",
     "--alpha",
     "0.4",
-    "--queue",
+    "--queue-size",
     "24",
     "--negatives",
     "semihard",

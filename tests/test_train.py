@@ -44,7 +44,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert [line["step"] for line in written if "val_i2t_r1" in line and "final" not in line] == [2, 4]
     losses = sum(training[0][key] for key in ("itc", "itm", "mlm", "mim"))
     assert training[0]["loss"] == pytest.approx(losses, abs=1e-4)
-    known = [key + end for key in ("word_cooccurrence", "patch_cooccurrence", "pointing") for end in ("", "_random")]
+    known = [key + end for key in ("word_precision", "patch_precision", "pointing_game") for end in ("", "_random")]
     known += ["choice_coarse", "choice_fine", "choice_coarse_itm", "choice_fine_itm"]
     known += ["false_negative_rate" + end for end in ("", "_random", "_hard")]
     recalls = {f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
@@ -59,11 +59,11 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--margin 0.1 --mask-warmup 2 --mask-hint 0.3 --precision bf16 --workers 1",
-        "--queue 20 --negatives similar --alpha 0.4 --patch-mask true --word-mask true",
+        "--margin 0.1 --mask-warmup 2 --random-mask-prob 0.3 --precision bf16 --workers 1",
+        "--queue-size 20 --negatives similar --alpha 0.4 --patch-mask oracle --word-mask oracle",
         "--recipe albef --negatives hard --alpha 0.4",
         "--recipe softmask --fusion-layers 2 --alpha 0.4",
-        "--recipe fashionfine --alpha 0.4 --queue 20",
+        "--recipe fashionfine --alpha 0.4 --queue-size 20",
     ],
 )
 def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
@@ -79,7 +79,18 @@ def test_three_and_three_resumed_steps_equal_six_bitwise(tmp_path, flags):
 
 def test_threads_change_nothing_about_resuming(tmp_path):
     """Two threads, at a size where both are used: what they sum up in any order would differ in the last digits."""
-    flags = ["--recipe", "softmask", "--steps", "2", "--products", "10", "--val-products", "2", "--batch-size", "16"]
+    flags = [
+        "--recipe",
+        "softmask",
+        "--steps",
+        "2",
+        "--num-products",
+        "10",
+        "--val-products",
+        "2",
+        "--batch-size",
+        "16",
+    ]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     for out, stop_at in (("whole", None), ("halves", 1)):
@@ -175,7 +186,7 @@ def test_gradients_of_fashionfine_flow_where_they_should_and_nowhere_else():
         "mlm": {"vision", "text", "fusion", "mlm_head", "mlm_bias"},
         "rtd": {"vision", "text", "fusion", "detector"},
     }
-    losses, state, batch = first_losses("--recipe", "fashionfine", "--queue", "20")
+    losses, state, batch = first_losses("--recipe", "fashionfine", "--queue-size", "20")
     assert losses.keys() == reached.keys()
     names, parameters = zip(*state.model.named_parameters(), strict=True)
     for key, loss in losses.items():
@@ -192,7 +203,7 @@ def test_gradients_of_fashionfine_flow_where_they_should_and_nowhere_else():
 def test_hard_negatives_are_mined_in_batch_and_queue():
     """HNM-F: 0.25 · focal ITC against the momentum keys of the batch and of the queue; right is what is of one product
     or has the same caption."""
-    _, state, batch = first_losses("--recipe", "fashionfine", "--queue", "6")
+    _, state, batch = first_losses("--recipe", "fashionfine", "--queue-size", "6")
     generator = torch.Generator().manual_seed(1)
     image_feat, text_feat, image_feat_m, text_feat_m, old_images, old_texts = torch.nn.functional.normalize(
         torch.randn(6, 8, 256, generator=generator), dim=2
@@ -219,7 +230,7 @@ def test_soft_masks_suppress_patches_and_pass_no_gradient_through_the_mask():
     fused, attentions = model.fusion(
         text_embeds, keep, model.fusion.project_image_kv(image_embeds), return_attention=True
     )
-    words = batch["words"].clone()
+    words = batch["maskable"].clone()
     words[2] = False  # a text without a readable word
     soft = train.apply_soft_mask(state, words, fused, attentions, image_embeds)
     share = (soft / image_embeds).detach()
@@ -291,10 +302,12 @@ def test_every_other_flag_runs(tmp_path):
     """What the defaults and the other tests leave alone, on the schedule of `base`, for one epoch."""
     flags = "--preset base --epochs 1 --seed 3 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
     flags += " --mlm-ratio 0.3 --negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
-    flags += " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-share 0.5 --mask-warmup 2"
+    flags += (
+        " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-hard-ratio 0.5 --mask-warmup 2"
+    )
     final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
     config = config_from_dict(checkpoint(tmp_path)["config"])
-    assert final["step"] == 6 and config.queue == 0 and config.model.grid == 2
+    assert final["step"] == 6 and config.queue_size == 0 and config.model.grid == 2
 
 
 @contextlib.contextmanager
@@ -341,8 +354,8 @@ def known_masks(flags, monkeypatch):
     state, dataset = built("--mlm-ratio 0.3 --mim-ratio 0.5 --mask-source clean --word-pool 0", flags)
     dataset.truths, state.step = True, 5
     batch = batch_of(state, dataset, range(6))
-    described = batch["words"] > 0
-    first = described.sum(1, keepdim=True) - word_counts(batch["words"], 0.3)
+    described = batch["maskable"] > 0
+    first = described.sum(1, keepdim=True) - word_counts(batch["maskable"], 0.3)
     last_words = (described.cumsum(1) > first) & described
     attention = torch.zeros(6, 1, described.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
@@ -361,33 +374,33 @@ def known_masks(flags, monkeypatch):
 @pytest.mark.parametrize(
     "flags, patches, words",
     [
-        ("--mask-hint 0", "sync", "sync"),
-        ("--mask-hint 1", "random", "random"),
-        ("--mask-hint 0 --mask-warmup 9", "random", "random"),
-        ("--mask-hint 0 --patch-mask random", "random", "sync"),
-        ("--mask-hint 0 --word-mask random", "sync", "random"),
-        ("--mask-hint 0 --mask-warmup 9 --patch-mask true --word-mask true", "true", "true"),
-        ("--mask-hint 0 --patch-mask random --word-mask true", "random", "true"),
+        ("--random-mask-prob 0", "sync", "sync"),
+        ("--random-mask-prob 1", "random", "random"),
+        ("--random-mask-prob 0 --mask-warmup 9", "random", "random"),
+        ("--random-mask-prob 0 --patch-mask random", "random", "sync"),
+        ("--random-mask-prob 0 --word-mask random", "sync", "random"),
+        ("--random-mask-prob 0 --mask-warmup 9 --patch-mask oracle --word-mask oracle", "oracle", "oracle"),
+        ("--random-mask-prob 0 --patch-mask random --word-mask oracle", "random", "oracle"),
     ],
 )
 def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch):
     chosen, batch, last_words = known_masks(flags, monkeypatch)
     patch_mask, word_mask = chosen(0)
-    assert (patch_mask.sum(1) == 8).all() and not (word_mask & (batch["words"] == 0)).any()
+    assert (patch_mask.sum(1) == 8).all() and not (word_mask & (batch["maskable"] == 0)).any()
     assert (patch_mask[:, 8:].all()) == (patches == "sync")
     assert torch.equal(word_mask, last_words) == (words == "sync")
     assert torch.equal(chosen(0)[0], patch_mask) and (patches == "sync") == torch.equal(chosen(1)[0], patch_mask)
     known = word_truth(batch, 4)
-    half = word_counts(batch["words"] * known.visible, 0.5)  # of the words that are seen
+    half = word_counts(batch["maskable"] * known.visible, 0.5)  # of the words that are seen
     shown = not (word_mask & ~known.visible).any() and torch.equal(word_mask.sum(1, keepdim=True), half)
-    assert shown == (words == "true")
+    assert shown == (words == "oracle")
     named = known.regions.any(dim=1)
     on_named = [not (mask & ~there).any() or not (there & ~mask).any() for mask, there in zip(patch_mask, named)]
-    assert all(on_named) == (patches == "true")
+    assert all(on_named) == (patches == "oracle")
 
 
 def test_a_pair_keeps_random_masks_of_both_its_patches_and_its_words(monkeypatch):
-    chosen, _, last_words = known_masks("--mask-hint 0.5", monkeypatch)
+    chosen, _, last_words = known_masks("--random-mask-prob 0.5", monkeypatch)
     found = [masks for seed in range(5) for masks in zip(*chosen(seed), last_words, strict=True)]
     hinted = [(not patches[8:].all(), not torch.equal(words, last)) for patches, words, last in found]
     assert set(hinted) == {(True, True), (False, False)} and 5 < sum(patches for patches, _ in hinted) < 25

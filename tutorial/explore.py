@@ -28,7 +28,7 @@ from evaluation.pictures import first_photos, momentum_grad_cam
 from evaluation.truth import WordTruth, synchronized_masks, word_truth
 from experiments.figures import open_run
 from losses import pick_negatives, same_pairs
-from masking import cooccurrence, random_patch_mask, random_word_mask, soft_mask
+from masking import mask_precision, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import DataError, PhotoDataset
 from readers.synthetic import Synthetic
 
@@ -90,7 +90,7 @@ def captions(run: Run, batch: dict, truth: WordTruth | None) -> list[list[dict]]
                 caption[-1]["text"] += token.removeprefix("##")
                 continue
             word = {"text": token}
-            if batch["words"][b, place]:
+            if batch["maskable"][b, place]:
                 word["place"] = place
                 for name, values in maps.items():
                     word[name] = (255 * values[b, place]).round().int().tolist()
@@ -121,7 +121,7 @@ def soft_masks(run: Run, batch: dict) -> Tensor:
 
 def masks(run: Run, batch: dict, truth: WordTruth | None) -> dict[str, list[dict]]:
     """Make random and synchronized masks, for each of SHARES."""
-    words, patches = batch["words"], run.config.model.grid**2
+    words, patches = batch["maskable"], run.config.model.grid**2
     found = {"Random": [], "Synchronized": []}
     for share in SHARES:
         generator = torch.Generator().manual_seed(run.config.seed)
@@ -137,9 +137,9 @@ def mask_facts(patch_mask: Tensor, word_mask: Tensor, truth: WordTruth | None) -
     """List masks (B, P), (B, L) as 0 and 1, and their precision over all images where the ground truth is known."""
     facts = {"patches": patch_mask.int().tolist(), "words": word_mask.int().tolist()}
     if truth:
-        hits, total = cooccurrence(patch_mask, torch.ones_like(patch_mask), truth.regions.any(dim=1))
+        hits, total = mask_precision(patch_mask, torch.ones_like(patch_mask), truth.regions.any(dim=1))
         facts["patch_precision"] = (hits / total.clamp(min=1)).item()
-        hits, total = cooccurrence(word_mask, truth.attribute, truth.visible)
+        hits, total = mask_precision(word_mask, truth.attribute, truth.visible)
         facts["word_precision"] = (hits / total.clamp(min=1)).item()
     return facts
 

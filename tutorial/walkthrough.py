@@ -21,9 +21,9 @@ import torch
 from tokenizers import decoders
 from torch import Tensor
 
-from data import FREQUENT, normalise, telling_pieces
+from data import MAX_DOC_FREQ, normalise, telling_pieces
 from engine.batches import learn_vocabulary
-from engine.config import ema_decay, itm_hard_ratio, parse_config
+from engine.config import ema_decay, itm_hard_share, parse_config
 from engine.flags import ConfigError
 from engine.run import build_run
 from evaluation.truth import grouped, mask_truth, momentum_features, word_truth
@@ -93,12 +93,12 @@ dataset.truths = True
 batch = run.collate([dataset[row] for row in rows])
 truth = word_truth(batch, config.model.grid)
 batch["images"] = normalise(batch["images"])
-images, ids, attention_mask, words = batch["images"], batch["token_ids"], batch["attention_mask"], batch["words"]
+images, ids, attention_mask, words = batch["images"], batch["token_ids"], batch["attention_mask"], batch["maskable"]
 regions, attribute, visible = truth.regions, truth.attribute, truth.visible  # (B, L, P), (B, L), (B, L)
 maskable = len(words[0].unique()) - 1
 show("images", images, "the image: product 0 from the front; then its back, 14 others")
 show("token_ids", ids, f"its caption: {attention_mask[0].sum()} tokens with [CLS] and [SEP], the rest [PAD]")
-show("words", words, f"{maskable} of its words may be masked: in no more than {FREQUENT:.0%} of the captions")
+show("words", words, f"{maskable} of its words may be masked: in no more than {MAX_DOC_FREQ:.0%} of the captions")
 show("regions", regions, "patches where the image shows what a token names")
 show("shown", tokenizer.decode(ids[0, visible[0]].tolist()))
 show("named, not shown", tokenizer.decode(ids[0, attribute[0] & ~visible[0]].tolist()))
@@ -163,7 +163,7 @@ show("own pair", cosines[0], "cosine")
 for mode in ("random", "similar", "hard", "semihard"):
     chosen = pick_negatives(sim_i2t, forbidden, mode, generator.manual_seed(0), config.margin / temp)
     show(mode, cosines[chosen[0]], f"cosine; '{titles[rows[chosen[0]]]}'")
-show("hard_share", itm_hard_ratio(run.step, config), f"are {config.negatives}, the others random")
+show("hard_share", itm_hard_share(run.step, config), f"are {config.negatives}, the others random")
 
 # %% 6. MLM
 # Masked language modelling masks whole words. The model predicts them from the other words and the image.
@@ -275,13 +275,13 @@ show("on what it names", mask[about].mean(), f"mean of M there; elsewhere {mask[
 
 # %% 13. Does it work?
 # The ground truth judges the masks of more products. In the end the image has to help to predict words.
-# photo_gain = share predicted with the own image − share predicted with another product's
+# image_gain = share predicted with the own image − share predicted with another product's
 print("13 does it work?")
 found = mask_truth(run, dataset)
 for key, remark in (
-    ("patch_cooccurrence", "masked patches, on something named"),
-    ("word_cooccurrence", "masked attribute words, shown"),
-    ("pointing", "detail words whose most attended patch is right"),
+    ("patch_precision", "masked patches, on something named"),
+    ("word_precision", "masked attribute words, shown"),
+    ("pointing_game", "detail words whose most attended patch is right"),
 ):
     show(key, found[key], f"{remark}; by chance {found[key + '_random']:.3f}")
-show("photo_gain", found["photo_gain"], "words predicted, minus those with another image")
+show("image_gain", found["image_gain"], "words predicted, minus those with another image")

@@ -31,12 +31,12 @@ class Exercise:
         return {name: getattr(module, name) for name in self.write}
 
 
-COUNTING = ("which_words", "first_pieces", "word_counts")
+COUNTING = ("maskable_words", "first_pieces", "word_counts")
 RANKING = ("average_attention", "mask_words", "mask_patches", "break_ties")
 EXERCISES = {
     1: Exercise("masking", ("random_word_mask",), tests="random_word_mask|all_pieces", read=COUNTING),
     2: Exercise("masking", ("corrupt_words",), tests="corruption|replaced_words"),
-    3: Exercise("masking", ("cooccurrence", "pointing"), tests="cooccurrence_by_hand|pointing_by_hand"),
+    3: Exercise("masking", ("mask_precision", "pointing_game"), tests="cooccurrence_by_hand|pointing_by_hand"),
     4: Exercise("losses", ("same_pairs", "itc_targets"), tests="itc_targets|what_is_right"),
     5: Exercise("losses", ("pick_negatives",), tests="negatives_are|hard_takes", read=("same_pairs",)),
     6: Exercise("losses", ("pick_negatives",), tests="semihard"),

@@ -82,13 +82,13 @@ def check_2(corrupt_words) -> None:
     want(torch.isin(drawn, allowed).all(), "random words must come from word_ids, which has no special tokens")
 
 
-def check_3(cooccurrence, pointing) -> None:
+def check_3(mask_precision, pointing_game) -> None:
     """Shares and chances worked out by hand."""
     mask = torch.tensor([[True, True, True, False, False]])
     candidates = torch.tensor([[True, True, False, True, False]])
     shared = torch.tensor([[True, False, True, False, True]])
-    found = cooccurrence(mask, candidates, shared)
-    want(isinstance(found, tuple), "cooccurrence returns two counts, hits and of how many: shares do not add up")
+    found = mask_precision(mask, candidates, shared)
+    want(isinstance(found, tuple), "mask_precision returns two counts, hits and of how many: shares do not add up")
     hits, total = found
     want(total == 2, f"of {total} masked ones, should be 2: only masked candidates count, hit or not")
     want(hits == 1, f"{hits} hits, should be 1: masked, a candidate and shared")
@@ -96,8 +96,8 @@ def check_3(cooccurrence, pointing) -> None:
     attention = torch.tensor([[0.1, 0.7, 0.1, 0.1], [0.5, 0.3, 0.2, 0.0]])
     regions = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0]]).bool()
     words = torch.tensor([True, True])
-    hits, expected, _ = pointing(attention[None], regions[None], words[None])
-    want(hits == 1, f"pointing has {hits} hits, should be 1: is the most attended patch of a word in its region?")
+    hits, expected, _ = pointing_game(attention[None], regions[None], words[None])
+    want(hits == 1, f"pointing_game has {hits} hits, should be 1: is the most attended patch of a word in its region?")
     said = f"a random patch would hit {expected:.2f} times, should be 1 (3/4 + 1/4)"
     want(abs(expected - 1) < 1e-6, f"{said}: it hits a region as often as the region is large")
 

@@ -1,6 +1,6 @@
 """Compare two pretraining runs: their final metrics and the differences.
 
-python tutorial/exercises/compare.py runs/A runs/B [METRIC …]      only these metrics, for example photo_gain_detail
+python tutorial/exercises/compare.py runs/A runs/B [METRIC …]      only these metrics, for example image_gain_fine
 """
 
 import argparse
