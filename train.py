@@ -5,7 +5,7 @@
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
     torchrun --nproc-per-node N train.py …                     N GPUs: see engine/distributed.py
 
-What a run leaves in --out: config.json, metrics.jsonl (its keys: engine/log.py), curves.png, masks.png, last.pt.
+What a run leaves in --out: config.json, metrics.jsonl (its keys: docs/glossary.md), curves.png, masks.png, last.pt.
 
 Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys
 (of patches: those that are not masked), M masked tokens or patches.
@@ -44,8 +44,8 @@ from engine.log import peak_memory_mib, read_metrics, stop_signals, trim_metrics
 from engine.run import Run, autocast, build_run, build_sampler
 from engine.weights import load_pretrained
 from evaluation.pictures import draw_curves, draw_masks, first_photos
-from evaluation.truth import truth, truth_in_words
-from evaluation.validation import validate
+from evaluation.truth import truth
+from evaluation.validation import metrics_table, validate
 from losses import (
     accuracy,
     alignment_loss,
@@ -471,13 +471,17 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
         print(report)
         run.momentum.update(run.model, decay=0)
 
+    chance = {}  # of the recalls
+
     def validate_run(run: Run) -> dict[str, float]:
-        metrics, chance = validate(run, val_set)
-        tqdm.write(chance)
+        metrics, by_chance = validate(run, val_set)
+        chance.update(by_chance)
         return metrics | truth(run, train_set, val_set)
 
     print(f"{config.recipe}, {config.preset}")
     final = fit(run, train_set, RECIPES[config.recipe], validate_run, stop_at=stop_at)
+    if final:
+        print("\n".join(metrics_table(final, chance)))
     if is_main_process():
         draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
     return final
@@ -575,8 +579,6 @@ def fit(
                     write_metrics(out / "metrics.jsonl", step=run.step, **run.validation)
                 shown = [f"{k[4:]} {v:.3f}" for k, v in run.validation.items() if k.startswith("val_")]
                 bar.write(f"step {run.step}: " + "  ".join(shown))
-                for line in truth_in_words(run.validation):
-                    bar.write(f"    {line}")
             if at_validation or stopping:
                 save_checkpoint(run, out / "last.pt")
 

@@ -1,6 +1,6 @@
 """What masks and negatives are worth, where the data set knows the ground truth: on synthetic images."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -200,30 +200,3 @@ def false_negatives(
         if min(image, caption) >= 0:  # −1 where there is none
             false.append(dataset.describes(int(product_ids[caption]), int(rows[image])))
     return false
-
-
-def chance_corrected(figures: dict[str, float], key: str) -> float:
-    """`key` on a scale from random masks, 0, to perfect ones, 1: (value − random) / (1 − random)."""
-    chance = figures[key + "_random"]
-    return (figures[key] - chance) / max(1e-9, 1 - chance)
-
-
-def truth_in_words(metrics: dict[str, float]) -> list[str]:
-    """Put the metrics of `truth`, where they are there, into lines."""
-    if "pointing_game" not in metrics:
-        return []
-    percent = defaultdict(lambda: "–")  # choices are not there where too few images show such values
-    percent |= {key: f"{100 * value:.1f}" for key, value in metrics.items()}
-    patches = chance_corrected(metrics, "patch_precision")
-    words = chance_corrected(metrics, "word_precision")
-    pointing_ratio = metrics["pointing_game"] / max(1e-9, metrics["pointing_game_random"])
-    return [
-        f"the photo adds {percent['image_gain_fine']} points to masked words for details, "
-        f"{percent['image_gain_coarse']} to those for garment, colour, pattern, sleeve",
-        f"own caption chosen, coarse / fine: {percent['choice_coarse']} / {percent['choice_fine']} % by similarity, "
-        f"{percent['choice_coarse_itm']} / {percent['choice_fine_itm']} % by the ITM head (chance 50)",
-        f"masks, chance-corrected: patches {patches:.2f}, words {words:.2f}; "
-        f"pointing to details {pointing_ratio:.1f} x chance",
-        f"false negatives, chosen / random / hard: {percent['false_negative_rate']} / "
-        f"{percent['false_negative_rate_random']} / {percent['false_negative_rate_hard']} %",
-    ]

@@ -12,12 +12,55 @@ from losses import pick_negatives, same_pairs
 from masking import random_word_mask
 from readers.dataset import PhotoDataset
 
+TABLE = {  # metric -> its name in the closing table; docs/glossary.md explains all
+    "val_i2t_r1": "R@1, image to caption",
+    "val_t2i_r1": "R@1, caption to image",
+    "val_itm_accuracy": "ITM accuracy",
+    "val_mlm_accuracy": "MLM accuracy",
+    "val_image_gain": "image gain",
+    "image_gain_coarse": "image gain, coarse attributes shown",
+    "image_gain_fine": "image gain, fine attributes shown",
+    "choice_coarse": "own caption chosen, coarse, by cosine",
+    "choice_fine": "own caption chosen, fine, by cosine",
+    "choice_coarse_itm": "own caption chosen, coarse, by ITM",
+    "choice_fine_itm": "own caption chosen, fine, by ITM",
+    "patch_precision": "mask precision, patches",
+    "word_precision": "mask precision, words",
+    "pointing_game": "pointing game, fine attributes",
+    "false_negative_rate": "false negatives among those chosen",
+}
+
+
+def metrics_table(metrics: dict[str, float], chance: dict[str, float]) -> list[str]:
+    """The metrics that there are as lines: name, value and unit, what chance or random masks give."""
+    half = {key: 0.5 for key in TABLE if key.startswith("choice") or key == "val_itm_accuracy"}
+    lines = [f"  {'held out':40}{'value':>7}{'chance':>16}"]
+    for key, name in TABLE.items():
+        if key not in metrics:
+            continue
+        by_chance = (chance | half).get(key, metrics.get(f"{key}_random"))
+        if "gain" in key:
+            by_chance = 0.0
+        line = f"  {name:40}{100 * metrics[key]:7.1f} {'points' if 'gain' in key else '%':7}"
+        if by_chance is not None:
+            line += f"{100 * by_chance:8.1f}"
+        if key in ("patch_precision", "word_precision"):
+            line += f"   chance-corrected {chance_corrected(metrics, key):.2f}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def chance_corrected(metrics: dict[str, float], key: str) -> float:
+    """`key` on a scale from random masks, 0, to perfect masks, 1: (value − random) / (1 − random)."""
+    chance = metrics[f"{key}_random"]
+    return (metrics[key] - chance) / max(1e-9, 1 - chance)
+
 
 @torch.no_grad()
-def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
+def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], dict[str, float]]:
     """Measure retrieval, ITM and MLM on held-out products, with the same random draws every time.
 
-    -> metrics, and a line with the recalls of a random order
+    -> metrics, and the recalls of a random order under the same keys
     """
     run.model.eval()
     shown = first_products(dataset, run.config.val_products)
@@ -36,8 +79,10 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
     rankings = full_rankings(outputs["image_feat"], text_feat, image_products, text_products)
     metrics = {key.replace("full", "val"): value for key, value in recalls_of(rankings).items()}
     del metrics["val_mean"]
-    chance = rankings[0].chance() | rankings[1].chance()
-    by_chance = [f"{key.removeprefix('full_')} {value:.3f}" for key, value in chance.items()]
+    chance = {}
+    for ranking in rankings:
+        for key, value in ranking.chance().items():
+            chance[key.replace("full", "val")] = value
 
     mlm_accuracy = outputs["mlm_hits"].float().mean().item()
     mlm_accuracy_other = outputs["mlm_hits_other"].float().mean().item()
@@ -45,7 +90,7 @@ def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], str]:
     metrics["val_image_gain"] = mlm_accuracy - mlm_accuracy_other
     metrics["val_itm_accuracy"] = outputs["itm_hits"].float().mean().item()
     metrics["val_unreadable"] = len(shown) - len(outputs["rows"])
-    return metrics, "by chance: " + "  ".join(by_chance)
+    return metrics, chance
 
 
 def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
