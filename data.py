@@ -1,7 +1,7 @@
 """From items to batches: collation, augmentation, tokenizer; and the data sets by name.
 
 Every data set is a list of *photos* (rows); several photos show one product and share its one description. Triplets
-are for text-guided retrieval, statements for entailment: see docs/photos.md. Photos stay uint8 until they are on the
+are for text-guided retrieval, statements for entailment: see docs/data.md. Photos stay uint8 until they are on the
 training device, where `augment` or `normalise` turns a whole batch to floats at once.
 
 Dimensions: B photos of a batch · S side of a photo in pixels · P patches of a photo · L tokens of the longest text of a

@@ -1,4 +1,4 @@
-"""What the pages name is in the code; the example of docs/questions.md runs as it stands there."""
+"""What the pages name is in the code; the example of docs/faq.md runs as it stands there."""
 
 import re
 import urllib.parse
@@ -11,7 +11,7 @@ from engine.batches import text_features
 from experiments.figures import open_run
 from tests.small import ROOT, run, unresolved
 
-PAGE = (ROOT / "docs/questions.md").read_text()
+PAGE = (ROOT / "docs/faq.md").read_text()
 ANSWERS = re.split(r"(?m)^\*\*(?=\S)", PAGE)[1:]
 
 
@@ -77,7 +77,7 @@ def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     dataset.photos[3].save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    exec(compile(code, "questions.md", "exec"), {})
+    exec(compile(code, "faq.md", "exec"), {})
     said = float(re.fullmatch(r"cosine (-?\d\.\d{3})\n", capsys.readouterr().out)[1])
     with torch.no_grad():
         photo = state.model.eval().vision(normalise(dataset[3]["image"][None]))

@@ -1,4 +1,4 @@
-"""docs/changing.md adds a recipe; this test does what the page says."""
+"""docs/extending.md adds a recipe; this test does what the page says."""
 
 import re
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_the_recipe_of_the_page_trains(tmp_path, monkeypatch):
-    page = (ROOT / "docs/changing.md").read_text()
+    page = (ROOT / "docs/extending.md").read_text()
     function, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     namespace = dict(vars(train))
     exec(function, namespace)
