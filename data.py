@@ -46,7 +46,7 @@ class Collate:
     gives (B, L), `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos that cannot be
     read.
 
-    `words` (B, L) may be masked, see `masking.maskable_words`; telling: what `telling_pieces` gives, or every token may
+    `maskable` (B, L): see `masking.maskable_words`; informative: what `informative_pieces` gives, default every token
     An item whose photo cannot be read is left out; a batch of none has just `rows` and `unreadable`.
     Items with the truth bring `planes` uint8 (B, K, S, S), where attributes are on the photo; `word_planes` (B, L),
     which of them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo
@@ -54,7 +54,7 @@ class Collate:
     """
 
     tokenizer: Tokenizer
-    telling: tuple[Tensor, Tensor] | None = None
+    informative: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, items: list[dict | Unreadable]) -> dict:
         unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
@@ -72,8 +72,8 @@ class Collate:
         encodings = encode(self.tokenizer, [item["text"] for item in items])
         batch |= _tensors(encodings)
         every = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
-        continues, telling = self.telling or (~every, every)
-        batch["maskable"] = maskable_words(batch["token_ids"], batch["described"], continues, telling)
+        continues, informative = self.informative or (~every, every)
+        batch["maskable"] = maskable_words(batch["token_ids"], batch["described"], continues, informative)
         if "truth" in items[0]:
             batch |= _truth(encodings, [item["truth"] for item in items])
         return batch
@@ -282,7 +282,7 @@ def word_ids(tokenizer: Tokenizer) -> Tensor:
 MAX_DOC_FREQ = 0.75  # words in a larger share of the captions tell nothing, and are not masked (choice)
 
 
-def telling_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+def informative_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
     """For `masking.maskable_words`: the pieces that continue a word; the pieces that are no punctuation and stand in no
     more than the share MAX_DOC_FREQ of the different captions. -> (V,), (V,) bool"""
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]

@@ -16,38 +16,38 @@ from model import VisionLanguageModel
 
 MaskSource = Literal["masked", "clean"]
 
-# What may be masked. `words` (B, L) gives each token the place of its word's first piece, counted from 1, or 0 where
+# What may be masked. `maskable` (B, L) gives each token the place of its word's first piece, counted from 1, or 0 where
 # the token must stay. Tokens with the same number are one word, masked together:
 #
 #     token   [CLS]  a  ##b  c  [SEP]
 #     place     1    2   3   4    5
-#     words     0    2   2   4    0
+#     maskable  0    2   2   4    0
 
 
-def maskable_words(token_ids: Tensor, described: Tensor, continues: Tensor, telling: Tensor) -> Tensor:
-    """Number the words that may be masked: `words` (B, L), as above.
+def maskable_words(token_ids: Tensor, described: Tensor, continues: Tensor, informative: Tensor) -> Tensor:
+    """Number the words that may be masked: `maskable` (B, L), as above.
 
     Our choice: whole words, since one piece gives the others away, and only words with a piece that tells something,
     which is no punctuation and does not stand in most captions.
     token_ids (B, L) · described (B, L) bool: tokens of the caption
-    continues, telling (V,) bool: pieces of the vocabulary that continue a word, that tell something
+    continues, informative (V,) bool: pieces of the vocabulary that continue a word, that tell something
     """
     place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
     first_place = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # of the token's word, (B, L)
-    telling_piece = (telling[token_ids] & described).long()
-    telling_word = torch.zeros_like(first_place).scatter_reduce(1, first_place - 1, telling_piece, "amax")
-    maskable = described & telling_word.gather(1, first_place - 1).bool()
-    return first_place * maskable
+    informative_piece = (informative[token_ids] & described).long()
+    informative_word = torch.zeros_like(first_place).scatter_reduce(1, first_place - 1, informative_piece, "amax")
+    is_maskable = described & informative_word.gather(1, first_place - 1).bool()
+    return first_place * is_maskable
 
 
-def first_pieces(words: Tensor) -> Tensor:
+def first_pieces(maskable: Tensor) -> Tensor:
     """Mark one token of each word, the first. (B, L) -> (B, L) bool."""
-    return words == torch.arange(1, words.shape[1] + 1, device=words.device)
+    return maskable == torch.arange(1, maskable.shape[1] + 1, device=maskable.device)
 
 
-def word_counts(words: Tensor, ratio: float) -> Tensor:
+def word_counts(maskable: Tensor, ratio: float) -> Tensor:
     """Count the words of each row to mask: max(1, round(ratio · words)), 0 where there is no word. (B, L) -> (B, 1)"""
-    total = first_pieces(words).sum(dim=1, keepdim=True)
+    total = first_pieces(maskable).sum(dim=1, keepdim=True)
     return (total * ratio).round().long().clamp(min=1).minimum(total)
 
 
@@ -63,11 +63,11 @@ def topk_mask(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tenso
     return (rank < counts) & candidates
 
 
-def mask_words(scores: Tensor, words: Tensor, ratio: float) -> Tensor:
+def mask_words(scores: Tensor, maskable: Tensor, ratio: float) -> Tensor:
     """Mask the words whose first pieces score highest, with all of their pieces; exact counts. (B, L) -> (B, L)"""
-    masked_first = topk_mask(scores, first_pieces(words), word_counts(words, ratio))
-    masked_word = masked_first.gather(1, (words - 1).clamp(min=0))
-    return masked_word & (words > 0)
+    masked_first = topk_mask(scores, first_pieces(maskable), word_counts(maskable, ratio))
+    masked_word = masked_first.gather(1, (maskable - 1).clamp(min=0))
+    return masked_word & (maskable > 0)
 
 
 def mask_patches(scores: Tensor, ratio: float) -> Tensor:
@@ -86,10 +86,10 @@ def break_ties(scores: Tensor, generator: torch.Generator | None) -> Tensor:
 # Random masks
 
 
-def random_word_mask(words: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+def random_word_mask(maskable: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Mask a uniformly random share of the words of each row, counts as `word_counts`. (B, L) -> (B, L)"""
-    scores = torch.rand(words.shape, device=words.device, generator=generator)
-    return mask_words(scores, words, ratio)
+    scores = torch.rand(maskable.shape, device=maskable.device, generator=generator)
+    return mask_words(scores, maskable, ratio)
 
 
 def random_patch_mask(
@@ -143,12 +143,12 @@ def masked_attention(
     passes, and each masks one random half of the words.
 
     The log-probabilities are log p(w | own image, rest of the caption) and log p(w | another image, rest of it).
-    batch: token_ids, attention_mask, words (B, L) · image_kv: by `FusionEncoder.project_image_kv`
+    batch: token_ids, attention_mask, maskable (B, L) · image_kv: by `FusionEncoder.project_image_kv`
     -> one map (B, h, L, N) a fusion layer, log-probabilities (2, B, L)
     """
-    ids, words = batch["token_ids"], batch["maskable"]
-    first_half = random_word_mask(words, 0.5, generator)  # (B, L)
-    second_half = (words > 0) & ~first_half
+    ids, maskable = batch["token_ids"], batch["maskable"]
+    first_half = random_word_mask(maskable, 0.5, generator)  # (B, L)
+    second_half = (maskable > 0) & ~first_half
     masked = torch.cat([first_half, second_half])  # (2B, L)
     attention_mask = batch["attention_mask"].repeat(2, 1)
     text_embeds = momentum.text(ids.repeat(2, 1).masked_fill(masked, mask_id), attention_mask)  # (2B, L, D)
@@ -171,7 +171,7 @@ def masked_attention(
         logits = momentum.mlm_logits(torch.where(first_half[..., None], first_pass, second_pass))  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
         log_p.append(-loss.view(ids.shape))
-    return maps, torch.stack(log_p) * (words > 0)
+    return maps, torch.stack(log_p) * (maskable > 0)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def concentration(attention: Tensor) -> Tensor:
 def sync_mask(
     attention: Tensor,
     scores: Tensor,
-    words: Tensor,
+    maskable: Tensor,
     patch_ratio: float,
     word_ratio: float,
     pool: float = 0.0,
@@ -232,15 +232,15 @@ def sync_mask(
     """Mask the words with the highest scores, and the patches that these words attend to most (SyncMask, Song et al.
     2024; how words get their scores is our choice).
 
-    attention (B, L, P), scores (B, L) of the words · words (B, L): what may be masked · patch_ratio, word_ratio:
+    attention (B, L, P), scores (B, L) of the words · maskable (B, L): what may be masked · patch_ratio, word_ratio:
     shares to mask · pool: share of the words, with the highest scores, of which the masked words are drawn; above
     word_ratio the masked words differ from epoch to epoch
     -> patch mask (B, P), word mask (B, L), with the exact counts of the random masks
     """
     # the pool first, then words drawn inside it
-    best = mask_words(break_ties(scores, generator), words, max(pool, word_ratio))
+    best = mask_words(break_ties(scores, generator), maskable, max(pool, word_ratio))
     draws = torch.rand(best.shape, device=best.device, generator=generator)
-    word_mask = mask_words(best + draws, words, word_ratio)
+    word_mask = mask_words(best + draws, maskable, word_ratio)
     # s_p = mean over masked tokens of A[w, p]
     total = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
     patch_scores = (attention * word_mask[..., None]).sum(dim=1) / total  # (B, P)
@@ -293,19 +293,19 @@ def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
 
 
 def oracle_mask(
-    regions: Tensor, words: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
+    regions: Tensor, maskable: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Make the masks that synchronized masks are meant to be, where it is known what an image shows.
 
     Masked are a share of the words that the image shows, and the patches that show them. Where these patches are too
     few, patches follow that show any other word, then the rest.
-    regions (B, L, P) bool: where the image shows what a token names · words (B, L): what may be masked
+    regions (B, L, P) bool: where the image shows what a token names · maskable (B, L): what may be masked
     -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words
     """
-    visible_words = words * regions.any(dim=2)
+    visible_words = maskable * regions.any(dim=2)
     word_mask = random_word_mask(visible_words, word_ratio, generator)
     shows_masked = (regions & word_mask[..., None]).any(dim=1).float()  # (B, P)
-    shows_any = (regions & (words > 0)[..., None]).any(dim=1).float()
+    shows_any = (regions & (maskable > 0)[..., None]).any(dim=1).float()
     draws = torch.rand(shows_any.shape, device=regions.device, generator=generator)
     patch_mask = mask_patches(2 * shows_masked + shows_any + draws, patch_ratio)
     return patch_mask, word_mask
@@ -335,7 +335,7 @@ def corrupt_words(
 
 def replace_words(
     token_ids: Tensor,
-    words: Tensor,
+    maskable: Tensor,
     mask: Tensor,
     mask_id: int,
     word_ids: Tensor,
@@ -345,7 +345,7 @@ def replace_words(
     """Corrupt words for replaced-token detection (after FashionSAP, Han et al. 2023), as `corrupt_words` does, but:
 
     of the masked tokens that are replaced, half become their antonym instead of a random word;
-    of the `words` (B, L) that are not masked, 15 % become their synonym, which is no replacement to detect.
+    of the `maskable` (B, L) that are not masked, 15 % become their synonym, which is no replacement to detect.
     Our choice: synonyms anywhere, not in the value of one prompt alone; a token without an antonym keeps the random
     word.
 
@@ -357,7 +357,7 @@ def replace_words(
     antonym, synonym = swaps[:, token_ids]  # (B, L) each
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
     to_antonym = replaced & (dice < 0.5) & (antonym >= 0)
-    to_synonym = (words > 0) & ~mask & (dice < 0.15) & (synonym >= 0)
+    to_synonym = (maskable > 0) & ~mask & (dice < 0.15) & (synonym >= 0)
     ids = torch.where(to_antonym, antonym, ids)
     ids = torch.where(to_synonym, synonym, ids)
     return ids, labels, replaced

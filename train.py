@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import build_dataset, telling_pieces, word_regions
+from data import build_dataset, informative_pieces, word_regions
 from engine.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
 from engine.checkpoints import begin, read_tokenizer, restore, save_checkpoint
 from engine.config import (
@@ -399,14 +399,14 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: T
     """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or oracle, as
     --patch-mask and --word-mask say. Synchronized masks are random during --mask-warmup. With --random-mask-prob a pair
     keeps random masks of both."""
-    config, words, generator = run.config, batch["maskable"], run.generator
-    patch_mask = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
-    word_mask = random_word_mask(words, config.mlm_ratio, generator)
+    config, maskable, generator = run.config, batch["maskable"], run.generator
+    patch_mask = random_patch_mask(len(maskable), config.model.grid**2, config.mim_ratio, generator, run.device)
+    word_mask = random_word_mask(maskable, config.mlm_ratio, generator)
     modes = (config.patch_mask, config.word_mask)
     chosen = {}
     if "oracle" in modes:
         regions = word_regions(batch, config.model.grid)
-        chosen["oracle"] = oracle_mask(regions, words, config.mim_ratio, ORACLE_RATIO, generator)
+        chosen["oracle"] = oracle_mask(regions, maskable, config.mim_ratio, ORACLE_RATIO, generator)
     if "sync" in modes and run.step >= config.mask_warmup:
         momentum = run.momentum.model
         image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
@@ -414,10 +414,10 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: T
             momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
         )
         chosen["sync"] = sync_mask(
-            attention, scores, words, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+            attention, scores, maskable, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
         )
     if chosen:
-        keep_random = torch.rand(len(words), 1, generator=generator, device=run.device) < config.random_mask_prob
+        keep_random = torch.rand(len(maskable), 1, generator=generator, device=run.device) < config.random_mask_prob
         if config.patch_mask in chosen:
             patch_mask = torch.where(keep_random, patch_mask, chosen[config.patch_mask][0])
         if config.word_mask in chosen:
@@ -463,7 +463,7 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     if state:
         restore(run, state)
     else:
-        run.telling = telling_pieces(tokenizer, train_set.captions)
+        run.informative = informative_pieces(tokenizer, train_set.captions)
     if config.weights and not run.step:
         report = load_pretrained(run.model, config.weights)
         if not config.vocab and report.kinds.keys() != {"ViT"}:

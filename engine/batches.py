@@ -207,9 +207,9 @@ def match_scores(run: Run, dataset: PhotoDataset, texts: list[Text], pairs: Tens
 def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
     """Unit-length queries (B, E) of photos, encoded (B, N, D), and texts: after fine-tuning the projected fused [CLS],
     before it the sum of both features."""
-    model, keep = run.model, batch["attention_mask"]
-    text_embeds = model.text(batch["token_ids"], keep)
+    model, attention_mask = run.model, batch["attention_mask"]
+    text_embeds = model.text(batch["token_ids"], attention_mask)
     if fused:
         image_kv = model.fusion.project_image_kv(references)
-        return model.project_text(model.fusion(text_embeds, keep, image_kv, cls_only=True))
-    return F.normalize(model.image_feature(references) + model.text_feature(text_embeds, keep), dim=-1)
+        return model.project_text(model.fusion(text_embeds, attention_mask, image_kv, cls_only=True))
+    return F.normalize(model.image_feature(references) + model.text_feature(text_embeds, attention_mask), dim=-1)

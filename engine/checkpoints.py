@@ -21,7 +21,16 @@ from engine.run import Run
 from model import ModelConfig
 from readers.dataset import legible
 
-SIMPLE = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "telling")  # of Run, as they are
+SIMPLE = (
+    "step",
+    "seconds",
+    "validation",
+    "best_step",
+    "best_score",
+    "data",
+    "queue",
+    "informative",
+)  # of Run, as they are
 PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
 
 

@@ -1,4 +1,4 @@
-"""What a pretraining run is told: its fields, presets and schedules, and the command line that sets them."""
+"""The configuration of a pretraining run: fields, presets, schedules, and the command line."""
 
 import math
 from dataclasses import dataclass, field, fields, replace

@@ -1,4 +1,4 @@
-"""What a fine-tuning, an evaluation or a search is told, and the command line that says it."""
+"""The configuration of fine-tuning, evaluation and search, and the command line."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -98,7 +98,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
     if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
         raise ConfigError("--resume goes on with a training, which is not done here")
     path = given.get("checkpoint", FinetuneConfig.checkpoint)
-    if given.get("resume") and "out" in given:  # the run to resume says all that its checkpoint said
+    if given.get("resume") and "out" in given:  # whose config holds what the checkpoint's config held
         path = f"{given['out']}/last.pt"
     elif not Path(path).exists():
         raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` makes the default one")

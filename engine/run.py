@@ -30,7 +30,7 @@ class Run:
     device: torch.device
     epoch_steps: int  # in one pass over the images
     data: int  # fingerprint of the training images
-    telling: tuple[Tensor, Tensor] | None = None  # of a run that masks words, see data.telling_pieces
+    informative: tuple[Tensor, Tensor] | None = None  # of a run that masks words, see data.informative_pieces
     sampler: GroupedBatchSampler | None = None  # of a run that trains
     generator: torch.Generator | None = None  # of the step under way
 
@@ -51,7 +51,7 @@ class Run:
     @property
     def collate(self) -> Collate:
         """Makes batches for this run."""
-        return Collate(self.tokenizer, self.telling)
+        return Collate(self.tokenizer, self.informative)
 
     @property
     def ramp(self) -> float:

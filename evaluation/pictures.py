@@ -192,7 +192,7 @@ def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) 
     ticks = [names[label] for label in occurring.tolist()]
     axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
     axis.set_yticks(range(len(ticks)), ticks, fontsize=7, parse_math=False)
-    axis.set(xlabel="answered", ylabel="right", title="colour: share of the class")
+    axis.set(xlabel="prediction", ylabel="label", title="colour: share of the label")
     for row, column in counts.nonzero().tolist():
         colour = "white" if shares[row, column] > 0.5 else "k"
         axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=5, color=colour)

@@ -68,17 +68,17 @@ def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
 
 def count_truth(run: Run, batch: dict, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
     """Count, for each metric of `mask_truth`, the hits in a batch and how many there could be."""
-    config, words = run.config, batch["maskable"]
+    config, maskable = run.config, batch["maskable"]
     known = word_truth(batch, config.model.grid)
     attention, patch_mask, word_mask = synchronized_masks(run, batch, generator)
-    random_patches = random_patch_mask(len(words), config.model.grid**2, config.mim_ratio, generator, run.device)
-    random_words = random_word_mask(words, config.mlm_ratio, generator)
+    random_patches = random_patch_mask(len(maskable), config.model.grid**2, config.mim_ratio, generator, run.device)
+    random_words = random_word_mask(maskable, config.mlm_ratio, generator)
     named = known.regions.any(dim=1)  # (B, P): patches that show something that the caption names
     every_patch = torch.ones_like(named)
     hits, expected, total = pointing_game(attention, known.regions, known.visible & known.detail)
 
     gain = image_gain(run, batch, generator)
-    shown = known.visible & (words > 0)
+    shown = known.visible & (maskable > 0)
     fine = shown & known.detail
     coarse = shown & ~known.detail
     return {
@@ -99,17 +99,17 @@ def image_gain(run: Run, batch: dict, generator: torch.Generator) -> Tensor:
 
     -> (B, L): 1 where the prediction is right from its own image alone, −1 from that of another product alone, else 0
     """
-    model, words = run.model, batch["maskable"]
+    model, maskable = run.model, batch["maskable"]
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]
-    part_of = torch.randint(PARTS, words.shape, generator=generator, device=run.device)
-    part_of = part_of.gather(1, (words - 1).clamp(min=0))  # all pieces of a word in the same
+    part_of = torch.randint(PARTS, maskable.shape, generator=generator, device=run.device)
+    part_of = part_of.gather(1, (maskable - 1).clamp(min=0))  # all pieces of a word in the same
     other = draw_other(batch, generator).clamp(min=0)
 
-    gain = torch.zeros_like(words)
+    gain = torch.zeros_like(maskable)
     with autocast(run):
         image_kv = model.fusion.project_image_kv(model.vision(batch["images"]))
         for part in range(PARTS):
-            masked = (words > 0) & (part_of == part)
+            masked = (maskable > 0) & (part_of == part)
             text_embeds = model.text(ids.masked_fill(masked, run.mask_id), attention_mask)
             fused = model.fusion(text_embeds, attention_mask, image_kv)
             fused_other = model.fusion(text_embeds, attention_mask, image_kv, image_index=other)

@@ -97,7 +97,7 @@ def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str
     """Predict, for a batch of held-out images, whether captions match them and which words are masked.
 
     -> image_feat (B, E); mlm_hits (M,): masked tokens predicted from their own image, mlm_hits_other (M,): from the
-    image of another product; itm_hits (≤ 2B,): pairs that are told rightly to match or not
+    image of another product; itm_hits (≤ 2B,): pairs that are classified rightly
     """
     model = run.model
     ids, attention_mask = batch["token_ids"], batch["attention_mask"]  # (B, L)

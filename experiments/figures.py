@@ -47,7 +47,7 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Phot
     run = build_run(config, dataset, read_tokenizer(state))
     run.model.load_state_dict(state["model"])
     run.momentum.model.load_state_dict(state["momentum"])
-    run.telling, run.step = tuple(state["telling"]), state["step"]
+    run.informative, run.step = tuple(state["informative"]), state["step"]
     return run, dataset
 
 

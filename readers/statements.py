@@ -134,10 +134,10 @@ def _six(
 
 def _claim(photos: Synthetic, product: Product, photo: int, elsewhere: int, rng: np.random.Generator) -> Claim | None:
     """Something that a photo shows and the one elsewhere cannot tell, if there is such a thing."""
-    shown, hidden = photos.regions[photo], photos.regions[elsewhere]
+    shown, shown_elsewhere = photos.regions[photo], photos.regions[elsewhere]
     kinds = defaultdict(list)
     for kind, key, variant in product.variants():
-        if kind not in ("garment", "colour", "pattern") and key in shown and key not in hidden:
+        if kind not in ("garment", "colour", "pattern") and key in shown and key not in shown_elsewhere:
             kinds[kind].append((key, variant))
     for kind in rng.permutation(sorted(kinds)).tolist():
         for number in rng.permutation(len(kinds[kind])).tolist():

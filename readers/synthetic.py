@@ -92,12 +92,12 @@ class Synthetic(PhotoDataset):
     def describes(self, product: int, row: int) -> bool:
         """Whether nothing that the description of `product` says, and this camera would show, is untrue of the photo
         of `row`. Of another product it is then a *false* negative."""
-        said = self.products[product]
-        claims = said.attributes()
+        described = self.products[product]
+        claims = described.attributes()
         facts = self.product(row).attributes()
         if claims["garment"] != facts["garment"] or claims["colour"] != facts["colour"]:
             return False
-        return all(claims[key] == facts.get(key) for key in self.would_show(said, row))
+        return all(claims[key] == facts.get(key) for key in self.would_show(described, row))
 
     def would_show(self, product: Product, row: int) -> set[str]:
         """What the camera of a row would show of another product in that place: keys of its attributes."""

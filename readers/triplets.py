@@ -16,7 +16,7 @@ class Triplets(PhotoDataset):
 
     photos: all photos there are · references, targets (T,): rows of these; targets −1 where they are not published
     captions: the texts · product_ids: the targets · families (T,): triplets that may share photos
-    subsets: what figures are averaged over, such as FashionIQ's dress, shirt, toptee
+    subsets: what metrics are averaged over, such as FashionIQ's dress, shirt, toptee
     galleries: by subset and protocol, rows of the photos to search among: `original`, all photos of the subset's split;
     `union`, those that occur in its pairs, where targets are known
     """

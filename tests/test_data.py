@@ -83,14 +83,14 @@ def test_telling_pieces_by_hand(tmp_path, monkeypatch):
 
     def told(frequent):
         monkeypatch.setattr(data, "MAX_DOC_FREQ", frequent)
-        return data.telling_pieces(tokenizer, captions)
+        return data.informative_pieces(tokenizer, captions)
 
     def names(pieces):
         return [word for word, piece in zip(words, pieces[len(data.SPECIAL_TOKENS) :], strict=True) if piece]
 
-    continues, telling = told(0.6)
-    assert continues.shape == telling.shape == (len(words) + 5,)
-    assert names(continues) == ["##per", "##s", "##%"] and names(telling) == ["red", "v", "##per", "##s"]
+    continues, informative = told(0.6)
+    assert continues.shape == informative.shape == (len(words) + 5,)
+    assert names(continues) == ["##per", "##s", "##%"] and names(informative) == ["red", "v", "##per", "##s"]
     assert names(told(0.8)[1]) == ["red", "v", "zip", "##per", "##s", "front"]  # 4 of 5: no more than the share
     assert "at" in names(told(1.0)[1]) and "." not in names(told(1.0)[1])
     item = {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "product_id": 0, "caption_id": 0, "row": 0}
@@ -100,7 +100,7 @@ def test_telling_pieces_by_hand(tmp_path, monkeypatch):
     assert batch["maskable"][0, :13].tolist() == [0, 0, 3, 4, 4, 0, 0, 0, 9, 0, 11, 0, 0]
     assert batch["described"][0, :13].tolist() == [False] * 2 + [True] * 10 + [False]
     every = Collate(tokenizer)([item])["maskable"][0, :13].tolist()
-    assert every == [0, 0, *range(3, 13), 0]  # without what is telling, each piece is a word
+    assert every == [0, 0, *range(3, 13), 0]  # without what is informative, each piece is a word
 
 
 def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe, monkeypatch):

@@ -214,7 +214,7 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
 
 def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
     state, dataset = built("--dropout", "0", products=12)
-    state.telling = data.telling_pieces(state.tokenizer, dataset.captions)
+    state.informative = data.informative_pieces(state.tokenizer, dataset.captions)
     batch = batch_of(state, dataset, [dataset.product_ids.tolist().index(product) for product in range(6)])
     assert not torch.equal(*restored_logits(state, batch))
     project = state.model.fusion.project_image_kv

@@ -15,10 +15,10 @@ from tutorial.exercises.checks import check
 HERE = Path(catalogue.__file__).parent
 # exercise ¦ what of its solution ¦ becomes what ¦ what the student reads
 TABLE = """
-1 ¦ mask_words(scores, words, ratio) ¦ (scores < ratio).gather(1, (words - 1).clamp(min=0)) & (words > 0) ¦ no coin for each word
-1 ¦ mask_words(scores, words, ratio) ¦ mask_words(scores, words.clamp(min=1), ratio) ¦ no words, where `words` is 0: [CLS]
-1 ¦ mask_words(scores, words, ratio) ¦ topk_mask(scores, words > 0, word_counts(words, ratio)) ¦ one piece of a word is masked
-1 ¦ mask_words(scores, words, ratio) ¦ mask_words(scores[:1].expand(words.shape), words, ratio) ¦ the same random numbers
+1 ¦ mask_words(scores, maskable, ratio) ¦ (scores < ratio).gather(1, (maskable - 1).clamp(min=0)) & (maskable > 0) ¦ no coin for each word
+1 ¦ mask_words(scores, maskable, ratio) ¦ mask_words(scores, maskable.clamp(min=1), ratio) ¦ no words, where `maskable` is 0: [CLS]
+1 ¦ mask_words(scores, maskable, ratio) ¦ topk_mask(scores, maskable > 0, word_counts(maskable, ratio)) ¦ one piece of a word is masked
+1 ¦ mask_words(scores, maskable, ratio) ¦ mask_words(scores[:1].expand(maskable.shape), maskable, ratio) ¦ the same random numbers
 2 ¦ token_ids.masked_fill(~mask, -100) ¦ token_ids ¦ words that are not masked have labels
 2 ¦ dice < 0.8 ¦ dice < 1 ¦ become [MASK] and 0% stay
 2 ¦ token_ids.masked_fill(mask ¦ token_ids.masked_fill_(mask ¦ token_ids itself is written into
@@ -43,9 +43,9 @@ TABLE = """
 6 ¦ torch.inf).argmin ¦ -torch.inf).argmax ¦ then the least similar one
 6 ¦ ~below, -torch.inf).argmax ¦ ~below, torch.inf).argmin ¦ is the easiest
 7 ¦ break_ties(scores, generator) ¦ break_ties(-scores, generator) ¦ the lowest scores are masked
-7 ¦ mask_words(best + draws, words, ¦ mask_words(best + draws, words.clamp(min=1), ¦ no words, where `words` is 0: [CLS]
-7 ¦ mask_words(best + draws, words, ¦ topk_mask(best + draws, words > 0, 2 * ¦ one piece of a word is masked
-7 ¦ attention * word_mask[..., None] ¦ attention * (words > 0)[..., None] ¦ other patches are masked than those with the highest
+7 ¦ mask_words(best + draws, maskable, ¦ mask_words(best + draws, maskable.clamp(min=1), ¦ no words, where `maskable` is 0: [CLS]
+7 ¦ mask_words(best + draws, maskable, ¦ topk_mask(best + draws, maskable > 0, 2 * ¦ one piece of a word is masked
+7 ¦ attention * word_mask[..., None] ¦ attention * (maskable > 0)[..., None] ¦ other patches are masked than those with the highest
 7 ¦ .clamp(min=1) ¦  ¦ a caption without a word has always the same patches
 7 ¦ break_ties(patch_scores, generator) ¦ patch_scores ¦ always the same patches: `break_ties`
 7 ¦ break_ties(scores, generator) ¦ scores ¦ always the same word: `break_ties`

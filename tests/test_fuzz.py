@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from small import checkpoint, run
 
-from data import Collate, build_tokenizer, telling_pieces
+from data import Collate, build_tokenizer, informative_pieces
 from engine.checkpoints import PARTS, load_checkpoint
 from engine.config import TrainConfig, parse_config
 from engine.flags import ConfigError, flag_of
@@ -104,7 +104,7 @@ def test_any_caption_makes_a_batch(captions, size, length):
         return
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     items = [{"row": 0, "image": image, "text": ("", text), "product_id": 0, "caption_id": 0} for text in captions]
-    batch = Collate(tokenizer, telling_pieces(tokenizer, captions))(items)
+    batch = Collate(tokenizer, informative_pieces(tokenizer, captions))(items)
     assert batch["token_ids"].shape == batch["maskable"].shape and batch["token_ids"].shape[1] <= max(length, 8)
     assert (batch["token_ids"] < tokenizer.get_vocab_size()).all()
 

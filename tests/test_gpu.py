@@ -88,8 +88,8 @@ def test_a_step_mixes_neither_devices_nor_types(recipe, flags):
     dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts, dataset.truths = config.prompts, bool(flags)
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
-    telling = data.telling_pieces(tokenizer, dataset.captions)
-    batch = data.Collate(tokenizer, telling)([dataset[row] for row in range(8)])
+    informative = data.informative_pieces(tokenizer, dataset.captions)
+    batch = data.Collate(tokenizer, informative)([dataset[row] for row in range(8)])
     run = on_stand_in(build_run(config, dataset, tokenizer))
     gpu = FakeTensorMode(allow_non_fake_inputs=True)
     gpu.allow_meta = True

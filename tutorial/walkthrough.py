@@ -21,7 +21,7 @@ import torch
 from tokenizers import decoders
 from torch import Tensor
 
-from data import MAX_DOC_FREQ, normalise, telling_pieces
+from data import MAX_DOC_FREQ, informative_pieces, normalise
 from engine.batches import learn_vocabulary
 from engine.config import ema_decay, itm_hard_share, parse_config
 from engine.flags import ConfigError
@@ -72,7 +72,7 @@ else:
     config, _ = parse_config(["--device", "cpu"])
     dataset = Synthetic("val", PRODUCTS, config.model.image_size, progress=False)
     run = build_run(config, dataset, learn_vocabulary(config, dataset))
-    run.telling = telling_pieces(run.tokenizer, dataset.captions)
+    run.informative = informative_pieces(run.tokenizer, dataset.captions)
 
 run.config = replace(run.config, val_products=PRODUCTS // 2, workers=0, precision="fp32")
 config = run.config

@@ -22,7 +22,7 @@ SEEDS = range(20)
 
 
 def check(number: int, functions: Functions) -> None:
-    """Check an exercise. A stub is told from a mistake."""
+    """Check an exercise. A stub is no mistake."""
     try:
         CHECKS[number - 1](*functions.values())
     except NotImplementedError:
@@ -44,7 +44,7 @@ def check_word_mask(mask: Tensor, words: Tensor, ratio: float) -> None:
     """Check what holds of any word mask (B, L): words alone, whole words, exact counts."""
     want(mask.dtype == torch.bool, "a word mask is boolean, True = masked")
     want(mask.shape == words.shape, "a word mask is (B, L)")
-    want(not mask[words == 0].any(), "tokens are masked that are no words, where `words` is 0: [CLS], [SEP], padding")
+    want(not mask[words == 0].any(), "tokens are masked that are no words, where `maskable` is 0: [CLS], [SEP], [PAD]")
     masked_first = mask.gather(1, (words - 1).clamp(min=0))  # of each token whether its word's first piece is masked
     whole = torch.equal(mask, masked_first & (words > 0))
     want(whole, "one piece of a word is masked and another is not, which gives the word away")
