@@ -9,6 +9,7 @@ batch · V tokens of the vocabulary · K planes of a photo, one for each attribu
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -251,11 +252,16 @@ def _bert_style(words: list[str]) -> Tokenizer:
 
 
 def _read_vocabulary(path: str | Path) -> list[str]:
-    """The words of a BERT `vocab.txt`, one a line."""
+    """The words of a BERT `vocab.txt`, one a line. Raises DataError for another file."""
     words = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
+    if len(words) == len(SPECIAL_TOKENS):
+        raise DataError(f"{path}: it holds no word but the special tokens")
+    twice = [word for word, count in Counter(words).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: {twice[0]!r} stands on several lines, so ids would have gaps; keep one of them")
     return words
 
 

@@ -240,6 +240,7 @@ class GroupedBatchSampler:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`, also one of another number of processes."""
         self.seed, self.epoch, self.first_batch = state["seed"], state["epoch"], state["first_batch"]
         self.conflicts, self._pool = state["conflicts"], state["pool"]
         self._batches = [part.numpy() for part in state["order"].split(state["sizes"])]

@@ -104,9 +104,7 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
     pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(
-        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
-    )  # (3B, 1, D)
+    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their images
@@ -152,9 +150,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
     pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(
-        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
-    )  # (3B, 1, D)
+    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their unmasked images
@@ -199,9 +195,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
     pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
     pair_image_index = torch.cat([own, wrong_image])
-    fused_cls = model.fusion(
-        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
-    )  # (2B, 1, D)
+    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
     if config.soft_mask:
         # one more positive: the image without what one of the words is about
         fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
@@ -261,9 +255,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
     pair_image_index = torch.cat([own, wrong_image])
     fused = model.fusion(text_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_cls = model.fusion(
-        pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True
-    )  # (2B, 1, D)
+    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, torch.cat([fused_cls, fused[:, :1]]), itm_labels)
 
     # MLM: from the same fused tokens
@@ -392,7 +384,7 @@ def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [x.flatten(0, 1).index_select(0, marked) for x in tensors]
 
 
-ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which true masks hide
+ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which oracle masks mask
 
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:

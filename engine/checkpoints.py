@@ -21,16 +21,8 @@ from engine.run import Run
 from model import ModelConfig
 from readers.dataset import legible
 
-SIMPLE = (
-    "step",
-    "seconds",
-    "validation",
-    "best_step",
-    "best_score",
-    "data",
-    "queue",
-    "informative",
-)  # of Run, as they are
+# fields of Run that are saved as they are
+SIMPLE = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
 PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
 
 
@@ -100,9 +92,11 @@ def read_tokenizer(state: dict) -> Tokenizer:
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
-    """The config, of the class `kind`, that a checkpoint or a config.json holds."""
+    """The config, of the class `kind`, that a checkpoint or a config.json holds. Raises ConfigError for another."""
     if kind is TrainConfig and saved.get("task"):
         raise ConfigError(f"the run is a fine-tuning, --task {saved['task']} of finetune.py; this is for pretraining")
+    if kind is not TrainConfig and not saved.get("task"):
+        raise ConfigError("the run is a pretraining, which train.py goes on with")
     try:
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         return kind(**fields | {"model": ModelConfig(**saved["model"])})  # JSON has lists for tuples

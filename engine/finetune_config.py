@@ -25,14 +25,8 @@ TASK_DATA = {  # of the others: PHOTOS
     "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
 }
 TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split; fashioniq's targets are not published
-CONTRAST = (
-    "queue_size",
-    "negatives",
-    "itm_hard_ratio",
-    "margin",
-    "focal_gamma",
-    "itc_weight",
-)  # retrieval goes on with these
+# settings of pretraining that retrieval goes on with
+CONTRAST = ("queue_size", "negatives", "itm_hard_ratio", "margin", "focal_gamma", "itc_weight")
 TASK_FLAGS = {  # flags that not all tasks read
     "retrieval": (*CONTRAST, "ema_decay", "alpha", "itm_hard_warmup", "rerank"),
     **dict.fromkeys(RECOGNITION, ("modality", "freeze")),

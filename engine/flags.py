@@ -38,6 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Refuses with one line instead of a page of usage, and suggests the flag that was meant."""
 
     def error(self, message: str):
+        """Print one line and exit with status 2."""
         if message.startswith("unrecognized arguments: "):
             flag = message.split()[2].split("=")[0]
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)

@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-products", type=int, default=6, help="on the page or of the masked photos")
     parser.add_argument("--checkpoint", type=Path, help="last.pt of a run, for masks")
     args = parser.parse_args(argv)
+    if args.figure == "masks" and not args.checkpoint:
+        parser.error("masks are those of a trained run: give --checkpoint runs/…/last.pt")
     file = args.file or Path(f"{args.figure}.png")
     try:
         if args.figure == "sheet":

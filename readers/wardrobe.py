@@ -55,6 +55,7 @@ class Garment:
 
     @property
     def middle(self) -> float:
+        """Half the height of the outline."""
         return (self.outline[0][1] + self.bottom) / 2
 
 
@@ -244,6 +245,7 @@ class Product:
 
 
 def draw_product(rng: Generator) -> Product:
+    """Draw a product: garment, colour, parts, one or two details in front and one at the back, words of its own."""
     name = pick(rng, GARMENTS)
     garment = GARMENTS[name]
     places = rng.permutation(list(garment.places)).tolist()

@@ -117,6 +117,12 @@ def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe, monkeypa
         assert not regions[batch["word_planes"] < 2].any() and regions[batch["word_planes"] >= 2].any(dim=1).all()
 
 
+@pytest.mark.parametrize(("words", "message"), [([], "no word but the special"), (["red", "red"], "'red' stands on")])
+def test_a_vocabulary_without_words_or_with_gaps_is_refused(tmp_path, words, message):
+    with pytest.raises(data.DataError, match=f"vocab.txt: .*{message}"):
+        build_tokenizer([], 0, 32, vocab=vocabulary(tmp_path, words))
+
+
 def test_the_next_image_comes_in_the_place_of_what_cannot_be_read(wardrobe):
     tokenizer = build_tokenizer(wardrobe.captions, 300, 64)
     items = [Unreadable(f"{row}.png: gone") if row in (1, 2, 149) else wardrobe[row] for row in range(150)]

@@ -131,6 +131,8 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(tmp_path, pretrained):
     assert not (tmp_path / "parts" / "results.json").exists()
     assert command(f"--task category --resume --out {tmp_path}/parts")["metrics"] == whole["metrics"]
     same_state(*(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")))
+    with pytest.raises(ConfigError, match="is a pretraining, which train.py goes on with"):
+        command(f"--task category --resume --out {pretrained.parent}")
     for flags in ("--task tgir", "--task category --modality image"):
         with pytest.raises(ConfigError, match="contradicts the run to resume"):
             command(f"{flags} --resume --out {tmp_path}/parts")
