@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from masking import maskable_words
-from readers.dataset import DataError, PhotoDataset, ReportedSplit, Truth, Unreadable
+from readers.dataset import DataError, GroundTruth, PairDataset, ReportedSplit, Unreadable
 from readers.fashiongen import fashiongen
 from readers.jsonl import jsonl
 from readers.karpathy import CaptionedName, karpathy
@@ -49,9 +49,9 @@ class Collate:
 
     `maskable` (B, L): see `masking.maskable_words`; informative: what `informative_pieces` gives, default every token
     An item whose photo cannot be read is left out; a batch of none has just `rows` and `unreadable`.
-    Items with the truth bring `planes` uint8 (B, K, S, S), where attributes are on the photo; `word_planes` (B, L),
-    which of them shows what a token names: the first, empty, if it names nothing, the second, also empty, if the photo
-    does not show it; and `kinds` (B, L), which of KINDS it is, counted from 1, else 0.
+    Items with ground truth bring `region_masks` uint8 (B, K, S, S), one for each attribute that an image shows, after
+    two empty ones; `region_index` (B, L), the region mask of a token: 0 where it names no attribute, 1 where the image
+    does not show the attribute; and `kinds` (B, L), the number of the kind in KINDS, counted from 1, else 0.
     """
 
     tokenizer: Tokenizer
@@ -74,32 +74,32 @@ class Collate:
         batch |= _tensors(encodings)
         every = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
         continues, informative = self.informative or (~every, every)
-        batch["maskable"] = maskable_words(batch["token_ids"], batch["described"], continues, informative)
-        if "truth" in items[0]:
-            batch |= _truth(encodings, [item["truth"] for item in items])
+        batch["maskable"] = maskable_words(batch["token_ids"], batch["is_caption"], continues, informative)
+        if "ground_truth" in items[0]:
+            batch |= _collate_ground_truth(encodings, [item["ground_truth"] for item in items])
         return batch
 
 
-def _truth(encodings: list[Encoding], truths: list[Truth]) -> dict[str, Tensor]:
-    """-> planes, word_planes and kinds, see `Collate`."""
+def _collate_ground_truth(encodings: list[Encoding], truths: list[GroundTruth]) -> dict[str, Tensor]:
+    """-> planes, region_index and kinds, see `Collate`."""
     size = truths[0].size
     most = max(len(truth.regions) for truth in truths)
-    planes = torch.zeros(len(truths), 2 + most, size, size, dtype=torch.uint8)
-    word_planes = torch.zeros(len(truths), len(encodings[0].ids), dtype=torch.long)
-    kinds = torch.zeros_like(word_planes)
+    region_masks = torch.zeros(len(truths), 2 + most, size, size, dtype=torch.uint8)
+    region_index = torch.zeros(len(truths), len(encodings[0].ids), dtype=torch.long)
+    kinds = torch.zeros_like(region_index)
     for b, truth in enumerate(truths):
-        plane_of = {}
-        for plane, key in enumerate(truth.regions, start=2):
-            plane_of[key] = plane
-            planes[b, plane] = torch.from_numpy(truth.region(key))
+        mask_of = {}
+        for number, key in enumerate(truth.regions, start=2):
+            mask_of[key] = number
+            region_masks[b, number] = torch.from_numpy(truth.region(key))
         for token, (start, end) in enumerate(encodings[b].offsets):
             if encodings[b].word_ids[token] != 1:  # the description is the second piece of its text
                 continue
             for first, last, key, kind in truth.spans:
                 if first <= start < end <= last:
-                    word_planes[b, token] = plane_of.get(key, 1)
+                    region_index[b, token] = mask_of.get(key, 1)
                     kinds[b, token] = 1 + KINDS.index(kind)
-    return {"planes": planes, "word_planes": word_planes, "kinds": kinds}
+    return {"region_masks": region_masks, "region_index": region_index, "kinds": kinds}
 
 
 def word_regions(batch: dict, grid: int) -> Tensor:
@@ -107,12 +107,12 @@ def word_regions(batch: dict, grid: int) -> Tensor:
 
     A region counts as seen from 0.3 % of the photo on; a patch is on it that it covers by a quarter, or by half as much
     as the patch that it covers most."""
-    planes = batch["planes"].float()
-    cover = F.avg_pool2d(planes, planes.shape[-1] // grid).flatten(2)  # (B, K, P)
+    region_masks = batch["region_masks"].float()
+    cover = F.avg_pool2d(region_masks, region_masks.shape[-1] // grid).flatten(2)  # (B, K, P)
     enough = (cover.amax(dim=2, keepdim=True) / 2).clamp(max=0.25)
-    seen = planes.mean(dim=(2, 3)) >= 0.003  # (B, K)
+    seen = region_masks.mean(dim=(2, 3)) >= 0.003  # (B, K)
     on = (cover >= enough) & seen[..., None]
-    plane = batch["word_planes"][..., None].expand(-1, -1, on.shape[2])  # (B, L, P)
+    plane = batch["region_index"][..., None].expand(-1, -1, on.shape[2])  # (B, L, P)
     return on.gather(1, plane)
 
 
@@ -170,7 +170,7 @@ def random_crops(
     return torch.cat([scale, centre], dim=2)
 
 
-def cut(images: Tensor, crops: Tensor, padding: str = "border") -> Tensor:
+def apply_crops(images: Tensor, crops: Tensor, padding: str = "border") -> Tensor:
     """The crops (B, 2, 3) of images (B, C, S, S) -> float (B, C, S, S)."""
     points = F.affine_grid(crops, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), points, mode="bilinear", padding_mode=padding, align_corners=False)
@@ -181,7 +181,7 @@ def augment(images: Tensor, crops: Tensor, generator: torch.Generator | None = N
 
     distort: strength of random blur and noise; captions name colours, which stay.
     """
-    pixels = cut(images, crops) / 255
+    pixels = apply_crops(images, crops) / 255
     if distort > 0:
         each = (len(images), 1, 1, 1)
         blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1)
@@ -209,13 +209,13 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
 
 
 def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
-    described = []
+    is_caption = []
     for encoding in encodings:
-        described.append([piece is not None and piece % 2 == 1 for piece in encoding.word_ids])
+        is_caption.append([piece is not None and piece % 2 == 1 for piece in encoding.word_ids])
     return {
         "token_ids": torch.tensor([encoding.ids for encoding in encodings]),
         "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
-        "described": torch.tensor(described),
+        "is_caption": torch.tensor(is_caption),
     }
 
 
@@ -279,7 +279,7 @@ def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[
     return sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
 
 
-def word_ids(tokenizer: Tokenizer) -> Tensor:
+def replacement_ids(tokenizer: Tokenizer) -> Tensor:
     """The ids of everything but the special tokens, for random replacements. -> (V',)."""
     special = tokenizer.get_added_tokens_decoder()
     return torch.tensor([i for i in range(tokenizer.get_vocab_size()) if i not in special])
@@ -339,7 +339,7 @@ VAL_PRODUCTS = 300  # synthetic products held out of training
 
 def build_dataset(
     name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
-) -> PhotoDataset:
+) -> PairDataset:
     """Open a split of a data set, a DataName or CaptionedName. Raises DataError or OSError when it cannot be used.
 
     root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
@@ -366,7 +366,7 @@ def build_triplets(
 
 def build_statements(
     name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
-) -> PhotoDataset:
+) -> PairDataset:
     """Open a split of `synthetic` statements or of `snlive`; arguments and errors as `build_dataset`."""
     if name == "synthetic":
         return synthetic_statements(split, products if split == "train" else VAL_PRODUCTS, image_size, seed)

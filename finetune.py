@@ -28,10 +28,10 @@ from torch import Tensor
 
 from engine.batches import (
     batches_of,
-    compose,
-    different_photos,
-    match_scores,
-    photo_features,
+    compose_queries,
+    distinct_image_rows,
+    image_features,
+    itm_scores,
     text_features,
     texts_to_search,
 )
@@ -41,7 +41,7 @@ from engine.flags import ConfigError, in_one_line
 from engine.run import Run, autocast, build_run, build_sampler
 from evaluation.pictures import Answer, draw_answers, draw_confusion
 from evaluation.scores import (
-    Figures,
+    Metrics,
     RankedTriplets,
     Ranking,
     full_rankings,
@@ -52,22 +52,22 @@ from evaluation.scores import (
     triplet_recalls,
 )
 from evaluation.search import search
-from losses import accuracy, cross_entropy, itc_loss, itc_targets, same_pairs
-from readers.dataset import DataError, PhotoDataset
+from losses import accuracy, cross_entropy, itc_loss, itc_targets, positive_pairs
+from readers.dataset import DataError, PairDataset
 from readers.prompts import Text
 from readers.triplets import Triplets
 from train import NonFiniteLoss, Values, compute_itc, compute_itm, encode_momentum, fit, sample_itm_negatives
 
-Evaluation = tuple[Figures, Figures, dict]  # metrics; what chance would give; how both were counted
+Evaluation = tuple[Metrics, Metrics, dict]  # metrics; what chance would give; how both were counted
 
 # --- retrieval: images by captions, captions by images ---
 
 
-def train_retrieval(config: FinetuneConfig, source: dict, dataset: PhotoDataset, stop_at: int | None) -> Run | None:
+def train_retrieval(config: FinetuneConfig, source: dict, dataset: PairDataset, stop_at: int | None) -> Run | None:
     """Train by ITC + ITM; select by the full protocol on the held-out products."""
     train_set, held_out = hold_out(config, dataset, dataset.product_ids)
 
-    def validate(run: Run) -> Figures:
+    def validate(run: Run) -> Metrics:
         run.model.eval()
         _, _, features = encode_pairs(run, held_out)
         recalls = recalls_of(full_rankings(*features))
@@ -101,14 +101,14 @@ def retrieval_losses(run: Run, batch: dict) -> tuple[Values, Values]:
     return {"itc": run.config.itc_weight * itc, "itm": itm}, {"itm_accuracy": itm_accuracy}
 
 
-def evaluate_retrieval(run: Run, dataset: PhotoDataset) -> Evaluation:
+def evaluate_retrieval(run: Run, dataset: PairDataset) -> Evaluation:
     """Full protocol and, where an image has one caption, the sampled one; with --rerank also by the ITM head."""
     config = run.config
     rows, captions, features = encode_pairs(run, dataset)
     image_feat, text_feat, image_products, text_products = features
     protocol = {"images": len(rows), "captions": len(captions), "reranked": config.rerank}
     rankings = full_rankings(*features, config.rerank)
-    if not dataset.several:
+    if not dataset.several_captions:
         kinds = np.array(dataset.subcategories)[rows]
         sampled, same_kind = sampled_rankings(image_feat, text_feat, image_products, kinds, config.seed, config.rerank)
         rankings += sampled
@@ -118,7 +118,7 @@ def evaluate_retrieval(run: Run, dataset: PhotoDataset) -> Evaluation:
     for ranking in rankings[:4]:  # all draws of the sampled protocol have the same
         chance |= ranking.chance()
     if config.rerank:
-        metrics |= recalls_of(rerank(run, dataset.part(rows), captions, rankings))
+        metrics |= recalls_of(rerank(run, dataset.subset(rows), captions, rankings))
 
     examples = []
     for number in np.linspace(0, len(captions) - 1, 6).astype(int):
@@ -137,22 +137,22 @@ def best_answers(cosines: Tensor, rows: np.ndarray, is_right: Tensor) -> list[An
     return answers
 
 
-def encode_pairs(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
+def encode_pairs(run: Run, dataset: PairDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
     """Encode each image once, and the captions to tell the images by. -> rows of the images (n,); captions (m); on the
     CPU image_feat (n, E), text_feat (m, E), the product of each image (n,) and of each caption (m,)"""
-    rows = different_photos(dataset)
-    readable, image_feat = photo_features(run, dataset.part(rows))
+    rows = distinct_image_rows(dataset)
+    readable, image_feat = image_features(run, dataset.subset(rows))
     rows = rows[readable]
     captions, image_products, text_products = texts_to_search(dataset, rows)
     text_feat = text_features(run, captions)
     return rows, captions, (image_feat.cpu(), text_feat.cpu(), image_products, text_products)
 
 
-def rerank(run: Run, images: PhotoDataset, captions: list[Text], rankings: list[Ranking]) -> list[Ranking]:
+def rerank(run: Run, images: PairDataset, captions: list[Text], rankings: list[Ranking]) -> list[Ranking]:
     """Put the best candidates of each query in the order of the ITM head, which scores each pair once."""
     pairs = torch.cat([ranking.pairs.flatten(0, 1) for ranking in rankings])
     pairs, place = pairs.unique(dim=0, return_inverse=True)
-    scores = match_scores(run, images, captions, pairs).cpu()[place]
+    scores = itm_scores(run, images, captions, pairs).cpu()[place]
     parts = scores.split([ranking.positives.numel() for ranking in rankings])
     reranked = []
     for ranking, part in zip(rankings, parts, strict=True):
@@ -168,7 +168,7 @@ def train_tgir(config: FinetuneConfig, source: dict, dataset: Triplets, stop_at:
     No reference image (synthetic: no family) is in both parts."""
     train_set, held_out = hold_out(config, dataset, dataset.families)
 
-    def validate(run: Run) -> Figures:
+    def validate(run: Run) -> Metrics:
         run.model.eval()
         recalls, _ = triplet_recalls(held_out, rank_galleries(run, held_out, fused=True))
         metrics = {f"val_r{k}": recalls[f"mean_union_r{k}"] for k in (1, 10, 50)}
@@ -183,11 +183,11 @@ def tgir_losses(run: Run, batch: dict) -> tuple[Values, Values]:
     (Fashion-FINE). -> losses, metrics"""
     images = torch.cat([batch["images"], batch["target_images"]])
     references, targets = run.model.vision(images).chunk(2)  # (B, N, D) each
-    query_feat = compose(run, batch, references, fused=True)  # (B, E)
+    query_feat = compose_queries(run, batch, references, fused=True)  # (B, E)
     target_feat = run.model.image_feature(targets)
     with torch.autocast(run.device.type, enabled=False):
         sim = query_feat @ target_feat.T / run.model.temp  # (B, B)
-        positives = same_pairs(batch["product_ids"], batch["caption_ids"])
+        positives = positive_pairs(batch["product_ids"], batch["caption_ids"])
         itc_labels = itc_targets(positives, sim.detach(), alpha=0.0)
         itc = itc_loss(sim, sim.T, itc_labels, itc_labels)
     return {"itc": itc}, {"accuracy": accuracy(sim, torch.arange(len(sim), device=run.device))}
@@ -212,7 +212,7 @@ def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
     for query in np.linspace(0, len(triplets) - 1, 6).astype(int):
         triplet = int(triplets[query])
         answers = best_answers(sim[query], rows, torch.from_numpy(rows == dataset.targets[triplet]))
-        examples.append((dataset.captions[triplet], dataset.photo(triplet), answers))
+        examples.append((dataset.captions[triplet], dataset.image(triplet), answers))
     draw_answers(dataset.photos, examples, out / "examples.png")
     return metrics, chance, protocol
 
@@ -238,7 +238,7 @@ def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTripl
     for galleries in dataset.galleries.values():
         gallery_rows += galleries.values()
     shown = np.unique(np.concatenate(gallery_rows))
-    readable, image_feat = photo_features(run, dataset.photos.part(shown))
+    readable, image_feat = image_features(run, dataset.photos.subset(shown))
     image_feat = image_feat.cpu()
     place = np.full(len(dataset.photos), -1)  # of an image in image_feat; −1 where it cannot be read
     place[shown[readable]] = np.arange(len(readable))
@@ -246,7 +246,7 @@ def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTripl
     query_feats, triplets = [], []
     for batch in batches_of(run, dataset.queries(), "encoding queries"):
         with autocast(run), torch.no_grad():
-            query_feats.append(compose(run, batch, run.model.vision(batch["images"]), fused))
+            query_feats.append(compose_queries(run, batch, run.model.vision(batch["images"]), fused))
         triplets.append(batch["rows"].cpu())
     query_feat, triplets = torch.cat(query_feats).cpu(), torch.cat(triplets).numpy()
 
@@ -263,7 +263,7 @@ def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTripl
 # --- recognition: category, sub-category, and visual entailment, where the classes are true, false and undecided ---
 
 
-def train_recognition(config: FinetuneConfig, source: dict, dataset: PhotoDataset, stop_at: int | None) -> Run | None:
+def train_recognition(config: FinetuneConfig, source: dict, dataset: PairDataset, stop_at: int | None) -> Run | None:
     """Train by cross-entropy; select by accuracy on held-out products. Every class stays in training."""
     labels = labels_of(config, dataset)
     train_set, held_out = hold_out(config, dataset, dataset.product_ids, labels)
@@ -279,7 +279,7 @@ def train_recognition(config: FinetuneConfig, source: dict, dataset: PhotoDatase
         logits, labels = classify(run, batch), train_labels[batch["rows"]]
         return {"class": cross_entropy(logits, labels)}, {"accuracy": accuracy(logits, labels)}
 
-    def validate(run: Run) -> Figures:
+    def validate(run: Run) -> Metrics:
         run.model.eval()
         _, labels, preds = predict(run, held_out)
         return {f"val_{key}": value for key, value in recognition_scores(labels, preds).items()}
@@ -301,14 +301,14 @@ def classify(run: Run, batch: dict) -> Tensor:
     return model.class_head(fused_cls[:, 0])
 
 
-def class_ids(config: FinetuneConfig, dataset: PhotoDataset) -> Tensor:
+def class_ids(config: FinetuneConfig, dataset: PairDataset) -> Tensor:
     """The class of each row; one more, the last, for labels that training has not seen. -> (N,)"""
     number = {label: i for i, label in enumerate(config.classes)}
     return torch.tensor([number.get(label, len(number)) for label in labels_of(config, dataset)])
 
 
 @torch.no_grad()
-def predict(run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor, Tensor]:
+def predict(run: Run, dataset: PairDataset) -> tuple[Tensor, Tensor, Tensor]:
     """Predict the class of each image that can be read. -> rows, labels, preds (n,)"""
     rows, preds = [], []
     for batch in batches_of(run, dataset, "recognising"):
@@ -319,7 +319,7 @@ def predict(run: Run, dataset: PhotoDataset) -> tuple[Tensor, Tensor, Tensor]:
     return rows, class_ids(run.config, dataset)[rows], torch.cat(preds)
 
 
-def evaluate_recognition(run: Run, dataset: PhotoDataset) -> Evaluation:
+def evaluate_recognition(run: Run, dataset: PairDataset) -> Evaluation:
     """Accuracy and macro-F1; of statements also the accuracy by the kind of attribute that they turn on. Chance is to
     predict the most frequent class always."""
     config = run.config
@@ -337,10 +337,10 @@ def evaluate_recognition(run: Run, dataset: PhotoDataset) -> Evaluation:
     draw_confusion(labels, preds, names, out / "confusion.png")
     counts = labels.bincount(minlength=len(names))
     with open(out / "classes.tsv", "w", encoding="utf-8") as file:
-        file.write(f"class\t{dataset.what}\tprecision\trecall\tf1\n")
+        file.write(f"class\t{dataset.row_noun}\tprecision\trecall\tf1\n")
         for number, (precision, recall, f1) in sorted(scores_by_class(labels, preds).items()):
             file.write(f"{names[number]}\t{counts[number]}\t{precision:.4f}\t{recall:.4f}\t{f1:.4f}\n")
-    protocol = {"modality": config.modality, dataset.what: len(labels), "classes": len(config.classes)}
+    protocol = {"modality": config.modality, dataset.row_noun: len(labels), "classes": len(config.classes)}
     return metrics, chance, protocol | {"most frequent": names[most_frequent]}
 
 
@@ -356,8 +356,8 @@ TASKS: dict[str, tuple[Callable, Callable]] = {
 
 
 def hold_out(
-    config: FinetuneConfig, dataset: PhotoDataset, groups: np.ndarray, labels: list[str] | None = None
-) -> tuple[PhotoDataset, PhotoDataset]:
+    config: FinetuneConfig, dataset: PairDataset, groups: np.ndarray, labels: list[str] | None = None
+) -> tuple[PairDataset, PairDataset]:
     """Hold rows out of training to choose the best step by: whole groups (N,), as many as --held-out and --val-products
     say. Each label (N,) keeps a row in training. -> training set, held-out set. Raises DataError for too few groups."""
     labels = labels or [""] * len(groups)
@@ -376,7 +376,7 @@ def hold_out(
     if not held:
         raise DataError("too few products to hold any out of training; give more")
     is_held = np.isin(groups, held)
-    train_set, held_out = dataset.part(np.flatnonzero(~is_held)), dataset.part(np.flatnonzero(is_held))
+    train_set, held_out = dataset.subset(np.flatnonzero(~is_held)), dataset.subset(np.flatnonzero(is_held))
     print(f"train: {dataset.report()}\nheld out of these, to choose the best step: {held_out.report()}")
     return train_set, held_out
 
@@ -384,9 +384,9 @@ def hold_out(
 def train_and_select(
     config: FinetuneConfig,
     source: dict,
-    train_set: PhotoDataset,
+    train_set: PairDataset,
     compute_losses: Callable[[Run, dict], tuple[Values, Values]],
-    validate: Callable[[Run], Figures],
+    validate: Callable[[Run], Metrics],
     select: str,
     stop_at: int | None,
 ) -> Run | None:

@@ -14,13 +14,14 @@ from torch import Tensor
 NegativeMode = Literal["random", "similar", "hard", "semihard"]
 
 
-def itc_targets(right: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
+def itc_targets(positives: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
     """Soft targets of ALBEF (§3.2): the momentum model's opinion mixed with the known pairs.
 
-    y = α·softmax(s_m) + (1 − α)·y_hard, with y_hard uniform over all keys that are right for the row
-    right (B, K) as `same_pairs` says, one at least in each row; sim_m (B, K) momentum logits -> (B, K), rows sum to 1.
+    y = α·softmax(s_m) + (1 − α)·y_hard, with y_hard uniform over the positives of a row
+    positives (B, K) by `positive_pairs`, one at least in each row · sim_m (B, K): momentum logits
+    -> (B, K), rows sum to 1
     """
-    hard = right / right.sum(dim=1, keepdim=True)
+    hard = positives / positives.sum(dim=1, keepdim=True)
     return alpha * sim_m.float().softmax(dim=1) + (1 - alpha) * hard
 
 
@@ -50,7 +51,7 @@ def itc_loss(
     return (one_way(sim_i2t, targets_i2t) + one_way(sim_t2i, targets_t2i)) / 2
 
 
-def same_pairs(
+def positive_pairs(
     product_ids: Tensor,
     caption_ids: Tensor,
     key_product_ids: Tensor | None = None,
@@ -72,7 +73,7 @@ def same_pairs(
 
 def pick_negatives(
     sim: Tensor,
-    forbidden: Tensor,
+    positives: Tensor,
     mode: NegativeMode = "similar",
     generator: torch.Generator | None = None,
     margin: float | Tensor = 0.0,
@@ -85,18 +86,18 @@ def pick_negatives(
     less similar than the own pair by *less* than the margin; here the margin keeps away from false negatives.
     """
     sim = sim.detach().float()
-    possible = ~forbidden.all(dim=1)
+    possible = ~positives.all(dim=1)
     if mode == "hard":
-        chosen = sim.masked_fill(forbidden, -torch.inf).argmax(dim=1)
+        chosen = sim.masked_fill(positives, -torch.inf).argmax(dim=1)
     elif mode == "semihard":
-        below = (sim < sim.diagonal()[:, None] - margin) & ~forbidden
+        below = (sim < sim.diagonal()[:, None] - margin) & ~positives
         most_similar_below = sim.masked_fill(~below, -torch.inf).argmax(dim=1)
-        least_similar = sim.masked_fill(forbidden, torch.inf).argmin(dim=1)
+        least_similar = sim.masked_fill(positives, torch.inf).argmin(dim=1)
         chosen = torch.where(below.any(dim=1), most_similar_below, least_similar)
     else:
         logits = sim if mode == "similar" else torch.zeros_like(sim)
         # before the softmax: at a low temperature probabilities can be 0 everywhere but at the positive
-        logits = logits.masked_fill(forbidden & possible[:, None], -torch.inf)
+        logits = logits.masked_fill(positives & possible[:, None], -torch.inf)
         chosen = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
     return torch.where(possible, chosen, -1)
 

@@ -24,7 +24,7 @@ MaskSource = Literal["masked", "clean"]
 #     maskable  0    2   2   4    0
 
 
-def maskable_words(token_ids: Tensor, described: Tensor, continues: Tensor, informative: Tensor) -> Tensor:
+def maskable_words(token_ids: Tensor, is_caption: Tensor, continues: Tensor, informative: Tensor) -> Tensor:
     """Number the words that may be masked: `maskable` (B, L), as above.
 
     Our choice: whole words, since one piece gives the others away, and only words with a piece that tells something,
@@ -34,9 +34,9 @@ def maskable_words(token_ids: Tensor, described: Tensor, continues: Tensor, info
     """
     place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
     first_place = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # of the token's word, (B, L)
-    informative_piece = (informative[token_ids] & described).long()
+    informative_piece = (informative[token_ids] & is_caption).long()
     informative_word = torch.zeros_like(first_place).scatter_reduce(1, first_place - 1, informative_piece, "amax")
-    is_maskable = described & informative_word.gather(1, first_place - 1).bool()
+    is_maskable = is_caption & informative_word.gather(1, first_place - 1).bool()
     return first_place * is_maskable
 
 
@@ -318,19 +318,19 @@ def corrupt_words(
     token_ids: Tensor,
     mask: Tensor,
     mask_id: int,
-    word_ids: Tensor,
+    replacement_ids: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Apply BERT's 80/10/10 rule (Devlin et al. 2019, §3.1): of the masked tokens 80 % become [MASK], 10 % a random
-    one of `word_ids` (V',), 10 % stay.
+    one of `replacement_ids` (V',), 10 % stay.
 
     token_ids (B, L), mask (B, L) -> corrupted ids (B, L), labels (B, L) with −100 where not masked
     """
     labels = token_ids.masked_fill(~mask, -100)
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)
-    drawn = torch.randint(len(word_ids), token_ids.shape, device=token_ids.device, generator=generator)
+    drawn = torch.randint(len(replacement_ids), token_ids.shape, device=token_ids.device, generator=generator)
     ids = token_ids.masked_fill(mask & (dice < 0.8), mask_id)
-    return torch.where(mask & (dice >= 0.9), word_ids[drawn], ids), labels
+    return torch.where(mask & (dice >= 0.9), replacement_ids[drawn], ids), labels
 
 
 def replace_words(
@@ -338,7 +338,7 @@ def replace_words(
     maskable: Tensor,
     mask: Tensor,
     mask_id: int,
-    word_ids: Tensor,
+    replacement_ids: Tensor,
     swaps: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +352,7 @@ def replace_words(
     swaps (2, V): the antonym and the synonym of each token id, −1 where there is none
     -> corrupted ids (B, L), MLM labels (B, L) with −100 where not masked, replaced (B, L) bool
     """
-    ids, labels = corrupt_words(token_ids, mask, mask_id, word_ids, generator)
+    ids, labels = corrupt_words(token_ids, mask, mask_id, replacement_ids, generator)
     replaced = mask & (ids != token_ids) & (ids != mask_id)
     antonym, synonym = swaps[:, token_ids]  # (B, L) each
     dice = torch.rand(token_ids.shape, device=token_ids.device, generator=generator)

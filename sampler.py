@@ -17,7 +17,7 @@ from torch import Tensor
 SamplerMode = Literal["random", "hard", "semihard"]
 SEARCH_SIZE = 1920  # items in a search block (GRIT-VLP's M)
 POOL_BLOCKS = 4  # search blocks that are collected before they are shuffled together
-PARTNERS = 100  # random items that an item which repeats an id of its batch is tried to be swapped with (our choice)
+SWAP_TRIALS = 100  # random items that an item which repeats an id of its batch is tried to be swapped with (our choice)
 
 
 def chain(
@@ -45,7 +45,7 @@ def chain(
     window = max(1, batch_size - 1)
     to_captions, to_images = sim, np.ascontiguousarray(sim.T)
     limits = sim.diagonal() - margin
-    kin = sharing(groups)
+    same_id = items_with_same_id(groups)
     near = [0] * size  # how many of the last items share an id with each item
     penalty = np.zeros(size, dtype=np.float32)  # 10 while an item is near, which puts it behind all others; ∞ once used
     order = np.empty(size, dtype=np.int64)
@@ -53,12 +53,12 @@ def chain(
     for position in range(size):
         order[position] = anchor
         penalty[anchor] = np.inf
-        for item in kin[anchor]:
+        for item in same_id[anchor]:
             near[item] += 1
             if near[item] == 1:
                 penalty[item] += 10
         if position >= window:
-            for item in kin[order[position - window]]:
+            for item in same_id[order[position - window]]:
                 near[item] -= 1
                 if near[item] == 0:
                     penalty[item] -= 10
@@ -70,28 +70,28 @@ def chain(
     return order
 
 
-def sharing(ids: np.ndarray) -> list[set[int]]:
+def items_with_same_id(ids: np.ndarray) -> list[set[int]]:
     """List for each item, a column of `ids` (G, X), the items with the same id in some row, itself among them."""
-    kin: list[set[int]] = [set() for _ in range(ids.shape[1])]
+    same_id: list[set[int]] = [set() for _ in range(ids.shape[1])]
     for row in ids.tolist():
         members: dict[int, list[int]] = {}
         for item, name in enumerate(row):
             members.setdefault(name, []).append(item)
         for together in members.values():
             for item in together:
-                kin[item].update(together)
-    return kin
+                same_id[item].update(together)
+    return same_id
 
 
 def repeats(ids: np.ndarray) -> list[int]:
     """List the positions in a batch whose item shares an id, in some row of `ids` (G, B), with an earlier item."""
-    return [position for position, kin in enumerate(sharing(ids)) if min(kin) < position]
+    return [position for position, same_id in enumerate(items_with_same_id(ids)) if min(same_id) < position]
 
 
-def separate(batches: list[np.ndarray], groups: np.ndarray, rng: np.random.Generator) -> int:
+def resolve_conflicts(batches: list[np.ndarray], groups: np.ndarray, rng: np.random.Generator) -> int:
     """Swap items between batches, in place, until no batch holds two with the same id in a row of `groups` (G, N).
 
-    Each item that repeats an id is swapped with the first that fits of `PARTNERS` random ones, or stays.
+    Each item that repeats an id is swapped with the first that fits of `SWAP_TRIALS` random ones, or stays.
     -> how many items repeat an id of their batch in the end
     """
 
@@ -104,7 +104,7 @@ def separate(batches: list[np.ndarray], groups: np.ndarray, rng: np.random.Gener
             item = batch[position]
             if fits(item, batch, position):
                 continue  # an earlier swap has mended it
-            for _ in range(PARTNERS):
+            for _ in range(SWAP_TRIALS):
                 other_batch = batches[rng.integers(len(batches))]
                 other_position = rng.integers(len(other_batch))
                 other = other_batch[other_position]
@@ -189,7 +189,7 @@ class GroupedBatchSampler:
         rest = np.setdiff1d(np.arange(self.dataset_size), known)
         order = np.concatenate([known[first_seen], rng.permutation(rest)]).astype(np.int64)
         batches, self._left_over = self._cut(order)
-        self.conflicts = separate(batches, self.groups, rng)
+        self.conflicts = resolve_conflicts(batches, self.groups, rng)
         self._batches = [batches[i] for i in rng.permutation(len(batches))]
         self._pool: list[list[Tensor]] = []  # of each batch that waits for a full pool: indices and features
         self._chains: list[np.ndarray] = []  # of each search block of this epoch its items, in order

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import build_dataset, informative_pieces, word_regions
-from engine.batches import augmented, endless_batches, learn_vocabulary, report_cut_texts
+from engine.batches import augmented, endless_batches, learn_vocabulary, report_truncated_captions
 from engine.checkpoints import begin, read_tokenizer, restore, save_checkpoint
 from engine.config import (
     MAX_GRAD_NORM,
@@ -43,8 +43,8 @@ from engine.flags import ConfigError, in_one_line
 from engine.log import peak_memory_mib, read_metrics, stop_signals, trim_metrics, write_metrics
 from engine.run import Run, autocast, build_run, build_sampler
 from engine.weights import load_pretrained
-from evaluation.pictures import draw_curves, draw_masks, first_photos
-from evaluation.truth import truth
+from evaluation.ground_truth import ground_truth_metrics
+from evaluation.pictures import draw_curves, draw_masks, first_images
 from evaluation.validation import metrics_table, validate
 from losses import (
     accuracy,
@@ -56,7 +56,7 @@ from losses import (
     mim_loss,
     mlm_loss,
     pick_negatives,
-    same_pairs,
+    positive_pairs,
 )
 from masking import (
     corrupt_words,
@@ -70,7 +70,7 @@ from masking import (
     split_patches,
     sync_mask,
 )
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError, PairDataset
 from readers.prompts import DESCRIPTION
 
 Values = dict[str, Tensor]  # scalars by name: the losses of a step, or metrics of a step
@@ -86,7 +86,7 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
 
     # mask: random words
     word_mask = random_word_mask(batch["maskable"], run.config.mlm_ratio, run.generator)
-    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.replacement_ids, run.generator)
 
     # encode: captions and masked captions in one call
     image_embeds = model.vision(batch["images"])  # (B, N, D)
@@ -131,7 +131,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     # mask: words and patches that the image and the caption have in common
     patch_mask, word_mask = choose_masks(run, batch, image_embeds_m, text_embeds_m)  # (B, P), (B, L)
     ids_keep, ids_masked = split_patches(patch_mask, config.mim_ratio)
-    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.replacement_ids, run.generator)
 
     # encode: captions and masked captions in one call; images whole, and their visible patches alone
     image_embeds = model.vision(batch["images"])  # (B, N, D)
@@ -177,7 +177,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
 
     # mask: random words
     word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
-    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.word_ids, run.generator)
+    corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.replacement_ids, run.generator)
 
     # encode: the masked caption serves all objectives; the momentum encoder sees the unmasked one
     image_embeds = model.vision(batch["images"])  # (B, N, D)
@@ -236,7 +236,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     # mask: random words, of which some are replaced
     word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
     corrupted_ids, mlm_labels, replaced = replace_words(
-        ids, batch["maskable"], word_mask, run.mask_id, run.word_ids, run.swaps, run.generator
+        ids, batch["maskable"], word_mask, run.mask_id, run.replacement_ids, run.swaps, run.generator
     )
 
     # encode: one caption serves all objectives
@@ -267,7 +267,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
         # our choice: ramped up, since from random weights its full pull gathers all features in one point
         losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, attention_mask), image_feat)
     if config.model.detector:
-        readable = batch["described"] & (corrupted_ids != run.mask_id)  # (B, L)
+        readable = batch["is_caption"] & (corrupted_ids != run.mask_id)  # (B, L)
         losses["rtd"], metrics["replaced_recall"] = compute_rtd(run, fused, readable, replaced)
     return losses, metrics
 
@@ -312,7 +312,7 @@ def compute_itc(
     for new, old in zip(new_keys, run.queue, strict=True):
         keys.append(torch.cat([new, old]))
     image_keys, text_keys, key_products, key_captions = keys  # (K, E), (K, E), (K,), (K,)
-    positives = same_pairs(batch["product_ids"], batch["caption_ids"], key_products, key_captions)  # (B, K)
+    positives = positive_pairs(batch["product_ids"], batch["caption_ids"], key_products, key_captions)  # (B, K)
     # in full precision: at a temperature of 0.02, bf16 would round the logits to steps of a quarter
     with torch.autocast(run.device.type, enabled=False):
         sim_i2t, sim_t2i = image_feat @ text_keys.T / temp, text_feat @ image_keys.T / temp  # (B, K)
@@ -336,11 +336,11 @@ def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor
     match, −100 where every other pair of the batch would match"""
     config = run.config
     margin = config.margin / run.model.temp.detach()  # logits are cosines over the temperature
-    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
+    positives = positive_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
     negatives = []
     for sim in (sim_i2t, sim_t2i):
-        chosen = pick_negatives(sim, forbidden, config.negatives, run.generator, margin)
-        drawn = pick_negatives(sim, forbidden, "random", run.generator)
+        chosen = pick_negatives(sim, positives, config.negatives, run.generator, margin)
+        drawn = pick_negatives(sim, positives, "random", run.generator)
         dice = torch.rand(len(sim), device=run.device, generator=run.generator)
         negatives.append(torch.where(dice < itm_hard_share(run.step, config), chosen, drawn))
     wrong_caption, wrong_image = negatives
@@ -444,11 +444,11 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     val_set = build_dataset(config.data, config.root, "val", *sizes)
     train_set.prompts = config.prompts
     if config.prompts:  # held-out captions as the downstream tasks give them: without what the prompts would tell
-        val_set.lead = DESCRIPTION
-    train_set.truths = "oracle" in (config.patch_mask, config.word_mask)
+        val_set.caption_prefix = DESCRIPTION
+    train_set.with_ground_truth = "oracle" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     tokenizer = read_tokenizer(state) if state else learn_vocabulary(config, train_set)
-    report_cut_texts(train_set, tokenizer)
+    report_truncated_captions(train_set, tokenizer)
 
     run = build_run(config, train_set, tokenizer, device)
     run.sampler = build_sampler(run, train_set)
@@ -468,20 +468,20 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     def validate_run(run: Run) -> dict[str, float]:
         metrics, by_chance = validate(run, val_set)
         chance.update(by_chance)
-        return metrics | truth(run, train_set, val_set)
+        return metrics | ground_truth_metrics(run, train_set, val_set)
 
     print(f"{config.recipe}, {config.preset}")
     final = fit(run, train_set, RECIPES[config.recipe], validate_run, stop_at=stop_at)
     if final:
         print("\n".join(metrics_table(final, chance)))
     if is_main_process():
-        draw_masks(run, val_set, first_photos(val_set, 6), Path(config.out) / "masks.png")
+        draw_masks(run, val_set, first_images(val_set, 6), Path(config.out) / "masks.png")
     return final
 
 
 def fit(
     run: Run,
-    dataset: PhotoDataset,
+    dataset: PairDataset,
     compute_losses: Callable[[Run, dict], tuple[Values, Values]],
     validate_run: Callable[[Run], dict[str, float]],
     select: str | None = None,

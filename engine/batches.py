@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import augment, build_tokenizer, cut, encode, normalise, random_crops, to_device, tokenize
+from data import apply_crops, augment, build_tokenizer, encode, normalise, random_crops, to_device, tokenize
 from engine.config import TrainConfig
 from engine.log import own_session
 from engine.run import Run, autocast
-from readers.dataset import DataError, PhotoDataset, Unreadable
+from readers.dataset import DataError, PairDataset, Unreadable
 from readers.prompts import Text
 
 
@@ -22,7 +22,7 @@ class ReadableItems(Dataset):
     """The items of a data set. In place of an image that cannot be read the next one comes that can be, so that batches
     keep their size; the item then says so in `unreadable`."""
 
-    def __init__(self, dataset: PhotoDataset):
+    def __init__(self, dataset: PairDataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class ReadableItems(Dataset):
         raise DataError(f"a hundred images after each other cannot be read, the last one: {unreadable[-1]}")
 
 
-def endless_batches(run: Run, dataset: PhotoDataset) -> Iterator[dict]:
+def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
     """This process's share of the batches from the current step on, epoch after epoch, on its device."""
     loader = DataLoader(
         ReadableItems(dataset),
@@ -75,12 +75,12 @@ def augmented(run: Run, batch: dict) -> dict:
             continue
         crops = random_crops(len(batch[key]), config.crop_scale, run.generator, config.distort, run.device)
         batch[key] = augment(batch[key], crops, run.generator, config.distort)
-        if "planes" in batch:
-            batch["planes"] = cut(batch["planes"], crops, "zeros")
+        if "region_masks" in batch:
+            batch["region_masks"] = apply_crops(batch["region_masks"], crops, "zeros")
     return batch
 
 
-def learn_vocabulary(config: TrainConfig, dataset: PhotoDataset) -> Tokenizer:
+def learn_vocabulary(config: TrainConfig, dataset: PairDataset) -> Tokenizer:
     """The tokenizer of a new run: trained on its captions, unless --vocab gives one."""
     captions = []
     if not config.vocab:
@@ -90,7 +90,7 @@ def learn_vocabulary(config: TrainConfig, dataset: PhotoDataset) -> Tokenizer:
     return build_tokenizer(captions, *sizes, config.vocab, config.prompts)
 
 
-def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer) -> None:
+def report_truncated_captions(dataset: PairDataset, tokenizer: Tokenizer) -> None:
     """Print how many of a thousand training captions are longer than the model reads."""
     rows = range(0, len(dataset), max(1, len(dataset) // 1000))
     encodings = encode(tokenizer, [dataset.text(row) for row in rows])
@@ -102,23 +102,23 @@ def report_cut_texts(dataset: PhotoDataset, tokenizer: Tokenizer) -> None:
         )
 
 
-def first_products(dataset: PhotoDataset, count: int) -> torch.utils.data.Subset:
+def first_products(dataset: PairDataset, count: int) -> torch.utils.data.Subset:
     """All photos of the first `count` products."""
     return torch.utils.data.Subset(dataset, (dataset.product_ids < count).nonzero()[0].tolist())
 
 
-def different_photos(dataset: PhotoDataset) -> np.ndarray:
+def distinct_image_rows(dataset: PairDataset) -> np.ndarray:
     """Rows that have each photo once. -> (n,)."""
-    return np.unique(dataset.product_ids, return_index=True)[1] if dataset.several else np.arange(len(dataset))
+    return np.unique(dataset.product_ids, return_index=True)[1] if dataset.several_captions else np.arange(len(dataset))
 
 
-def texts_to_search(dataset: PhotoDataset, rows: np.ndarray) -> tuple[list[Text], Tensor, Tensor]:
+def texts_to_search(dataset: PairDataset, rows: np.ndarray) -> tuple[list[Text], Tensor, Tensor]:
     """The captions that images, some rows (n,), are retrieved by: one a product, that of its first image; where images
     have several captions, all of these. -> captions (m), the product of each image (n,) and of each caption (m,)"""
     products = dataset.product_ids[rows]
     kinds, first, image_products = np.unique(products, return_index=True, return_inverse=True)
     caption_rows, text_products = rows[first], np.arange(len(kinds))
-    if dataset.several:
+    if dataset.several_captions:
         caption_rows = np.flatnonzero(np.isin(dataset.product_ids, products))
         text_products = np.searchsorted(kinds, dataset.product_ids[caption_rows])
     captions = [dataset.text(row) for row in caption_rows]
@@ -146,7 +146,7 @@ def text_features(run: Run, texts: list[Text]) -> Tensor:
     return torch.cat(feats)[[number[text] for text in texts]]
 
 
-def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
+def batches_of(run: Run, dataset: PairDataset, what: str) -> Iterator[dict]:
     """All of a data set in order, on the device, photos normalised and neither cropped nor flipped. Raises DataError
     if there is no image that can be read."""
     workers = dict(num_workers=run.config.workers, worker_init_fn=own_session)
@@ -165,7 +165,7 @@ def batches_of(run: Run, dataset: PhotoDataset, what: str) -> Iterator[dict]:
 
 
 @torch.no_grad()
-def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
+def image_features(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
     """Rows that could be decoded (n,), and unit-length features of their photos (n, E)."""
     rows, feats = [], []
     for batch in batches_of(run, dataset, "encoding photos"):
@@ -176,7 +176,7 @@ def photo_features(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]
 
 
 @torch.no_grad()
-def match_scores(run: Run, dataset: PhotoDataset, texts: list[Text], pairs: Tensor) -> Tensor:
+def itm_scores(run: Run, dataset: PairDataset, texts: list[Text], pairs: Tensor) -> Tensor:
     """The ITM head's logit for "match" minus that for "no match", of pairs (n, 2) of a row and a text. -> (n,)
 
     Each image and each text is encoded once.
@@ -187,7 +187,7 @@ def match_scores(run: Run, dataset: PhotoDataset, texts: list[Text], pairs: Tens
     rows, image_of = pairs[:, 0].unique(return_inverse=True)
     scores = torch.empty(len(pairs), device=run.device)
     first = 0  # number of the batch's first image
-    for batch in batches_of(run, dataset.part(rows.tolist()), "matching"):
+    for batch in batches_of(run, dataset.subset(rows.tolist()), "matching"):
         with autocast(run):
             image_kv = model.fusion.project_image_kv(model.vision(batch["images"]))
         end = first + len(batch["rows"])
@@ -204,7 +204,7 @@ def match_scores(run: Run, dataset: PhotoDataset, texts: list[Text], pairs: Tens
     return scores
 
 
-def compose(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
+def compose_queries(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
     """Unit-length queries (B, E) of photos, encoded (B, N, D), and texts: after fine-tuning the projected fused [CLS],
     before it the sum of both features."""
     model, attention_mask = run.model, batch["attention_mask"]

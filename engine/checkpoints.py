@@ -19,14 +19,14 @@ from engine.distributed import is_main_process
 from engine.flags import ConfigError, flag_of
 from engine.run import Run
 from model import ModelConfig
-from readers.dataset import legible
+from readers.dataset import printable
 
 # fields of Run that are saved as they are
 SIMPLE = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
 PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
 
 
-def write_whole(state: dict, path: Path, keep_older: bool = False) -> None:
+def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
     """Write a checkpoint beside `path`, then rename it. keep_older: the version before stays, as `last-2.pt`."""
     scratch, older = path.with_name(f".{path.name}.part"), path.with_stem(f"{path.stem}-2")
     try:
@@ -63,7 +63,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
         "config": asdict(run.config),
         "tokenizer": run.tokenizer.to_str(),
     }
-    write_whole(state, path, keep_older=path.name == "last.pt")
+    write_atomically(state, path, keep_older=path.name == "last.pt")
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -167,6 +167,6 @@ def load_weights(run: Run, source: dict, where: str) -> None:
     try:
         run.model.load_state_dict(weights)
     except RuntimeError as error:  # of names or shapes that are not the model's, a line for each
-        reason = legible(" ".join(str(error).split()))[:200]
+        reason = printable(" ".join(str(error).split()))[:200]
         raise ConfigError(f"{where}: does not fit this run ({reason})") from None
     run.momentum.update(run.model, decay=0)

@@ -11,18 +11,18 @@ from engine.checkpoints import load_checkpoint
 from engine.config import LoopConfig, check_loop
 from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
 from model import ModelConfig
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError, PairDataset
 from readers.prompts import DESCRIPTION, DIFFERENCE
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
 RECOGNITION = ("category", "subcategory", "entailment")
 FOUND = 10  # photos that search shows
-PHOTOS, CAPTIONED = ("synthetic", "fashiongen", "jsonl"), ("flickr30k", "coco")
-TASK_DATA = {  # of the others: PHOTOS
-    "retrieval": (*PHOTOS, *CAPTIONED),
+IMAGE_SETS, CAPTIONED = ("synthetic", "fashiongen", "jsonl"), ("flickr30k", "coco")
+TASK_DATA = {  # of the others: IMAGE_SETS
+    "retrieval": (*IMAGE_SETS, *CAPTIONED),
     "tgir": ("synthetic", "fashioniq"),
     "entailment": ("synthetic", "snlive"),
-    "search": (*PHOTOS, *CAPTIONED, "fashioniq"),
+    "search": (*IMAGE_SETS, *CAPTIONED, "fashioniq"),
 }
 TESTED = (*CAPTIONED, "fashioniq", "snlive")  # have a test split; fashioniq's targets are not published
 # settings of pretraining that retrieval goes on with
@@ -155,7 +155,7 @@ def check_start(config: FinetuneConfig) -> None:
 def check_flags(config: FinetuneConfig, given: set[str]) -> None:
     """Raise ConfigError, in one line, for values out of range and for flags that contradict each other."""
     check_loop(config, given)
-    fitting = TASK_DATA.get(config.task, PHOTOS)
+    fitting = TASK_DATA.get(config.task, IMAGE_SETS)
     if config.data not in fitting:
         raise ConfigError(f"--task {config.task} needs --data {' or '.join(fitting)}, not {config.data}")
     check_readers("task", config.task, given, TASK_FLAGS)
@@ -172,7 +172,7 @@ def check_flags(config: FinetuneConfig, given: set[str]) -> None:
         raise ConfigError("--rerank contradicts --image: the ITM head compares photos with words alone")
 
 
-def open_data(config: FinetuneConfig, split: str) -> PhotoDataset:
+def open_data(config: FinetuneConfig, split: str) -> PairDataset:
     """Open a split as the task reads it: images, triplets or statements; of recognition what has a label."""
     build = build_dataset
     if config.task == "tgir" or config.data == "fashioniq":
@@ -186,18 +186,18 @@ def open_data(config: FinetuneConfig, split: str) -> PhotoDataset:
         labelled = np.flatnonzero([bool(label) for label in labels_of(config, dataset)])
         if not len(labelled):
             raise DataError(f"no photo of the {split} split has a {config.task}")
-        dataset, problems = dataset.part(labelled), dataset.problems
+        dataset, problems = dataset.subset(labelled), dataset.problems
         dataset.problems = problems
-    dataset.lead = lead_of(config)
+    dataset.caption_prefix = caption_prefix(config)
     return dataset
 
 
-def labels_of(config: FinetuneConfig, dataset: PhotoDataset) -> list[str]:
+def labels_of(config: FinetuneConfig, dataset: PairDataset) -> list[str]:
     """The label of each row; of a statement it is kept as the category."""
     return dataset.subcategories if config.task == "subcategory" else dataset.categories
 
 
-def lead_of(config: FinetuneConfig) -> str:
+def caption_prefix(config: FinetuneConfig) -> str:
     """What stands before each text, where pretraining has framed its texts."""
     if not config.prompts:
         return ""

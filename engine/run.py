@@ -8,12 +8,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import ANTONYMS, SYNONYMS, Collate, word_ids, word_pairs
+from data import ANTONYMS, SYNONYMS, Collate, replacement_ids, word_pairs
 from engine.config import LoopConfig, TrainConfig, grouping_of
 from engine.distributed import rank, world_size
 from engine.flags import ConfigError
 from model import EMBED_DIM, MomentumModel, VisionLanguageModel
-from readers.dataset import PhotoDataset
+from readers.dataset import PairDataset
 from sampler import GroupedBatchSampler
 
 
@@ -44,7 +44,7 @@ class Run:
     def __post_init__(self):
         self.total_steps = self.config.steps or self.config.epochs * self.epoch_steps
         self.mask_id = self.tokenizer.token_to_id("[MASK]")
-        self.word_ids = word_ids(self.tokenizer).to(self.device)
+        self.replacement_ids = replacement_ids(self.tokenizer).to(self.device)
         antonyms, synonyms = word_pairs(self.tokenizer, ANTONYMS), word_pairs(self.tokenizer, SYNONYMS)
         self.swaps = torch.stack([antonyms, synonyms]).to(self.device)  # (2, V), see masking.replace_words
 
@@ -98,7 +98,7 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
 
 
 def build_run(
-    config: LoopConfig, dataset: PhotoDataset, tokenizer: Tokenizer, device: torch.device | None = None
+    config: LoopConfig, dataset: PairDataset, tokenizer: Tokenizer, device: torch.device | None = None
 ) -> Run:
     """Make the model with random weights, the momentum model, an empty queue and the optimiser of a new run."""
     torch.manual_seed(config.seed)
@@ -134,7 +134,7 @@ def compile_layers(model: VisionLanguageModel) -> None:
             layer.compile(dynamic=True)
 
 
-def build_sampler(run: Run, dataset: PhotoDataset) -> GroupedBatchSampler:
+def build_sampler(run: Run, dataset: PairDataset) -> GroupedBatchSampler:
     """Make the batches of a run that trains. Raises ConfigError where several processes cannot share them evenly."""
     config = run.config
     if config.batch_size % world_size():

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data import encode, normalise, to_device
 from engine.run import Run, autocast
-from evaluation.truth import synchronized_masks
+from evaluation.ground_truth import synchronized_masks
 from masking import itm_grad_cam, random_patch_mask, random_word_mask, soft_mask
-from readers.dataset import PhotoDataset, square
+from readers.dataset import PairDataset, pad_to_square
 from readers.prompts import Text
 
 # of curves.png: title -> keys of metrics.jsonl; each with its value for random masks, key_random, where there is one
@@ -59,7 +59,7 @@ INK, PAPER, GREY = (30, 30, 34), (255, 255, 255), (150, 150, 156)
 LINE = 22  # pixels from one line of text to the next
 
 
-def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
+def first_images(dataset: PairDataset, count: int) -> list[int]:
     """One photo of each of the first `count` products: the first of one, the second of the next, and so on."""
     chosen = []
     for product in np.unique(dataset.product_ids)[:count]:
@@ -68,7 +68,7 @@ def first_photos(dataset: PhotoDataset, count: int) -> list[int]:
     return chosen
 
 
-def draw_masks(run: Run, dataset: PhotoDataset, rows: list[int], path: Path) -> None:
+def draw_masks(run: Run, dataset: PairDataset, rows: list[int], path: Path) -> None:
     """Draw, for each image, what random and synchronized masks hide of the image and of its caption, and what a soft
     mask of one random word, marked in the caption, suppresses."""
     batch = run.collate([dataset[row] for row in rows])
@@ -202,9 +202,7 @@ def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) 
 Answer = tuple[int, str, bool]  # row, note, is it a right one?
 
 
-def draw_answers(
-    dataset: PhotoDataset, queries: list[tuple[str, Image.Image | None, list[Answer]]], path: Path
-) -> None:
+def draw_answers(dataset: PairDataset, queries: list[tuple[str, Image.Image | None, list[Answer]]], path: Path) -> None:
     """Draw a line for each query, a text with or without an image, with its best images; right ones are framed."""
     columns = 2 + max(len(answers) for _, _, answers in queries)
     figure = Figure(figsize=(1.4 * columns, 1.5 * len(queries)), layout="constrained")
@@ -215,10 +213,10 @@ def draw_answers(
         lines = textwrap.wrap(text, 42 if image is None else 20)
         line[0].text(0, 1, "\n".join(lines[:8]), va="top", fontsize=8, parse_math=False, in_layout=False)
         if image is not None:
-            line[1].imshow(square(image, dataset.image_size), interpolation="bicubic")
+            line[1].imshow(pad_to_square(image, dataset.image_size), interpolation="bicubic")
         for axis, (row, note, right) in zip(line[2:], answers, strict=False):
             axis.axis("on")
-            axis.imshow(square(dataset.photo(row), dataset.image_size), interpolation="bicubic")
+            axis.imshow(pad_to_square(dataset.image(row), dataset.image_size), interpolation="bicubic")
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(note, fontsize=8)
             axis.spines[:].set(color="tab:green" if right else "white", linewidth=3)

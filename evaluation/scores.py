@@ -14,7 +14,7 @@ from torch import Tensor
 
 from readers.triplets import Triplets
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 QUERIES, NEGATIVES, DRAWS = 1000, 100, 5  # of the sampled protocol
 
@@ -47,7 +47,7 @@ class Ranking:
         rank = torch.where(self.positives.any(dim=1), match_rank(scores, self.positives), self.rank)
         return replace(self, protocol=f"rerank_{self.protocol}", rank=rank)
 
-    def chance(self) -> Figures:
+    def chance(self) -> Metrics:
         """Compute the recalls of a random order: 1 − C(candidates − positives, k) / C(candidates, k)."""
         recalls = {}
         for k in (1, 5, 10):
@@ -155,7 +155,7 @@ def sampled_rankings(
     return rankings, float(np.mean(same_kind))
 
 
-def recalls_of(rankings: list[Ranking]) -> Figures:
+def recalls_of(rankings: list[Ranking]) -> Metrics:
     """Compute R@1/5/10 of each protocol and direction, and their mean over both directions.
 
     Several draws of a protocol give the mean over the draws and, as …_std, the standard deviation.
@@ -182,7 +182,7 @@ def recalls_of(rankings: list[Ranking]) -> Figures:
 RankedTriplets = tuple[str, str, Tensor, np.ndarray, np.ndarray]
 
 
-def triplet_recalls(dataset: Triplets, ranked: Iterable[RankedTriplets]) -> tuple[Figures, Figures]:
+def triplet_recalls(dataset: Triplets, ranked: Iterable[RankedTriplets]) -> tuple[Metrics, Metrics]:
     """Compute R@1, R@10, R@50 by subset and gallery, and their mean over subsets. -> metrics, what chance would give"""
     metrics, chance = {}, {}
     for subset, protocol, sim, triplets, rows in ranked:
@@ -195,7 +195,7 @@ def triplet_recalls(dataset: Triplets, ranked: Iterable[RankedTriplets]) -> tupl
     return metrics | mean_over_subsets(metrics), chance | mean_over_subsets(chance)
 
 
-def mean_over_subsets(metrics: Figures) -> Figures:
+def mean_over_subsets(metrics: Metrics) -> Metrics:
     """Average the values whose keys differ in the subset, their first part, alone. -> mean_…"""
     values = defaultdict(list)
     for key, value in metrics.items():
@@ -204,7 +204,7 @@ def mean_over_subsets(metrics: Figures) -> Figures:
     return {key: float(np.mean(parts)) for key, parts in values.items()}
 
 
-def recognition_scores(labels: Tensor, preds: Tensor) -> Figures:
+def recognition_scores(labels: Tensor, preds: Tensor) -> Metrics:
     """Compute the accuracy, and macro-F1: the mean of F1 over the classes that occur in labels or preds (n,)."""
     f1_scores = [f1 for _, _, f1 in scores_by_class(labels, preds).values()]
     return {"accuracy": (labels == preds).float().mean().item(), "macro_f1": float(np.mean(f1_scores))}

@@ -11,14 +11,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import normalise, to_device, tokenize
-from engine.batches import compose, different_photos, match_scores, photo_features, text_features
+from engine.batches import compose_queries, distinct_image_rows, image_features, itm_scores, text_features
 from engine.checkpoints import load_weights, read_tokenizer
-from engine.finetune_config import FOUND, FinetuneConfig, lead_of, open_data
+from engine.finetune_config import FOUND, FinetuneConfig, caption_prefix, open_data
 from engine.flags import ConfigError
 from engine.run import Run, autocast, build_run
 from evaluation.pictures import draw_answers
-from readers.dataset import DataError, PhotoDataset, legible, square
-from readers.files import open_photo
+from readers.dataset import DataError, PairDataset, pad_to_square, printable
+from readers.files import open_image
 
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
@@ -29,26 +29,26 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
         check_words(tokenizer, config.query)
     dataset = open_data(config, config.split)
     print(f"{config.split}: {dataset.report()}")
-    if dataset.several:
-        dataset = dataset.part(different_photos(dataset))
+    if dataset.several_captions:
+        dataset = dataset.subset(distinct_image_rows(dataset))
     run = build_run(config, dataset, tokenizer)
     load_weights(run, source, config.checkpoint)
     run.model.eval()
 
-    rows, image_feat = photo_index(run, dataset)
-    query = query_feature(run, lead_of(config), config.query, image, fused=config.start == "tgir")
+    rows, image_feat = search_index(run, dataset)
+    query = query_feature(run, caption_prefix(config), config.query, image, fused=config.start == "tgir")
     scores, best = (image_feat @ query).topk(min(len(rows), max(FOUND, config.rerank)))
     if config.rerank:
-        captions = [(lead_of(config), config.query)]
+        captions = [(caption_prefix(config), config.query)]
         pairs = torch.stack([best.cpu(), torch.zeros(len(best), dtype=torch.long)], dim=1)
-        logits, order = match_scores(run, dataset.part(rows), captions, pairs).sort(descending=True)
+        logits, order = itm_scores(run, dataset.subset(rows), captions, pairs).sort(descending=True)
         scores, best = logits.sigmoid(), best[order]
 
     found = []
     for index, score in zip(best[:FOUND].tolist(), scores[:FOUND].tolist(), strict=True):
         row = int(rows[index])
         found.append((row, score))
-        print(f"  {score:.3f}  {legible(dataset.name_of(row))}  {dataset.captions[row]}")
+        print(f"  {score:.3f}  {printable(dataset.name_of(row))}  {dataset.captions[row]}")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     asked = f"found {config.query or ''} {Path(config.image or '').stem}".lower()
@@ -65,7 +65,7 @@ def open_query_image(config: FinetuneConfig) -> Image.Image | None:
         return None
     size = config.model.image_size
     try:
-        return square(open_photo(Path(config.image), size), size)
+        return pad_to_square(open_image(Path(config.image), size), size)
     except OSError as error:
         raise DataError(f"--image {config.image}: {error}") from None
 
@@ -86,33 +86,33 @@ def check_words(tokenizer: Tokenizer, query: str) -> None:
 
 
 @torch.no_grad()
-def query_feature(run: Run, lead: str, words: str | None, image: Image.Image | None, fused: bool) -> Tensor:
+def query_feature(run: Run, prefix: str, words: str | None, image: Image.Image | None, fused: bool) -> Tensor:
     """Encode words, an image, or both to a unit-length feature (E,)."""
     if image is None:
-        return text_features(run, [(lead, words)])[0]
+        return text_features(run, [(prefix, words)])[0]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(run.device)  # (1, 3, S, S)
     with autocast(run):
         image_embeds = run.model.vision(normalise(pixels))
         if not words:
             return run.model.image_feature(image_embeds)[0]
-        batch = to_device(tokenize(run.tokenizer, [(lead, words)]), run.device)
-        return compose(run, batch, image_embeds, fused)[0]
+        batch = to_device(tokenize(run.tokenizer, [(prefix, words)]), run.device)
+        return compose_queries(run, batch, image_embeds, fused)[0]
 
 
-def photo_index(run: Run, dataset: PhotoDataset) -> tuple[np.ndarray, Tensor]:
+def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
     """Rows (n,) and features (n, E) of all images, read from --index, or encoded and written there.
 
     Raises ConfigError for an index that is damaged, or of another checkpoint or data set.
     """
     if not run.config.index:
-        return photo_features(run, dataset)
+        return image_features(run, dataset)
     file = Path(run.config.index)
     with open(run.config.checkpoint, "rb") as checkpoint:
         weights = hashlib.file_digest(checkpoint, "sha256").hexdigest()
     names = [dataset.name_of(row) for row in range(len(dataset))]
     key = [weights, names, dataset.captions]
     if not file.exists():
-        rows, image_feat = photo_features(run, dataset)
+        rows, image_feat = image_features(run, dataset)
         torch.save({"key": key, "rows": torch.from_numpy(rows), "features": image_feat.cpu()}, file)
         return rows, image_feat
     try:

@@ -8,9 +8,9 @@ from torch import Tensor
 from engine.batches import batches_of, first_products, text_features, texts_to_search
 from engine.run import Run, autocast
 from evaluation.scores import full_rankings, recalls_of
-from losses import pick_negatives, same_pairs
+from losses import pick_negatives, positive_pairs
 from masking import random_word_mask
-from readers.dataset import PhotoDataset
+from readers.dataset import PairDataset
 
 TABLE = {  # metric -> its name in the closing table; docs/glossary.md explains all
     "val_i2t_r1": "R@1, image to caption",
@@ -57,7 +57,7 @@ def chance_corrected(metrics: dict[str, float], key: str) -> float:
 
 
 @torch.no_grad()
-def validate(run: Run, dataset: PhotoDataset) -> tuple[dict[str, float], dict[str, float]]:
+def validate(run: Run, dataset: PairDataset) -> tuple[dict[str, float], dict[str, float]]:
     """Measure retrieval, ITM and MLM on held-out products, with the same random draws every time.
 
     -> metrics, and the recalls of a random order under the same keys
@@ -131,5 +131,5 @@ def predict_batch(run: Run, batch: dict, generator: torch.Generator) -> dict[str
 
 def draw_other(batch: dict, generator: torch.Generator) -> Tensor:
     """Draw for each pair of a batch another one, of another product. -> (B,), −1 where there is none"""
-    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
-    return pick_negatives(torch.zeros_like(forbidden, dtype=torch.float), forbidden, "random", generator)
+    positives = positive_pairs(batch["product_ids"], batch["caption_ids"])
+    return pick_negatives(torch.zeros_like(positives, dtype=torch.float), positives, "random", generator)

@@ -33,7 +33,7 @@ def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     products = 2 + config.batch_size // 3
     dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products)
     dataset.prompts = config.prompts
-    dataset.truths = "oracle" in (config.patch_mask, config.word_mask)
+    dataset.with_ground_truth = "oracle" in (config.patch_mask, config.word_mask)
     tokenizer = learn_vocabulary(config, dataset)
     unused = config.model.vocab_size - tokenizer.get_vocab_size()  # synthetic captions have a few hundred words only
     tokenizer.add_tokens([f"[unused{i}]" for i in range(unused)])

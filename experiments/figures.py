@@ -17,12 +17,12 @@ from data import DataName, build_dataset
 from engine.checkpoints import config_from_dict, load_checkpoint, read_tokenizer
 from engine.flags import ConfigError
 from engine.run import Run, build_run
-from evaluation.pictures import draw_masks, first_photos
-from readers.dataset import DataError, PhotoDataset
+from evaluation.pictures import draw_masks, first_images
+from readers.dataset import DataError, PairDataset
 from readers.prompts import DESCRIPTION
 
 
-def draw_sheet(dataset: PhotoDataset, products: int, path: Path) -> None:
+def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
     """A page of the first products, one a row: up to four photos, then the description."""
     products = min(products, int(dataset.product_ids.max()) + 1)
     figure = Figure(figsize=(9.4, 1.55 * products), layout="constrained")
@@ -32,18 +32,18 @@ def draw_sheet(dataset: PhotoDataset, products: int, path: Path) -> None:
         for axis in row_axes:
             axis.axis("off")
         for axis, row in zip(row_axes, rows, strict=False):
-            axis.imshow(dataset.photo(row))
+            axis.imshow(dataset.image(row))
         text = textwrap.fill(dataset.captions[rows[0]], 38)
         row_axes[-1].text(0, 0.5, text, va="center", fontsize=8, transform=row_axes[-1].transAxes)
     figure.savefig(path, dpi=70)
 
 
-def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PhotoDataset]:
+def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PairDataset]:
     """A trained run with its validation photos; `root` only where the files have moved. Raises ConfigError."""
     state = load_checkpoint(checkpoint)
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
-    dataset.lead = DESCRIPTION if config.prompts else ""
+    dataset.caption_prefix = DESCRIPTION if config.prompts else ""
     run = build_run(config, dataset, read_tokenizer(state))
     run.model.load_state_dict(state["model"])
     run.momentum.model.load_state_dict(state["momentum"])
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_sheet(dataset, args.num_products, file)
         else:
             run, dataset = open_run(args.checkpoint, args.root, "cpu")
-            draw_masks(run, dataset, first_photos(dataset, args.num_products), file)
+            draw_masks(run, dataset, first_images(dataset, args.num_products), file)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"figures.py: {error}")
     print(file)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from readers.prompts import Text, prompted, symbol_of
+from readers.prompts import Text, category_symbol, prompt_text
 
 Split = Literal["train", "val"]
 ReportedSplit = Literal["train", "val", "test"]
@@ -18,7 +18,7 @@ ReportedSplit = Literal["train", "val", "test"]
 CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for blank in "\t\n\r"}
 
 
-def legible(text: str) -> str:
+def printable(text: str) -> str:
     """A text from outside without control characters, which could change a terminal's colours."""
     return text.translate(CONTROLS)
 
@@ -27,7 +27,7 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file, the key or line, and what to do."""
 
     def __init__(self, message: str):
-        super().__init__(legible(message))
+        super().__init__(printable(message))
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Unreadable:
 
 
 @dataclass
-class Truth:
+class GroundTruth:
     """What a photo really shows.
 
     spans: (start, end, key, kind) of every stretch of the description that names an attribute
@@ -54,26 +54,28 @@ class Truth:
         return np.unpackbits(self.regions[key]).reshape(self.size, self.size).astype(bool)
 
 
-class PhotoDataset(Dataset):
+class PairDataset(Dataset):
     """Photos with their descriptions, as training, sampling and evaluation read them. Each reader returns one.
 
-    captions: description of each row · product_ids, caption_ids: int64 arrays, equal where product or wording is
-    images, source: `images[source[row]]` is the image of a row; it is decoded then, if the reader keeps files
-    known: a column for each attribute that prompts may tell, "" where unknown; `categories` and `subcategories` are two
-    names: how to call each image in messages
-    problems: photos left out at opening, as text · dropped: what else was left out, counted, as text
-    lead: words set before each description · prompts: put the category symbol and attribute prompts around it
-    truths: give with each photo what it really shows, which `Synthetic` alone knows
-    several: rows of one product are one photo with several captions, not several photos of one text
-    what, group: what a row, and what a product, is called in the report
+    captions: the caption of each row
+    product_ids, caption_ids: int64 arrays (N,), equal where the products, or the captions, are equal
+    images, source: the image of a row is `images[source[row]]`; readers of files decode it at that moment
+    attributes: a column for each attribute of the prompts, "" where it is not known; `categories` and `subcategories`
+        are two of these columns
+    names: the name of each image in messages
+    problems: a message for each image left out at opening · dropped: what else was left out, counted, as text
+    caption_prefix: words before each caption · prompts: put the category symbol and the attribute prompts around it
+    with_ground_truth: give `ground_truth` with each item; only `Synthetic` knows it
+    several_captions: the rows of one product are one image with several captions, not several images with one caption
+    row_noun, product_noun: the words for rows and products in the report
     """
 
-    lead = ""
+    caption_prefix = ""
     prompts = False
-    truths = False
-    several = False
-    what = "photos"
-    group = "products"
+    with_ground_truth = False
+    several_captions = False
+    row_noun = "images"
+    product_noun = "products"
 
     def __init__(
         self,
@@ -81,18 +83,18 @@ class PhotoDataset(Dataset):
         products: list,
         images: Sequence[Image.Image],
         image_size: int,
-        known: dict[str, list[str]] | None = None,
+        attributes: dict[str, list[str]] | None = None,
         names: list[str] | None = None,
         source: list[int] | None = None,
     ):
-        self.captions = [legible(caption) for caption in captions]
-        self.product_ids = numbered(products)
-        self.caption_ids = numbered(self.captions)
+        self.captions = [printable(caption) for caption in captions]
+        self.product_ids = factorize(products)
+        self.caption_ids = factorize(self.captions)
         self.images = images
         self.image_size = image_size
-        self.known = {"category": [""] * len(captions), "subcategory": [""] * len(captions)} | (known or {})
-        self.categories = self.known["category"]
-        self.subcategories = self.known["subcategory"]
+        self.attributes = {"category": [""] * len(captions), "subcategory": [""] * len(captions)} | (attributes or {})
+        self.categories = self.attributes["category"]
+        self.subcategories = self.attributes["subcategory"]
         self.names = names
         self.source = list(range(len(captions))) if source is None else source
         self.problems: list[str] = []
@@ -103,10 +105,10 @@ class PhotoDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict | Unreadable:
         try:
-            photo = self.photo(row)
+            photo = self.image(row)
         except Exception as error:  # decoders raise many kinds for damaged files
-            return Unreadable(legible(f"{self.name_of(row)}: {error}"))
-        pixels = np.array(square(photo, self.image_size))
+            return Unreadable(printable(f"{self.name_of(row)}: {error}"))
+        pixels = np.array(pad_to_square(photo, self.image_size))
         item = {
             "row": row,
             "image": torch.from_numpy(pixels).permute(2, 0, 1),  # (3, S, S) uint8
@@ -114,21 +116,21 @@ class PhotoDataset(Dataset):
             "product_id": self.product_ids[row],
             "caption_id": self.caption_ids[row],
         }
-        if self.truths:
-            item["truth"] = self.truth(row)
+        if self.with_ground_truth:
+            item["ground_truth"] = self.ground_truth(row)
         return item
 
-    def photo(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """The RGB photo of a row. Raises OSError or ValueError when it cannot be decoded."""
         return self.images[self.source[row]]
 
     def text(self, row: int) -> Text:
         """What an encoder reads of a row."""
         if not self.prompts:
-            return self.lead, self.captions[row]
-        symbol = symbol_of(self.categories[row], self.subcategories[row])
-        known = {name: values[row] for name, values in self.known.items()}
-        return prompted(self.captions[row], symbol, known, np.random.default_rng((7, row)))
+            return self.caption_prefix, self.captions[row]
+        symbol = category_symbol(self.categories[row], self.subcategories[row])
+        known = {name: values[row] for name, values in self.attributes.items()}
+        return prompt_text(self.captions[row], symbol, known, np.random.default_rng((7, row)))
 
     def name_of(self, row: int) -> str:
         """How to call the image of a row in messages."""
@@ -137,26 +139,26 @@ class PhotoDataset(Dataset):
 
     def fingerprint(self) -> int:
         """A number that changes with the rows: a run must be resumed on the data that it was started on."""
-        return zlib.crc32(repr([self.captions, self.known]).encode() + self.product_ids.tobytes())
+        return zlib.crc32(repr([self.captions, self.attributes]).encode() + self.product_ids.tobytes())
 
-    def part(self, rows: np.ndarray) -> "PhotoDataset":
+    def subset(self, rows: np.ndarray) -> "PairDataset":
         """Some of its rows, numbered anew."""
-        part = PhotoDataset(
+        part = PairDataset(
             [self.captions[row] for row in rows],
             self.product_ids[rows].tolist(),
             self.images,
             self.image_size,
-            {name: [values[row] for row in rows] for name, values in self.known.items()},
+            {name: [values[row] for row in rows] for name, values in self.attributes.items()},
             self.names,
             [self.source[row] for row in rows],
         )
-        for name in ("lead", "prompts", "several", "what", "group"):
+        for name in ("caption_prefix", "prompts", "several_captions", "row_noun", "product_noun"):
             setattr(part, name, getattr(self, name))
         return part
 
     def report(self) -> str:
         """One line for the user: how much there is, and what was left out and why."""
-        return f"{len(self):,} {self.what} of {self.product_ids.max() + 1:,} {self.group}{self.left_out()}"
+        return f"{len(self):,} {self.row_noun} of {self.product_ids.max() + 1:,} {self.product_noun}{self.left_out()}"
 
     def left_out(self) -> str:
         """The end of a report: what was left out and why."""
@@ -164,16 +166,16 @@ class PhotoDataset(Dataset):
         if self.problems:
             more = "; …" if len(self.problems) > 3 else ""
             reasons.insert(0, f"{len(self.problems):,} left out ({'; '.join(self.problems[:3])}{more})")
-        return legible("".join(f", {reason}" for reason in reasons))
+        return printable("".join(f", {reason}" for reason in reasons))
 
 
-def numbered(values: list) -> np.ndarray:
+def factorize(values: list) -> np.ndarray:
     """Equal values get equal numbers, 0, 1, … in order of appearance. -> int64 (N,)."""
     numbers: dict = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
 
-def square(photo: Image.Image, size: int) -> Image.Image:
+def pad_to_square(photo: Image.Image, size: int) -> Image.Image:
     """The whole photo, padded to a square with white (choice: nothing is cut off) and scaled to `size` pixels."""
     if photo.size == (size, size):
         return photo

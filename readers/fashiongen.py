@@ -7,13 +7,13 @@ from pathlib import Path
 import h5py
 from PIL import Image
 
-from readers.dataset import DataError, PhotoDataset, Split, legible
+from readers.dataset import DataError, PairDataset, Split, printable
 
 FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
 PROMPTS = ("composition", "gender", "name", "season")  # columns `input_…`, read where they are there
 
 
-def fashiongen(folder: Path, split: Split, image_size: int) -> PhotoDataset:
+def fashiongen(folder: Path, split: Split, image_size: int) -> PairDataset:
     """FashionGen (Rostamzadeh et al. 2018) as distributed: one HDF5 file a split, one row a photo. Rows without a
     description are left out, and reported."""
     path = folder / FILES[split]
@@ -38,12 +38,12 @@ def fashiongen(folder: Path, split: Split, image_size: int) -> PhotoDataset:
     rows = [row for row, caption in enumerate(captions) if caption]
     if not rows:
         raise DataError(f"{path}: key input_description: every row is empty")
-    dataset = PhotoDataset(
+    dataset = PairDataset(
         captions=[captions[row] for row in rows],
         products=[products[row] for row in rows],
         images=Hdf5Images(path),
         image_size=image_size,
-        known={name: [values[row] for row in rows] for name, values in known.items()},
+        attributes={name: [values[row] for row in rows] for name, values in known.items()},
         names=[f"{path.name} row {row}" for row in range(count)],
         source=rows,
     )
@@ -53,7 +53,7 @@ def fashiongen(folder: Path, split: Split, image_size: int) -> PhotoDataset:
 
 def _text(column: h5py.Dataset) -> list[str]:
     """The texts of a column. FashionGen's are iso-8859-1, in which every byte is a character."""
-    return [" ".join(legible(value.decode("iso-8859-1")).split()) for value in column[:].reshape(-1).tolist()]
+    return [" ".join(printable(value.decode("iso-8859-1")).split()) for value in column[:].reshape(-1).tolist()]
 
 
 class Hdf5Images:

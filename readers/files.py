@@ -35,7 +35,7 @@ def _parse(text: bytes, where: str) -> object:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # of others, decoding may start another program
 
 
-def open_photo(path: Path, size: int) -> Image.Image:
+def open_image(path: Path, size: int) -> Image.Image:
     """The RGB photo of a file, upright, on white where it is transparent; a JPEG is decoded no larger than needed.
     Raises OSError when it cannot be decoded, is none of FORMATS, or has pixels of more than 8 bits."""
     try:
@@ -52,11 +52,11 @@ def open_photo(path: Path, size: int) -> Image.Image:
 
 
 class ImageFiles:
-    """Image files: `[i]` decodes one of them, see `open_photo`."""
+    """Image files: `[i]` decodes one of them, see `open_image`."""
 
     def __init__(self, paths: list[Path], image_size: int):
         self.paths = paths
         self.image_size = image_size
 
     def __getitem__(self, number: int) -> Image.Image:
-        return open_photo(self.paths[number], self.image_size)
+        return open_image(self.paths[number], self.image_size)

@@ -3,12 +3,12 @@
 import hashlib
 from pathlib import Path
 
-from readers.dataset import DataError, PhotoDataset, Split, legible
+from readers.dataset import DataError, PairDataset, Split, printable
 from readers.files import ImageFiles, read_json_lines
 from readers.prompts import ATTRIBUTES
 
 
-def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDataset:
+def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDataset:
     """Photos listed one JSON object a line: `image` (relative to the folder), `caption`, `product_id`, and if you
     have them `category` and `subcategory`, and for prompts any other of ATTRIBUTES (`title` serves as `name`). Files
     `train.jsonl` and `val.jsonl`; without the latter a tenth of the products, chosen by hash, is held out.
@@ -26,7 +26,7 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
         line = where.removeprefix(f"{path} ")
         if not (folder / record["image"]).is_file():
             problems.append(f"{line}: no photo {record['image']}")
-        elif not legible(record["caption"]).strip():
+        elif not printable(record["caption"]).strip():
             problems.append(f"{line}: empty caption")
         else:
             records.append(record)
@@ -41,12 +41,12 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
     names = [record["image"] for record in records]
     known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
     known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
-    dataset = PhotoDataset(
+    dataset = PairDataset(
         captions=[record["caption"] for record in records],
         products=[record["product_id"] for record in records],
         images=ImageFiles([folder / name for name in names], image_size),
         image_size=image_size,
-        known=known,
+        attributes=known,
         names=names,
     )
     dataset.problems = problems
@@ -55,4 +55,4 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PhotoDa
 
 def _value(value: object) -> str:
     """An optional field: text or a whole number; "" for anything else."""
-    return " ".join(legible(str(value)).split()) if isinstance(value, str | int) else ""
+    return " ".join(printable(str(value)).split()) if isinstance(value, str | int) else ""

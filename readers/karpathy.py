@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-from readers.dataset import DataError, PhotoDataset, ReportedSplit
+from readers.dataset import DataError, PairDataset, ReportedSplit
 from readers.files import ImageFiles, read_json
 
 CaptionedName = Literal["flickr30k", "coco"]
 
 
-def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size: int) -> PhotoDataset:
+def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size: int) -> PairDataset:
     """A row is a photo with one of its captions; what is a product elsewhere is a photo here.
 
     `dataset_{name}.json`: `images`, each with `filename`, for COCO `filepath` (train2014, val2014), `split` (train and
@@ -38,9 +38,9 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
     if not captions:
         raise DataError(f"{path}: no usable photo of the {split} split; {'; '.join(problems[:3]) or 'it has none'}")
     images = ImageFiles(paths, image_size)
-    dataset = PhotoDataset(captions, photos, images, image_size, names=[path.name for path in paths], source=photos)
-    dataset.several = True
-    dataset.what = "captions"
-    dataset.group = "photos"
+    dataset = PairDataset(captions, photos, images, image_size, names=[path.name for path in paths], source=photos)
+    dataset.several_captions = True
+    dataset.row_noun = "captions"
+    dataset.product_noun = "photos"
     dataset.problems = problems
     return dataset

@@ -8,8 +8,8 @@ Text = tuple[str, ...]  # pieces by turns: frame, own words, frame, own words, �
 # The frames of FashionSAP (Han et al. 2023) and Fashion-FINE (Jin et al. 2024): a symbol for the kind of garment, a
 # lead, and one prompt an attribute.
 DESCRIPTION, DIFFERENCE = "the image description is", "the difference between two images are"
-SEEN = ("colour", "pattern", "sleeve", "neck")
-ATTRIBUTES = ("category", "subcategory", "name", "composition", "gender", "season", *SEEN)
+VISIBLE_ATTRIBUTES = ("colour", "pattern", "sleeve", "neck")
+ATTRIBUTES = ("category", "subcategory", "name", "composition", "gender", "season", *VISIBLE_ATTRIBUTES)
 # Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
 SYMBOLS = {
     "tops": r"(?:tank|crop)?tops?|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"
@@ -28,7 +28,7 @@ SYMBOLS = {
 }
 
 
-def symbol_of(category: str, subcategory: str = "") -> str:
+def category_symbol(category: str, subcategory: str = "") -> str:
     """The one of SYMBOLS for a category, or else for a sub-category: by its last word that means one ("bag accessories"
     are accessories), "others" if none does."""
     for name in (category, subcategory):
@@ -39,7 +39,7 @@ def symbol_of(category: str, subcategory: str = "") -> str:
     return "others"
 
 
-def prompted(caption: str, symbol: str, attributes: dict[str, str], rng: np.random.Generator) -> Text:
+def prompt_text(caption: str, symbol: str, attributes: dict[str, str], rng: np.random.Generator) -> Text:
     """The text that Fashion-FINE pretrains on: "[symbol] the image description is … [SEP] the image season is … the
     image category is …", a prompt for each attribute that is known, in random order."""
     known = [name for name in ATTRIBUTES if attributes.get(name)]

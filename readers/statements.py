@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from readers.dataset import DataError, PhotoDataset, ReportedSplit, Split
+from readers.dataset import DataError, PairDataset, ReportedSplit, Split
 from readers.files import ImageFiles, read_json_lines
 from readers.synthetic import Synthetic
 from readers.triplets import clause
@@ -17,7 +17,7 @@ from readers.wardrobe import Product, pick
 LABELS = ("entailment", "neutral", "contradiction")
 
 
-def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PhotoDataset:
+def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PairDataset:
     """SNLI-VE (Xie et al. 2019) as distributed: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`,
     `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`. The category of a row is its label.
 
@@ -48,9 +48,9 @@ def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PhotoDataset:
     if not statements:
         raise DataError(f"{folder}: no usable statement of the {split} split; {'; '.join([*missing.values()][:3])}")
     images = ImageFiles(paths, image_size)
-    dataset = PhotoDataset(statements, source, images, image_size, {"category": labels}, list(row_of), source)
-    dataset.what = "statements"
-    dataset.group = "photos"
+    dataset = PairDataset(statements, source, images, image_size, {"category": labels}, list(row_of), source)
+    dataset.row_noun = "statements"
+    dataset.product_noun = "photos"
     dataset.problems = list(missing.values())
     dataset.dropped = [f"{count:,} {why}" for why, count in left_out.items()]
     return dataset
@@ -73,7 +73,7 @@ class Claim(NamedTuple):
     lie: str  # contradicted by the one; the other would show nothing of it either
 
 
-def synthetic_statements(split: Split, products: int, image_size: int, seed: int = 0) -> PhotoDataset:
+def synthetic_statements(split: Split, products: int, image_size: int, seed: int = 0) -> PairDataset:
     """Six statements about two photos of each product that has two which differ in what they show: see `block`. The
     category of a row is its label, its sub-category the kind of attribute that it turns on."""
     photos = Synthetic(split, products, image_size, seed)
@@ -88,8 +88,8 @@ def synthetic_statements(split: Split, products: int, image_size: int, seed: int
     source, texts, labels, kinds = map(list, zip(*found))
     shown = [photos.rows[photo][0] for photo in source]
     known = {"category": labels, "subcategory": kinds}
-    dataset = PhotoDataset(texts, shown, photos.images, image_size, known, source=source)
-    dataset.what = "statements"
+    dataset = PairDataset(texts, shown, photos.images, image_size, known, source=source)
+    dataset.row_noun = "statements"
     return dataset
 
 
@@ -116,9 +116,9 @@ def _six(
     """The statements of a block; with something extra half of the blocks turn on that, in that it is wrong."""
     start = wrong_start = extra_kind = ""
     if extra:
-        kind, variant = extra
+        kind, sibling = extra
         start = f"{clause(product, kind)} and "
-        wrong_start = f"{clause(variant, kind)} and "
+        wrong_start = f"{clause(sibling, kind)} and "
         if rng.random() < 0.5:
             extra_kind = kind
     statements = []
@@ -136,17 +136,17 @@ def _claim(photos: Synthetic, product: Product, photo: int, elsewhere: int, rng:
     """Something that a photo shows and the one elsewhere cannot tell, if there is such a thing."""
     shown, shown_elsewhere = photos.regions[photo], photos.regions[elsewhere]
     kinds = defaultdict(list)
-    for kind, key, variant in product.variants():
+    for kind, key, sibling in product.siblings():
         if kind not in ("garment", "colour", "pattern") and key in shown and key not in shown_elsewhere:
-            kinds[kind].append((key, variant))
+            kinds[kind].append((key, sibling))
     for kind in rng.permutation(sorted(kinds)).tolist():
         for number in rng.permutation(len(kinds[kind])).tolist():
-            key, variant = kinds[kind][number]
-            added = variant.details.keys() - product.details.keys()
+            key, sibling = kinds[kind][number]
+            added = sibling.details.keys() - product.details.keys()
             where = next(iter(added), key)  # other than key if the detail has moved
             # shown here as the truth is, or truths and lies would be of different kinds
-            if where in photos.would_show(variant, photo) and where not in photos.would_show(variant, elsewhere):
-                return Claim(kind, clause(product, key), clause(variant, where))
+            if where in photos.would_show(sibling, photo) and where not in photos.would_show(sibling, elsewhere):
+                return Claim(kind, clause(product, key), clause(sibling, where))
     return None
 
 
@@ -155,9 +155,9 @@ def _extra(
 ) -> tuple[str, Product] | None:
     """For half of the products colour or pattern, which both photos show: the kind, and the product with another."""
     kinds = defaultdict(list)
-    for kind, key, variant in product.variants():
+    for kind, key, sibling in product.siblings():
         if kind in ("colour", "pattern") and key in photos.regions[one] and key in photos.regions[other]:
-            kinds[kind].append(variant)
+            kinds[kind].append(sibling)
     if not kinds or rng.random() < 0.5:
         return None
     kind = pick(rng, tuple(kinds))

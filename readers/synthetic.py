@@ -8,12 +8,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from readers.camera import render
-from readers.dataset import PhotoDataset, Split, Truth
-from readers.prompts import SEEN
+from readers.dataset import GroundTruth, PairDataset, Split
+from readers.prompts import VISIBLE_ATTRIBUTES
 from readers.wardrobe import GARMENTS, STYLE_COLOURS, Product, draw_family, pick
 
 
-class Synthetic(PhotoDataset):
+class Synthetic(PairDataset):
     """Drawn garments, deterministic in (seed, split, index), with three or four photos and one description each.
 
     Products come in families (`draw_family`). The hash of a style says its split, so the splits share no style.
@@ -38,7 +38,7 @@ class Synthetic(PhotoDataset):
             "category": [GARMENTS[product.garment].category for product in drawn],
             "subcategory": [product.garment.upper() for product in drawn],
         }
-        for name in SEEN:
+        for name in VISIBLE_ATTRIBUTES:
             known[name] = [getattr(product, name) or "" for product in drawn]
         self.photos = []
         self.regions = []
@@ -84,10 +84,10 @@ class Synthetic(PhotoDataset):
         """The product on the photo of a row."""
         return self.products[self.rows[row][0]]
 
-    def truth(self, row: int) -> Truth:
+    def ground_truth(self, row: int) -> GroundTruth:
         """What the photo of a row really shows."""
         _, spans = self.product(row).caption_and_spans()
-        return Truth(spans, self.regions[row], self.image_size)
+        return GroundTruth(spans, self.regions[row], self.image_size)
 
     def describes(self, product: int, row: int) -> bool:
         """Whether nothing that the description of `product` says, and this camera would show, is untrue of the photo

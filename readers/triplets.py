@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 from numpy.random import Generator
 
-from readers.dataset import DataError, PhotoDataset, ReportedSplit, Split, Unreadable, numbered
+from readers.dataset import DataError, PairDataset, ReportedSplit, Split, Unreadable, factorize
 from readers.files import ImageFiles, read_json
 from readers.synthetic import Synthetic
-from readers.wardrobe import Detail, Product, draw_family, pick, pick_variant
+from readers.wardrobe import Detail, Product, draw_family, pick, pick_sibling
 
 
-class Triplets(PhotoDataset):
+class Triplets(PairDataset):
     """Reference photo + text about what differs → target photo. A row is a triplet.
 
     photos: all photos there are · references, targets (T,): rows of these; targets −1 where they are not published
@@ -21,11 +21,11 @@ class Triplets(PhotoDataset):
     `union`, those that occur in its pairs, where targets are known
     """
 
-    what = "triplets"
+    row_noun = "triplets"
 
     def __init__(
         self,
-        photos: PhotoDataset,
+        photos: PairDataset,
         references: list[int],
         targets: list[int],
         texts: list[str],
@@ -38,7 +38,7 @@ class Triplets(PhotoDataset):
         self.caption_ids = np.arange(len(texts))  # the same text about other references is another query
         self.photos = photos
         self.subsets = subsets
-        self.families = numbered(families)
+        self.families = factorize(families)
         self.references = np.array(references, np.int64)
         self.targets = np.array(targets, np.int64)
         self.galleries: dict[str, dict[str, np.ndarray]] = {}
@@ -51,7 +51,7 @@ class Triplets(PhotoDataset):
                 galleries["original"] = np.array(originals[subset], np.int64)
             self.galleries[subset] = galleries
 
-    def part(self, rows: np.ndarray) -> "Triplets":
+    def subset(self, rows: np.ndarray) -> "Triplets":
         """Some of the triplets, over the same photos; their gallery is the union of their pairs."""
         part = Triplets(
             self.photos,
@@ -61,12 +61,12 @@ class Triplets(PhotoDataset):
             [self.subsets[row] for row in rows],
             self.families[rows].tolist(),
         )
-        part.lead = self.lead
+        part.caption_prefix = self.caption_prefix
         return part
 
-    def queries(self) -> PhotoDataset:
+    def queries(self) -> PairDataset:
         """The reference photos with the texts, without the targets."""
-        return super().part(np.arange(len(self)))
+        return super().subset(np.arange(len(self)))
 
     def __getitem__(self, row: int) -> dict | Unreadable:
         item = super().__getitem__(row)
@@ -110,7 +110,7 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     wanted = list(dict.fromkeys(name for names in listed.values() for name in names))
     found = [name for name in wanted if name in files]
     images = ImageFiles([files[name] for name in found], image_size)
-    photos = PhotoDataset([""] * len(found), found, images, image_size, names=found)
+    photos = PairDataset([""] * len(found), found, images, image_size, names=found)
 
     row_of = {name: row for row, name in enumerate(found)}
     row_of[None] = -1  # of a target that is not published
@@ -133,7 +133,7 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     return triplets
 
 
-FAMILY = 5  # a product, three that differ from it in one or two attributes, and one that is no kin
+FAMILY = 5  # a product, three that differ from it in one or two attributes, and one that is unrelated
 
 
 def synthetic_triplets(split: Split, products: int, image_size: int, seed: int = 0) -> Triplets:
@@ -141,9 +141,9 @@ def synthetic_triplets(split: Split, products: int, image_size: int, seed: int =
     photos = SyntheticFamilies(split, products, image_size, seed)
     references, targets, texts = [], [], []
     for first in range(0, products - FAMILY + 1, FAMILY):
-        for variant in range(first + 1, first + FAMILY - 1):
-            references += [first, variant]
-            targets += [variant, first]
+        for sibling in range(first + 1, first + FAMILY - 1):
+            references += [first, sibling]
+            targets += [sibling, first]
     if not references:
         raise DataError(f"--num-products {products}: no whole family of {FAMILY} products; give more")
     for number, (a, b) in enumerate(zip(references, targets)):
@@ -163,10 +163,10 @@ class SyntheticFamilies(Synthetic):
         while len(family) < FAMILY - 1:
             product = family[0]
             for _ in range(rng.integers(1, 3)):  # in how many things that the front shows it differs
-                variants = list(product.variants())
-                shown = [(kind, other) for kind, key, other in variants if kind != "garment" and key != "back"]
-                product = pick_variant(rng, shown)
-            known = [kin.attributes() for kin in family]
+                siblings = list(product.siblings())
+                shown = [(kind, other) for kind, key, other in siblings if kind != "garment" and key != "back"]
+                product = pick_sibling(rng, shown)
+            known = [member.attributes() for member in family]
             if self._owns(product) and product.attributes() not in known:
                 family.append(product)
         return [*family, stranger]

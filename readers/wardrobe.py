@@ -21,8 +21,8 @@ CLOSURES = ("zipped", "buttoned")
 NOUNS = ("stripes", "pleats", "quilting", "eyelets")
 # of a detail: half of its height; how far its ground, and what is on it, are from the garment's colour (`shade`)
 LOOKS = {"narrow": (0.11, -0.4, 0.3), "wide": (0.28, -0.4, 0.3), "light": (0.18, 0.8, -0.3), "dark": (0.18, -0.8, 0.3)}
-WHOLE = ("garment", "colour", "pattern", "sleeve")  # what one sees from afar; the other kinds are details
-KINDS = (*WHOLE, "neck", "closure", "look", "noun", "place", "unseen")  # what words are about
+COARSE = ("garment", "colour", "pattern", "sleeve")  # what one sees from afar; the other kinds are details
+KINDS = (*COARSE, "neck", "closure", "look", "noun", "place", "unseen")  # what words are about
 UNSEEN = {  # what no photo shows
     "fabric": ("cotton", "wool", "linen", "silk", "nylon"),
     "fit": ("slim", "regular", "relaxed", "oversized"),
@@ -161,11 +161,11 @@ class Product:
 
     def attributes(self) -> dict[str, str | Detail]:
         """What is true of it: a value for every key it has."""
-        names = (*WHOLE, "neck", "closure")
+        names = (*COARSE, "neck", "closure")
         values = {name: getattr(self, name) for name in names if getattr(self, name)}
         return values | self.details | self.unseen
 
-    def variants(self) -> Iterator[tuple[str, str, "Product"]]:
+    def siblings(self) -> Iterator[tuple[str, str, "Product"]]:
         """Every product that differs in one thing that a photo can show and is worded alike: the kind of thing, the
         attribute that shows it, the product."""
         garment = GARMENTS[self.garment]
@@ -262,10 +262,10 @@ def draw_product(rng: Generator) -> Product:
     return product.with_own_words(rng)
 
 
-def pick_variant(rng: Generator, variants: list[tuple[str, Product]]) -> Product:
+def pick_sibling(rng: Generator, siblings: list[tuple[str, Product]]) -> Product:
     """One of some variants, given with their kinds: first a kind is drawn, then a variant of it."""
-    chosen = pick(rng, dict.fromkeys(kind for kind, _ in variants))
-    return pick(rng, [variant for kind, variant in variants if kind == chosen])
+    chosen = pick(rng, dict.fromkeys(kind for kind, _ in siblings))
+    return pick(rng, [sibling for kind, sibling in siblings if kind == chosen])
 
 
 STYLE_COLOURS = 3  # in how many colours a style comes
@@ -278,10 +278,10 @@ def draw_family(rng: Generator, owns: Callable[[Product], bool]) -> list[Product
     while not sisters:
         style = draw_product(rng)
         if owns(style):
-            for kind, _, variant in style.variants():
-                if kind != "colour" and owns(variant):
-                    sisters.append((kind, variant))
-    sister = pick_variant(rng, sisters)
+            for kind, _, sibling in style.siblings():
+                if kind != "colour" and owns(sibling):
+                    sisters.append((kind, sibling))
+    sister = pick_sibling(rng, sisters)
     family = []
     for colour in rng.permutation(list(COLOURS)).tolist()[:STYLE_COLOURS]:
         for product in (style, sister):

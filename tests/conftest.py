@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 import data
-from evaluation import truth
+from evaluation import ground_truth
 from readers.synthetic import Synthetic
 
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -19,7 +19,7 @@ settings.load_profile("project")
 @pytest.fixture(autouse=True)
 def few_held_out_products(monkeypatch):
     monkeypatch.setattr(data, "VAL_PRODUCTS", 60)
-    monkeypatch.setattr(truth, "CHOICE_PRODUCTS", 6)
+    monkeypatch.setattr(ground_truth, "CHOICE_PRODUCTS", 6)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def quick(request, monkeypatch):
     if request.node.get_closest_marker("whole"):
         return
     monkeypatch.setattr(data, "VAL_PRODUCTS", 12)
-    monkeypatch.setattr("train.truth", lambda *_: {})
+    monkeypatch.setattr("train.ground_truth_metrics", lambda *_: {})
     for picture in ("draw_curves", "draw_masks"):
         monkeypatch.setattr(f"train.{picture}", lambda *_: None)
 

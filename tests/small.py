@@ -44,7 +44,9 @@ def export_fashiongen(folder, items, image_size=32):
     folder.mkdir(exist_ok=True)
     for split, products in (("train", items), ("val", max(8, items // 10))):
         dataset = Synthetic(split, products, image_size, progress=False)
-        texts = {name: dataset.known[name] for name in ("category", "subcategory")} | {"description": dataset.captions}
+        texts = {name: dataset.attributes[name] for name in ("category", "subcategory")} | {
+            "description": dataset.captions
+        }
         texts |= {"gender": [["Men", "Women"][i % 2] for i in dataset.product_ids], "season": ["SS2018"] * len(dataset)}
         with h5py.File(folder / FILES[split], "w") as file:
             images = np.stack([np.asarray(photo) for photo in dataset.photos])

@@ -36,8 +36,8 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
         encoded = data.tokenize(tokenizer, [("", text) for text in texts])
         assert encoded["token_ids"].tolist() == expected["input_ids"]
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]
-    assert not encoded["described"][3].any() and encoded["described"][0].sum() > 3
-    assert not (encoded["described"] & ~encoded["attention_mask"].bool()).any()
+    assert not encoded["is_caption"][3].any() and encoded["is_caption"][0].sum() > 3
+    assert not (encoded["is_caption"] & ~encoded["attention_mask"].bool()).any()
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
@@ -57,9 +57,11 @@ def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe, m
     assert again.to_str() == tokenizer.to_str() and tokenizer.get_vocab_size() <= 600 + len(SYMBOLS)
     special = {tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS}
     symbols = {tokenizer.token_to_id(f"[{symbol}]") for symbol in SYMBOLS}
-    assert min(symbols) == tokenizer.get_vocab_size() - 9 and not symbols & set(data.word_ids(tokenizer).tolist())
+    assert min(symbols) == tokenizer.get_vocab_size() - 9 and not symbols & set(
+        data.replacement_ids(tokenizer).tolist()
+    )
     batch = data.tokenize(tokenizer, texts[:30])
-    for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["described"].tolist(), strict=False):
+    for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["is_caption"].tolist(), strict=False):
         assert tokenizer.id_to_token(ids[1]) == text[0].split()[0] and ids[1] in symbols
         tokens = [tokenizer.id_to_token(i) for i in ids]
         framed = [token for token, word in zip(tokens, words, strict=True) if not word and token != "[PAD]"]
@@ -98,7 +100,7 @@ def test_telling_pieces_by_hand(tmp_path, monkeypatch):
     batch = Collate(tokenizer, told(0.6))([item])
     # [CLS] [UNK] red zip ##per at front . v - v . [SEP]: a word whose second piece tells something is masked whole
     assert batch["maskable"][0, :13].tolist() == [0, 0, 3, 4, 4, 0, 0, 0, 9, 0, 11, 0, 0]
-    assert batch["described"][0, :13].tolist() == [False] * 2 + [True] * 10 + [False]
+    assert batch["is_caption"][0, :13].tolist() == [False] * 2 + [True] * 10 + [False]
     every = Collate(tokenizer)([item])["maskable"][0, :13].tolist()
     assert every == [0, 0, *range(3, 13), 0]  # without what is informative, each piece is a word
 
@@ -106,15 +108,17 @@ def test_telling_pieces_by_hand(tmp_path, monkeypatch):
 def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe, monkeypatch):
     tokenizer = build_tokenizer(wardrobe.captions, 400, 64)
     plain = Collate(tokenizer)([wardrobe[row] for row in range(6)])
-    monkeypatch.setattr(wardrobe, "truths", True)
+    monkeypatch.setattr(wardrobe, "with_ground_truth", True)
     batch = Collate(tokenizer)([wardrobe[row] for row in range(6)])
-    assert all(torch.equal(batch[key], plain[key]) for key in plain if key != "unreadable") and "planes" not in plain
-    assert batch["planes"].dtype == torch.uint8 and batch["planes"].shape[2:] == (64, 64)
-    assert not batch["planes"][:, :2].any()  # of what names nothing, of what is not shown
+    assert (
+        all(torch.equal(batch[key], plain[key]) for key in plain if key != "unreadable") and "region_masks" not in plain
+    )
+    assert batch["region_masks"].dtype == torch.uint8 and batch["region_masks"].shape[2:] == (64, 64)
+    assert not batch["region_masks"][:, :2].any()  # of what names nothing, of what is not shown
     for grid in (4, 8, 16):
         regions = word_regions(batch, grid)
-        assert regions.shape == (*batch["word_planes"].shape, grid**2)
-        assert not regions[batch["word_planes"] < 2].any() and regions[batch["word_planes"] >= 2].any(dim=1).all()
+        assert regions.shape == (*batch["region_index"].shape, grid**2)
+        assert not regions[batch["region_index"] < 2].any() and regions[batch["region_index"] >= 2].any(dim=1).all()
 
 
 @pytest.mark.parametrize(("words", "message"), [([], "no word but the special"), (["red", "red"], "'red' stands on")])
@@ -136,17 +140,19 @@ def test_the_next_image_comes_in_the_place_of_what_cannot_be_read(wardrobe):
 
 def test_word_regions_by_hand():
     """Planes of 8 by 8 pixels on 2 by 2 patches, of 16 pixels each."""
-    planes = torch.zeros(1, 6, 8, 8)
-    planes[0, 2, :4, :4] = 1  # the first patch whole, of the second one row of four: a quarter
-    planes[0, 2, 0, 4:] = 1
-    planes[0, 3, :3, :4] = 1  # three quarters, and three pixels of the second: below a quarter
-    planes[0, 3, 0, 4:7] = 1
-    planes[0, 4, 4, :3] = 1  # little of all: where it covers most, three pixels, and half as much, two, but not one
-    planes[0, 4, 4, 4:6] = 1
-    planes[0, 4, 0, 7] = 1
-    planes[0, 5, 0, 0] = 0.1  # hardly on the photo at all, after a crop
-    word_planes = torch.tensor([[0, 1, 2, 3, 4, 5, 2]])
-    rows = word_regions({"planes": planes, "word_planes": word_planes}, 2)[0].int().tolist()
+    region_masks = torch.zeros(1, 6, 8, 8)
+    region_masks[0, 2, :4, :4] = 1  # the first patch whole, of the second one row of four: a quarter
+    region_masks[0, 2, 0, 4:] = 1
+    region_masks[0, 3, :3, :4] = 1  # three quarters, and three pixels of the second: below a quarter
+    region_masks[0, 3, 0, 4:7] = 1
+    region_masks[0, 4, 4, :3] = (
+        1  # little of all: where it covers most, three pixels, and half as much, two, but not one
+    )
+    region_masks[0, 4, 4, 4:6] = 1
+    region_masks[0, 4, 0, 7] = 1
+    region_masks[0, 5, 0, 0] = 0.1  # hardly on the photo at all, after a crop
+    region_index = torch.tensor([[0, 1, 2, 3, 4, 5, 2]])
+    rows = word_regions({"region_masks": region_masks, "region_index": region_index}, 2)[0].int().tolist()
     assert rows == [[0] * 4, [0] * 4, [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0] * 4, [1, 1, 0, 0]]
 
 
@@ -156,17 +162,17 @@ def test_the_truth_follows_crop_and_flip(distort):
     shapes = torch.zeros(16, 32, 32)
     for number, shape in enumerate(shapes):
         shape[6 + number % 4 : 20, 2 : 9 + number] = 1
-    planes = torch.stack([torch.zeros_like(shapes), torch.zeros_like(shapes), shapes], dim=1).byte()
-    batch = {"images": (shapes * 255).byte()[:, None].expand(-1, 3, -1, -1), "planes": planes}
+    region_masks = torch.stack([torch.zeros_like(shapes), torch.zeros_like(shapes), shapes], dim=1).byte()
+    batch = {"images": (shapes * 255).byte()[:, None].expand(-1, 3, -1, -1), "region_masks": region_masks}
     config = parse_config([*FAST, "--crop-scale", "0.4", "--distort", distort])[0]
     run = types.SimpleNamespace(config=config, generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
     moved = augmented(run, batch)
     mean, std = data.imagenet(torch.device("cpu"))
-    difference = ((moved["images"] * std + mean).mean(dim=1) - moved["planes"][:, 2]).abs()
+    difference = ((moved["images"] * std + mean).mean(dim=1) - moved["region_masks"][:, 2]).abs()
     assert difference.max() < 1e-5 if distort == "0" else difference.mean() < 0.06
-    assert not moved["planes"][:, :2].any() and len(moved["planes"][:, 2].flatten(1).unique(dim=0)) == 16
+    assert not moved["region_masks"][:, :2].any() and len(moved["region_masks"][:, 2].flatten(1).unique(dim=0)) == 16
     run.config = replace(config, crop_scale=1.0, distort=0.0)
-    whole = augmented(run, batch)["planes"][:, 2]
+    whole = augmented(run, batch)["region_masks"][:, 2]
     flipped = sum(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, shapes.flip(-1), strict=True))
     straight = sum(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, shapes, strict=True))
     assert 2 < flipped < 14 and straight + flipped == 16

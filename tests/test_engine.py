@@ -22,7 +22,7 @@ from engine.run import autocast, build_optimizer
 from engine.weights import load_pretrained
 from finetune import hold_out
 from model import PRESETS, VisionLanguageModel
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError, PairDataset
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.05, 0.6), st.integers(0, 3))
 def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, share, seed):
     labels = [str(group % 4) for group in groups]
-    rows = PhotoDataset([str(row) for row in range(len(groups))], groups, [], 32)
+    rows = PairDataset([str(row) for row in range(len(groups))], groups, [], 32)
     config = FinetuneConfig(held_out=share, val_products=100, data_seed=seed)
     ids, groups_of = np.array(groups), {}
     for group in groups:

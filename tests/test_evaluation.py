@@ -1,4 +1,4 @@
-"""Figures against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
+"""Metrics against hand-worked cases and slow definitions; the truth about masks and negatives; search's words."""
 
 from dataclasses import replace
 
@@ -12,7 +12,8 @@ from small import FAST, batch_of, built
 import data
 from engine.config import parse_config
 from engine.run import build_run
-from evaluation import choice, truth
+from evaluation import choice, ground_truth
+from evaluation.ground_truth import mask_metrics, negative_metrics, token_labels
 from evaluation.scores import (
     Ranking,
     full_rankings,
@@ -23,27 +24,26 @@ from evaluation.scores import (
     scores_by_class,
     triplet_recalls,
 )
-from evaluation.truth import mask_truth, negative_truth, word_truth
 from evaluation.validation import validate
-from readers.dataset import PhotoDataset
+from readers.dataset import PairDataset
 from readers.synthetic import Synthetic
 from readers.triplets import Triplets
-from readers.wardrobe import WHOLE, Detail, Product
+from readers.wardrobe import COARSE, Detail, Product
 
 
 def test_word_truth_is_the_truth_token_by_token(wardrobe, monkeypatch):
     tokenizer = data.build_tokenizer(wardrobe.captions, 400, 64)
     rows = list(range(0, 60, 5))
-    monkeypatch.setattr(wardrobe, "truths", True)
-    known = word_truth(data.Collate(tokenizer)([wardrobe[row] for row in rows]), 8)
+    monkeypatch.setattr(wardrobe, "with_ground_truth", True)
+    known = token_labels(data.Collate(tokenizer)([wardrobe[row] for row in rows]), 8)
     encodings = data.encode(tokenizer, [wardrobe.text(row) for row in rows])
     assert known.attribute.shape == (12, len(encodings[0].ids)) and known.regions.shape == (*known.attribute.shape, 64)
     hidden = 0
     for b, row in enumerate(rows):
-        truth = wardrobe.truth(row)
+        truth = wardrobe.ground_truth(row)
         for i, ((start, end), special) in enumerate(zip(encodings[b].offsets, encodings[b].special_tokens_mask)):
             keys = [key for first, last, key, _ in truth.spans if first <= start and end <= last and not special]
-            assert known.attribute[b, i] == bool(keys) and known.detail[b, i] == bool(keys and keys[0] not in WHOLE)
+            assert known.attribute[b, i] == bool(keys) and known.detail[b, i] == bool(keys and keys[0] not in COARSE)
             shown = [key for key in keys if key in truth.regions]
             assert known.visible[b, i] == bool(shown)
             if shown:
@@ -132,7 +132,7 @@ def test_macro_f1_equals_a_second_implementation(pairs):
 
 def test_triplet_recalls_by_hand():
     """Two queries, two galleries: in the smaller one the wrong photo before the right one is missing."""
-    photos = PhotoDataset([""] * 60, list(range(60)), images=[], image_size=32)
+    photos = PairDataset([""] * 60, list(range(60)), images=[], image_size=32)
     triplets = Triplets(photos, [0, 1], [2, 3], ["a", "b"], ["dress"] * 2, [0, 1], {"dress": list(range(60))})
     assert triplets.galleries["dress"]["union"].tolist() == [0, 1, 2, 3]
     sim = torch.zeros(2, 60)
@@ -189,8 +189,8 @@ def test_false_negatives_are_counted_by_hand(monkeypatch):
     flags = "--image-size 64 --patch-size 16 --batch-size 4 --negatives semihard"
     config, _ = parse_config([*FAST, *flags.split()])
     state = build_run(config, dataset, data.build_tokenizer(dataset.captions, 300, 64))
-    monkeypatch.setattr(truth, "momentum_features", lambda run, dataset, rows: (sim[rows], torch.eye(4)[rows]))
-    figures = negative_truth(state, dataset)
+    monkeypatch.setattr(ground_truth, "momentum_features", lambda run, dataset, rows: (sim[rows], torch.eye(4)[rows]))
+    figures = negative_metrics(state, dataset)
     # hard: photo 0 gets text 1 (false), photo 1 text 0 (true negative: it shows no stripes), 2 and 3 each other's;
     # texts the same way round: text 1 gets photo 0 (false)
     assert figures["false_negative_rate_hard"] == pytest.approx(2 / 8)
@@ -203,11 +203,11 @@ def test_mask_truth_of_a_model_that_looks_at_the_right_place(monkeypatch):
     state, dataset = built(*flags.split(), products=10)
 
     def attention(momentum, batch, *_):
-        regions = word_truth(batch, 8).regions.float()
+        regions = token_labels(batch, 8).regions.float()
         return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
 
     monkeypatch.setattr("masking.clean_attention", attention)
-    figures = mask_truth(state, dataset)
+    figures = mask_metrics(state, dataset)
     for key in ("patch_precision", "word_precision", "pointing_game"):
         assert figures[key] == 1 and 0 < figures[key + "_random"] < 0.95, key
 
@@ -220,7 +220,7 @@ def test_a_model_that_ignores_the_photo_has_no_photo_gain(monkeypatch):
     project = state.model.fusion.project_image_kv
     monkeypatch.setattr(state.model.fusion, "project_image_kv", lambda embeds: project(torch.zeros_like(embeds)))
     assert torch.equal(*restored_logits(state, batch))
-    figures = mask_truth(state, dataset) | validate(state, dataset)[0]
+    figures = mask_metrics(state, dataset) | validate(state, dataset)[0]
     for key in ("image_gain", "image_gain_fine", "image_gain_coarse", "val_image_gain"):
         assert figures[key] == 0, key
 
@@ -236,13 +236,13 @@ def restored_logits(state, batch):
 
 def test_trials_are_texts_that_differ_in_one_thing_that_the_photo_shows(wardrobe):
     rows = list(range(0, len(wardrobe), 9))
-    kinds, numbers, texts = choice.trials(wardrobe, rows)
-    assert (kinds, numbers, texts) == choice.trials(wardrobe, rows) and len(set(kinds)) >= 8
+    kinds, numbers, texts = choice.draw_foils(wardrobe, rows)
+    assert (kinds, numbers, texts) == choice.draw_foils(wardrobe, rows) and len(set(kinds)) >= 8
     assert len(set(zip(kinds, numbers, strict=True))) == len(kinds)  # one of a kind and photo
     for kind, number, text in zip(kinds, numbers, texts, strict=True):
         row = rows[number]
-        variants = wardrobe.products[wardrobe.rows[row][0]].variants()
-        found = [(name, key) for name, key, variant in variants if variant.caption_and_spans()[0] == text]
+        siblings = wardrobe.products[wardrobe.rows[row][0]].siblings()
+        found = [(name, key) for name, key, sibling in siblings if sibling.caption_and_spans()[0] == text]
         assert len(found) == 1 and found[0][0] == kind and found[0][1] in wardrobe.regions[row]
 
 
@@ -250,8 +250,8 @@ def test_trials_are_texts_that_differ_in_one_thing_that_the_photo_shows(wardrobe
 def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share, monkeypatch):
     """A score that knows which texts are right, one that is always wrong, one that ties; of necks always wrong."""
     dataset = Synthetic("train", 30, 32, progress=False)
-    part, products = dataset.part((dataset.product_ids < 24).nonzero()[0]), 24
-    kinds, _, others = choice.trials(dataset, part.source)
+    part, products = dataset.subset((dataset.product_ids < 24).nonzero()[0]), 24
+    kinds, _, others = choice.draw_foils(dataset, part.source)
     asked = []
 
     def text_features(run, texts):
@@ -259,20 +259,20 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
         scores = [better] * len(part) + [9.0 if kind == "neck" else worse for kind in kinds]
         return torch.tensor(scores)[:, None]
 
-    def match_scores(run, photos, texts, pairs):
+    def itm_scores(run, photos, texts, pairs):
         own = [texts[text] == photos.text(photo) for photo, text in pairs.tolist()]
         assert own == [True] * len(kinds) + [False] * len(kinds)
         wrong = [9.0 if kind == "neck" else worse for kind in kinds]
         return torch.tensor([better] * len(kinds) + wrong)
 
-    def photo_features(run, photos):
+    def image_features(run, photos):
         return np.arange(len(photos)), torch.ones(len(photos), 1)
 
-    for stand_in in (photo_features, text_features, match_scores):
+    for stand_in in (image_features, text_features, itm_scores):
         monkeypatch.setattr(choice, stand_in.__name__, stand_in)
     figures = choice.choices(None, dataset, products)
     assert asked == [[part.text(row) for row in range(len(part))] + [("", text) for text in others]]
-    details = set(kinds) - {*WHOLE}
+    details = set(kinds) - {*COARSE}
     fine = pytest.approx(share * (len(details) - 1) / len(details))
     expected = {"choice_coarse": share, "choice_fine": fine}
     assert figures == expected | {f"{key}_itm": value for key, value in expected.items()}

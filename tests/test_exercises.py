@@ -25,19 +25,19 @@ TABLE = """
 3 ¦ mask & candidates ¦ mask ¦ only masked candidates count
 3 ¦ (masked & shared).sum(), masked.sum() ¦ (masked & shared).sum() / masked.sum() ¦ two counts
 3 ¦ by_chance[words].sum() ¦ words.sum() / regions.shape[2] ¦ as often as the region is large
-4 ¦ same_product | same_caption ¦ same_product ¦ same caption to the letter counts as wrong
-4 ¦ product_ids[:, None] == key_product_ids ¦ torch.eye(2, 4) > 0 ¦ second image of a product counts as wrong
-4 ¦ right / right.sum(dim=1, keepdim=True) ¦ right ¦ sum to 2.0, not to 1
-4 ¦ right / right.sum(dim=1, keepdim=True) ¦ torch.eye(*right.shape) ¦ right answers share
-4 ¦ hard = right ¦ alpha, hard = 1 - alpha, right ¦ alpha is the share of softmax
-5 ¦ logits.masked_fill(forbidden & possible[:, None], -torch.inf) ¦ (logits.softmax(dim=1) * ~forbidden).log() ¦ Mask the logits before the softmax
+4 ¦ same_product | same_caption ¦ same_product ¦ same caption to the letter counts as a negative
+4 ¦ product_ids[:, None] == key_product_ids ¦ torch.eye(2, 4) > 0 ¦ second image of a product counts as a negative
+4 ¦ positives / positives.sum(dim=1, keepdim=True) ¦ positives ¦ sum to 2.0, not to 1
+4 ¦ positives / positives.sum(dim=1, keepdim=True) ¦ torch.eye(*positives.shape) ¦ positives share
+4 ¦ hard = positives ¦ alpha, hard = 1 - alpha, positives ¦ alpha is the share of softmax
+5 ¦ logits.masked_fill(positives & possible[:, None], -torch.inf) ¦ (logits.softmax(dim=1) * ~positives).log() ¦ Mask the logits before the softmax
 5 ¦ logits = sim if ¦ logits = -sim if ¦ not drawn ∝ exp(sim)
 5 ¦ sim if mode == "similar" else torch.zeros_like(sim) ¦ sim ¦ random always draws the same
 5 ¦ , generator=generator ¦  ¦ one generator, two draws
-5 ¦ masked_fill(forbidden ¦ masked_fill(False & forbidden ¦ hard: a pair itself, or another forbidden one, is drawn: −∞
-5 ¦ sim.masked_fill(forbidden, - ¦ sim.masked_fill_(forbidden, - ¦ sim itself is written into
+5 ¦ masked_fill(positives ¦ masked_fill(False & positives ¦ hard: a pair itself, or another positive, is drawn: −∞
+5 ¦ sim.masked_fill(positives, - ¦ sim.masked_fill_(positives, - ¦ sim itself is written into
 5 ¦ torch.where(possible, chosen, -1) ¦ chosen ¦ the answer is −1
-5 ¦ forbidden & possible[:, None] ¦ forbidden ¦ Keep the logits finite
+5 ¦ positives & possible[:, None] ¦ positives ¦ Keep the logits finite
 6 ¦ [:, None] - margin ¦ [:, None] + margin ¦ margin is on the wrong side
 6 ¦ sim < sim.diag ¦ sim > sim.diag ¦ more similar than the own pair
 6 ¦ torch.inf).argmin ¦ -torch.inf).argmax ¦ then the least similar one
@@ -142,10 +142,10 @@ def test_one_command_checks_what_is_begun(mine, capsys):
     assert "# def word_counts" in (mine / "ex1.py").read_text() and "Leave masking.py closed" in capsys.readouterr().out
     code, said = checked(capsys, 1)
     assert code == 1 and "exercise 1 is not written yet: random_word_mask" in said and "Traceback" not in said
-    mine.joinpath("ex4.py").write_text("from losses import itc_targets, same_pairs")
+    mine.joinpath("ex4.py").write_text("from losses import itc_targets, positive_pairs")
     code, said = checked(capsys, 4)
     assert code == 0 and "1 passed" in said
-    mine.joinpath("ex4.py").write_text("from losses import itc_targets\ndef same_pairs(*ids): return ids[9]")
+    mine.joinpath("ex4.py").write_text("from losses import itc_targets\ndef positive_pairs(*ids): return ids[9]")
     code, said = checked(capsys, 4)
     assert code == 1 and "ex4.py:2: IndexError" in said
 

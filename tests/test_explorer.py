@@ -12,9 +12,9 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from data import normalise
-from evaluation.pictures import first_photos
-from evaluation.truth import synchronized_masks, word_truth
-from losses import pick_negatives, same_pairs
+from evaluation.ground_truth import synchronized_masks, token_labels
+from evaluation.pictures import first_images
+from losses import pick_negatives, positive_pairs
 from masking import first_pieces
 from tests.small import run as train_small
 from tests.small import run_files, write_jsonl
@@ -43,10 +43,10 @@ def made(tmp_path_factory):
     train_small(out, "--fusion-layers", "2", "--steps", "2", "--mask-warmup", "1", "--num-products", "30")
     explore.main(["--checkpoint", str(out / "last.pt")])
     run, dataset = explore.open_run(out / "last.pt", None, "cpu")
-    run.config, dataset.truths = replace(run.config, precision="fp32"), True
+    run.config, dataset.with_ground_truth = replace(run.config, precision="fp32"), True
     run.model.eval()
     file = out / "explore.html"
-    batch = run.collate([dataset[row] for row in first_photos(dataset, IMAGES)])
+    batch = run.collate([dataset[row] for row in first_images(dataset, IMAGES)])
     batch["images"] = normalise(batch["images"])
     return SimpleNamespace(out=out, file=file, run=run, found=page_of(file), batch=batch)
 
@@ -67,7 +67,7 @@ def test_masks_of_every_stop_are_those_of_training(made):
 
 
 def test_maps_and_words_are_those_of_the_caption(made):
-    known = word_truth(made.batch, made.run.config.model.grid)
+    known = token_labels(made.batch, made.run.config.model.grid)
     for source in ("masked", "clean"):
         attention = by_python(made, source)[0]
         scaled = attention / attention.amax(dim=2, keepdim=True)
@@ -85,11 +85,11 @@ def test_maps_and_words_are_those_of_the_caption(made):
 def test_negatives_come_computed_for_five_margins(made):
     found = made.found["negatives"]
     cosines = torch.tensor(found["cosines"])
-    forbidden = same_pairs(made.batch["product_ids"], made.batch["caption_ids"])
+    positives = positive_pairs(made.batch["product_ids"], made.batch["caption_ids"])
     assert len(found["margins"]) == 5 and made.run.config.margin in found["margins"]
-    assert found["hard"] == pick_negatives(cosines, forbidden, "hard").tolist()
+    assert found["hard"] == pick_negatives(cosines, positives, "hard").tolist()
     for margin, chosen in zip(found["margins"], found["semihard"], strict=True):
-        assert chosen == pick_negatives(cosines, forbidden, "semihard", None, margin).tolist()
+        assert chosen == pick_negatives(cosines, positives, "semihard", None, margin).tolist()
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def test_a_caption_stays_text_and_without_truth_there_is_a_page(hostile):
     source = hostile.file.read_text(encoding="utf-8")
     assert "<img src=x" not in source and source.count("</script>") == 2
     assert "".join(word["text"] for word in hostile.found["captions"][4]).startswith("</script><img")
-    assert not hostile.found["truth"] and "patch_precision" not in hostile.found["masks"]["Random"][0]
+    assert not hostile.found["ground_truth"] and "patch_precision" not in hostile.found["masks"]["Random"][0]
 
 
 def test_a_refusal_is_one_line():

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import data
 import finetune
-from engine.batches import match_scores
+from engine.batches import itm_scores
 from engine.checkpoints import load_checkpoint, load_weights
 from engine.finetune_config import FOUND, open_data, parse_config
 from engine.flags import ConfigError
@@ -26,7 +26,7 @@ from readers.prompts import DESCRIPTION, DIFFERENCE
 def few_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "VAL_PRODUCTS", 12)
-        patch.setattr("train.truth", lambda *_: {})
+        patch.setattr("train.ground_truth_metrics", lambda *_: {})
         patch.setattr("train.draw_masks", lambda *_: None)
         yield
 
@@ -53,7 +53,7 @@ def test_match_scores_equal_pair_by_pair(pretrained):
     model = state.model.eval()
     texts = list(dict.fromkeys(photos.text(row) for row in range(len(photos))))
     pairs = torch.tensor([[5, 1], [0, 0], [5, 0], [17, 3], [0, 2], [0, 0]])
-    scores = match_scores(state, photos, texts, pairs)
+    scores = itm_scores(state, photos, texts, pairs)
     for (photo, text), score in zip(pairs.tolist(), scores.tolist(), strict=True):
         words = data.tokenize(state.tokenizer, [texts[text]])
         with torch.no_grad():
@@ -103,13 +103,13 @@ def test_tasks_of_a_fashionfine_checkpoint(tmp_path):
     """Texts get a lead and neither symbol nor prompts, so no label is told; tgir compares [CLS] alone."""
     run(tmp_path / "pre", "--num-products", "20", "--steps", "2", "--recipe", "fashionfine")
     source = tmp_path / "pre" / "last.pt"
-    for task, lead in (("retrieval", DESCRIPTION), ("category", DESCRIPTION), ("tgir", DIFFERENCE)):
+    for task, prefix in (("retrieval", DESCRIPTION), ("category", DESCRIPTION), ("tgir", DIFFERENCE)):
         flags = f"--task {task} --checkpoint {source} --steps 2 --val-every 2 --out {tmp_path}/{task}"
         config, _, _ = parse_config(flags.split())
         opened = open_data(config, "val")
-        assert opened.text(3) == (lead, opened.captions[3])
+        assert opened.text(3) == (prefix, opened.captions[3])
         if task == "tgir":
-            assert opened.queries().text(3) == (lead, opened.captions[3]) == opened.part(np.array([3])).text(0)
+            assert opened.queries().text(3) == (prefix, opened.captions[3]) == opened.subset(np.array([3])).text(0)
         assert config.model.local_tokens == (task != "tgir") and not config.model.alignment
         assert (config.focal_gamma, config.itc_weight) == ((2, 0.25) if task == "retrieval" else (0, 1))
         command(flags)
@@ -180,7 +180,7 @@ def test_recognition_of_labels_that_training_has_not_seen(tmp_path, pretrained, 
     write_jsonl(tmp_path / "photos", train=records[:19], val=records[19:])
     flags = f"--task category --checkpoint {pretrained} --data jsonl --root {tmp_path}/photos --steps 3"
     found = command(f"{flags} --out {tmp_path}/out")
-    assert "train: 17 photos" in capsys.readouterr().out  # two have no label
+    assert "train: 17 images" in capsys.readouterr().out  # two have no label
     assert found["metrics"]["unseen_share"] == pytest.approx(0.4) and found["metrics"]["accuracy"] < 0.601
     assert load_checkpoint(tmp_path / "out" / "best.pt")["config"]["classes"] == ("BAGS", "HATS", "TOPS")
 
@@ -256,7 +256,7 @@ def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained,
     checkpoint = shutil.copy(pretrained, tmp_path / "last.pt")
     flags, photo = f"--task search --checkpoint {checkpoint} --out {tmp_path}/found", f"--image {tmp_path}/wanted.png"
     config, _, _ = parse_config(f"{flags} --query red".split())
-    open_data(config, "val").photo(7).save(tmp_path / "wanted.png")
+    open_data(config, "val").image(7).save(tmp_path / "wanted.png")
     found = command(f"{flags} {photo}")
     assert found[0][0] == 7 and found[0][1] == pytest.approx(1, abs=1e-4) and len(found) == FOUND
     assert found == sorted(found, key=lambda row_and_score: -row_and_score[1])
@@ -268,7 +268,7 @@ def test_search_finds_a_photo_by_itself_and_keeps_an_index(tmp_path, pretrained,
 
     flags, index = f"{flags} --index {tmp_path}/features", tmp_path / "features"
     assert command(f"{flags} {photo}") == found and index.exists()
-    monkeypatch.setattr("evaluation.search.photo_features", lambda *_: pytest.fail("the index was not used"))
+    monkeypatch.setattr("evaluation.search.image_features", lambda *_: pytest.fail("the index was not used"))
     both, words = command(f"{flags} {photo} --query green"), command(f"{flags} --query red")
     assert len({tuple(row for row, _ in ranking) for ranking in (found, both, words)}) == 3
     assert (tmp_path / "found" / "found-green-wanted.png").exists()

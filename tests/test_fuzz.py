@@ -23,7 +23,7 @@ from engine.config import TrainConfig, parse_config
 from engine.flags import ConfigError, flag_of
 from model import ModelConfig
 from readers.dataset import DataError
-from readers.files import FORMATS, open_photo
+from readers.files import FORMATS, open_image
 from readers.jsonl import jsonl
 
 CASES = int(os.environ.get("FUZZ_CASES", 20))
@@ -135,7 +135,7 @@ def test_damaged_photos(tmp_path_factory, data, kind):
     whole, path = io.BytesIO(), tmp_path_factory.getbasetemp() / "photo"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 20, 3), np.uint8)).save(whole, kind)
     path.write_bytes(damage(data, whole.getvalue()))
-    photo = read_or_refused(lambda: open_photo(path, 16))
+    photo = read_or_refused(lambda: open_image(path, 16))
     assert photo is None or photo.mode == "RGB"
 
 

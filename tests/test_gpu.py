@@ -71,7 +71,7 @@ def on_stand_in(run):
     run.model.to(run.device)
     run.momentum.to(run.device)
     run.queue = [part.to(run.device) for part in run.queue]
-    for table in ("word_ids", "swaps"):
+    for table in ("replacement_ids", "swaps"):
         setattr(run, table, getattr(run, table).to(run.device))
     run.optimizer = build_optimizer(run.model, run.config)
     run.sampler = GroupedBatchSampler(np.arange(8)[None], 8, mode=grouping_of(run.config))
@@ -86,7 +86,7 @@ def test_a_step_mixes_neither_devices_nor_types(recipe, flags):
     more = [*flags, "--fusion-layers", "2", "--precision", "bf16", "--queue-size", "6", "--alpha", "0.4"]
     config, _ = parse_config([*FAST, *FAST_FOR[recipe], "--recipe", recipe, *more])
     dataset = Synthetic("train", 8, 32, progress=False)
-    dataset.prompts, dataset.truths = config.prompts, bool(flags)
+    dataset.prompts, dataset.with_ground_truth = config.prompts, bool(flags)
     tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
     informative = data.informative_pieces(tokenizer, dataset.captions)
     batch = data.Collate(tokenizer, informative)([dataset[row] for row in range(8)])

@@ -13,7 +13,7 @@ FLOORS = """
 readers prompts dataset files wardrobe camera synthetic fashiongen jsonl karpathy triplets statements
 . data
 engine flags config distributed run checkpoints log batches weights finetune_config
-evaluation scores validation choice truth pictures search
+evaluation scores validation choice ground_truth pictures search
 . train finetune
 """
 ORDER = []

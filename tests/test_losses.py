@@ -15,7 +15,7 @@ from losses import (
     mim_loss,
     mlm_loss,
     pick_negatives,
-    same_pairs,
+    positive_pairs,
 )
 
 
@@ -119,9 +119,9 @@ def test_losses_without_a_label_are_zero_not_nan():
 
 def test_what_is_right_and_no_negative_has_the_same_product_or_the_same_caption():
     batch = torch.tensor([1, 1, 2, 3]), torch.tensor([5, 6, 5, 7])
-    assert same_pairs(*batch).int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    assert positive_pairs(*batch).int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
     keys = torch.tensor([2, 9]), torch.tensor([0, 6])
-    assert same_pairs(*batch, *keys).int().tolist() == [[0, 0], [0, 1], [1, 0], [0, 0]]
+    assert positive_pairs(*batch, *keys).int().tolist() == [[0, 0], [0, 1], [1, 0], [0, 0]]
 
 
 @given(
@@ -135,25 +135,25 @@ def test_negatives_are_always_allowed_or_absent(products, mode, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(products)
     sim = torch.randn(len(ids), len(ids), generator=generator) + torch.eye(len(ids))
-    forbidden = same_pairs(ids, torch.arange(len(ids)))
-    chosen = pick_negatives(sim * scale, forbidden, mode=mode, generator=generator)
+    positives = positive_pairs(ids, torch.arange(len(ids)))
+    chosen = pick_negatives(sim * scale, positives, mode=mode, generator=generator)
     for b, j in enumerate(chosen.tolist()):
-        if forbidden[b].all():
+        if positives[b].all():
             assert j == -1
         else:
-            assert j >= 0 and not forbidden[b, j]
+            assert j >= 0 and not positives[b, j]
 
 
 def test_hard_takes_the_most_similar_and_similar_draws_by_softmax():
     sim = torch.tensor([[9.0, 1.0, 2.0, 1.0]]).expand(4, 4)
-    forbidden = torch.eye(4).bool()
-    assert pick_negatives(sim, forbidden, mode="hard").tolist() == [2, 0, 0, 0]
+    positives = torch.eye(4).bool()
+    assert pick_negatives(sim, positives, mode="hard").tolist() == [2, 0, 0, 0]
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([pick_negatives(sim, forbidden, mode="similar", generator=generator)[0] for _ in range(3000)])
+    draws = torch.stack([pick_negatives(sim, positives, mode="similar", generator=generator)[0] for _ in range(3000)])
     share = torch.bincount(draws, minlength=4) / 3000
     expected = torch.tensor([0.0, 1.0, math.e, 1.0]) / (2 + math.e)
     torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
-    uniform = torch.stack([pick_negatives(sim, forbidden, mode="random", generator=generator)[0] for _ in range(3000)])
+    uniform = torch.stack([pick_negatives(sim, positives, mode="random", generator=generator)[0] for _ in range(3000)])
     share = torch.bincount(uniform, minlength=4) / 3000
     torch.testing.assert_close(share, torch.tensor([0, 1, 1, 1]) / 3, atol=0.03, rtol=0)
 
@@ -162,9 +162,9 @@ def test_hard_takes_the_most_similar_and_similar_draws_by_softmax():
 def test_semihard_equals_its_definition(size, margin, seed):
     generator = torch.Generator().manual_seed(seed)
     sim = torch.randn(size, size, generator=generator)
-    forbidden = torch.eye(size).bool() | (torch.rand(size, size, generator=generator) < 0.2)
-    for b, chosen in enumerate(pick_negatives(sim, forbidden, mode="semihard", margin=margin).tolist()):
-        allowed = {j: sim[b, j].item() for j in range(size) if not forbidden[b, j]}
+    positives = torch.eye(size).bool() | (torch.rand(size, size, generator=generator) < 0.2)
+    for b, chosen in enumerate(pick_negatives(sim, positives, mode="semihard", margin=margin).tolist()):
+        allowed = {j: sim[b, j].item() for j in range(size) if not positives[b, j]}
         below = {j: cosine for j, cosine in allowed.items() if cosine < sim[b, b] - margin}
         expected = max(below, key=below.get) if below else min(allowed, key=allowed.get, default=-1)
         assert chosen == expected

@@ -54,14 +54,14 @@ TEXTS = st.lists(st.integers(1, 7), max_size=12)
 def tokens_of(texts):
     """Texts as a batch, each described from its second token on, the first of which begins a word. -> ids, described."""
     length = 2 + max(map(len, texts))
-    ids, described = torch.zeros(2, len(texts), length, dtype=torch.long)
+    ids, is_caption = torch.zeros(2, len(texts), length, dtype=torch.long)
     for b, text in enumerate(texts):
         text = [t - 4 if i == 0 and CONTINUES[t] else t for i, t in enumerate(text)]
-        ids[b, 1 : 1 + len(text)], described[b, 1 : 1 + len(text)] = torch.tensor(text, dtype=torch.long), 1
-    return ids, described.bool()
+        ids[b, 1 : 1 + len(text)], is_caption[b, 1 : 1 + len(text)] = torch.tensor(text, dtype=torch.long), 1
+    return ids, is_caption.bool()
 
 
-def words_slowly(text, described):
+def words_slowly(text, is_caption):
     """[places of the pieces] of each word of one text, and which of them may be masked."""
     found = []
     for place, token in enumerate(text):
@@ -69,16 +69,16 @@ def words_slowly(text, described):
             found[-1].append(place)
         else:
             found.append([place])
-    return [places for places in found if described[places[0]] and any(TELLING[text[place]] for place in places)]
+    return [places for places in found if is_caption[places[0]] and any(TELLING[text[place]] for place in places)]
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_which_words_equals_a_slow_definition(texts):
-    ids, described = tokens_of(texts)
-    words = maskable_words(ids, described, CONTINUES, TELLING)
+    ids, is_caption = tokens_of(texts)
+    words = maskable_words(ids, is_caption, CONTINUES, TELLING)
     for b in range(len(texts)):
         expected = [0] * ids.shape[1]
-        for places in words_slowly(ids[b].tolist(), described[b]):
+        for places in words_slowly(ids[b].tolist(), is_caption[b]):
             for place in places:
                 expected[place] = 1 + places[0]
         assert words[b].tolist() == expected

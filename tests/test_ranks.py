@@ -145,7 +145,7 @@ def test_batches_that_processes_cannot_share_evenly_are_refused(monkeypatch):
     state, dataset = built("--batch-size 9", products=8)
     assert len(build_sampler(state, dataset)) == state.epoch_steps
     with pytest.raises(ConfigError, match="1 images are too few for 3 processes"):
-        build_sampler(state, dataset.part([0]))
+        build_sampler(state, dataset.subset([0]))
 
 
 def test_fine_tuning_is_for_one_process(monkeypatch):

@@ -14,8 +14,8 @@ import data
 from data import Collate, build_dataset, build_tokenizer
 from readers.dataset import DataError
 from readers.fashiongen import FILES
-from readers.files import open_photo
-from readers.prompts import prompted, symbol_of
+from readers.files import open_image
+from readers.prompts import category_symbol, prompt_text
 from readers.synthetic import Synthetic
 from readers.triplets import synthetic_triplets
 from readers.wardrobe import GARMENTS
@@ -180,9 +180,9 @@ SYMBOLS = {
 def test_symbol_of_a_category():
     for symbol, categories in SYMBOLS.items():
         for category in categories:
-            assert symbol_of(category) == symbol, category
-    assert symbol_of("Bottomwear", "Skirts") == "skirts" and symbol_of("DRESS SHIRTS", "COATS") == "tops"
-    assert "others" not in {symbol_of(garment.category) for garment in GARMENTS.values()}
+            assert category_symbol(category) == symbol, category
+    assert category_symbol("Bottomwear", "Skirts") == "skirts" and category_symbol("DRESS SHIRTS", "COATS") == "tops"
+    assert "others" not in {category_symbol(garment.category) for garment in GARMENTS.values()}
 
 
 def spoken(text):
@@ -198,7 +198,7 @@ def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe, monkey
     for row in range(40):
         product, text = wardrobe.product(row), wardrobe.text(row)
         assert plain[row] == ("", wardrobe.captions[row]) and text == wardrobe.text(row)
-        symbol = symbol_of(wardrobe.categories[row])
+        symbol = category_symbol(wardrobe.categories[row])
         assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
         assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
         known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
@@ -206,9 +206,9 @@ def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe, monkey
         assert spoken(text) == {name: value for name, value in known.items() if value}
         orders.add(tuple(spoken(text)))
     assert len(orders) > 20
-    part = wardrobe.part(np.array([7, 3]))
+    part = wardrobe.subset(np.array([7, 3]))
     assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
-    alone = prompted("a", "bags", {"category": ""}, np.random.default_rng(0))
+    alone = prompt_text("a", "bags", {"category": ""}, np.random.default_rng(0))
     assert alone == ("[bags] the image description is", "a")
 
 
@@ -229,7 +229,7 @@ def test_prompts_of_files(fashiongen, tmp_path):
     assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
     assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6"}
     before = opened.fingerprint()
-    opened.known["season"][0] = "Spring"
+    opened.attributes["season"][0] = "Spring"
     assert opened.fingerprint() != before
 
 
@@ -242,7 +242,7 @@ def test_triplets_give_reference_and_target(triplets):
     photos, item = triplets.photos, triplets[3]
     assert torch.equal(item["image"], photos[triplets.references[3]]["image"])
     assert torch.equal(item["target_image"], photos[triplets.targets[3]]["image"])
-    some = triplets.part(np.array([3, 8]))
+    some = triplets.subset(np.array([3, 8]))
     assert torch.equal(some[0]["target_image"], item["target_image"]) and some.captions[0] == triplets.captions[3]
     pairs = {*some.references.tolist(), *some.targets.tolist()}
     assert set(some.galleries["synthetic"]["union"].tolist()) == pairs
@@ -252,7 +252,7 @@ def test_triplets_give_reference_and_target(triplets):
 
 
 def test_a_part_is_some_rows_numbered_anew(wardrobe):
-    part = wardrobe.part(np.array([40, 0, 1]))
+    part = wardrobe.subset(np.array([40, 0, 1]))
     assert len(part) == 3 and part.captions[0] == wardrobe.captions[40] and part.product_ids.tolist() == [0, 1, 1]
     assert torch.equal(part[0]["image"], wardrobe[40]["image"]) and part[0]["row"] == 0 and part.name_of(0) == "row 40"
     assert part.categories == [wardrobe.categories[row] for row in (40, 0, 1)]
@@ -319,9 +319,9 @@ def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, content, complain
 def test_photos_that_are_not_decoded(tmp_path):
     Image.fromarray(np.ones((64, 64), np.uint16)).save(tmp_path / "grey.png")
     with pytest.raises(OSError, match="pixels of more than 8 bits"):
-        open_photo(tmp_path / "grey.png", 64)
+        open_image(tmp_path / "grey.png", 64)
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # needs another program
     with pytest.raises(OSError, match="cannot identify image file"):
-        open_photo(tmp_path / "photo.jpg", 64)
+        open_image(tmp_path / "photo.jpg", 64)
     Image.new("L", (9000, 8000)).save(tmp_path / "large.jpg")
-    assert max(open_photo(tmp_path / "large.jpg", 64).size) < 2500
+    assert max(open_image(tmp_path / "large.jpg", 64).size) < 2500

@@ -20,7 +20,7 @@ from test_model import make_model
 
 import data
 import train
-from engine.checkpoints import load_checkpoint, write_whole
+from engine.checkpoints import load_checkpoint, write_atomically
 from engine.flags import ConfigError
 from engine.weights import load_pretrained
 from readers.dataset import DataError
@@ -59,7 +59,7 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, fai
     path.write_bytes(b"whole")
     monkeypatch.setattr("engine.checkpoints.torch.save", mock.Mock(side_effect=failure))
     with pytest.raises(OSError) as error:
-        write_whole({}, path, keep_older=True)
+        write_atomically({}, path, keep_older=True)
     assert "before is whole" in said(error) and str(path) in said(error)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_bytes() == b"whole"
 
@@ -82,7 +82,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 def train_quietly(flags, said):
     """A run in a process of its own, without pictures and the ground truth. The disk takes its time over a checkpoint,
     or few kills would fall into writing one."""
-    data.VAL_PRODUCTS, train.truth = 12, lambda *_: {}
+    data.VAL_PRODUCTS, train.ground_truth_metrics = 12, lambda *_: {}
     train.draw_masks = train.draw_curves = lambda *_: None
     flush = os.fsync
 

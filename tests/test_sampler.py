@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler import GroupedBatchSampler, chain, separate
+from sampler import GroupedBatchSampler, chain, resolve_conflicts
 
 MODES = ["random", "hard", "semihard"]
 
@@ -240,7 +240,7 @@ def test_separate_keeps_every_item_and_counts_what_is_left(sizes, batch, seed):
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(products))
     batches = np.split(order, range(batch, len(order), batch))
-    stuck = separate(batches, products[None], rng)
+    stuck = resolve_conflicts(batches, products[None], rng)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(products)))
     assert sum(len(b) - len(set(products[b])) for b in batches) == stuck
 
@@ -248,7 +248,7 @@ def test_separate_keeps_every_item_and_counts_what_is_left(sizes, batch, seed):
 def test_separate_finds_room_where_there_is_some():
     products = np.repeat(np.arange(50), 4)  # all four photos side by side, the worst start
     batches = np.split(np.arange(200), 20)
-    assert separate(batches, products[None], np.random.default_rng(0)) == 0
+    assert resolve_conflicts(batches, products[None], np.random.default_rng(0)) == 0
     assert all(len(set(products[batch])) == 10 for batch in batches)
     alike = np.zeros((1, 6), int)
-    assert separate(np.split(np.arange(6), 2), alike, np.random.default_rng(0)) == 4  # nowhere to go
+    assert resolve_conflicts(np.split(np.arange(6), 2), alike, np.random.default_rng(0)) == 4  # nowhere to go

@@ -9,7 +9,7 @@ import torch
 from small import write_karpathy, write_snlive
 
 import data
-from engine.batches import different_photos, texts_to_search
+from engine.batches import distinct_image_rows, texts_to_search
 from evaluation.scores import full_rankings, recalls_of
 from readers.dataset import DataError
 from readers.statements import LABELS, synthetic_statements
@@ -109,8 +109,8 @@ def test_karpathy_splits_have_several_captions_a_photo(tmp_path):
     assert train.captions == ["a", "b", "c"] and train.product_ids.tolist() == [0, 0, 1]
     assert train.report() == "3 captions of 2 photos, 1 left out (no photo train2014/4.jpg)"
     assert val.report() == "2 captions of 1 photos" and len(test) == 5
-    assert different_photos(train).tolist() == [0, 2]
-    assert different_photos(train.part(np.array([1, 2]))).tolist() == [0, 1]
+    assert distinct_image_rows(train).tolist() == [0, 2]
+    assert distinct_image_rows(train.subset(np.array([1, 2]))).tolist() == [0, 1]
     texts, of_photo, of_text = texts_to_search(train, np.array([2]))
     assert texts == [("", "c")] and of_photo.tolist() == of_text.tolist() == [0]
 

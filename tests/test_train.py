@@ -19,7 +19,7 @@ from engine import config as run_config
 from engine.batches import augmented
 from engine.checkpoints import config_from_dict
 from engine.config import parse_config
-from evaluation.truth import word_truth
+from evaluation.ground_truth import token_labels
 from masking import word_counts
 
 ROOT = Path(__file__).parent.parent
@@ -351,12 +351,12 @@ def known_masks(flags, monkeypatch):
     """The attention is on the last patches and words alone, so a synchronized mask is known in advance. -> what chooses
     masks by a seed, the batch, its last words (6, L)."""
     state, dataset = built("--mlm-ratio 0.3 --mim-ratio 0.5 --mask-source clean --word-pool 0", flags)
-    dataset.truths, state.step = True, 5
+    dataset.with_ground_truth, state.step = True, 5
     batch = batch_of(state, dataset, range(6))
-    described = batch["maskable"] > 0
-    first = described.sum(1, keepdim=True) - word_counts(batch["maskable"], 0.3)
-    last_words = (described.cumsum(1) > first) & described
-    attention = torch.zeros(6, 1, described.shape[1], 17)
+    is_caption = batch["maskable"] > 0
+    first = is_caption.sum(1, keepdim=True) - word_counts(batch["maskable"], 0.3)
+    last_words = (is_caption.cumsum(1) > first) & is_caption
+    attention = torch.zeros(6, 1, is_caption.shape[1], 17)
     attention[:, 0, :, 9:] = last_words[..., None].float()  # the last eight of sixteen patches
     monkeypatch.setattr("masking.clean_attention", lambda *_: [attention])
     image_embeds_m, text_embeds_m, *_ = train.encode_momentum(
@@ -389,7 +389,7 @@ def test_masks_are_chosen_as_the_config_says(flags, patches, words, monkeypatch)
     assert (patch_mask[:, 8:].all()) == (patches == "sync")
     assert torch.equal(word_mask, last_words) == (words == "sync")
     assert torch.equal(chosen(0)[0], patch_mask) and (patches == "sync") == torch.equal(chosen(1)[0], patch_mask)
-    known = word_truth(batch, 4)
+    known = token_labels(batch, 4)
     half = word_counts(batch["maskable"] * known.visible, 0.5)  # of the words that are seen
     shown = not (word_mask & ~known.visible).any() and torch.equal(word_mask.sum(1, keepdim=True), half)
     assert shown == (words == "oracle")

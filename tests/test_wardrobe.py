@@ -22,10 +22,12 @@ def test_synthetic_is_deterministic_and_seeded_and_splits_share_no_style(wardrob
         assert np.array_equal(again.photos[row], wardrobe.photos[row])
     val = Synthetic("val", 48, 96, seed=0, progress=False)
     assert not {p.style for p in wardrobe.products} & {p.style for p in val.products}
-    assert val[0]["image"].shape == (3, 96, 96) and val[0]["image"].dtype == torch.uint8 and "truth" not in val[0]
-    val.truths = True
-    truth = val[0]["truth"]
-    assert truth.spans == val.truth(0).spans
+    assert (
+        val[0]["image"].shape == (3, 96, 96) and val[0]["image"].dtype == torch.uint8 and "ground_truth" not in val[0]
+    )
+    val.with_ground_truth = True
+    truth = val[0]["ground_truth"]
+    assert truth.spans == val.ground_truth(0).spans
     assert all(truth.region(key).shape == (96, 96) and truth.region(key).dtype == bool for key in truth.regions)
 
 
@@ -37,7 +39,7 @@ def test_synthetic_is_varied(wardrobe):
     assert 15 < np.mean([len(c.split()) for c in wardrobe.captions]) < 35
     shares = []  # of the attribute words, how many name something that the photo shows
     for row in range(len(wardrobe)):
-        truth = wardrobe.truth(row)
+        truth = wardrobe.ground_truth(row)
         shares.append(np.mean([key in truth.regions for _, _, key, _ in truth.spans]))
     assert 0.25 < np.mean(shares) < 0.5 and max(shares) < 0.8
 
@@ -54,7 +56,7 @@ def test_a_style_comes_in_three_colours_beside_a_sister_that_differs_in_one_thin
             assert len({repr((product.unseen, product.details["inside"])) for product in one}) > 1
         for product, sister in zip(own, sisters, strict=True):
             assert product.colour == sister.colour
-            (kind,) = [kind for kind, _, variant in product.variants() if variant.style == sister.style]
+            (kind,) = [kind for kind, _, sibling in product.siblings() if sibling.style == sister.style]
             kinds.add(kind)
     assert "colour" not in kinds and len(kinds) >= 4
 
@@ -69,11 +71,11 @@ def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
     seen = set()
     for product in wardrobe.products[:120:5]:
         mine, words = product.attributes(), product.caption_and_spans()[0].lower().split()
-        variants = list(product.variants())
-        assert len({repr(variant) for _, _, variant in variants} | {repr(product)}) == len(variants) + 1
-        for kind, key, variant in variants:
-            theirs = variant.attributes()
-            changed = changed_keys(product, variant)
+        siblings = list(product.siblings())
+        assert len({repr(sibling) for _, _, sibling in siblings} | {repr(product)}) == len(siblings) + 1
+        for kind, key, sibling in siblings:
+            theirs = sibling.attributes()
+            changed = changed_keys(product, sibling)
             if kind == "place":  # the same thing elsewhere
                 (other,) = changed - {key}
                 assert key in changed and mine[key] == theirs[other] and other not in mine and key not in theirs
@@ -83,7 +85,7 @@ def test_variants_differ_in_one_value_and_are_worded_alike(wardrobe):
                 assert mine[key].noun == theirs[key].noun
             if kind == "noun":
                 assert mine[key].look == theirs[key].look
-            said = variant.caption_and_spans()[0].lower().split()
+            said = sibling.caption_and_spans()[0].lower().split()
             blocks = SequenceMatcher(None, words, said, autojunk=False).get_opcodes()
             ((_, a, b, c, d),) = [block for block in blocks if block[0] != "equal"]  # one stretch, of few words
             assert max(b - a, d - c) <= 2, (words, said)
@@ -95,7 +97,7 @@ def test_truth_spans_name_all_attributes_and_nothing_else(wardrobe):
     for row in range(0, len(wardrobe), 7):
         product, caption = wardrobe.product(row), wardrobe.captions[row]
         named = {}
-        for start, end, key, kind in wardrobe.truth(row).spans:
+        for start, end, key, kind in wardrobe.ground_truth(row).spans:
             word = caption[start:end].lower()
             named.setdefault(key, set()).add(word)
             if key in product.details:
@@ -114,7 +116,7 @@ def test_truth_spans_name_all_attributes_and_nothing_else(wardrobe):
 def test_truth_regions_follow_the_view(wardrobe):
     """A front detail is not on the back; what is inside, covered, or in no photo is not seen; the garment always is."""
     for row, (index, view) in enumerate(wardrobe.rows):
-        truth, product = wardrobe.truth(row), wardrobe.products[index]
+        truth, product = wardrobe.ground_truth(row), wardrobe.products[index]
         regions = truth.regions
         assert not {"unseen", "inside"} & regions.keys() and truth.region("garment").any()
         assert truth.region("garment").shape == (64, 64) and np.array_equal(regions["garment"], regions["colour"])
@@ -162,7 +164,7 @@ def test_truth_regions_are_where_the_tone_is(wardrobe):
     """On plain cloth the pixels of a detail are nearer to one of its tones, those around to the garment's."""
     found = []
     for row in range(len(wardrobe)):
-        product, truth = wardrobe.product(row), wardrobe.truth(row)
+        product, truth = wardrobe.product(row), wardrobe.ground_truth(row)
         if product.pattern:
             continue
         around = truth.region("garment")
@@ -205,8 +207,8 @@ def test_synthetic_triplets_differ_in_one_or_two_things_that_the_text_names(trip
             else:
                 assert f"has {value}" in text
         assert changed and text.count(" and ") + 1 == len(changed) and not {"garment", "back", "inside"} & changed
-        near = [variant for _, _, variant in before.variants()]
-        assert after in near or any(after == further for one in near for _, _, further in one.variants())
+        near = [sibling for _, _, sibling in before.siblings()]
+        assert after in near or any(after == further for one in near for _, _, further in one.siblings())
 
 
 def test_synthetic_families_have_no_twins_and_belong_to_one_split(triplets):

@@ -24,12 +24,12 @@ from torch import Tensor
 from data import normalise
 from engine.flags import ConfigError
 from engine.run import Run
-from evaluation.pictures import first_photos, momentum_grad_cam
-from evaluation.truth import WordTruth, synchronized_masks, word_truth
+from evaluation.ground_truth import TokenLabels, synchronized_masks, token_labels
+from evaluation.pictures import first_images, momentum_grad_cam
 from experiments.figures import open_run
-from losses import pick_negatives, same_pairs
+from losses import pick_negatives, positive_pairs
 from masking import mask_precision, random_patch_mask, random_word_mask, soft_mask
-from readers.dataset import DataError, PhotoDataset
+from readers.dataset import DataError, PairDataset
 from readers.synthetic import Synthetic
 
 IMAGES = 24  # one a product
@@ -37,23 +37,23 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches and of the words, the stops
 MARGIN_STOPS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times the margin of the run
 
 
-def gather(run: Run, dataset: PhotoDataset) -> dict:
+def gather(run: Run, dataset: PairDataset) -> dict:
     """Compute all that the page shows, of one image of each of the first products. -> what JSON can hold"""
     config = run.config = replace(run.config, precision="fp32")
     run.model.eval()
-    dataset.truths = isinstance(dataset, Synthetic)
-    batch = run.collate([dataset[row] for row in first_photos(dataset, IMAGES)])
+    dataset.with_ground_truth = isinstance(dataset, Synthetic)
+    batch = run.collate([dataset[row] for row in first_images(dataset, IMAGES)])
     count = len(batch["rows"])
     if count < 2:
         raise DataError("the page needs images of at least two products of the validation split, which can be decoded")
-    truth = word_truth(batch, config.model.grid) if dataset.truths else None
+    truth = token_labels(batch, config.model.grid) if dataset.with_ground_truth else None
     images = [to_jpeg(image) for image in batch["images"]]
     batch["images"] = normalise(batch["images"])
     return {
         "about": f"Recipe {config.recipe}, preset {config.preset}, data {config.data}, {run.step} steps; "
         f"{count} images of held-out products.",
         "grid": config.model.grid,
-        "truth": dataset.truths,
+        "ground_truth": dataset.with_ground_truth,
         "images": images,
         "captions": captions(run, batch, truth),
         "shares": SHARES,
@@ -69,7 +69,7 @@ def to_jpeg(pixels: Tensor) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def captions(run: Run, batch: dict, truth: WordTruth | None) -> list[list[dict]]:
+def captions(run: Run, batch: dict, truth: TokenLabels | None) -> list[list[dict]]:
     """List the words of each caption, as the tokenizer splits it.
 
     A word that may be masked has a `place`, the place of its first token, and maps over the patches in 255ths: its
@@ -119,7 +119,7 @@ def soft_masks(run: Run, batch: dict) -> Tensor:
     return torch.stack(by_token, dim=1)
 
 
-def masks(run: Run, batch: dict, truth: WordTruth | None) -> dict[str, list[dict]]:
+def masks(run: Run, batch: dict, truth: TokenLabels | None) -> dict[str, list[dict]]:
     """Make random and synchronized masks, for each of SHARES."""
     words, patches = batch["maskable"], run.config.model.grid**2
     found = {"Random": [], "Synchronized": []}
@@ -133,7 +133,7 @@ def masks(run: Run, batch: dict, truth: WordTruth | None) -> dict[str, list[dict
     return found
 
 
-def mask_facts(patch_mask: Tensor, word_mask: Tensor, truth: WordTruth | None) -> dict:
+def mask_facts(patch_mask: Tensor, word_mask: Tensor, truth: TokenLabels | None) -> dict:
     """List masks (B, P), (B, L) as 0 and 1, and their precision over all images where the ground truth is known."""
     facts = {"patches": patch_mask.int().tolist(), "words": word_mask.int().tolist()}
     if truth:
@@ -144,7 +144,7 @@ def mask_facts(patch_mask: Tensor, word_mask: Tensor, truth: WordTruth | None) -
     return facts
 
 
-def negatives(run: Run, batch: dict, dataset: PhotoDataset) -> dict:
+def negatives(run: Run, batch: dict, dataset: PairDataset) -> dict:
     """Choose the ITM negatives of every image: the hard caption, and the semi-hard one at each margin.
 
     -> cosines (B, B) of images and captions; columns of the negatives, −1 where there is none; with ground truth also
@@ -153,15 +153,15 @@ def negatives(run: Run, batch: dict, dataset: PhotoDataset) -> dict:
     image_feat_m = momentum.project_image(momentum.vision(batch["images"]))
     text_feat_m = momentum.project_text(momentum.text(batch["token_ids"], batch["attention_mask"]))
     cosines = image_feat_m @ text_feat_m.T
-    forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])
+    positives = positive_pairs(batch["product_ids"], batch["caption_ids"])
     margins = [stop * (run.config.margin or 0.2) for stop in MARGIN_STOPS]
-    hard = pick_negatives(cosines, forbidden, "hard")
-    semihard = [pick_negatives(cosines, forbidden, "semihard", None, margin).tolist() for margin in margins]
+    hard = pick_negatives(cosines, positives, "hard")
+    semihard = [pick_negatives(cosines, positives, "semihard", None, margin).tolist() for margin in margins]
     found = {"cosines": cosines.tolist(), "margins": margins, "hard": hard.tolist(), "semihard": semihard}
     if isinstance(dataset, Synthetic):
         products = batch["product_ids"].tolist()
-        described = [[dataset.describes(product, row) for product in products] for row in batch["rows"].tolist()]
-        found["false_negatives"] = (torch.tensor(described) & ~forbidden).tolist()
+        is_caption = [[dataset.describes(product, row) for product in products] for row in batch["rows"].tolist()]
+        found["false_negatives"] = (torch.tensor(is_caption) & ~positives).tolist()
     return found
 
 

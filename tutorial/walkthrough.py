@@ -26,9 +26,9 @@ from engine.batches import learn_vocabulary
 from engine.config import ema_decay, itm_hard_share, parse_config
 from engine.flags import ConfigError
 from engine.run import build_run
-from evaluation.truth import grouped, mask_truth, momentum_features, word_truth
+from evaluation.ground_truth import grouped, mask_metrics, momentum_features, token_labels
 from experiments.figures import open_run
-from losses import itc_targets, mim_loss, mlm_loss, pick_negatives, same_pairs
+from losses import itc_targets, mim_loss, mlm_loss, pick_negatives, positive_pairs
 from masking import (
     average_attention,
     corrupt_words,
@@ -89,9 +89,9 @@ run.step = 10**6  # past every warm-up
 print("1 truth")
 _, fronts = np.unique(dataset.product_ids, return_index=True)  # the first image of each product
 rows = [0, 1, *fronts[1 : BATCH - 1].tolist()]
-dataset.truths = True
+dataset.with_ground_truth = True
 batch = run.collate([dataset[row] for row in rows])
-truth = word_truth(batch, config.model.grid)
+truth = token_labels(batch, config.model.grid)
 batch["images"] = normalise(batch["images"])
 images, ids, attention_mask, words = batch["images"], batch["token_ids"], batch["attention_mask"], batch["maskable"]
 regions, attribute, visible = truth.regions, truth.attribute, truth.visible  # (B, L, P), (B, L), (B, L)
@@ -144,8 +144,8 @@ image_feat = model.project_image(image_embeds)  # (B, E)
 text_feat = model.project_text(text_embeds)  # (B, E)
 itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 temp = model.temp.item()
-forbidden = same_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
-targets = itc_targets(forbidden, sim_i2t, alpha=0.0)
+positives = positive_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
+targets = itc_targets(positives, sim_i2t, alpha=0.0)
 least = torch.special.entr(targets).sum(dim=1).mean()
 show("image_feat", image_feat_m, "of the momentum encoder: the keys; unit length")
 show("sim_i2t", sim_i2t, f"cosines over the temperature, {temp:.3f}")
@@ -154,14 +154,14 @@ show("loss", itc, f"ln {BATCH} = {math.log(BATCH):.3f} if all look alike; {least
 
 # %% 5. Negatives
 # Image-text matching needs wrong pairs. They are chosen inside the batch by the cosines of ITC.
-# hard: argmax_j s_bj,  semihard: argmax of those with s_bj < s_bb − margin,  both without forbidden j
+# hard: argmax_j s_bj,  semihard: argmax of those with s_bj < s_bb − margin,  both without positives j
 print("5 negatives")
 cosines = sim_i2t[0] * temp
 titles = [caption.split(".")[0] for caption in dataset.captions]
-show("forbidden", forbidden, f"{forbidden.sum()} pairs: the diagonal, and both views both ways")
+show("positives", positives, f"{positives.sum()} pairs: the diagonal, and both views both ways")
 show("own pair", cosines[0], "cosine")
 for mode in ("random", "similar", "hard", "semihard"):
-    chosen = pick_negatives(sim_i2t, forbidden, mode, generator.manual_seed(0), config.margin / temp)
+    chosen = pick_negatives(sim_i2t, positives, mode, generator.manual_seed(0), config.margin / temp)
     show(mode, cosines[chosen[0]], f"cosine; '{titles[rows[chosen[0]]]}'")
 show("hard_share", itm_hard_share(run.step, config), f"are {config.negatives}, the others random")
 
@@ -170,7 +170,7 @@ show("hard_share", itm_hard_share(run.step, config), f"are {config.negatives}, t
 # L = −mean over masked w of log p(w | the other words, image)
 print("6 MLM")
 random_mask = random_word_mask(words, config.mlm_ratio, generator.manual_seed(0))
-masked_ids, mlm_labels = corrupt_words(ids, random_mask, run.mask_id, run.word_ids, generator)
+masked_ids, mlm_labels = corrupt_words(ids, random_mask, run.mask_id, run.replacement_ids, generator)
 masked_embeds = model.text(masked_ids, attention_mask)
 logits = model.mlm_logits(model.fusion(masked_embeds, attention_mask, image_kv)[random_mask])
 mlm = mlm_loss(logits, mlm_labels[random_mask])
@@ -250,7 +250,7 @@ block = np.flatnonzero(dataset.product_ids < PRODUCTS)
 block_images, block_texts = momentum_features(run, dataset, block)
 sim = block_images @ block_texts.T
 groups = np.stack([dataset.product_ids[block], dataset.caption_ids[block]])
-allowed = sim.masked_fill(same_pairs(*torch.from_numpy(groups)), -1)
+allowed = sim.masked_fill(positive_pairs(*torch.from_numpy(groups)), -1)
 show("sim", sim, f"cosines of a search block: {len(block)} images of {PRODUCTS} products")
 for mode in ("random", "semihard", "hard"):
     batches = grouped(sim, groups, mode, replace(config, batch_size=BATCH))
@@ -277,7 +277,7 @@ show("on what it names", mask[about].mean(), f"mean of M there; elsewhere {mask[
 # The ground truth judges the masks of more products. In the end the image has to help to predict words.
 # image_gain = share predicted with the own image − share predicted with another product's
 print("13 does it work?")
-found = mask_truth(run, dataset)
+found = mask_metrics(run, dataset)
 for key, remark in (
     ("patch_precision", "masked patches, on something named"),
     ("word_precision", "masked attribute words, shown"),

@@ -79,7 +79,7 @@ def check_2(corrupt_words) -> None:
     said = f"of the masked words {gone:.0%} become [MASK] and {kept:.0%} stay, not 80 and 10 %"
     want(abs(gone - 0.8) < 0.03 and abs(kept - 0.1) < 0.03, f"{said}: cut one draw into three ranges")
     drawn = now[(now != 4) & (now != before)]
-    want(torch.isin(drawn, allowed).all(), "random words must come from word_ids, which has no special tokens")
+    want(torch.isin(drawn, allowed).all(), "random words must come from replacement_ids, which has no special tokens")
 
 
 def check_3(mask_precision, pointing_game) -> None:
@@ -102,28 +102,28 @@ def check_3(mask_precision, pointing_game) -> None:
     want(abs(expected - 1) < 1e-6, f"{said}: it hits a region as often as the region is large")
 
 
-def check_4(same_pairs, itc_targets) -> None:
+def check_4(positive_pairs, itc_targets) -> None:
     """Positives by product or caption; rows that sum to 1."""
     products = torch.tensor([7, 8])
     captions = torch.tensor([3, 4])
     key_products = torch.tensor([7, 8, 7, 9])
     key_captions = torch.tensor([3, 4, 5, 4])
-    right = same_pairs(products, captions, key_products, key_captions)
-    want(right[0, 2], "the second image of a product counts as wrong: compare products, not positions")
-    want(right[1, 3], "a key with the same caption to the letter counts as wrong, though nobody could tell it apart")
+    right = positive_pairs(products, captions, key_products, key_captions)
+    want(right[0, 2], "the second image of a product counts as a negative: compare products, not positions")
+    want(right[1, 3], "a key with the same caption to the letter counts as a negative, which nobody could tell apart")
     sim_m = torch.tensor([[0.0, 0, 0, 0], [0, 9, 0, 0]])
     total = itc_targets(right, sim_m, 0.0)[0].sum()
-    want(abs(total - 1) < 1e-5, f"targets of two right keys sum to {total:.1f}, not to 1: divide by how many are right")
+    want(abs(total - 1) < 1e-5, f"targets of two positives sum to {total:.1f}, not to 1: divide by their number")
     _, other, second, _ = itc_targets(right, sim_m, 0.4)[0]
     want(abs(other - 0.1) < 1e-5, "alpha is the share of softmax(sim_m), 1 − alpha is the share of the known pairs")
-    want(abs(second - 0.4) < 1e-5, "right answers share 1 − alpha evenly, also the second")
+    want(abs(second - 0.4) < 1e-5, "positives share 1 − alpha evenly, also the second")
 
 
 def check_5(pick_negatives) -> None:
-    """Never a forbidden column, also at low temperatures."""
+    """Never a positive, also at low temperatures."""
     pairs = torch.tensor([0, 0, 1, 1])  # the first two are one product
-    forbidden = pairs[:, None] == pairs
-    forbidden[3] = True
+    positives = pairs[:, None] == pairs
+    positives[3] = True
     sim = torch.tensor(
         [
             [-1.0, -2, -8, -9],
@@ -137,21 +137,21 @@ def check_5(pick_negatives) -> None:
         """Draw with each seed. -> (seeds, 4)"""
         logits = sim * scale
         try:
-            drawn = [pick_negatives(logits, forbidden, mode=mode, generator=seeded(seed)) for seed in SEEDS]
+            drawn = [pick_negatives(logits, positives, mode=mode, generator=seeded(seed)) for seed in SEEDS]
         except RuntimeError as error:
             if "prob" not in str(error):  # as torch.multinomial says it
                 raise
             why = "nothing is left to draw by: at a low temperature the softmax is 0 but for the own pair"
-            mend = "Mask the logits before the softmax. Keep the logits finite where every column is forbidden"
+            mend = "Mask the logits before the softmax. Keep the logits finite where every column is a positive"
             raise Mistake(f"{mode}: {why}. {mend}") from None
         want(torch.equal(logits, sim * scale), f"{mode}: sim itself is written into; it is still needed: masked_fill")
         return torch.stack(drawn)
 
     for mode, scale in product(("hard", "random", "similar"), (1, 1000)):
         drawn = draws(mode, scale)
-        wrong = forbidden[:3].gather(1, drawn[:, :3].T)
-        want(not wrong.any(), f"{mode}: a pair itself, or another forbidden one, is drawn: −∞ where forbidden")
-        want((drawn[:, 3] == -1).all(), f"{mode}: where every column is forbidden the answer is −1")
+        wrong = positives[:3].gather(1, drawn[:, :3].T)
+        want(not wrong.any(), f"{mode}: a pair itself, or another positive, is drawn: −∞ at positives")
+        want((drawn[:, 3] == -1).all(), f"{mode}: where every column is a positive the answer is −1")
         again = draws(mode, scale)
         want(torch.equal(drawn, again), f"{mode}: one generator, two draws: give it to torch.multinomial")
     best = torch.tensor([2, 3, 0])
@@ -166,8 +166,8 @@ def check_6(pick_negatives) -> None:
 
     def semihard(own: float, margin: float) -> int:
         sim = torch.tensor([[own, 0.9, 0.75, 0.5, 0.1]])
-        forbidden = torch.tensor([[True, False, False, False, False]])
-        return pick_negatives(sim, forbidden, mode="semihard", margin=margin).item()
+        positives = torch.tensor([[True, False, False, False, False]])
+        return pick_negatives(sim, positives, mode="semihard", margin=margin).item()
 
     found = semihard(own=0.8, margin=0.0)
     want(found > 1, "the pair itself, or a negative more similar than the own pair, which is hard: sim < own")

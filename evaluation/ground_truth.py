@@ -14,18 +14,18 @@ from engine.config import TrainConfig, grouping_of
 from engine.run import Run, autocast
 from evaluation.choice import choices
 from evaluation.validation import draw_other
-from losses import NegativeMode, pick_negatives, same_pairs
+from losses import NegativeMode, pick_negatives, positive_pairs
 from masking import mask_precision, pointing_game, random_patch_mask, random_word_mask, score_words, sync_mask
-from readers.dataset import PhotoDataset
+from readers.dataset import PairDataset
 from readers.synthetic import Synthetic
-from readers.wardrobe import WHOLE
+from readers.wardrobe import COARSE
 from sampler import SEARCH_SIZE, SamplerMode, chain
 
 CHOICE_PRODUCTS = 120  # held-out products whose images choose between captions
 PARTS = 3  # passes in which the words of a caption are masked, one after the other
 
 
-class WordTruth(NamedTuple):
+class TokenLabels(NamedTuple):
     """What is known of a batch, token by token. Letters: B batch, L text tokens, P patches."""
 
     attribute: Tensor  # (B, L): names an attribute, visible in this image or not
@@ -34,42 +34,42 @@ class WordTruth(NamedTuple):
     regions: Tensor  # (B, L, P): where this image shows it; nowhere where it does not
 
 
-def word_truth(batch: dict, grid: int) -> WordTruth:
-    """Say what each token of a batch is about. The batch comes from a data set with `truths`; frames have none."""
+def token_labels(batch: dict, grid: int) -> TokenLabels:
+    """Label the tokens of a batch of a data set with `with_ground_truth`. Tokens of frames name no attribute."""
     kinds = batch["kinds"]
     regions = word_regions(batch, grid)
-    return WordTruth(kinds > 0, kinds > len(WHOLE), regions.any(dim=2), regions)
+    return TokenLabels(kinds > 0, kinds > len(COARSE), regions.any(dim=2), regions)
 
 
-def truth(run: Run, train_set: PhotoDataset, val_set: PhotoDataset) -> dict[str, float]:
+def ground_truth_metrics(run: Run, train_set: PairDataset, val_set: PairDataset) -> dict[str, float]:
     """Measure masks, the choice between captions, and negatives, where both data sets know the ground truth."""
     if not (isinstance(train_set, Synthetic) and isinstance(val_set, Synthetic)):
         return {}
-    return mask_truth(run, val_set) | choices(run, val_set, CHOICE_PRODUCTS) | negative_truth(run, train_set)
+    return mask_metrics(run, val_set) | choices(run, val_set, CHOICE_PRODUCTS) | negative_metrics(run, train_set)
 
 
 @torch.no_grad()
-def mask_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
+def mask_metrics(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Measure synchronized masks of held-out images against what the images show, random masks, and the image gain.
 
     The masks are made as the config says, whether the run trains with them or not.
     """
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     run.model.eval()
-    dataset.truths = True
+    dataset.with_ground_truth = True
     hits, totals = Counter(), Counter()
     for batch in batches_of(run, first_products(dataset, run.config.val_products), "masks against the truth"):
-        for key, (hit, total) in count_truth(run, batch, generator).items():
+        for key, (hit, total) in count_mask_hits(run, batch, generator).items():
             hits[key] += hit.item()
             totals[key] += total.item()
-    dataset.truths = False
+    dataset.with_ground_truth = False
     return {key: hits[key] / max(1, totals[key]) for key in hits}
 
 
-def count_truth(run: Run, batch: dict, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
-    """Count, for each metric of `mask_truth`, the hits in a batch and how many there could be."""
+def count_mask_hits(run: Run, batch: dict, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+    """Count, for each metric of `mask_metrics`, the hits in a batch and how many there could be."""
     config, maskable = run.config, batch["maskable"]
-    known = word_truth(batch, config.model.grid)
+    known = token_labels(batch, config.model.grid)
     attention, patch_mask, word_mask = synchronized_masks(run, batch, generator)
     random_patches = random_patch_mask(len(maskable), config.model.grid**2, config.mim_ratio, generator, run.device)
     random_words = random_word_mask(maskable, config.mlm_ratio, generator)
@@ -138,7 +138,7 @@ def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tup
     return attention, patch_mask, word_mask
 
 
-def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
+def negative_metrics(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Measure how many ITM negatives are false, over some search blocks of training images.
 
     Batches are grouped and negatives are chosen by the config's modes, at random, and hard. The random negatives that
@@ -163,7 +163,7 @@ def negative_truth(run: Run, dataset: Synthetic) -> dict[str, float]:
 
 
 @torch.no_grad()
-def momentum_features(run: Run, dataset: PhotoDataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def momentum_features(run: Run, dataset: PairDataset, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Encode some rows (n,) with the momentum model. -> image_feat, text_feat (n, E), on the CPU"""
     momentum = run.momentum.model
     image_feat, text_feat = [], []
@@ -190,10 +190,10 @@ def false_negatives(
     """Choose the negatives of a batch, some rows (B,), by its cosines, sim (B, B). -> of each: is it a false one?"""
     temp, margin = run.model.temp.item(), run.config.margin
     product_ids, caption_ids = dataset.product_ids[rows], dataset.caption_ids[rows]
-    forbidden = same_pairs(torch.from_numpy(product_ids), torch.from_numpy(caption_ids))
+    positives = positive_pairs(torch.from_numpy(product_ids), torch.from_numpy(caption_ids))
     own = torch.arange(len(rows))
-    captions = pick_negatives(sim / temp, forbidden, picking, generator, margin / temp)
-    images = pick_negatives(sim.T / temp, forbidden, picking, generator, margin / temp)
+    captions = pick_negatives(sim / temp, positives, picking, generator, margin / temp)
+    images = pick_negatives(sim.T / temp, positives, picking, generator, margin / temp)
     images, captions = torch.cat([own, images]), torch.cat([captions, own])
     false = []
     for image, caption in zip(images.tolist(), captions.tolist(), strict=True):
