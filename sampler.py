@@ -1,10 +1,13 @@
-"""Which images share a batch: grouped batch sampling, after GRIT-VLP (Byun et al. 2022, §3.2).
+"""Grouped batch sampling: similar items share a batch. After GRIT-VLP (Byun et al. 2022, §3.2).
 
-The first epoch is random. While an epoch runs, the features of its items are collected. Whenever a pool of them is
-full, it is shuffled and cut into search blocks, and a greedy chain orders each block, so that similar items follow
-each other. Consecutive items of the chains become the batches of the *next* epoch.
+The first epoch is random. While an epoch runs, the features of its items are collected in a pool. Whenever the pool
+is full, it is shuffled and cut into search blocks, and a greedy chain orders the items of each block so that similar
+items follow each other. Consecutive items of the chains become the batches of the *next* epoch.
 
-Letters: N items, B batch, E feature width, M items in a search block, G kinds of ids.
+An item is a row of the data set: an image and its caption. An id is a product or a caption. Two items of a batch that
+share an id would be false negatives of each other, so batches should not repeat an id.
+
+Letters: N items, B batch, E feature width, M items in a search block, G kinds of ids (products and captions).
 """
 
 from collections.abc import Iterator
@@ -16,123 +19,135 @@ from torch import Tensor
 
 SamplerMode = Literal["random", "hard", "semihard"]
 SEARCH_SIZE = 1920  # items in a search block (GRIT-VLP's M)
-POOL_BLOCKS = 4  # search blocks that are collected before they are shuffled together
-SWAP_TRIALS = 100  # random items that an item which repeats an id of its batch is tried to be swapped with (our choice)
+POOL_BLOCKS = 4  # search blocks in a full pool
+SWAP_TRIALS = 100  # random items that an item which repeats an id may be swapped with (our choice)
 
 
 def chain(
     sim: np.ndarray,
-    groups: np.ndarray,
+    ids: np.ndarray,
     first: int,
     batch_size: int,
     mode: SamplerMode = "hard",
     margin: float = 0.0,
 ) -> np.ndarray:
-    """Order the items of a search block greedily, from item `first` on:
+    """Order the items of a search block greedily, from item `first` on.
 
-        image of an item → the most similar caption of an unused one → the most similar image of an unused one → …
+        image of an item → the most similar caption of an unused item → the most similar image of an unused item → …
 
     hard      the most similar unused item (GRIT-VLP)
-    semihard  the most similar one of those *less* similar than the anchor's own pair, by `margin` at least, against
-              false negatives; FaceNet's lie inside its margin, not beyond it. SyncMask's exact rule is not published
-              where we could read it (our choice)
+    semihard  the most similar unused item that is less similar than the anchor's own pair, by more than `margin`.
+              It is less often a false negative than the hard one. FaceNet's semi-hard negatives lie inside the margin,
+              not beyond it. SyncMask's exact rule is not published where we could read it (our choice).
 
-    sim (M, M): cosines of image i and caption j, the items' own pairs on the diagonal · groups (G, M): an item is put
-    off while it shares an id with one of the last batch_size − 1 items, so that a batch may be cut anywhere
-    -> order (M,)
+    An item waits while it shares an id with one of the last batch_size − 1 items, so a batch may be cut anywhere.
+
+    sim float32 (M, M): cosine of image i and caption j, own pairs on the diagonal · ids int (G, M)
+    -> order int64 (M,)
     """
     size = len(sim)
     window = max(1, batch_size - 1)
-    to_captions, to_images = sim, np.ascontiguousarray(sim.T)
+    to_captions = sim
+    to_images = np.ascontiguousarray(sim.T)
     limits = sim.diagonal() - margin
-    same_id = items_with_same_id(groups)
-    near = [0] * size  # how many of the last items share an id with each item
-    penalty = np.zeros(size, dtype=np.float32)  # 10 while an item is near, which puts it behind all others; ∞ once used
+    same_id = items_with_same_id(ids)
+    recent_counts = [0] * size  # for each item: how many of the last `window` items share an id with it
+    # Subtracted from the cosines. 10: shares an id with a recent item, so all others come first. ∞: used.
+    penalty = np.zeros(size, dtype=np.float32)
     order = np.empty(size, dtype=np.int64)
     anchor = first
     for position in range(size):
         order[position] = anchor
         penalty[anchor] = np.inf
         for item in same_id[anchor]:
-            near[item] += 1
-            if near[item] == 1:
+            recent_counts[item] += 1
+            if recent_counts[item] == 1:
                 penalty[item] += 10
         if position >= window:
-            for item in same_id[order[position - window]]:
-                near[item] -= 1
-                if near[item] == 0:
+            leaving = order[position - window]  # is no longer recent
+            for item in same_id[leaving]:
+                recent_counts[item] -= 1
+                if recent_counts[item] == 0:
                     penalty[item] -= 10
         scores = to_captions[anchor] if position % 2 == 0 else to_images[anchor]
         if mode == "semihard":
-            # cosines lie in [−1, 1]: items below the limit come first, then the others, the least similar first
+            # cosines lie in [−1, 1], so items above the limit come last, the least similar of them first
             scores = np.where(scores < limits[anchor], scores, -3 - scores)
         anchor = int((scores - penalty).argmax())
     return order
 
 
 def items_with_same_id(ids: np.ndarray) -> list[set[int]]:
-    """List for each item, a column of `ids` (G, X), the items with the same id in some row, itself among them."""
+    """List for each item the items that share an id with it, itself among them. ids (G, N) -> N sets"""
     same_id: list[set[int]] = [set() for _ in range(ids.shape[1])]
-    for row in ids.tolist():
-        members: dict[int, list[int]] = {}
-        for item, name in enumerate(row):
-            members.setdefault(name, []).append(item)
-        for together in members.values():
-            for item in together:
-                same_id[item].update(together)
+    for ids_of_kind in ids.tolist():
+        items_of: dict[int, list[int]] = {}
+        for item, item_id in enumerate(ids_of_kind):
+            items_of.setdefault(item_id, []).append(item)
+        for items in items_of.values():
+            for item in items:
+                same_id[item].update(items)
     return same_id
 
 
-def repeats(ids: np.ndarray) -> list[int]:
-    """List the positions in a batch whose item shares an id, in some row of `ids` (G, B), with an earlier item."""
-    return [position for position, same_id in enumerate(items_with_same_id(ids)) if min(same_id) < position]
+def repeated_positions(ids: np.ndarray) -> list[int]:
+    """List the positions in a batch whose item shares an id with an earlier item. ids (G, B)"""
+    positions = []
+    for position, same_id in enumerate(items_with_same_id(ids)):
+        if min(same_id) < position:
+            positions.append(position)
+    return positions
 
 
-def resolve_conflicts(batches: list[np.ndarray], groups: np.ndarray, rng: np.random.Generator) -> int:
-    """Swap items between batches, in place, until no batch holds two with the same id in a row of `groups` (G, N).
+def resolve_conflicts(batches: list[np.ndarray], ids: np.ndarray, rng: np.random.Generator) -> int:
+    """Swap items between batches, in place, so that no batch repeats an id. ids (G, N)
 
-    Each item that repeats an id is swapped with the first that fits of `SWAP_TRIALS` random ones, or stays.
+    An item that repeats an id is swapped with the first suitable one of SWAP_TRIALS random items, or stays.
     -> how many items repeat an id of their batch in the end
     """
 
     def fits(item: int, batch: np.ndarray, position: int) -> bool:
         others = np.delete(batch, position)
-        return not (groups[:, others] == groups[:, item, None]).any()
+        return not (ids[:, others] == ids[:, item, None]).any()
 
     for batch in batches:
-        for position in repeats(groups[:, batch]):
+        for position in repeated_positions(ids[:, batch]):
             item = batch[position]
             if fits(item, batch, position):
-                continue  # an earlier swap has mended it
+                continue  # an earlier swap has resolved the conflict
             for _ in range(SWAP_TRIALS):
                 other_batch = batches[rng.integers(len(batches))]
                 other_position = rng.integers(len(other_batch))
                 other = other_batch[other_position]
                 if fits(other, batch, position) and fits(item, other_batch, other_position):
-                    batch[position], other_batch[other_position] = other, item
+                    batch[position] = other
+                    other_batch[other_position] = item
                     break
-    return sum(len(repeats(groups[:, batch])) for batch in batches)
+    return sum(len(repeated_positions(ids[:, batch])) for batch in batches)
 
 
 class GroupedBatchSampler:
-    """Give batches as lists of indices, every index once an epoch, deterministic in (seed, epoch, features).
+    """A batch sampler: lists of items, each item once an epoch, deterministic in (seed, epoch, features).
 
-    No batch holds two images of one product, or two identical captions, where a swap can avoid it; `conflicts` counts
-    the items of the current epoch for which none could.
+    No batch repeats a product or a caption where a swap can avoid it. `conflicts` counts the items of the current epoch
+    that repeat one.
 
-    groups: int (G, N), a row of product ids and a row of caption ids · mode: as `chain`, or random, without chains
-    margin: a semihard negative is at least this much less similar than the anchor's own pair
+    ids: int (G, N), a row of product ids and a row of caption ids
+    batch_size: B, of all processes together
+    mode: as `chain`, or random, without chains
+    margin: a semihard negative is less similar than the anchor's own pair by more than this
     search_size: M, items in a search block
-    process: rank and number of the processes. All of them compose the same batches and iterate over a share of each.
-    The shares are equal: the fewer than world_size items that are left over in an epoch come first in the next one.
+    process: rank and number of the processes. All processes compose the same batches, and each iterates over an equal
+    share of every batch. Up to world_size − 1 items are left over in an epoch; they come first in the next epoch.
 
-    The position inside an epoch is given, not counted: loader workers fetch ahead of training, so only the training
-    loop knows how many batches were used. It calls `collect` after each batch and `set_epoch` to move on.
+    The training loop gives the position inside an epoch; the sampler does not count. Loader workers fetch batches
+    ahead of training, so the training loop alone has the number of batches that were used. It calls `collect` after
+    each batch, and `set_epoch` to move on.
     """
 
     def __init__(
         self,
-        groups: np.ndarray,
+        ids: np.ndarray,
         batch_size: int,
         mode: SamplerMode = "random",
         margin: float = 0.0,
@@ -140,30 +155,32 @@ class GroupedBatchSampler:
         search_size: int = SEARCH_SIZE,
         process: tuple[int, int] = (0, 1),
     ):
-        self.groups = groups
+        self.ids = ids
         self.batch_size = batch_size
         self.mode = mode
         self.margin = margin
         self.seed = seed
         self.search_size = search_size
         self.rank, self.world_size = process
-        self.dataset_size = groups.shape[1]
-        self.epoch, self.first_batch = 0, 0
+        self.dataset_size = ids.shape[1]
+        self.epoch = 0
+        self.first_batch = 0
         self._left_over = np.arange(0)
         self._begin_epoch(np.arange(0))
 
     def __len__(self) -> int:
-        """Batches in a whole epoch. Their sizes differ by world_size at most, so none is too small to learn from."""
+        """Return the number of batches in a whole epoch. No batch is small: sizes differ by world_size at most."""
         batches = -(-self.dataset_size // self.batch_size)
         return min(batches, self.dataset_size // self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Give this process's share of each batch, from `first_batch` on."""
         for batch in self._batches[self.first_batch :]:
             share = len(batch) // self.world_size
             yield batch[self.rank * share : (self.rank + 1) * share].tolist()
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Iterate over `epoch` next, from batch `first_batch` on. A new epoch is composed of what was collected."""
+        """Move to a batch of an epoch. A new epoch is composed of what was collected in the epoch before."""
         if epoch != self.epoch:
             self._chain_pool()
             self.epoch = epoch
@@ -172,38 +189,41 @@ class GroupedBatchSampler:
 
     @torch.no_grad()
     def collect(self, indices: Tensor, image_feat: Tensor, text_feat: Tensor) -> None:
-        """Remember the batch just trained on: indices (B,), unit-length features (B, E) and (B, E). They stay on their
-        device until they are chained, since fetching them now would wait for it."""
+        """Collect the batch that was just trained on. indices (B,), unit-length image_feat, text_feat (B, E)
+
+        The tensors stay on their device until they are chained, since copying them now would wait for the device.
+        """
         if self.mode == "random":
             return
         self._pool.append([indices, image_feat.half(), text_feat.half()])
-        if sum(len(part[0]) for part in self._pool) >= self.search_size * POOL_BLOCKS:
+        if sum(len(batch_indices) for batch_indices, _, _ in self._pool) >= self.search_size * POOL_BLOCKS:
             self._chain_pool()
 
     def _begin_epoch(self, chained: np.ndarray) -> None:
-        """Cut what was left over, then what was chained, then the rest in random order, into batches."""
+        """Cut the items of a new epoch into batches: left-over items, chained items, the rest in random order."""
         rng = np.random.default_rng((1, self.seed, self.epoch))
-        known = np.concatenate([self._left_over, chained])
-        # an image that cannot be read is replaced by another, which is then collected twice
-        first_seen = np.sort(np.unique(known, return_index=True)[1])
-        rest = np.setdiff1d(np.arange(self.dataset_size), known)
-        order = np.concatenate([known[first_seen], rng.permutation(rest)]).astype(np.int64)
+        ordered = np.concatenate([self._left_over, chained])
+        # an unreadable image is replaced by another one, which is then collected twice: the first time counts
+        _, first_positions = np.unique(ordered, return_index=True)
+        ordered = ordered[np.sort(first_positions)]
+        rest = np.setdiff1d(np.arange(self.dataset_size), ordered)
+        order = np.concatenate([ordered, rng.permutation(rest)]).astype(np.int64)
         batches, self._left_over = self._cut(order)
-        self.conflicts = resolve_conflicts(batches, self.groups, rng)
+        self.conflicts = resolve_conflicts(batches, self.ids, rng)
         self._batches = [batches[i] for i in rng.permutation(len(batches))]
-        self._pool: list[list[Tensor]] = []  # of each batch that waits for a full pool: indices and features
-        self._chains: list[np.ndarray] = []  # of each search block of this epoch its items, in order
+        self._pool: list[list[Tensor]] = []  # indices and features of each batch that was collected
+        self._chains: list[np.ndarray] = []  # ordered items of each search block
 
     def _cut(self, order: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Cut items (N,) into batches that the processes share evenly. -> batches, what is left over"""
-        share = self.dataset_size // self.world_size
+        """Cut items (N,) into batches that the processes share evenly. -> batches, left-over items"""
+        share = self.dataset_size // self.world_size  # items of a process in an epoch
         # batch k ends after ceil(k · share / batches) items of each process
         ends = -(-np.arange(1, len(self) + 1) * share // len(self)) * self.world_size
         *batches, left_over = np.split(order, ends)
         return batches, left_over
 
     def _chain_pool(self) -> None:
-        """Shuffle what was collected, cut it into search blocks, and chain each."""
+        """Shuffle the pool, cut it into search blocks, and chain the items of each block."""
         if not self._pool:
             return
         indices = np.concatenate([batch[0].cpu().numpy() for batch in self._pool])
@@ -217,7 +237,7 @@ class GroupedBatchSampler:
             items = indices[block]
             sim = image_feat[block].astype(np.float32) @ text_feat[block].astype(np.float32).T  # (M, M)
             first = int(rng.integers(len(block)))
-            order = chain(sim, self.groups[:, items], first, self.batch_size, self.mode, self.margin)
+            order = chain(sim, self.ids[:, items], first, self.batch_size, self.mode, self.margin)
             self._chains.append(items[order])
 
     @property
@@ -226,7 +246,7 @@ class GroupedBatchSampler:
         return np.concatenate(self._batches)
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in tensors and plain numbers."""
+        """Return what a resumed run needs, in tensors and plain numbers."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
@@ -235,16 +255,20 @@ class GroupedBatchSampler:
             "order": torch.from_numpy(self.order),
             "sizes": [len(batch) for batch in self._batches],
             "left_over": torch.from_numpy(self._left_over),
-            "pool": [[part.cpu() for part in batch] for batch in self._pool],
-            "chains": [torch.from_numpy(part) for part in self._chains],
+            "pool": [[tensor.cpu() for tensor in batch] for batch in self._pool],
+            "chains": [torch.from_numpy(items) for items in self._chains],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a `state_dict`, also one of another number of processes."""
-        self.seed, self.epoch, self.first_batch = state["seed"], state["epoch"], state["first_batch"]
-        self.conflicts, self._pool = state["conflicts"], state["pool"]
-        self._batches = [part.numpy() for part in state["order"].split(state["sizes"])]
+        """Continue from a `state_dict`, whatever its number of processes."""
+        self.seed = state["seed"]
+        self.epoch = state["epoch"]
+        self.first_batch = state["first_batch"]
+        self.conflicts = state["conflicts"]
+        self._pool = state["pool"]
+        self._chains = [items.numpy() for items in state["chains"]]
+        self._batches = [items.numpy() for items in state["order"].split(state["sizes"])]
         self._left_over = state["left_over"].numpy()
         if any(len(batch) % self.world_size for batch in self._batches):  # cut for another number of processes
-            self._batches, self._left_over = self._cut(np.concatenate([*self._batches, self._left_over]))
-        self._chains = [part.numpy() for part in state["chains"]]
+            items = np.concatenate([*self._batches, self._left_over])
+            self._batches, self._left_over = self._cut(items)
