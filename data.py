@@ -1,11 +1,11 @@
 """From items to batches: collation, augmentation, tokenizer; and the data sets by name.
 
-Every data set is a list of *photos* (rows); several photos show one product and share its one description. Triplets
-are for text-guided retrieval, statements for entailment: see docs/data.md. Photos stay uint8 until they are on the
-training device, where `augment` or `normalise` turns a whole batch to floats at once.
+Every data set is a list of rows, an image with a caption each (`readers/dataset.py`). Triplets are for text-guided
+retrieval, statements for visual entailment: see docs/data.md. Images stay uint8 until they are on the training device.
+There `augment` or `normalise` turns a whole batch to floats at once.
 
-Dimensions: B photos of a batch · S side of a photo in pixels · P patches of a photo · L tokens of the longest text of a
-batch · V tokens of the vocabulary · K planes of a photo, one for each attribute that it shows, after two empty ones
+Letters: B items of a batch, S side of an image in pixels, P patches, L tokens of the longest text of a batch,
+V vocabulary, K region masks of an image.
 """
 
 import math
@@ -28,11 +28,11 @@ from readers.dataset import DataError, GroundTruth, PairDataset, ReportedSplit, 
 from readers.fashiongen import fashiongen
 from readers.jsonl import jsonl
 from readers.karpathy import CaptionedName, karpathy
-from readers.prompts import ATTRIBUTES, DESCRIPTION, DIFFERENCE, SYMBOLS, Text
+from readers.prompts import ATTRIBUTES, CAPTION_PREFIX, DIFFERENCE_PREFIX, SYMBOLS, Text
 from readers.statements import snlive, synthetic_statements
-from readers.synthetic import Synthetic
+from readers.synthetic import MIN_REGION, Synthetic
 from readers.triplets import Triplets, fashioniq, synthetic_triplets
-from readers.wardrobe import KINDS
+from readers.wardrobe import ATTRIBUTE_KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,99 +41,144 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------- items -> a batch
 
 
+NO_ATTRIBUTE = 0  # `region_index` of tokens that name no attribute
+NOT_VISIBLE = 1  # `region_index` of tokens that name an attribute that the image does not show
+
+
 @dataclass
 class Collate:
-    """Makes a batch of dataset items: `images` uint8 (B, 3, S, S), of triplets also `target_images`, what `tokenize`
-    gives (B, L), `product_ids`, `caption_ids`, `rows` (B,), and `unreadable`, the reasons for photos that cannot be
-    read.
+    """A function that makes a batch of items. Items whose image cannot be read are left out.
 
-    `maskable` (B, L): see `masking.maskable_words`; informative: what `informative_pieces` gives, default every token
-    An item whose photo cannot be read is left out; a batch of none has just `rows` and `unreadable`.
-    Items with ground truth bring `region_masks` uint8 (B, K, S, S), one for each attribute that an image shows, after
-    two empty ones; `region_index` (B, L), the region mask of a token: 0 where it names no attribute, 1 where the image
-    does not show the attribute; and `kinds` (B, L), the number of the kind in KINDS, counted from 1, else 0.
+    A batch holds these tensors, or `rows` and `unreadable` alone where no item is left:
+
+        rows             int64 (B,)          row of each item in the data set
+        unreadable       list of str         why images could not be read
+        images           uint8 (B, 3, S, S)
+        target_images    uint8 (B, 3, S, S)  of triplets, where the targets are published
+        product_ids      int64 (B,)
+        caption_ids      int64 (B,)
+        token_ids        int64 (B, L)
+        attention_mask   int64 (B, L)        1 = attend, 0 = padding
+        is_caption       bool (B, L)         tokens of a caption or value; not of prefixes, prompts or special tokens
+        maskable         int64 (B, L)        number of the token's word, 0 where it is never masked
+
+    and with ground truth:
+
+        region_masks     uint8 (B, K, S, S)  two that are empty, then one for each attribute that the image shows
+        region_index     int64 (B, L)        the region mask of a token: 0 names no attribute, 1 names one that the
+                                             image does not show
+        attribute_kinds  int64 (B, L)        index in ATTRIBUTE_KINDS plus 1, 0 names no attribute
+
+    A word has the number of the place of its first piece, counted from 1, as in masking.py. An image that shows
+    "striped" and "zipped", but not "wool":
+
+        token            [CLS]  striped  and  zip  ##ped  wool  [SEP]
+        place              1       2      3    4     5      6     7
+        maskable           0       2      3    4     4      6     0
+        region_index       0       2      0    3     3      1     0
+        attribute_kinds    0       3      0    6     6     10     0
+
+    tokenizer: by `build_tokenizer`
+    informative: by `informative_pieces`; without it every token is a word of its own, and every word is maskable
     """
 
     tokenizer: Tokenizer
     informative: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, items: list[dict | Unreadable]) -> dict:
-        unreadable = [item.reason for item in items if isinstance(item, Unreadable)]
-        items = [item for item in items if isinstance(item, dict)]
+        """Make a batch of items, as `PairDataset` and `ReadableItems` give them."""
+        readable = []
+        unreadable = []
         for item in items:
-            unreadable += item.get("unreadable", [])  # in whose place the item stands
-        batch = {"rows": torch.tensor([item["row"] for item in items], dtype=torch.long), "unreadable": unreadable}
-        if not items:
+            if isinstance(item, Unreadable):
+                unreadable.append(item.reason)
+            else:
+                readable.append(item)
+                unreadable += item.get("unreadable", [])  # images that this item replaces
+        batch = {"rows": torch.tensor([item["row"] for item in readable], dtype=torch.long), "unreadable": unreadable}
+        if not readable:
             return batch
-        batch["images"] = torch.stack([item["image"] for item in items])
-        if "target_image" in items[0]:
-            batch["target_images"] = torch.stack([item["target_image"] for item in items])
-        batch["product_ids"] = torch.tensor([int(item["product_id"]) for item in items])
-        batch["caption_ids"] = torch.tensor([int(item["caption_id"]) for item in items])
-        encodings = encode(self.tokenizer, [item["text"] for item in items])
-        batch |= _tensors(encodings)
-        every = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
-        continues, informative = self.informative or (~every, every)
+        batch["images"] = torch.stack([item["image"] for item in readable])
+        if "target_image" in readable[0]:
+            batch["target_images"] = torch.stack([item["target_image"] for item in readable])
+        batch["product_ids"] = torch.tensor([int(item["product_id"]) for item in readable])
+        batch["caption_ids"] = torch.tensor([int(item["caption_id"]) for item in readable])
+        encodings = encode(self.tokenizer, [item["text"] for item in readable])
+        batch |= stack_encodings(encodings)
+        if self.informative:
+            continues, informative = self.informative
+        else:
+            informative = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
+            continues = ~informative
         batch["maskable"] = maskable_words(batch["token_ids"], batch["is_caption"], continues, informative)
-        if "ground_truth" in items[0]:
-            batch |= _collate_ground_truth(encodings, [item["ground_truth"] for item in items])
+        if "ground_truth" in readable[0]:
+            batch |= _collate_ground_truth(encodings, [item["ground_truth"] for item in readable])
         return batch
 
 
-def _collate_ground_truth(encodings: list[Encoding], truths: list[GroundTruth]) -> dict[str, Tensor]:
-    """-> planes, region_index and kinds, see `Collate`."""
-    size = truths[0].size
-    most = max(len(truth.regions) for truth in truths)
-    region_masks = torch.zeros(len(truths), 2 + most, size, size, dtype=torch.uint8)
-    region_index = torch.zeros(len(truths), len(encodings[0].ids), dtype=torch.long)
-    kinds = torch.zeros_like(region_index)
-    for b, truth in enumerate(truths):
-        mask_of = {}
-        for number, key in enumerate(truth.regions, start=2):
-            mask_of[key] = number
-            region_masks[b, number] = torch.from_numpy(truth.region(key))
-        for token, (start, end) in enumerate(encodings[b].offsets):
-            if encodings[b].word_ids[token] != 1:  # the description is the second piece of its text
+def _collate_ground_truth(encodings: list[Encoding], ground_truths: list[GroundTruth]) -> dict[str, Tensor]:
+    """Make region_masks, region_index and attribute_kinds of a batch, see `Collate`."""
+    size = ground_truths[0].size
+    most_regions = max(len(ground_truth.regions) for ground_truth in ground_truths)
+    region_masks = torch.zeros(len(ground_truths), 2 + most_regions, size, size, dtype=torch.uint8)
+    region_index = torch.full((len(ground_truths), len(encodings[0].ids)), NO_ATTRIBUTE)
+    attribute_kinds = torch.zeros_like(region_index)
+    for b, (encoding, ground_truth) in enumerate(zip(encodings, ground_truths)):
+        index_of = {}  # attribute -> region mask
+        for index, key in enumerate(ground_truth.regions, start=2):
+            index_of[key] = index
+            region_masks[b, index] = torch.from_numpy(ground_truth.region(key))
+        for token, (start, end) in enumerate(encoding.offsets):
+            if encoding.word_ids[token] != 1:  # the caption is the second segment of a text
                 continue
-            for first, last, key, kind in truth.spans:
-                if first <= start < end <= last:
-                    region_index[b, token] = mask_of.get(key, 1)
-                    kinds[b, token] = 1 + KINDS.index(kind)
-    return {"region_masks": region_masks, "region_index": region_index, "kinds": kinds}
+            for span in ground_truth.spans:
+                if span.start <= start < end <= span.end:
+                    region_index[b, token] = index_of.get(span.key, NOT_VISIBLE)
+                    attribute_kinds[b, token] = 1 + ATTRIBUTE_KINDS.index(span.kind)
+    return {"region_masks": region_masks, "region_index": region_index, "attribute_kinds": attribute_kinds}
 
 
 def word_regions(batch: dict, grid: int) -> Tensor:
-    """Where a photo shows what its words name, by patches. -> (B, L, P) bool, nowhere for what it does not show.
+    """Compute which patches show what each token names, for a batch with ground truth. -> bool (B, L, P)
 
-    A region counts as seen from 0.3 % of the photo on; a patch is on it that it covers by a quarter, or by half as much
-    as the patch that it covers most."""
-    region_masks = batch["region_masks"].float()
-    cover = F.avg_pool2d(region_masks, region_masks.shape[-1] // grid).flatten(2)  # (B, K, P)
-    enough = (cover.amax(dim=2, keepdim=True) / 2).clamp(max=0.25)
-    seen = region_masks.mean(dim=(2, 3)) >= 0.003  # (B, K)
-    on = (cover >= enough) & seen[..., None]
-    plane = batch["region_index"][..., None].expand(-1, -1, on.shape[2])  # (B, L, P)
-    return on.gather(1, plane)
+    Our choice: a region is visible from MIN_REGION of the image on. A patch p shows a region where
+    coverage_p ≥ min(1/4, max_q coverage_q / 2),   coverage_p = share of the patch that the region covers
+
+    grid: patches a side; S is a multiple of it
+    """
+    region_masks = batch["region_masks"].float()  # (B, K, S, S)
+    patch_size = region_masks.shape[-1] // grid
+    coverage = F.avg_pool2d(region_masks, patch_size).flatten(2)  # (B, K, P)
+    threshold = (coverage.amax(dim=2, keepdim=True) / 2).clamp(max=0.25)
+    is_visible = region_masks.mean(dim=(2, 3)) >= MIN_REGION  # (B, K)
+    shows_region = (coverage >= threshold) & is_visible[..., None]  # (B, K, P)
+    index = batch["region_index"][..., None].expand(-1, -1, shows_region.shape[2])  # (B, L, P)
+    return shows_region.gather(1, index)
 
 
 # ---------------------------------------------------------------- a batch on the device
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on `device`, copied without waiting where memory is pinned."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """Copy the tensors of a batch to a device, without waiting where their memory is pinned."""
+    moved = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            moved[key] = value.to(device, non_blocking=True)
+    return moved
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S), or float in [0, 1] -> float, minus ImageNet's mean and over its deviation."""
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    mean, std = imagenet(images.device)
+    """Subtract ImageNet's mean and divide by its deviation. uint8, or float in [0, 1], (B, 3, S, S) -> float"""
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    mean, std = imagenet_mean_std(images.device)
     return (images - mean) / std
 
 
 @cache
-def imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (3, 1, 1) of ImageNet's channels, copied to a device once."""
+def imagenet_mean_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (3, 1, 1) of ImageNet's channels, copied to a device once."""
     mean = torch.tensor(IMAGENET_MEAN, device=device)
     std = torch.tensor(IMAGENET_STD, device=device)
     return mean[:, None, None], std[:, None, None]
@@ -146,15 +191,19 @@ def random_crops(
     distort: float = 0.0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Random resized crops (area share min_scale … 1, aspect 3/4 … 4/3) and flips, with distort > 0 also rotated (up to
-    30° at 1) and sheared. -> affine maps (B, 2, 3) from the crop to the photo, both [−1, 1]²."""
+    """Draw random resized crops and flips, as affine maps from the crop to the image, both [−1, 1]².
+
+    min_scale: a crop has min_scale to 1 of the image's area; its aspect is 3/4 to 4/3, so far as it fits
+    distort: in [0, 1], strength of rotation (up to 30°) and shear
+    -> float (count, 2, 3)
+    """
 
     def draw(low: float, high: float) -> Tensor:
         return torch.rand(count, device=device, generator=generator) * (high - low) + low
 
     area = draw(min_scale, 1.0)
     aspect = torch.exp(draw(math.log(3 / 4), math.log(4 / 3)))
-    aspect = aspect.clamp(area, 1 / area)  # or a side would be longer than the photo
+    aspect = aspect.clamp(area, 1 / area)  # otherwise a side would be longer than the image
     width = (area * aspect).sqrt()
     height = (area / aspect).sqrt()
     x = draw(-1, 1) * (1 - width)  # centre of the crop
@@ -165,31 +214,35 @@ def random_crops(
     if distort > 0:
         angle = draw(-1, 1) * distort * math.pi / 6
         shear = draw(-1, 1) * distort / 4
-        turn = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], dim=1)
-        scale = turn.view(-1, 2, 2) @ scale
+        rotation = torch.stack([angle.cos(), shear - angle.sin(), angle.sin(), angle.cos()], dim=1)  # and shear
+        scale = rotation.view(-1, 2, 2) @ scale
     return torch.cat([scale, centre], dim=2)
 
 
 def apply_crops(images: Tensor, crops: Tensor, padding: str = "border") -> Tensor:
-    """The crops (B, 2, 3) of images (B, C, S, S) -> float (B, C, S, S)."""
+    """Cut crops (B, 2, 3) out of images (B, C, S, S) and scale them to the same size. -> float (B, C, S, S)
+
+    padding: of what is outside the image: "border" repeats its edge, "zeros"
+    """
     points = F.affine_grid(crops, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), points, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
 def augment(images: Tensor, crops: Tensor, generator: torch.Generator | None = None, distort: float = 0.0) -> Tensor:
-    """`random_crops` of a whole batch. images uint8 (B, 3, S, S) -> normalised float (B, 3, S, S), on the same device.
+    """Crop, distort and normalise a batch of images on its device. uint8 (B, 3, S, S) -> float (B, 3, S, S)
 
-    distort: strength of random blur and noise; captions name colours, which stay.
+    crops (B, 2, 3): by `random_crops`
+    distort: in [0, 1], strength of blur and noise. Colours stay as they are, since captions name them (our choice).
     """
     pixels = apply_crops(images, crops) / 255
     if distort > 0:
-        each = (len(images), 1, 1, 1)
+        per_image = (len(images), 1, 1, 1)
         blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), "replicate"), 3, 1)
-        blur = torch.rand(each, device=images.device, generator=generator) * distort
-        pixels = torch.lerp(pixels, blurred, blur)
+        blur_share = torch.rand(per_image, device=images.device, generator=generator) * distort
+        pixels = torch.lerp(pixels, blurred, blur_share)
         noise = torch.randn(pixels.shape, device=images.device, generator=generator)
-        strength = torch.rand(each, device=images.device, generator=generator) * distort
-        pixels = (pixels + 0.1 * strength * noise).clamp(0, 1)
+        noise_share = torch.rand(per_image, device=images.device, generator=generator) * distort
+        pixels = (pixels + 0.1 * noise_share * noise).clamp(0, 1)
     return normalise(pixels)
 
 
@@ -199,19 +252,25 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[Text]) -> dict[str, Tensor]:
-    """-> token_ids, attention_mask (1 = keep) and described (True = of a description, not of a frame), each (B, L)."""
-    return _tensors(encode(tokenizer, texts))
+    """Turn texts into token_ids int64, attention_mask int64 and is_caption bool, each (B, L), see `Collate`."""
+    return stack_encodings(encode(tokenizer, texts))
 
 
 def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Encoding]:
-    """Token by token, padded to the longest: `word_ids` says of which piece of its text, `offsets` where in it."""
+    """Tokenize texts, padded to the longest one.
+
+    An Encoding has for each token its id, the number of its segment (`word_ids`, None for special tokens), and its
+    place in the segment (`offsets`).
+    """
     return tokenizer.encode_batch([list(text) for text in texts], is_pretokenized=True)
 
 
-def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
+def stack_encodings(encodings: list[Encoding]) -> dict[str, Tensor]:
+    """Stack encodings to token_ids, attention_mask and is_caption, as `tokenize`."""
     is_caption = []
     for encoding in encodings:
-        is_caption.append([piece is not None and piece % 2 == 1 for piece in encoding.word_ids])
+        # every second segment of a text is a caption or value, see readers/prompts.py
+        is_caption.append([segment is not None and segment % 2 == 1 for segment in encoding.word_ids])
     return {
         "token_ids": torch.tensor([encoding.ids for encoding in encodings]),
         "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
@@ -220,31 +279,40 @@ def _tensors(encodings: list[Encoding]) -> dict[str, Tensor]:
 
 
 def build_tokenizer(
-    captions: list[str], vocab_size: int, max_length: int, vocab: str | Path | None = None, frames: bool = False
+    captions: list[str],
+    vocab_size: int,
+    max_length: int,
+    vocab: str | Path | None = None,
+    prompts: bool = False,
 ) -> Tokenizer:
-    """A WordPiece tokenizer as BERT's: from `vocab` (a BERT `vocab.txt`), otherwise trained on `captions`. It adds
-    [CLS] and [SEP], cuts at `max_length` tokens and pads to the longest of a batch, in steps of 8.
+    """Build a WordPiece tokenizer as BERT's, which adds [CLS] and [SEP], truncates and pads.
 
-    frames: the category symbols are tokens too, the last ones, and the words of prompts are whole in the vocabulary.
+    vocab: a BERT `vocab.txt`; otherwise a vocabulary of up to vocab_size tokens is trained on the captions
+    max_length: tokens after which a text is truncated; texts are padded to the longest one of a batch
+    prompts: add the category symbols as the last tokens, and every word of the prompts as one token
+    Raises OSError where `vocab` cannot be read, DataError where it is no such file.
     """
-    special = list(SPECIAL_TOKENS)
-    whole = []
-    if frames:
-        special += [f"[{symbol}]" for symbol in SYMBOLS]
-        whole = list(dict.fromkeys(" ".join([DESCRIPTION, DIFFERENCE, "sub", *ATTRIBUTES]).split()))
-    words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, whole)
-    tokenizer = _bert_style(words)
-    tokenizer.add_special_tokens(special)
-    cls, sep, pad = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]", "[PAD]")]
-    tokenizer.post_processor = processors.BertProcessing(sep, cls)
+    special_tokens = list(SPECIAL_TOKENS)
+    prompt_words = []
+    if prompts:
+        special_tokens += [f"[{symbol}]" for symbol in SYMBOLS]
+        all_prompts = " ".join([CAPTION_PREFIX, DIFFERENCE_PREFIX, "sub", *ATTRIBUTES])
+        prompt_words = list(dict.fromkeys(all_prompts.split()))
+    words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, prompt_words)
+    tokenizer = _bert_tokenizer(words)
+    tokenizer.add_special_tokens(special_tokens)
+    cls_id = tokenizer.token_to_id("[CLS]")
+    sep_id = tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
     tokenizer.enable_truncation(max_length)
-    # in steps of 8: odd lengths, new ones each time, cost a CPU more than the padding (experiments/results.md)
-    tokenizer.enable_padding(pad_id=pad[1], pad_token=pad[0], pad_to_multiple_of=math.gcd(8, max_length))
+    # Lengths are multiples of 8: on a CPU, ever new lengths cost more than the padding (experiments/results.md).
+    step = math.gcd(8, max_length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]", pad_to_multiple_of=step)
     return tokenizer
 
 
-def _bert_style(words: list[str]) -> Tokenizer:
-    """A tokenizer with these words, in order of id."""
+def _bert_tokenizer(words: list[str]) -> Tokenizer:
+    """Build a tokenizer that splits texts as BERT's does. words: its vocabulary, in order of id"""
     tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -252,57 +320,66 @@ def _bert_style(words: list[str]) -> Tokenizer:
 
 
 def _read_vocabulary(path: str | Path) -> list[str]:
-    """The words of a BERT `vocab.txt`, one a line. Raises DataError for another file."""
+    """Read a BERT `vocab.txt`, one word a line. Raises DataError for another file."""
     words = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
-        raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}")
+        raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}; give another file")
     if len(words) == len(SPECIAL_TOKENS):
-        raise DataError(f"{path}: it holds no word but the special tokens")
-    twice = [word for word, count in Counter(words).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: {twice[0]!r} stands on several lines, so ids would have gaps; keep one of them")
+        raise DataError(f"{path}: it has no word but the special tokens; give another file")
+    duplicates = [word for word, count in Counter(words).items() if count > 1]
+    if duplicates:
+        raise DataError(f"{path}: {duplicates[0]!r} stands on several lines, so ids would have gaps; keep one of them")
     return words
 
 
-def _train_vocabulary(captions: list[str], size: int, whole: list[str]) -> list[str]:
-    """The WordPiece vocabulary of some captions, and of `whole` words, in order of id; the same one every time."""
-    tokenizer = _bert_style(["[UNK]"])
+def _train_vocabulary(captions: list[str], size: int, prompt_words: list[str]) -> list[str]:
+    """Train a WordPiece vocabulary on captions. It is deterministic and includes the prompt words.
+
+    -> words in order of id
+    """
+    tokenizer = _bert_tokenizer(["[UNK]"])
     texts = sorted(set(captions))
     letters = set(tokenizer.normalizer.normalize_str("".join(texts)))
-    # The trainer numbers letters inside words in the order of a randomly seeded hash map, and breaks ties between
-    # merges by number: listing those letters first, as special tokens, is what makes it reproducible.
-    inner = ["##" + letter for letter in sorted(letters - {" "})]
-    special = [*SPECIAL_TOKENS, *inner, *whole]
-    trainer = WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False)
+    # The trainer numbers the letters inside words in the order of a randomly seeded hash map, and breaks ties between
+    # merges by these numbers. It is deterministic where these letters come first, as special tokens.
+    inner_letters = ["##" + letter for letter in sorted(letters - {" "})]
+    special_tokens = [*SPECIAL_TOKENS, *inner_letters, *prompt_words]
+    trainer = WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=special_tokens, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
 
 
 def replacement_ids(tokenizer: Tokenizer) -> Tensor:
-    """The ids of everything but the special tokens, for random replacements. -> (V',)."""
-    special = tokenizer.get_added_tokens_decoder()
-    return torch.tensor([i for i in range(tokenizer.get_vocab_size()) if i not in special])
+    """List the ids that may replace a masked word: all but special tokens. -> int64 (V',)"""
+    special_ids = tokenizer.get_added_tokens_decoder()
+    return torch.tensor([i for i in range(tokenizer.get_vocab_size()) if i not in special_ids])
 
 
-MAX_DOC_FREQ = 0.75  # words in a larger share of the captions tell nothing, and are not masked (choice)
+MAX_DOC_FREQ = 0.75  # words in a larger share of the captions are not masked (our choice)
 
 
 def informative_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """For `masking.maskable_words`: the pieces that continue a word; the pieces that are no punctuation and stand in no
-    more than the share MAX_DOC_FREQ of the different captions. -> (V,), (V,) bool"""
+    """Find the pieces of the vocabulary that `masking.maskable_words` needs.
+
+    continues: pieces that continue a word, such as ##per
+    informative: pieces with a letter or digit that occur in at most the share MAX_DOC_FREQ of the distinct captions
+    -> continues, informative, bool (V,) each
+    """
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    wordings = list(dict.fromkeys(captions))
-    counts = torch.zeros(len(pieces))
-    for start in tqdm(range(0, len(wordings), 1000), "counting words", leave=False, disable=None):
-        for encoding in tokenizer.encode_batch(wordings[start : start + 1000], add_special_tokens=False):
-            counts[list(set(encoding.ids))] += 1
+    distinct_captions = list(dict.fromkeys(captions))
+    doc_counts = torch.zeros(len(pieces))
+    for start in tqdm(range(0, len(distinct_captions), 1000), "counting words", leave=False, disable=None):
+        part = distinct_captions[start : start + 1000]
+        for encoding in tokenizer.encode_batch(part, add_special_tokens=False):
+            doc_counts[list(set(encoding.ids))] += 1
     continues = torch.tensor([piece.startswith("##") for piece in pieces])
-    spelt = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
-    return continues, spelt & (counts <= MAX_DOC_FREQ * len(wordings))
+    is_word = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
+    is_infrequent = doc_counts <= MAX_DOC_FREQ * len(distinct_captions)
+    return continues, is_word & is_infrequent
 
 
-# choice: a few words instead of WordNet, which FashionSAP looks them up in
+# Our choice: a short list. FashionSAP looks words up in WordNet.
 ANTONYMS = (
     "long short, black white, light dark, wide slim, loose fitted, high low, front back, top bottom, upper lower, "
     "inner outer, left right, full half, round square, thick thin, soft hard, warm cool, matte glossy, single double, "
@@ -316,35 +393,47 @@ SYNONYMS = (
 
 
 def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
-    """For each token the one that it forms a pair with in a list such as ANTONYMS, −1 where there is none. -> (V,).
+    """Find for each token id the id of its partner in a list of pairs, such as ANTONYMS. -> int64 (V,), −1 without one
 
-    Only words that are one token count (also where a longer word begins with it); of several pairs the first."""
-    table = torch.full((tokenizer.get_vocab_size(),), -1)
+    Only words that are one token count, also where a longer word begins with this token. Of several pairs with a word
+    the first counts.
+    """
+    partner = torch.full((tokenizer.get_vocab_size(),), -1)
     for pair in pairs.split(", "):
-        one, other = [tokenizer.token_to_id(word) for word in pair.split()]
-        if one is None or other is None:
+        first, second = pair.split()
+        first_id = tokenizer.token_to_id(first)
+        second_id = tokenizer.token_to_id(second)
+        if first_id is None or second_id is None:
             continue
-        if table[one] < 0:
-            table[one] = other
-        if table[other] < 0:
-            table[other] = one
-    return table
+        if partner[first_id] < 0:
+            partner[first_id] = second_id
+        if partner[second_id] < 0:
+            partner[second_id] = first_id
+    return partner
 
 
 # ---------------------------------------------------------------- data sets by name
 
 DataName = Literal["synthetic", "fashiongen", "jsonl"]
-VAL_PRODUCTS = 300  # synthetic products held out of training
+VAL_PRODUCTS = 300  # products of the synthetic validation split
 
 
 def build_dataset(
-    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
+    name: str,
+    root: str | Path | None,
+    split: ReportedSplit,
+    image_size: int,
+    seed: int = 0,
+    products: int = 4000,
 ) -> PairDataset:
-    """Open a split of a data set, a DataName or CaptionedName. Raises DataError or OSError when it cannot be used.
+    """Open a split of a data set of image-caption pairs.
 
-    root: folder of the files (default `data/<name>`; `synthetic` has none) · image_size: side in pixels
-    seed: of the synthetic set, and of the split by product where the data has none
-    products: synthetic products in the training split; validation has VAL_PRODUCTS
+    name: a DataName or CaptionedName
+    root: folder of the files, by default `data/<name>`; `synthetic` has none
+    image_size: side of the images in pixels
+    seed: of the synthetic products, and of the split by product where the files have none
+    products: synthetic products of the training split; the validation split has VAL_PRODUCTS
+    Raises DataError or OSError where the data cannot be used.
     """
     if name == "synthetic":
         return Synthetic(split, products if split == "train" else VAL_PRODUCTS, image_size, seed)
@@ -356,25 +445,36 @@ def build_dataset(
 
 
 def build_triplets(
-    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
+    name: str,
+    root: str | Path | None,
+    split: ReportedSplit,
+    image_size: int,
+    seed: int = 0,
+    products: int = 4000,
 ) -> Triplets:
-    """Open a split of `synthetic` triplets or of `fashioniq`; arguments and errors as `build_dataset`."""
+    """Open a split of `synthetic` triplets or of `fashioniq`. Arguments and errors are as of `build_dataset`."""
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed)
     return fashioniq(_folder(name, root), split, image_size)
 
 
 def build_statements(
-    name: str, root: str | Path | None, split: ReportedSplit, image_size: int, seed: int = 0, products: int = 4000
+    name: str,
+    root: str | Path | None,
+    split: ReportedSplit,
+    image_size: int,
+    seed: int = 0,
+    products: int = 4000,
 ) -> PairDataset:
-    """Open a split of `synthetic` statements or of `snlive`; arguments and errors as `build_dataset`."""
+    """Open a split of `synthetic` statements or of `snlive`. Arguments and errors are as of `build_dataset`."""
     if name == "synthetic":
         return synthetic_statements(split, products if split == "train" else VAL_PRODUCTS, image_size, seed)
     return snlive(_folder(name, root), split, image_size)
 
 
 def _folder(name: str, root: str | Path | None) -> Path:
+    """Return the folder of a data set's files. Raises DataError where there is no such folder."""
     folder = Path(root or f"data/{name}")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; say with --root where the {name} files are")
+        raise DataError(f"{folder}: no such folder; give the folder of the {name} files with --root")
     return folder

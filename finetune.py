@@ -213,7 +213,7 @@ def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
         triplet = int(triplets[query])
         answers = best_answers(sim[query], rows, torch.from_numpy(rows == dataset.targets[triplet]))
         examples.append((dataset.captions[triplet], dataset.image(triplet), answers))
-    draw_answers(dataset.photos, examples, out / "examples.png")
+    draw_answers(dataset.image_set, examples, out / "examples.png")
     return metrics, chance, protocol
 
 
@@ -225,7 +225,7 @@ def write_ranks(dataset: Triplets, ranked: list[RankedTriplets], path: Path) -> 
             continue
         best = sim.topk(min(100, len(rows))).indices
         for triplet, places in zip(triplets.tolist(), best, strict=True):
-            names = [dataset.photos.name_of(int(rows[place])) for place in places]
+            names = [dataset.image_set.name_of(int(rows[place])) for place in places]
             query = {"subset": subset, "candidate": dataset.name_of(triplet), "text": dataset.captions[triplet]}
             lines.append(query | {"ranking": names})
     path.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
@@ -238,9 +238,9 @@ def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTripl
     for galleries in dataset.galleries.values():
         gallery_rows += galleries.values()
     shown = np.unique(np.concatenate(gallery_rows))
-    readable, image_feat = image_features(run, dataset.photos.subset(shown))
+    readable, image_feat = image_features(run, dataset.image_set.subset(shown))
     image_feat = image_feat.cpu()
-    place = np.full(len(dataset.photos), -1)  # of an image in image_feat; −1 where it cannot be read
+    place = np.full(len(dataset.image_set), -1)  # of an image in image_feat; −1 where it cannot be read
     place[shown[readable]] = np.arange(len(readable))
 
     query_feats, triplets = [], []

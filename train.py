@@ -71,7 +71,7 @@ from masking import (
     sync_mask,
 )
 from readers.dataset import DataError, PairDataset
-from readers.prompts import DESCRIPTION
+from readers.prompts import CAPTION_PREFIX
 
 Values = dict[str, Tensor]  # scalars by name: the losses of a step, or metrics of a step
 
@@ -444,7 +444,7 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
     val_set = build_dataset(config.data, config.root, "val", *sizes)
     train_set.prompts = config.prompts
     if config.prompts:  # held-out captions as the downstream tasks give them: without what the prompts would tell
-        val_set.caption_prefix = DESCRIPTION
+        val_set.caption_prefix = CAPTION_PREFIX
     train_set.with_ground_truth = "oracle" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
     tokenizer = read_tokenizer(state) if state else learn_vocabulary(config, train_set)

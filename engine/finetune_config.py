@@ -12,7 +12,7 @@ from engine.config import LoopConfig, check_loop
 from engine.flags import ConfigError, OneLineParser, add_flags, check_readers, flag_of, option
 from model import ModelConfig
 from readers.dataset import DataError, PairDataset
-from readers.prompts import DESCRIPTION, DIFFERENCE
+from readers.prompts import CAPTION_PREFIX, DIFFERENCE_PREFIX
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
 RECOGNITION = ("category", "subcategory", "entailment")
@@ -181,7 +181,7 @@ def open_data(config: FinetuneConfig, split: str) -> PairDataset:
         build = build_statements
     dataset = build(config.data, config.root, split, config.model.image_size, config.data_seed, config.num_products)
     if config.task == "search" and config.data == "fashioniq":
-        dataset = dataset.photos
+        dataset = dataset.image_set
     elif config.task in ("category", "subcategory"):
         labelled = np.flatnonzero([bool(label) for label in labels_of(config, dataset)])
         if not len(labelled):
@@ -201,4 +201,4 @@ def caption_prefix(config: FinetuneConfig) -> str:
     """What stands before each text, where pretraining has framed its texts."""
     if not config.prompts:
         return ""
-    return DIFFERENCE if "tgir" in (config.task, config.start) else DESCRIPTION
+    return DIFFERENCE_PREFIX if "tgir" in (config.task, config.start) else CAPTION_PREFIX

@@ -20,7 +20,7 @@ def choices(run: Run, dataset: Synthetic, products: int) -> dict[str, float]:
     -> choice_coarse and choice_fine, by the kind of the wrong value, choice_coarse_itm and choice_fine_itm
     """
     part = dataset.subset(np.flatnonzero(dataset.product_ids < products))
-    kinds, rows, foils = draw_foils(dataset, part.source)
+    kinds, rows, foils = draw_foils(dataset, part.image_index)
     if not kinds:
         return {}
     captions = [part.text(row) for row in range(len(part))]

@@ -36,7 +36,7 @@ class TokenLabels(NamedTuple):
 
 def token_labels(batch: dict, grid: int) -> TokenLabels:
     """Label the tokens of a batch of a data set with `with_ground_truth`. Tokens of frames name no attribute."""
-    kinds = batch["kinds"]
+    kinds = batch["attribute_kinds"]
     regions = word_regions(batch, grid)
     return TokenLabels(kinds > 0, kinds > len(COARSE), regions.any(dim=2), regions)
 
@@ -198,5 +198,5 @@ def false_negatives(
     false = []
     for image, caption in zip(images.tolist(), captions.tolist(), strict=True):
         if min(image, caption) >= 0:  # −1 where there is none
-            false.append(dataset.describes(int(product_ids[caption]), int(rows[image])))
+            false.append(dataset.caption_matches(int(product_ids[caption]), int(rows[image])))
     return false

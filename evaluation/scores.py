@@ -178,7 +178,7 @@ def recalls_of(rankings: list[Ranking]) -> Metrics:
     return metrics
 
 
-# subset, protocol, similarities (Q, C), triplets (Q,), the gallery's rows of `photos` (C,)
+# subset, protocol, similarities (Q, C), triplets (Q,), the gallery's rows of `image_set` (C,)
 RankedTriplets = tuple[str, str, Tensor, np.ndarray, np.ndarray]
 
 

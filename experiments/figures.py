@@ -19,7 +19,7 @@ from engine.flags import ConfigError
 from engine.run import Run, build_run
 from evaluation.pictures import draw_masks, first_images
 from readers.dataset import DataError, PairDataset
-from readers.prompts import DESCRIPTION
+from readers.prompts import CAPTION_PREFIX
 
 
 def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
@@ -43,7 +43,7 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Pair
     state = load_checkpoint(checkpoint)
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
-    dataset.caption_prefix = DESCRIPTION if config.prompts else ""
+    dataset.caption_prefix = CAPTION_PREFIX if config.prompts else ""
     run = build_run(config, dataset, read_tokenizer(state))
     run.model.load_state_dict(state["model"])
     run.momentum.model.load_state_dict(state["momentum"])

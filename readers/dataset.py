@@ -1,9 +1,12 @@
-"""A data set of photos: columns, one value a row, and the images."""
+"""The base of every data set: image-caption pairs, one a row.
+
+Letters: N rows, S side of an image in pixels.
+"""
 
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +18,18 @@ from readers.prompts import Text, category_symbol, prompt_text
 Split = Literal["train", "val"]
 ReportedSplit = Literal["train", "val", "test"]
 
-CONTROLS = dict.fromkeys([*range(32), *range(127, 160)]) | {ord(blank): " " for blank in "\t\n\r"}
+# for str.translate: tabs and line ends become blanks, other control characters are deleted
+CONTROL_CHARACTERS = dict.fromkeys([*range(32), *range(127, 160)], "")
+CONTROL_CHARACTERS |= {ord("\t"): " ", ord("\n"): " ", ord("\r"): " "}
 
 
 def printable(text: str) -> str:
-    """A text from outside without control characters, which could change a terminal's colours."""
-    return text.translate(CONTROLS)
+    """Remove control characters from a text, since they could change the colours of a terminal."""
+    return text.translate(CONTROL_CHARACTERS)
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the key or line, and what to do."""
+    """Data that cannot be used. The message names the file, the key or line, and what to do."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
@@ -32,42 +37,50 @@ class DataError(ValueError):
 
 @dataclass
 class Unreadable:
-    """Stands for a photo that could not be decoded; `Collate` leaves it out and counts it."""
+    """An item whose image could not be decoded. `Collate` leaves it out and counts it."""
 
     reason: str
 
 
+class Span(NamedTuple):
+    """A stretch of a caption, `caption[start:end]`, that names an attribute."""
+
+    start: int
+    end: int
+    key: str  # the attribute, a key of `Product.attributes`; "invisible" for what no image shows
+    kind: str  # one of `wardrobe.KINDS`
+
+
 @dataclass
 class GroundTruth:
-    """What a photo really shows.
+    """The ground truth of an image: what its caption names, and where the image shows it."""
 
-    spans: (start, end, key, kind) of every stretch of the description that names an attribute
-    regions: of the attributes that the photo shows, where, as packed bits of (size, size) pixels
-    """
-
-    spans: list[tuple[int, int, str, str]]
-    regions: dict[str, np.ndarray]
-    size: int
+    spans: list[Span]
+    regions: dict[str, np.ndarray]  # visible attributes alone: key -> `region`, packed to bits
+    size: int  # side of the image in pixels
 
     def region(self, key: str) -> np.ndarray:
-        """(size, size) bool."""
+        """Return where the image shows an attribute: bool (size, size)."""
         return np.unpackbits(self.regions[key]).reshape(self.size, self.size).astype(bool)
 
 
 class PairDataset(Dataset):
-    """Photos with their descriptions, as training, sampling and evaluation read them. Each reader returns one.
+    """A data set of image-caption pairs, one a row. Every reader returns one.
 
-    captions: the caption of each row
-    product_ids, caption_ids: int64 arrays (N,), equal where the products, or the captions, are equal
-    images, source: the image of a row is `images[source[row]]`; readers of files decode it at that moment
-    attributes: a column for each attribute of the prompts, "" where it is not known; `categories` and `subcategories`
-        are two of these columns
-    names: the name of each image in messages
-    problems: a message for each image left out at opening · dropped: what else was left out, counted, as text
-    caption_prefix: words before each caption · prompts: put the category symbol and the attribute prompts around it
-    with_ground_truth: give `ground_truth` with each item; only `Synthetic` knows it
-    several_captions: the rows of one product are one image with several captions, not several images with one caption
-    row_noun, product_noun: the words for rows and products in the report
+    Several rows show one product: several images that share a caption, or, with `several_captions`, one image that has
+    several captions.
+
+    captions: N texts
+    product_ids, caption_ids: int64 (N,), equal where two rows have the same product, or the same caption
+    images, image_index: the image of a row is `images[image_index[row]]`; readers of files decode it at that moment
+    attributes: name -> N values, "" where unknown; `categories` and `subcategories` are two of them
+    image_names: the name of each image in messages; without names it is called by its number
+    problems: a message for each image or line that was left out at opening
+    dropped: messages that count what else was left out
+    caption_prefix: words in front of each caption
+    prompts: put the category symbol and the attribute prompts around each caption, instead of the prefix
+    with_ground_truth: add `ground_truth` to each item, which `Synthetic` alone can
+    row_noun, product_noun: what `report` calls rows and products
     """
 
     caption_prefix = ""
@@ -84,19 +97,20 @@ class PairDataset(Dataset):
         images: Sequence[Image.Image],
         image_size: int,
         attributes: dict[str, list[str]] | None = None,
-        names: list[str] | None = None,
-        source: list[int] | None = None,
+        image_names: list[str] | None = None,
+        image_index: list[int] | None = None,
     ):
         self.captions = [printable(caption) for caption in captions]
         self.product_ids = factorize(products)
         self.caption_ids = factorize(self.captions)
         self.images = images
         self.image_size = image_size
-        self.attributes = {"category": [""] * len(captions), "subcategory": [""] * len(captions)} | (attributes or {})
+        self.attributes = {"category": [""] * len(captions), "subcategory": [""] * len(captions)}
+        self.attributes |= attributes or {}
         self.categories = self.attributes["category"]
         self.subcategories = self.attributes["subcategory"]
-        self.names = names
-        self.source = list(range(len(captions))) if source is None else source
+        self.image_names = image_names
+        self.image_index = list(range(len(captions))) if image_index is None else image_index
         self.problems: list[str] = []
         self.dropped: list[str] = []
 
@@ -104,14 +118,15 @@ class PairDataset(Dataset):
         return len(self.captions)
 
     def __getitem__(self, row: int) -> dict | Unreadable:
+        """Return the item of a row: row, image uint8 (3, S, S), text, product_id, caption_id, perhaps ground_truth."""
         try:
-            photo = self.image(row)
+            image = self.image(row)
         except Exception as error:  # decoders raise many kinds for damaged files
             return Unreadable(printable(f"{self.name_of(row)}: {error}"))
-        pixels = np.array(pad_to_square(photo, self.image_size))
+        pixels = np.array(pad_to_square(image, self.image_size))
         item = {
             "row": row,
-            "image": torch.from_numpy(pixels).permute(2, 0, 1),  # (3, S, S) uint8
+            "image": torch.from_numpy(pixels).permute(2, 0, 1),
             "text": self.text(row),
             "product_id": self.product_ids[row],
             "caption_id": self.caption_ids[row],
@@ -121,62 +136,68 @@ class PairDataset(Dataset):
         return item
 
     def image(self, row: int) -> Image.Image:
-        """The RGB photo of a row. Raises OSError or ValueError when it cannot be decoded."""
-        return self.images[self.source[row]]
+        """Return the RGB image of a row, in its own size. Raises OSError or ValueError where it cannot be decoded."""
+        return self.images[self.image_index[row]]
 
     def text(self, row: int) -> Text:
-        """What an encoder reads of a row."""
+        """Return what the text encoder reads of a row: its caption, with its prefix or its prompts."""
         if not self.prompts:
             return self.caption_prefix, self.captions[row]
         symbol = category_symbol(self.categories[row], self.subcategories[row])
-        known = {name: values[row] for name, values in self.attributes.items()}
-        return prompt_text(self.captions[row], symbol, known, np.random.default_rng((7, row)))
+        attributes = {name: values[row] for name, values in self.attributes.items()}
+        return prompt_text(self.captions[row], symbol, attributes, np.random.default_rng((7, row)))
 
     def name_of(self, row: int) -> str:
-        """How to call the image of a row in messages."""
-        image = self.source[row]
-        return self.names[image] if self.names else f"row {image}"
+        """Return the name of the image of a row, for messages."""
+        image = self.image_index[row]
+        return self.image_names[image] if self.image_names else f"row {image}"
 
     def fingerprint(self) -> int:
-        """A number that changes with the rows: a run must be resumed on the data that it was started on."""
+        """Compute a checksum of captions, attributes and products. A run must resume on the data that it began with."""
         return zlib.crc32(repr([self.captions, self.attributes]).encode() + self.product_ids.tobytes())
 
     def subset(self, rows: np.ndarray) -> "PairDataset":
-        """Some of its rows, numbered anew."""
-        part = PairDataset(
+        """Return a data set of some rows (n,), numbered anew."""
+        subset = PairDataset(
             [self.captions[row] for row in rows],
             self.product_ids[rows].tolist(),
             self.images,
             self.image_size,
             {name: [values[row] for row in rows] for name, values in self.attributes.items()},
-            self.names,
-            [self.source[row] for row in rows],
+            self.image_names,
+            [self.image_index[row] for row in rows],
         )
-        for name in ("caption_prefix", "prompts", "several_captions", "row_noun", "product_noun"):
-            setattr(part, name, getattr(self, name))
-        return part
+        for setting in ("caption_prefix", "prompts", "several_captions", "row_noun", "product_noun"):
+            setattr(subset, setting, getattr(self, setting))
+        return subset
 
     def report(self) -> str:
-        """One line for the user: how much there is, and what was left out and why."""
-        return f"{len(self):,} {self.row_noun} of {self.product_ids.max() + 1:,} {self.product_noun}{self.left_out()}"
+        """Return one line for the user: how many rows and products there are, and what was left out."""
+        products = self.product_ids.max() + 1
+        return f"{len(self):,} {self.row_noun} of {products:,} {self.product_noun}{self.left_out_note()}"
 
-    def left_out(self) -> str:
-        """The end of a report: what was left out and why."""
-        reasons = list(self.dropped)
+    def left_out_note(self) -> str:
+        """Return the end of `report`: how much was left out, with the first three reasons."""
+        notes = []
         if self.problems:
+            reasons = "; ".join(self.problems[:3])
             more = "; …" if len(self.problems) > 3 else ""
-            reasons.insert(0, f"{len(self.problems):,} left out ({'; '.join(self.problems[:3])}{more})")
-        return printable("".join(f", {reason}" for reason in reasons))
+            notes.append(f"{len(self.problems):,} left out ({reasons}{more})")
+        notes += self.dropped
+        return printable("".join(f", {note}" for note in notes))
 
 
 def factorize(values: list) -> np.ndarray:
-    """Equal values get equal numbers, 0, 1, … in order of appearance. -> int64 (N,)."""
-    numbers: dict = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
+    """Number values in the order in which they first appear, equal values alike. -> int64 (N,)"""
+    number_of: dict = {}
+    numbers = []
+    for value in values:
+        numbers.append(number_of.setdefault(value, len(number_of)))
+    return np.array(numbers, dtype=np.int64)
 
 
-def pad_to_square(photo: Image.Image, size: int) -> Image.Image:
-    """The whole photo, padded to a square with white (choice: nothing is cut off) and scaled to `size` pixels."""
-    if photo.size == (size, size):
-        return photo
-    return ImageOps.pad(photo, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
+def pad_to_square(image: Image.Image, size: int) -> Image.Image:
+    """Pad an image with white to a square and scale it to (size, size) pixels. Our choice: nothing is cut off."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))

@@ -1,4 +1,4 @@
-"""One's own photos: one JSON object a line."""
+"""Your own photos: one JSON object a line."""
 
 import hashlib
 from pathlib import Path
@@ -9,50 +9,68 @@ from readers.prompts import ATTRIBUTES
 
 
 def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDataset:
-    """Photos listed one JSON object a line: `image` (relative to the folder), `caption`, `product_id`, and if you
-    have them `category` and `subcategory`, and for prompts any other of ATTRIBUTES (`title` serves as `name`). Files
-    `train.jsonl` and `val.jsonl`; without the latter a tenth of the products, chosen by hash, is held out.
+    """Open images that are listed one JSON object a line, in `train.jsonl` and `val.jsonl`.
 
-    A malformed line refuses the file. A missing photo or an empty caption leaves out that line, and is reported.
+    Required fields: `image` (a path relative to the folder), `caption`, `product_id`. Optional fields: any of
+    ATTRIBUTES; `title` serves as `name`. Without `val.jsonl` a tenth of the products is held out.
+
+    A line whose image is missing or whose caption is empty is left out and reported.
+    Raises OSError where the file cannot be read, DataError where a line is malformed or the split has no usable line.
     """
     has_val = (folder / "val.jsonl").is_file()
     path = folder / (f"{split}.jsonl" if has_val else "train.jsonl")
-    records, problems = [], []
-    for where, record in read_json_lines(path):
-        for key in ("image", "caption", "product_id"):
-            if not isinstance(record.get(key), str | int):
-                raise DataError(f"{where}: field {key} is missing, or neither text nor a whole number")
-            record[key] = str(record[key])
-        line = where.removeprefix(f"{path} ")
-        if not (folder / record["image"]).is_file():
-            problems.append(f"{line}: no photo {record['image']}")
-        elif not printable(record["caption"]).strip():
-            problems.append(f"{line}: empty caption")
-        else:
-            records.append(record)
+    records, problems = _read_records(path)
     if not has_val:
-        products = {record["product_id"] for record in records}
-        by_hash = sorted(products, key=lambda product: hashlib.sha256(f"{seed}:{product}".encode()).digest())
-        held_out = set(by_hash[: max(1, len(products) // 10)])
+        held_out = choose_held_out([record["product_id"] for record in records], seed)
         records = [record for record in records if (record["product_id"] in held_out) == (split == "val")]
     if not records:
-        why = "; ".join(problems[:3]) or "it has too few products"
-        raise DataError(f"{path}: no usable line for the {split} split; {why}")
-    names = [record["image"] for record in records]
-    known = {name: [_value(record.get(name)) for record in records] for name in ATTRIBUTES}
-    known["name"] = [_value(record.get("name")) or _value(record.get("title")) for record in records]
+        reason = "; ".join(problems[:3]) or "it has too few products, list more"
+        raise DataError(f"{path}: no usable line for the {split} split; {reason}")
+    image_names = [record["image"] for record in records]
+    attributes = {name: [_optional_text(record, name) for record in records] for name in ATTRIBUTES}
+    attributes["name"] = [_optional_text(record, "name") or _optional_text(record, "title") for record in records]
     dataset = PairDataset(
         captions=[record["caption"] for record in records],
         products=[record["product_id"] for record in records],
-        images=ImageFiles([folder / name for name in names], image_size),
+        images=ImageFiles([folder / name for name in image_names], image_size),
         image_size=image_size,
-        attributes=known,
-        names=names,
+        attributes=attributes,
+        image_names=image_names,
     )
     dataset.problems = problems
     return dataset
 
 
-def _value(value: object) -> str:
-    """An optional field: text or a whole number; "" for anything else."""
-    return " ".join(printable(str(value)).split()) if isinstance(value, str | int) else ""
+def _read_records(path: Path) -> tuple[list[dict], list[str]]:
+    """Read the lines of a file. Raises as `jsonl`. -> usable records, a problem for each other line"""
+    records = []
+    problems = []
+    for location, record in read_json_lines(path):
+        for field in ("image", "caption", "product_id"):
+            if not isinstance(record.get(field), str | int):
+                reason = f"field {field} is missing, or is neither text nor a whole number"
+                raise DataError(f"{location}: {reason}; correct the line")
+            record[field] = str(record[field])
+        line = location.removeprefix(f"{path} ")
+        if not (path.parent / record["image"]).is_file():
+            problems.append(f"{line}: image {record['image']} is missing")
+        elif not printable(record["caption"]).strip():
+            problems.append(f"{line}: the caption is empty")
+        else:
+            records.append(record)
+    return records, problems
+
+
+def choose_held_out(products: list[str], seed: int) -> set[str]:
+    """Choose a tenth of the products for validation, one at least, by a hash of the seed and the product."""
+    hashes = {product: hashlib.sha256(f"{seed}:{product}".encode()).digest() for product in products}
+    by_hash = sorted(hashes, key=hashes.get)
+    return set(by_hash[: max(1, len(by_hash) // 10)])
+
+
+def _optional_text(record: dict, field: str) -> str:
+    """Read a field that is text or a whole number; "" for anything else."""
+    value = record.get(field)
+    if not isinstance(value, str | int):
+        return ""
+    return " ".join(printable(str(value)).split())

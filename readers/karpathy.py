@@ -1,4 +1,4 @@
-"""Photos with several captions each: Flickr30k and COCO in the splits of Karpathy & Fei-Fei (2015)."""
+"""Images with several captions each: Flickr30k and COCO in the splits of Karpathy & Fei-Fei (2015)."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,37 +10,51 @@ CaptionedName = Literal["flickr30k", "coco"]
 
 
 def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size: int) -> PairDataset:
-    """A row is a photo with one of its captions; what is a product elsewhere is a photo here.
+    """Open Flickr30k or COCO. A row is an image with one of its captions; each image counts as a product.
 
-    `dataset_{name}.json`: `images`, each with `filename`, for COCO `filepath` (train2014, val2014), `split` (train and
-    restval are trained on, val, test) and `sentences`, whose `raw` is read. Photos lie in `filepath`, or in `images`.
-    Photos that are not there are left out, and reported.
+    `dataset_{name}.json` holds `images`, each with `filename`, for COCO `filepath` (train2014, val2014), `split`, and
+    `sentences`, whose `raw` is read. The train split includes `restval`. Images lie in `filepath`, or in `images`.
+
+    Images that are missing are left out and reported.
+    Raises OSError where the file cannot be read, DataError where it is malformed or the split has no usable image.
     """
     path = folder / f"dataset_{name}.json"
     content = read_json(path)
-    paths, captions, photos, problems = [], [], [], []
+    image_paths = []
+    captions = []
+    image_index = []  # of each caption
+    problems = []
     try:
         for image in content["images"]:
-            own_split = "train" if image["split"] == "restval" else image["split"]
-            if own_split != split:
+            image_split = "train" if image["split"] == "restval" else image["split"]
+            if image_split != split:
                 continue
-            file = folder / image.get("filepath", "images") / image["filename"]
-            if not file.is_file():
-                problems.append(f"no photo {file.relative_to(folder)}")
+            image_path = folder / image.get("filepath", "images") / image["filename"]
+            if not image_path.is_file():
+                problems.append(f"image {image_path.relative_to(folder)} is missing")
                 continue
-            texts = [" ".join(sentence["raw"].split()) for sentence in image["sentences"]]
-            texts = [text for text in texts if text]
-            captions += texts
-            photos += [len(paths)] * len(texts)
-            paths.append(file)
+            for sentence in image["sentences"]:
+                caption = " ".join(sentence["raw"].split())
+                if caption:
+                    captions.append(caption)
+                    image_index.append(len(image_paths))
+            image_paths.append(image_path)
     except (AttributeError, KeyError, TypeError):
-        raise DataError(f"{path}: expected images with filename, split, and sentences with a text raw") from None
+        fields = "filename, split, and sentences with a text raw"
+        raise DataError(f"{path}: expected images with {fields}; give the file as distributed") from None
     if not captions:
-        raise DataError(f"{path}: no usable photo of the {split} split; {'; '.join(problems[:3]) or 'it has none'}")
-    images = ImageFiles(paths, image_size)
-    dataset = PairDataset(captions, photos, images, image_size, names=[path.name for path in paths], source=photos)
+        reason = "; ".join(problems[:3]) or "the file lists none"
+        raise DataError(f"{path}: no usable image of the {split} split; {reason}")
+    dataset = PairDataset(
+        captions,
+        products=image_index,
+        images=ImageFiles(image_paths, image_size),
+        image_size=image_size,
+        image_names=[image_path.name for image_path in image_paths],
+        image_index=image_index,
+    )
     dataset.several_captions = True
     dataset.row_noun = "captions"
-    dataset.product_noun = "photos"
+    dataset.product_noun = "images"
     dataset.problems = problems
     return dataset

@@ -1,16 +1,22 @@
-"""How a description is framed: the symbols, lead and prompts of FashionSAP and Fashion-FINE."""
+"""Prefixes and prompts around captions, and category symbols: after FashionSAP and Fashion-FINE."""
 
 import re
 
 import numpy as np
 
-Text = tuple[str, ...]  # pieces by turns: frame, own words, frame, own words, …; only own words are ever masked
-# The frames of FashionSAP (Han et al. 2023) and Fashion-FINE (Jin et al. 2024): a symbol for the kind of garment, a
-# lead, and one prompt an attribute.
-DESCRIPTION, DIFFERENCE = "the image description is", "the difference between two images are"
+# What the text encoder reads, in segments: a prefix or prompt, then a caption or value, then a prompt, and so on.
+# Every second segment, from the second on, is a caption or value. Only words of these segments are ever masked:
+#
+#     "[tops] the image description is", "Red tee. V neckline.", "[SEP] the image season is", "winter"
+Text = tuple[str, ...]
+
+CAPTION_PREFIX = "the image description is"
+DIFFERENCE_PREFIX = "the difference between two images are"  # of queries in text-guided retrieval
 VISIBLE_ATTRIBUTES = ("colour", "pattern", "sleeve", "neck")
 ATTRIBUTES = ("category", "subcategory", "name", "composition", "gender", "season", *VISIBLE_ATTRIBUTES)
-# Which words of a category or sub-category mean which symbol; categories as FashionSAP divides FashionGen's.
+
+# symbol -> the words of a category or sub-category that mean it, as a regular expression. The categories of FashionGen
+# get the symbols that FashionSAP (Han et al. 2023) gives them.
 SYMBOLS = {
     "tops": r"(?:tank|crop)?tops?|\w*shirts?|tees?|polos?|sweaters?|knits?|knitwear|hoodies?|cardigans?|blouses?"
     r"|kurt\w+|tunics?|pullovers?|camisoles?|turtlenecks?|vests?|waistcoats?",
@@ -24,13 +30,15 @@ SYMBOLS = {
     "accessories": r"accessor\w+|jewell?e?ry|ties?|bars?|eyewear|sunglasses|hats?|headwear|caps?|beanies?|belts?"
     r"|suspenders?|keychains?|blankets?|gloves?|socks?|scar(?:f|ves)|mufflers?|stoles?|watch(?:es)?|cufflinks?"
     r"|umbrellas?|\w*rings?",
-    "others": r"(?!)",
+    "others": r"(?!)",  # matches no word
 }
 
 
 def category_symbol(category: str, subcategory: str = "") -> str:
-    """The one of SYMBOLS for a category, or else for a sub-category: by its last word that means one ("bag accessories"
-    are accessories), "others" if none does."""
+    """Choose one of SYMBOLS for a category, or for the sub-category where no word of the category means a symbol.
+
+    The last word that means one counts, so "bag accessories" are accessories. -> "others" where no word means one
+    """
     for name in (category, subcategory):
         for word in reversed(re.findall(r"[a-z]+", name.lower())):
             for symbol, words in SYMBOLS.items():
@@ -40,12 +48,17 @@ def category_symbol(category: str, subcategory: str = "") -> str:
 
 
 def prompt_text(caption: str, symbol: str, attributes: dict[str, str], rng: np.random.Generator) -> Text:
-    """The text that Fashion-FINE pretrains on: "[symbol] the image description is … [SEP] the image season is … the
-    image category is …", a prompt for each attribute that is known, in random order."""
-    known = [name for name in ATTRIBUTES if attributes.get(name)]
-    text = [f"[{symbol}] {DESCRIPTION}", caption]
-    for name in rng.permutation(known).tolist():
-        frame = f"the image {name.replace('subcategory', 'sub category')} is"
-        text.append(frame if len(text) > 2 else f"[SEP] {frame}")
-        text.append(attributes[name])
-    return tuple(text)
+    """Compose the text that Fashion-FINE (Jin et al. 2024) pretrains on, with a prompt for each known attribute.
+
+    "[symbol] the image description is … [SEP] the image season is … the image category is …"
+    attributes: name -> value, "" where unknown · rng: draws the order of the prompts
+    """
+    known_names = [name for name in ATTRIBUTES if attributes.get(name)]
+    segments = [f"[{symbol}] {CAPTION_PREFIX}", caption]
+    separator = "[SEP] "  # in front of the first prompt alone
+    for name in rng.permutation(known_names).tolist():
+        spoken_name = name.replace("subcategory", "sub category")
+        segments.append(f"{separator}the image {spoken_name} is")
+        segments.append(attributes[name])
+        separator = ""
+    return tuple(segments)

@@ -1,4 +1,4 @@
-"""Visual entailment: statements about photos, each shown to be true, to be false, or neither. Drawn, or SNLI-VE's."""
+"""Visual entailment: statements about images, true, false, or undecided by the image. Synthetic, or SNLI-VE."""
 
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -11,154 +11,206 @@ from tqdm import tqdm
 from readers.dataset import DataError, PairDataset, ReportedSplit, Split
 from readers.files import ImageFiles, read_json_lines
 from readers.synthetic import Synthetic
-from readers.triplets import clause
-from readers.wardrobe import Product, pick
+from readers.triplets import attribute_clause
+from readers.wardrobe import pick
 
 LABELS = ("entailment", "neutral", "contradiction")
 
 
 def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PairDataset:
-    """SNLI-VE (Xie et al. 2019) as distributed: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`,
-    `sentence2` and `gold_label` are read; photos `images/{Flickr30K_ID}.jpg`. The category of a row is its label.
+    """Open SNLI-VE (Xie et al. 2019) as distributed. A row is a statement; its category is its label.
 
-    Statements without a gold label (`-`), and those of photos that are not there, are counted and left out.
+    Files: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`, `sentence2` and `gold_label` are read, and
+    `images/{Flickr30K_ID}.jpg`. Statements without a gold label (`-`) or without their image are left out and counted.
+
+    Raises OSError where the file cannot be read, DataError where it is malformed or has no usable statement.
     """
-    statements, labels, source, left_out = [], [], [], Counter()
-    row_of, paths, missing = {}, [], {}  # by the name of a photo
-    for where, record in read_json_lines(folder / f"snli_ve_{'dev' if split == 'val' else split}.jsonl"):
+    statements = []
+    labels = []
+    image_index = []  # of each statement
+    index_of = {}  # name of an image -> its index in `paths`
+    paths = []
+    missing = {}  # name of an image -> problem
+    left_out = Counter()
+    file_split = "dev" if split == "val" else split
+    for location, record in read_json_lines(folder / f"snli_ve_{file_split}.jsonl"):
         try:
-            photo, statement, label = record["Flickr30K_ID"], record["sentence2"].strip(), record["gold_label"]
+            image = record["Flickr30K_ID"]
+            statement = record["sentence2"].strip()
+            label = record["gold_label"]
         except (AttributeError, KeyError):
-            raise DataError(f"{where}: expected Flickr30K_ID, sentence2 and gold_label") from None
-        path = folder / "images" / f"{photo}.jpg"
-        if photo not in row_of and photo not in missing:
+            fields = "Flickr30K_ID, sentence2 and gold_label"
+            raise DataError(f"{location}: expected {fields}; correct the line or delete it") from None
+        path = folder / "images" / f"{image}.jpg"
+        if image not in index_of and image not in missing:
             if path.is_file():
-                row_of[photo] = len(paths)
+                index_of[image] = len(paths)
                 paths.append(path)
             else:
-                missing[photo] = f"no photo {photo}.jpg"
+                missing[image] = f"image {path.name} is missing"
         if label not in LABELS:
             left_out["without a gold label"] += 1
-        elif photo in missing:
-            left_out["of photos that are not there"] += 1
+        elif image in missing:
+            left_out["without their image"] += 1
         else:
             statements.append(statement)
             labels.append(label)
-            source.append(row_of[photo])
+            image_index.append(index_of[image])
     if not statements:
-        raise DataError(f"{folder}: no usable statement of the {split} split; {'; '.join([*missing.values()][:3])}")
-    images = ImageFiles(paths, image_size)
-    dataset = PairDataset(statements, source, images, image_size, {"category": labels}, list(row_of), source)
+        reason = "; ".join(list(missing.values())[:3]) or "the file has none with a gold label"
+        raise DataError(f"{folder}: no usable statement of the {split} split; {reason}")
+    dataset = PairDataset(
+        statements,
+        products=image_index,
+        images=ImageFiles(paths, image_size),
+        image_size=image_size,
+        attributes={"category": labels},
+        image_names=list(index_of),
+        image_index=image_index,
+    )
     dataset.row_noun = "statements"
-    dataset.product_noun = "photos"
+    dataset.product_noun = "images"
     dataset.problems = list(missing.values())
-    dataset.dropped = [f"{count:,} {why}" for why, count in left_out.items()]
+    dataset.dropped = [f"statements {reason}: {count:,}" for reason, count in left_out.items()]
     return dataset
 
 
 class Statement(NamedTuple):
-    """A statement about a photo."""
+    """A statement about an image."""
 
-    photo: int
-    text: str
+    image: int  # row of the image
+    caption: str
     label: str  # one of LABELS
-    kind: str  # of the attribute that it turns on
+    kind: str  # of the attribute that decides the label
 
 
 class Claim(NamedTuple):
-    """Something that one photo shows and the other of a pair cannot tell."""
+    """An attribute that an image shows, as a true clause and as one that the image contradicts."""
 
-    kind: str
-    truth: str
-    lie: str  # contradicted by the one; the other would show nothing of it either
+    kind: str  # of the attribute
+    true_clause: str
+    false_clause: str
 
 
 def synthetic_statements(split: Split, products: int, image_size: int, seed: int = 0) -> PairDataset:
-    """Six statements about two photos of each product that has two which differ in what they show: see `block`. The
-    category of a row is its label, its sub-category the kind of attribute that it turns on."""
-    photos = Synthetic(split, products, image_size, seed)
-    rows_of = defaultdict(list)
-    for row, (product, _) in enumerate(photos.rows):
+    """Draw statements about synthetic images: six for each product that has a suitable pair, see `draw_statements`.
+
+    A row is a statement. Its category is its label, its sub-category the kind of attribute that decides the label.
+    Raises DataError where no product has such a pair.
+    """
+    images = Synthetic(split, products, image_size, seed)
+    rows_of = defaultdict(list)  # product -> rows
+    for row, product in enumerate(images.product_ids.tolist()):
         rows_of[product].append(row)
-    found = []
+    statements = []
     for product, rows in tqdm(rows_of.items(), "making statements", unit=" products", leave=False, disable=None):
-        found += block(photos, rows, photos._rng(5, product))
-    if not found:
-        raise DataError(f"--num-products {products}: no two photos of a product differ in what they show; give more")
-    source, texts, labels, kinds = map(list, zip(*found))
-    shown = [photos.rows[photo][0] for photo in source]
-    known = {"category": labels, "subcategory": kinds}
-    dataset = PairDataset(texts, shown, photos.images, image_size, known, source=source)
+        statements += draw_statements(images, rows, images.rng(5, product))
+    if not statements:
+        raise DataError(f"--num-products {products}: no two images of a product differ in what they show; give more")
+    labels = [statement.label for statement in statements]
+    kinds = [statement.kind for statement in statements]
+    dataset = PairDataset(
+        [statement.caption for statement in statements],
+        products=[int(images.product_ids[statement.image]) for statement in statements],
+        images=images.images,
+        image_size=image_size,
+        attributes={"category": labels, "subcategory": kinds},
+        image_index=[statement.image for statement in statements],
+    )
     dataset.row_noun = "statements"
     return dataset
 
 
-def block(photos: Synthetic, rows: list[int], rng: np.random.Generator) -> list[Statement]:
-    """Of two photos, each of which shows something that the other does not: one statement each that it shows, one that
-    it contradicts, and one that it cannot tell, which is what the other shows or contradicts.
+def draw_statements(images: Synthetic, rows: list[int], rng: np.random.Generator) -> list[Statement]:
+    """Draw six statements about two images of a product, each of which shows an attribute that the other does not.
 
-    So no photo has more statements of one label than of another, and a true claim and its lie are each undecided half
-    the time: neither photo nor statement alone tells the label.
+    Each image gets one statement of each label; the neutral one is about the attribute that only the other shows.
+    So each image has every label equally often, and a clause, true or false, is neutral half of the time. Neither
+    the image alone nor the statement alone predicts the label.
+
+    rows: the images of the product -> no statements where no two images suit
     """
-    product = photos.product(rows[0])
-    for one, other in rng.permutation(list(combinations(rows, 2))).tolist():
-        one_claim = _claim(photos, product, one, other, rng)
-        other_claim = _claim(photos, product, other, one, rng)
-        if one_claim and other_claim:
-            extra = _extra(photos, product, one, other, rng)
-            return _six(product, {one: one_claim, other: other_claim}, extra, rng)
+    pairs = list(combinations(rows, 2))
+    for first, second in rng.permutation(pairs).tolist():
+        first_claim = _draw_claim(images, first, second, rng)
+        second_claim = _draw_claim(images, second, first, rng)
+        if first_claim and second_claim:
+            shared = _draw_shared_claim(images, first, second, rng)
+            shared_decides = shared is not None and rng.random() < 0.5
+            return [
+                *_statements_of_image(first, first_claim, second_claim, shared, shared_decides, rng),
+                *_statements_of_image(second, second_claim, first_claim, shared, shared_decides, rng),
+            ]
     return []
 
 
-def _six(
-    product: Product, claims: dict[int, Claim], extra: tuple[str, Product] | None, rng: np.random.Generator
+def _statements_of_image(
+    image: int,
+    own: Claim,
+    other: Claim,
+    shared: Claim | None,
+    shared_decides: bool,
+    rng: np.random.Generator,
 ) -> list[Statement]:
-    """The statements of a block; with something extra half of the blocks turn on that, in that it is wrong."""
-    start = wrong_start = extra_kind = ""
-    if extra:
-        kind, sibling = extra
-        start = f"{clause(product, kind)} and "
-        wrong_start = f"{clause(sibling, kind)} and "
-        if rng.random() < 0.5:
-            extra_kind = kind
-    statements = []
-    for photo, elsewhere in zip(claims, reversed(claims)):
-        mine, others = claims[photo], claims[elsewhere]
-        wrong = wrong_start + mine.truth if extra_kind else start + mine.lie
-        undecided = start + pick(rng, (others.truth, others.lie))
-        statements.append(Statement(photo, start + mine.truth, "entailment", extra_kind or mine.kind))
-        statements.append(Statement(photo, wrong, "contradiction", extra_kind or mine.kind))
-        statements.append(Statement(photo, undecided, "neutral", extra_kind or others.kind))
-    return statements
+    """Make a statement of each label about an image.
+
+    own, other: claims about what this image shows, and about what only the other one shows
+    shared: a claim about what both images show, in front of every statement
+    shared_decides: the contradiction has its false value in the shared claim, otherwise in the own claim
+    """
+    prefix = f"{shared.true_clause} and " if shared else ""
+    entailed = prefix + own.true_clause
+    contradicted = prefix + own.false_clause
+    neutral = prefix + pick(rng, (other.true_clause, other.false_clause))
+    own_kind = own.kind
+    other_kind = other.kind
+    if shared_decides:
+        contradicted = f"{shared.false_clause} and {own.true_clause}"
+        own_kind = shared.kind
+        other_kind = shared.kind
+    return [
+        Statement(image, entailed, "entailment", own_kind),
+        Statement(image, contradicted, "contradiction", own_kind),
+        Statement(image, neutral, "neutral", other_kind),
+    ]
 
 
-def _claim(photos: Synthetic, product: Product, photo: int, elsewhere: int, rng: np.random.Generator) -> Claim | None:
-    """Something that a photo shows and the one elsewhere cannot tell, if there is such a thing."""
-    shown, shown_elsewhere = photos.regions[photo], photos.regions[elsewhere]
-    kinds = defaultdict(list)
-    for kind, key, sibling in product.siblings():
-        if kind not in ("garment", "colour", "pattern") and key in shown and key not in shown_elsewhere:
-            kinds[kind].append((key, sibling))
-    for kind in rng.permutation(sorted(kinds)).tolist():
-        for number in rng.permutation(len(kinds[kind])).tolist():
-            key, sibling = kinds[kind][number]
-            added = sibling.details.keys() - product.details.keys()
-            where = next(iter(added), key)  # other than key if the detail has moved
-            # shown here as the truth is, or truths and lies would be of different kinds
-            if where in photos.would_show(sibling, photo) and where not in photos.would_show(sibling, elsewhere):
-                return Claim(kind, clause(product, key), clause(sibling, where))
+def _draw_claim(images: Synthetic, image: int, other_image: int, rng: np.random.Generator) -> Claim | None:
+    """Draw a claim about an attribute that one image of a product shows and another does not, if there is one."""
+    product = images.product(image)
+    siblings_by_kind = defaultdict(list)
+    for sibling in product.siblings():
+        if sibling.kind in ("garment", "colour", "pattern"):  # all images of the product show them
+            continue
+        if sibling.key in images.regions[image] and sibling.key not in images.regions[other_image]:
+            siblings_by_kind[sibling.kind].append(sibling)
+    for kind in rng.permutation(sorted(siblings_by_kind)).tolist():
+        siblings = siblings_by_kind[kind]
+        for number in rng.permutation(len(siblings)).tolist():
+            sibling = siblings[number]
+            new_places = sibling.product.details.keys() - product.details.keys()
+            false_key = next(iter(new_places), sibling.key)  # a detail that has moved has another key
+            # The false value must be visible where the true one is, in this image alone. Otherwise the clauses of true
+            # and false claims would differ in what they are about.
+            in_image = false_key in images.visible_attributes(sibling.product, image)
+            in_other_image = false_key in images.visible_attributes(sibling.product, other_image)
+            if in_image and not in_other_image:
+                true_clause = attribute_clause(product, sibling.key)
+                return Claim(kind, true_clause, attribute_clause(sibling.product, false_key))
     return None
 
 
-def _extra(
-    photos: Synthetic, product: Product, one: int, other: int, rng: np.random.Generator
-) -> tuple[str, Product] | None:
-    """For half of the products colour or pattern, which both photos show: the kind, and the product with another."""
-    kinds = defaultdict(list)
-    for kind, key, sibling in product.siblings():
-        if kind in ("colour", "pattern") and key in photos.regions[one] and key in photos.regions[other]:
-            kinds[kind].append(sibling)
-    if not kinds or rng.random() < 0.5:
+def _draw_shared_claim(images: Synthetic, first: int, second: int, rng: np.random.Generator) -> Claim | None:
+    """Draw, for half of the products, a claim about colour or pattern, where both images show it."""
+    product = images.product(first)
+    siblings_by_kind = defaultdict(list)
+    for sibling in product.siblings():
+        if sibling.kind not in ("colour", "pattern"):
+            continue
+        if sibling.key in images.regions[first] and sibling.key in images.regions[second]:
+            siblings_by_kind[sibling.kind].append(sibling)
+    if not siblings_by_kind or rng.random() < 0.5:
         return None
-    kind = pick(rng, tuple(kinds))
-    return kind, pick(rng, tuple(kinds[kind]))
+    kind = pick(rng, siblings_by_kind)
+    sibling = pick(rng, siblings_by_kind[kind])
+    return Claim(kind, attribute_clause(product, kind), attribute_clause(sibling.product, kind))

@@ -1,4 +1,4 @@
-"""Photos drawn here, with the ground truth of what each of them shows."""
+"""Images of synthetic garments, with the ground truth of each image."""
 
 import hashlib
 
@@ -12,94 +12,116 @@ from readers.dataset import GroundTruth, PairDataset, Split
 from readers.prompts import VISIBLE_ATTRIBUTES
 from readers.wardrobe import GARMENTS, STYLE_COLOURS, Product, draw_family, pick
 
+MIN_REGION = 0.003  # share of the image that a region must have to be visible
+
 
 class Synthetic(PairDataset):
-    """Drawn garments, deterministic in (seed, split, index), with three or four photos and one description each.
+    """Drawn garments: each product has three or four images and one caption.
 
-    Products come in families (`draw_family`). The hash of a style says its split, so the splits share no style.
+    Products, captions and images are deterministic in (seed, split, index). Products come in families
+    (`draw_family`). The splits share no style, since the hash of a style determines its split.
+
+    products: the products; `product_ids` of a row is the index of its product in this list
+    views: the view of each row, see `camera.render`
+    regions: the visible attributes of each row, see `GroundTruth.regions`
+    progress: show a progress bar where the output is a terminal
     """
 
     def __init__(self, split: Split, products: int, image_size: int, seed: int = 0, progress: bool = True):
         self.split = split
         self.seed = seed
-        self.products = []
+        self.products: list[Product] = []
         while len(self.products) < products:
-            self.products += self._family(len(self.products))
+            self.products += self._draw_family(len(self.products))
         del self.products[products:]
-        self.rows = []  # of each photo the product, by number, and the view
+
+        self.views: list[str] = []
+        indices = []  # the product of each row
         captions = []
         for index, product in enumerate(self.products):
             caption, _ = product.caption_and_spans()
-            for view in self._views(index):
-                self.rows.append((index, view))
+            for view in self._draw_views(index):
+                self.views.append(view)
+                indices.append(index)
                 captions.append(caption)
-        drawn = [self.products[index] for index, _ in self.rows]
-        known = {  # what is true of the product, whatever a photo shows of it
-            "category": [GARMENTS[product.garment].category for product in drawn],
-            "subcategory": [product.garment.upper() for product in drawn],
+
+        # attributes of the product, whether the image shows them or not
+        row_products = [self.products[index] for index in indices]
+        attributes = {
+            "category": [GARMENTS[product.garment].category for product in row_products],
+            "subcategory": [product.garment.upper() for product in row_products],
         }
         for name in VISIBLE_ATTRIBUTES:
-            known[name] = [getattr(product, name) or "" for product in drawn]
-        self.photos = []
-        self.regions = []
-        super().__init__(captions, [index for index, _ in self.rows], self.photos, image_size, known)
-        quiet = None if progress else True  # None: quiet unless in a terminal
-        bar = tqdm(drawn, f"drawing {split} photos", unit=" photos", disable=quiet, leave=False)
+            attributes[name] = [getattr(product, name) or "" for product in row_products]
+        super().__init__(captions, indices, [], image_size, attributes)
+
+        self.regions: list[dict[str, np.ndarray]] = []
+        disable = None if progress else True  # None: tqdm is quiet unless in a terminal
+        bar = tqdm(row_products, f"drawing {split} images", unit=" images", disable=disable, leave=False)
         for row, product in enumerate(bar):
-            photo, regions = self._render(product, row)
-            self.photos.append(photo)
+            image, regions = self._render(product, row)
+            self.images.append(image)
             self.regions.append(regions)
 
-    def _rng(self, *where: int) -> Generator:
+    def rng(self, *key: int) -> Generator:
+        """Return the random numbers of a key, deterministic in (seed, split, key). The first number is a purpose."""
         split = 0 if self.split == "train" else 1
-        return default_rng((self.seed, split, *where))
+        return default_rng((self.seed, split, *key))
 
-    def _family(self, first: int) -> list[Product]:
-        """The products from number `first` on that are drawn together."""
-        return draw_family(self._rng(0, first // (2 * STYLE_COLOURS)), self._owns)
+    def _draw_family(self, first: int) -> list[Product]:
+        """Draw a family of products, whose first one gets the index `first`."""
+        number = first // (2 * STYLE_COLOURS)
+        return draw_family(self.rng(0, number), self._in_split)
 
-    def _owns(self, product: Product) -> bool:
+    def _in_split(self, product: Product) -> bool:
+        """Return whether a product is in this split, by a hash of its style. Nine of ten styles are for training."""
         in_training = hashlib.sha256(product.style.encode()).digest()[0] < 230
         return in_training == (self.split == "train")
 
-    def _views(self, index: int) -> list[str]:
-        rng = self._rng(1, index)
+    def _draw_views(self, index: int) -> list[str]:
+        """Draw the three or four views of a product."""
+        rng = self.rng(1, index)
         third = pick(rng, ("close-up", "half"))
         count = rng.integers(3, 5)
         return ["front", "back", third, "close-up"][:count]
 
     def _render(self, product: Product, row: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
-        """What the camera of a row makes of a product: the photo, and the regions of which at least 0.3 % of it can be
-        seen, as packed bits of (image_size, image_size) pixels."""
+        """Render a product as the camera of a row shows it. -> image, regions of the visible attributes, packed"""
         size = self.image_size
-        photo, masks = render(product, self.rows[row][1], size, self._rng(2, row))
+        image, masks = render(product, self.views[row], size, self.rng(2, row))
         regions = {}
         for key, mask in masks.items():
             region = np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 127
-            if region.mean() >= 0.003:
+            if region.mean() >= MIN_REGION:
                 regions[key] = np.packbits(region)
-        return photo, regions
+        return image, regions
 
     def product(self, row: int) -> Product:
-        """The product on the photo of a row."""
-        return self.products[self.rows[row][0]]
+        """Return the product of a row."""
+        return self.products[self.product_ids[row]]
 
     def ground_truth(self, row: int) -> GroundTruth:
-        """What the photo of a row really shows."""
+        """Return the ground truth of a row."""
         _, spans = self.product(row).caption_and_spans()
         return GroundTruth(spans, self.regions[row], self.image_size)
 
-    def describes(self, product: int, row: int) -> bool:
-        """Whether nothing that the description of `product` says, and this camera would show, is untrue of the photo
-        of `row`. Of another product it is then a *false* negative."""
-        described = self.products[product]
-        claims = described.attributes()
-        facts = self.product(row).attributes()
-        if claims["garment"] != facts["garment"] or claims["colour"] != facts["colour"]:
-            return False
-        return all(claims[key] == facts.get(key) for key in self.would_show(described, row))
+    def caption_matches(self, product: int, row: int) -> bool:
+        """Return whether the image of a row contradicts nothing in the caption of a product, given by its index.
 
-    def would_show(self, product: Product, row: int) -> set[str]:
-        """What the camera of a row would show of another product in that place: keys of its attributes."""
+        A caption of another product that matches is a false negative of the image.
+        """
+        captioned = self.products[product]
+        caption_attributes = captioned.attributes()
+        image_attributes = self.product(row).attributes()
+        for key in ("garment", "colour"):
+            if caption_attributes[key] != image_attributes[key]:
+                return False
+        for key in self.visible_attributes(captioned, row):
+            if caption_attributes[key] != image_attributes.get(key):
+                return False
+        return True
+
+    def visible_attributes(self, product: Product, row: int) -> set[str]:
+        """Return the keys of the attributes of any product that the camera of a row would show."""
         _, regions = self._render(product, row)
         return set(regions)

@@ -1,13 +1,25 @@
-"""The synthetic wardrobe: which garments there are, what a product can look like, and how it is described.
+"""The synthetic wardrobe: which garments there are, what a product can look like, and what its caption says.
 
-A style comes in several colours, so that no colour tells products apart. A description says more than one photo shows,
-and every word that says something varies on its own: no other word of the description gives it away.
+A style comes in several colours, so that a colour does not identify a product. A caption names more than one image
+shows. Attributes vary independently: no word of a caption can be predicted from its other words.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from numpy.random import Generator, default_rng
+
+from readers.dataset import Span
+
+
+class Look(NamedTuple):
+    """How a detail is drawn: a band, lighter or darker than the garment, with a texture on it."""
+
+    half_height: float  # in garment units
+    ground_shade: float  # from the garment's colour to the band's, see `camera.shade`
+    texture_shade: float  # from the garment's colour to the texture's
+
 
 COLOURS = {
     "red": (196, 52, 52),
@@ -18,18 +30,23 @@ COLOURS = {
 }
 PATTERNS = ("striped", "pinstriped", "checked", "dotted")
 CLOSURES = ("zipped", "buttoned")
-NOUNS = ("stripes", "pleats", "quilting", "eyelets")
-# of a detail: half of its height; how far its ground, and what is on it, are from the garment's colour (`shade`)
-LOOKS = {"narrow": (0.11, -0.4, 0.3), "wide": (0.28, -0.4, 0.3), "light": (0.18, 0.8, -0.3), "dark": (0.18, -0.8, 0.3)}
-COARSE = ("garment", "colour", "pattern", "sleeve")  # what one sees from afar; the other kinds are details
-KINDS = (*COARSE, "neck", "closure", "look", "noun", "place", "unseen")  # what words are about
-UNSEEN = {  # what no photo shows
+NOUNS = ("stripes", "pleats", "quilting", "eyelets")  # textures of details
+LOOKS = {
+    "narrow": Look(0.11, -0.4, 0.3),
+    "wide": Look(0.28, -0.4, 0.3),
+    "light": Look(0.18, 0.8, -0.3),
+    "dark": Look(0.18, -0.8, 0.3),
+}
+INVISIBLE = {  # attributes that no image shows
     "fabric": ("cotton", "wool", "linen", "silk", "nylon"),
     "fit": ("slim", "regular", "relaxed", "oversized"),
     "wash": ("machine", "hand", "cold", "gentle"),
     "lining": ("full", "half", "mesh", "quilted"),
     "season": ("spring", "summer", "autumn", "winter"),
 }
+# Kinds of attributes. A detail, such as "dark stripes at chest", has three: its look, noun and place.
+COARSE = ("garment", "colour", "pattern", "sleeve")  # large in the image; the other visible kinds are fine
+ATTRIBUTE_KINDS = (*COARSE, "neck", "closure", "look", "noun", "place", "invisible")
 
 # Garment space: x to the right, y down, inside [−1, 1]². Polygons are the right half of a shape; the left mirrors it.
 Polygon = Sequence[tuple[float, float]]  # or an array (corners, 2)
@@ -37,32 +54,38 @@ SLEEVES = {
     "short": [(0.33, -0.56), (0.68, -0.3), (0.56, -0.1), (0.33, -0.24)],
     "long": [(0.33, -0.56), (0.9, 0.16), (0.76, 0.28), (0.33, -0.2)],
 }
-NONE = (None,)  # the options of a garment that has no sleeves, neck or closure
+ABSENT = (None,)  # the options of a garment that has no sleeves, neck or closure
 
 
 @dataclass(frozen=True)
 class Garment:
-    """A sub-category: its outline and which attributes it can have."""
+    """A sub-category: its outline, and the options for its attributes. Heights are y in garment space."""
 
     category: str
     outline: Polygon
-    places: dict[str, float]  # where at the front a detail can be: the height (y) of its middle
-    bottom: float  # the height of its hem
-    sleeves: tuple = NONE
-    necks: tuple = NONE
-    closures: tuple = NONE
+    places: dict[str, float]  # places at the front for details -> height of their middle
+    bottom: float  # height of the hem
+    sleeves: tuple = ABSENT
+    necks: tuple = ABSENT
+    closures: tuple = ABSENT
     extra: Polygon = ()  # a strap, handle or brim of the same cloth
 
     @property
     def middle(self) -> float:
-        """Half the height of the outline."""
+        """The height of the middle of the outline."""
         return (self.outline[0][1] + self.bottom) / 2
 
 
 def _top(
-    category: str, waist: float, hem: float, bottom: float, sleeves: tuple, necks: tuple, closures: tuple = NONE
+    category: str,
+    waist: float,
+    hem: float,
+    bottom: float,
+    sleeves: tuple,
+    necks: tuple,
+    closures: tuple = ABSENT,
 ) -> Garment:
-    """A garment for the upper body, `waist` and `hem` half as wide, down to `bottom`."""
+    """Make a garment for the upper body. waist, hem: half of its width there · bottom: height of the hem"""
     shoulder = ((0, -0.6), (0.16, -0.6), (0.38, -0.54), (0.36, -0.12))
     outline = (*shoulder, (waist, 0.08), (hem, bottom), (0, bottom))
     places = {"chest": -0.24, "waist": (bottom - 0.37) / 2, "hem": bottom - 0.14}
@@ -70,15 +93,17 @@ def _top(
 
 
 def _legs(thigh: float, ankle: float, bottom: float) -> Polygon:
+    """Make the outline of trousers. thigh, ankle: x of their outer edge"""
     return ((0, -0.8), (0.27, -0.8), (thigh, -0.35), (ankle, bottom), (ankle - 0.24, bottom), (0, -0.22))
 
 
 def _skirt(hip: float, hem: float, bottom: float) -> Polygon:
+    """Make the outline of a skirt. hip, hem: half of its width there"""
     return ((0, -0.6), (0.25, -0.6), (hip, -0.25), (hem, bottom), (0, bottom))
 
 
-def _lower(hip: float, bottom: float) -> dict[str, float]:
-    """The places of a long garment for the lower body."""
+def _long_places(hip: float, bottom: float) -> dict[str, float]:
+    """Make the places of a long garment for the lower body. hip: height of its hip"""
     return {"hip": hip, "knee": (hip + bottom - 0.14) / 2, "hem": bottom - 0.14}
 
 
@@ -90,25 +115,25 @@ _CROWN = ((0, -0.5), (0.22, -0.46), (0.42, -0.25), (0.48, 0.1), (0, 0.16))
 _BRIM = ((0, 0.08), (0.46, 0.06), (0.62, 0.28), (0.3, 0.36), (0, 0.38))
 _BEANIE = ((0, -0.6), (0.2, -0.56), (0.42, -0.3), (0.46, 0.3), (0, 0.3))
 _POMPOM = ((0, -0.78), (0.1, -0.74), (0.12, -0.6), (0, -0.56))
-_ROUND = ("crew", "v")
-_EITHER = ("short", "long")
+_CREW_OR_V = ("crew", "v")
+_SHORT_OR_LONG = ("short", "long")
 GARMENTS = {
-    "tee": _top("TOPS", 0.38, 0.38, 0.46, ("short",), _ROUND),
-    "tank": _top("TOPS", 0.3, 0.3, 0.5, ("sleeveless",), _ROUND),
-    "shirt": _top("SHIRTS", 0.36, 0.32, 0.66, _EITHER, ("collared",), CLOSURES),
-    "polo": _top("SHIRTS", 0.36, 0.37, 0.5, _EITHER, ("collared",)),
+    "tee": _top("TOPS", 0.38, 0.38, 0.46, ("short",), _CREW_OR_V),
+    "tank": _top("TOPS", 0.3, 0.3, 0.5, ("sleeveless",), _CREW_OR_V),
+    "shirt": _top("SHIRTS", 0.36, 0.32, 0.66, _SHORT_OR_LONG, ("collared",), CLOSURES),
+    "polo": _top("SHIRTS", 0.36, 0.37, 0.5, _SHORT_OR_LONG, ("collared",)),
     "sweater": _top("KNITWEAR", 0.44, 0.42, 0.42, ("long",), ("crew", "v", "high")),
-    "cardigan": _top("KNITWEAR", 0.4, 0.46, 0.66, ("long",), _ROUND, CLOSURES),
+    "cardigan": _top("KNITWEAR", 0.4, 0.46, 0.66, ("long",), _CREW_OR_V, CLOSURES),
     "hoodie": _top("SWEATSHIRTS", 0.42, 0.38, 0.56, ("long",), ("hooded",)),
     "bomber": _top("JACKETS", 0.54, 0.28, 0.32, ("long",), ("crew", "high"), CLOSURES),
     "coat": _top("COATS", 0.36, 0.54, 0.86, ("long",), ("collared", "high"), CLOSURES),
     "parka": _top("COATS", 0.42, 0.44, 0.72, ("long",), ("hooded", "high"), CLOSURES),
-    "mini dress": _top("DRESSES", 0.2, 0.6, 0.5, ("sleeveless", *_EITHER), _ROUND),
-    "maxi dress": _top("DRESSES", 0.2, 0.66, 0.9, ("sleeveless", *_EITHER), _ROUND),
+    "mini dress": _top("DRESSES", 0.2, 0.6, 0.5, ("sleeveless", *_SHORT_OR_LONG), _CREW_OR_V),
+    "maxi dress": _top("DRESSES", 0.2, 0.66, 0.9, ("sleeveless", *_SHORT_OR_LONG), _CREW_OR_V),
     "mini skirt": Garment("SKIRTS", _skirt(0.4, 0.6, 0.12), {"hip": -0.4, "hem": -0.04}, 0.12),
-    "maxi skirt": Garment("SKIRTS", _skirt(0.36, 0.56, 0.8), _lower(-0.36, 0.8), 0.8),
-    "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _lower(-0.5, 0.88), 0.88),
-    "flared trousers": Garment("PANTS", _legs(0.28, 0.5, 0.9), _lower(-0.5, 0.9), 0.9),
+    "maxi skirt": Garment("SKIRTS", _skirt(0.36, 0.56, 0.8), _long_places(-0.36, 0.8), 0.8),
+    "straight trousers": Garment("PANTS", _legs(0.33, 0.3, 0.88), _long_places(-0.5, 0.88), 0.88),
+    "flared trousers": Garment("PANTS", _legs(0.28, 0.5, 0.9), _long_places(-0.5, 0.9), 0.9),
     "shorts": Garment("SHORTS", _legs(0.4, 0.52, 0.08), {"hip": -0.54, "hem": -0.1}, 0.08),
     "tote": Garment("BAGS", _TOTE, {"top": 0.0, "base": 0.42}, 0.62, extra=_HANDLE),
     "backpack": Garment("BAGS", _PACK, {"top": -0.34, "base": 0.36}, 0.6, extra=_STRAP),
@@ -118,22 +143,30 @@ GARMENTS = {
 
 
 def pick(rng: Generator, options: Iterable):
-    """One of some options, each as likely."""
+    """Draw one of some options, each with the same probability."""
     options = list(options)
     return options[rng.integers(len(options))]
 
 
 @dataclass(frozen=True)
 class Detail:
-    """A band of its own on a garment: one of LOOKS and one of NOUNS, neither of which tells the other."""
+    """A band on a garment, such as "dark stripes". Look and noun vary independently."""
 
-    look: str
-    noun: str
+    look: str  # one of LOOKS
+    noun: str  # one of NOUNS
+
+
+class Words(NamedTuple):
+    """Some words of a caption. Words that name no attribute have neither key nor kind."""
+
+    text: str
+    key: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Product:
-    """One synthetic product: what it is. Its description follows from that and from `wording`, a seed."""
+    """A synthetic product: the values of its attributes. They and `wording` determine its caption."""
 
     garment: str
     colour: str
@@ -141,36 +174,41 @@ class Product:
     sleeve: str | None
     neck: str | None
     closure: str | None
-    details: dict[str, Detail]  # by place: some of those of the garment, "back", "inside"
-    unseen: dict[str, str] = field(default_factory=dict)  # some of UNSEEN
-    wording: int = 0
+    details: dict[str, Detail]  # place -> detail; places of the garment, "back", and "inside", which no image shows
+    invisible: dict[str, str] = field(default_factory=dict)  # some of INVISIBLE -> value
+    wording: int = 0  # seed of the order of the phrases
 
-    def with_own_words(self, rng: Generator) -> "Product":
-        """The same to the eye, with another inside, others of UNSEEN, and another wording."""
-        chosen = sorted(rng.permutation(list(UNSEEN)).tolist()[:4])
-        unseen = {what: pick(rng, UNSEEN[what]) for what in chosen}
-        details = self.details | {"inside": Detail(pick(rng, LOOKS), pick(rng, NOUNS))}
-        return replace(self, details=details, unseen=unseen, wording=int(rng.integers(2**31)))
+    def redraw_invisible(self, rng: Generator) -> "Product":
+        """Return a product that looks alike, with a new wording, new invisible attributes and a new detail inside."""
+        names = sorted(rng.permutation(list(INVISIBLE)).tolist()[:4])
+        invisible = {name: pick(rng, INVISIBLE[name]) for name in names}
+        inside = Detail(pick(rng, LOOKS), pick(rng, NOUNS))
+        wording = int(rng.integers(2**31))
+        return replace(self, details=self.details | {"inside": inside}, invisible=invisible, wording=wording)
 
     @property
     def style(self) -> str:
-        """All that photos can show of it but the colour; the order in which details were given does not matter."""
-        front = sorted(self.details.keys() - {"back", "inside"})
-        seen = {place: self.details[place] for place in (*front, "back") if place in self.details}
-        return repr((self.garment, self.pattern, self.sleeve, self.neck, self.closure, seen))
+        """A text of all that images can show of the product, except its colour. It ignores the order of details."""
+        places = sorted(self.details.keys() - {"back", "inside"})
+        if "back" in self.details:
+            places.append("back")
+        visible_details = {place: self.details[place] for place in places}
+        return repr((self.garment, self.pattern, self.sleeve, self.neck, self.closure, visible_details))
 
     def attributes(self) -> dict[str, str | Detail]:
-        """What is true of it: a value for every key it has."""
-        names = (*COARSE, "neck", "closure")
-        values = {name: getattr(self, name) for name in names if getattr(self, name)}
-        return values | self.details | self.unseen
+        """Return the value of each attribute that the product has. A detail has its place as key."""
+        values = {}
+        for key in (*COARSE, "neck", "closure"):
+            value = getattr(self, key)
+            if value:
+                values[key] = value
+        return values | self.details | self.invisible
 
-    def siblings(self) -> Iterator[tuple[str, str, "Product"]]:
-        """Every product that differs in one thing that a photo can show and is worded alike: the kind of thing, the
-        attribute that shows it, the product."""
+    def siblings(self) -> Iterator["Sibling"]:
+        """List every product that differs in one attribute that an image can show, and is worded alike."""
         garment = GARMENTS[self.garment]
         options = {
-            "garment": [name for name in GARMENTS if self._could_be(name)],
+            "garment": [name for name in GARMENTS if self._fits(name)],
             "colour": COLOURS,
             "pattern": PATTERNS if self.pattern else (),
             "sleeve": garment.sleeves,
@@ -180,20 +218,24 @@ class Product:
         for kind, values in options.items():
             for value in values:
                 if value != getattr(self, kind):
-                    yield kind, kind, replace(self, **{kind: value})
+                    yield Sibling(kind, kind, replace(self, **{kind: value}))
         for place in self.details:
-            if place != "inside":
-                for kind, details in self._changed_details(place):
-                    yield kind, place, replace(self, details=details)
+            if place == "inside":
+                continue
+            for kind, details in self._changed_details(place):
+                yield Sibling(kind, place, replace(self, details=details))
 
-    def _could_be(self, name: str) -> bool:
-        """Whether a garment can have the sleeves, neck, closure and details of this product."""
-        garment = GARMENTS[name]
-        fits = self.sleeve in garment.sleeves and self.neck in garment.necks and self.closure in garment.closures
-        return fits and self.details.keys() - {"back", "inside"} <= garment.places.keys()
+    def _fits(self, garment_name: str) -> bool:
+        """Return whether a garment can have the sleeves, neck, closure and details of this product."""
+        garment = GARMENTS[garment_name]
+        if self.sleeve not in garment.sleeves or self.neck not in garment.necks:
+            return False
+        if self.closure not in garment.closures:
+            return False
+        return self.details.keys() - {"back", "inside"} <= garment.places.keys()
 
     def _changed_details(self, place: str) -> Iterator[tuple[str, dict[str, Detail]]]:
-        """The details with another look or noun at a place, or with what is there moved to another place."""
+        """List the ways to change the detail at a place: its look, its noun, its place. -> kind of change, details"""
         detail = self.details[place]
         for look in LOOKS:
             if look != detail.look:
@@ -201,55 +243,75 @@ class Product:
         for noun in NOUNS:
             if noun != detail.noun:
                 yield "noun", self.details | {place: Detail(detail.look, noun)}
-        for other in GARMENTS[self.garment].places:
-            if place != "back" and other not in self.details:
-                moved = {other if key == place else key: value for key, value in self.details.items()}
-                yield "place", moved
+        if place == "back":
+            return
+        for new_place in GARMENTS[self.garment].places:
+            if new_place not in self.details:
+                details = {}
+                for old_place, value in self.details.items():
+                    details[new_place if old_place == place else old_place] = value
+                yield "place", details
 
-    def caption_and_spans(self) -> tuple[str, list[tuple[int, int, str, str]]]:
-        """The description, and (start, end, key, kind) of every stretch of it that names an attribute."""
-        caption = ""
+    def caption_and_spans(self) -> tuple[str, list[Span]]:
+        """Compose the caption. -> caption, the stretches of it that name an attribute"""
+        sentences = []
         spans = []
+        start = 0
         for phrase in self._phrases():
-            start = len(caption)
-            for words, key, kind in phrase:
-                if key:
-                    spans.append((len(caption), len(caption) + len(words), key, kind))
-                caption += f"{words} "
-            caption = f"{caption[:start]}{caption[start:].rstrip().capitalize()}. "
-        return caption.rstrip(), spans
+            for words in phrase:
+                end = start + len(words.text)
+                if words.key:
+                    spans.append(Span(start, end, words.key, words.kind))
+                start = end + 1  # a blank follows
+            start += 1  # a full stop stands before the last blank
+            sentence = " ".join(words.text for words in phrase)
+            sentences.append(f"{sentence.capitalize()}.")
+        return " ".join(sentences), spans
 
-    def _phrases(self) -> list[list[tuple[str, str, str]]]:
-        """The title, then the rest in random order, as (words, key, kind); key is "" of words that name nothing."""
+    def _phrases(self) -> list[list[Words]]:
+        """Compose the sentences of the caption: the title, then the others in random order."""
         rng = default_rng(self.wording)
-        garment = (self.garment, "garment", "garment")
-        colour = (self.colour, "colour", "colour")
-        title = pick(rng, ([garment, ("in", "", ""), colour], [colour, garment]))
+        garment = Words(self.garment, "garment", "garment")
+        colour = Words(self.colour, "colour", "colour")
+        title = pick(rng, ([garment, Words("in"), colour], [colour, garment]))
         if self.sleeve in SLEEVES:
-            title.insert(0, ("sleeve", "", ""))
+            title.insert(0, Words("sleeve"))
         if self.sleeve:
-            title.insert(0, (self.sleeve, "sleeve", "sleeve"))
+            title.insert(0, Words(self.sleeve, "sleeve", "sleeve"))
         phrases = []
         for kind, noun in (("pattern", "pattern"), ("neck", "neckline"), ("closure", "front")):
             value = getattr(self, kind)
             if value:
-                phrases.append([(value, kind, kind), (noun, "", "")])
+                phrases.append([Words(value, kind, kind), Words(noun)])
         for place, detail in self.details.items():
-            where = [("at", "", ""), (place, place, "place")]
-            if place in ("inside", "back"):
-                where = [("inside" if place == "inside" else "at back", "", "")]
-            phrases.append([(detail.look, place, "look"), (detail.noun, place, "noun"), *where])
-        for what, value in self.unseen.items():
-            phrases.append([(value, "unseen", "unseen"), (what, "", "")])
-        return [title, *(phrases[number] for number in rng.permutation(len(phrases)))]
+            phrase = [Words(detail.look, place, "look"), Words(detail.noun, place, "noun")]
+            if place == "inside":
+                phrase.append(Words("inside"))
+            elif place == "back":
+                phrase.append(Words("at back"))
+            else:
+                phrase += [Words("at"), Words(place, place, "place")]
+            phrases.append(phrase)
+        for name, value in self.invisible.items():
+            phrases.append([Words(value, "invisible", "invisible"), Words(name)])
+        order = rng.permutation(len(phrases))
+        return [title, *(phrases[number] for number in order)]
+
+
+class Sibling(NamedTuple):
+    """A product that differs from another one in one attribute."""
+
+    kind: str  # of the attribute, one of ATTRIBUTE_KINDS
+    key: str  # of the attribute, in `attributes` of the other product
+    product: Product
 
 
 def draw_product(rng: Generator) -> Product:
-    """Draw a product: garment, colour, parts, one or two details in front and one at the back, words of its own."""
+    """Draw a product with one or two details at the front and one at the back."""
     name = pick(rng, GARMENTS)
     garment = GARMENTS[name]
     places = rng.permutation(list(garment.places)).tolist()
-    front = places[: rng.integers(1, 3)]
+    front_places = places[: rng.integers(1, 3)]
     product = Product(
         garment=name,
         colour=pick(rng, COLOURS),
@@ -257,33 +319,37 @@ def draw_product(rng: Generator) -> Product:
         sleeve=pick(rng, garment.sleeves),
         neck=pick(rng, garment.necks),
         closure=pick(rng, garment.closures),
-        details={place: Detail(pick(rng, LOOKS), pick(rng, NOUNS)) for place in (*sorted(front), "back")},
+        details={place: Detail(pick(rng, LOOKS), pick(rng, NOUNS)) for place in (*sorted(front_places), "back")},
     )
-    return product.with_own_words(rng)
+    return product.redraw_invisible(rng)
 
 
-def pick_sibling(rng: Generator, siblings: list[tuple[str, Product]]) -> Product:
-    """One of some variants, given with their kinds: first a kind is drawn, then a variant of it."""
-    chosen = pick(rng, dict.fromkeys(kind for kind, _ in siblings))
-    return pick(rng, [sibling for kind, sibling in siblings if kind == chosen])
+def pick_sibling(rng: Generator, siblings: list[Sibling]) -> Product:
+    """Draw a kind of attribute, then the product of a sibling of this kind."""
+    kind = pick(rng, dict.fromkeys(sibling.kind for sibling in siblings))
+    return pick(rng, [sibling.product for sibling in siblings if sibling.kind == kind])
 
 
-STYLE_COLOURS = 3  # in how many colours a style comes
+STYLE_COLOURS = 3  # colours that a style comes in
 
 
-def draw_family(rng: Generator, owns: Callable[[Product], bool]) -> list[Product]:
-    """Two styles that `owns` admits and that differ in one thing which a photo can show, in STYLE_COLOURS colours each.
-    What no photo shows, and the wording, is each product's own."""
-    sisters = []
-    while not sisters:
+def draw_family(rng: Generator, in_split: Callable[[Product], bool]) -> list[Product]:
+    """Draw two styles of a split that differ in one attribute other than colour, in STYLE_COLOURS colours each.
+
+    Each product has a wording, invisible attributes and a detail inside of its own.
+    -> 2 · STYLE_COLOURS products: style and sibling style in the first colour, in the second, and so on
+    """
+    siblings = []
+    while not siblings:
         style = draw_product(rng)
-        if owns(style):
-            for kind, _, sibling in style.siblings():
-                if kind != "colour" and owns(sibling):
-                    sisters.append((kind, sibling))
-    sister = pick_sibling(rng, sisters)
+        if in_split(style):
+            for sibling in style.siblings():
+                if sibling.kind != "colour" and in_split(sibling.product):
+                    siblings.append(sibling)
+    sibling_style = pick_sibling(rng, siblings)
+    colours = rng.permutation(list(COLOURS)).tolist()[:STYLE_COLOURS]
     family = []
-    for colour in rng.permutation(list(COLOURS)).tolist()[:STYLE_COLOURS]:
-        for product in (style, sister):
-            family.append(replace(product.with_own_words(rng), colour=colour))
+    for colour in colours:
+        for product in (style, sibling_style):
+            family.append(replace(product.redraw_invisible(rng), colour=colour))
     return family

@@ -21,13 +21,17 @@ from readers.synthetic import Synthetic
 PUBLISHED = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
 
 
-def write_fashioniq(folder, split, sizes, photo=None):
-    """Files of FashionIQ's shape: queries, photos of the split, photos that occur in pairs, by subset."""
-    for part in ("captions", "image_splits", "images"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for subset, (queries, split_size, union) in sizes.items():
+def write_fashioniq(folder, split, sizes, draw_image=None):
+    """Write files in FashionIQ's layout.
+
+    sizes: subset -> numbers of pairs, of images of the split, of images that occur in pairs
+    draw_image: makes the image of a number; without it image files are empty
+    """
+    for name in ("captions", "image_splits", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for subset, (pair_count, split_size, union) in sizes.items():
         ids = [f"{subset}{i:05}" for i in range(split_size)]
-        pairs = [{"candidate": ids[(2 * i + 1) % union], "target": ids[(2 * i) % union]} for i in range(queries)]
+        pairs = [{"candidate": ids[(2 * i + 1) % union], "target": ids[(2 * i) % union]} for i in range(pair_count)]
         for i, pair in enumerate(pairs):
             pair["captions"] = [f"is colour {i % 7} ", "has sleeves"]
         if split == "test":
@@ -36,51 +40,59 @@ def write_fashioniq(folder, split, sizes, photo=None):
         (folder / "image_splits" / f"split.{subset}.{split}.json").write_text(json.dumps(ids))
         for number, name in enumerate(ids):
             path = folder / "images" / f"{name}.{'jpg' if number % 2 else 'png'}"
-            path.touch() if photo is None else photo(number).save(path)
+            if draw_image:
+                draw_image(number).save(path)
+            else:
+                path.touch()
 
 
-def export_fashiongen(folder, items, image_size=32):
-    """Synthetic products in FashionGen's HDF5 layout: `items` to train on, at least 8 for validation."""
+def export_fashiongen(folder, train_products, image_size=32):
+    """Write synthetic products in FashionGen's HDF5 layout, at least 8 of them for validation."""
     folder.mkdir(exist_ok=True)
-    for split, products in (("train", items), ("val", max(8, items // 10))):
+    for split, products in (("train", train_products), ("val", max(8, train_products // 10))):
         dataset = Synthetic(split, products, image_size, progress=False)
-        texts = {name: dataset.attributes[name] for name in ("category", "subcategory")} | {
-            "description": dataset.captions
+        texts = {
+            "category": dataset.categories,
+            "subcategory": dataset.subcategories,
+            "description": dataset.captions,
+            "gender": [["Men", "Women"][i % 2] for i in dataset.product_ids],
+            "season": ["SS2018"] * len(dataset),
         }
-        texts |= {"gender": [["Men", "Women"][i % 2] for i in dataset.product_ids], "season": ["SS2018"] * len(dataset)}
         with h5py.File(folder / FILES[split], "w") as file:
-            images = np.stack([np.asarray(photo) for photo in dataset.photos])
+            images = np.stack([np.asarray(image) for image in dataset.images])
             file.create_dataset("input_image", data=images, chunks=(1, *images.shape[1:]))
             file["input_productID"] = dataset.product_ids.astype(np.int32)[:, None]
             for key, values in texts.items():
                 file[f"input_{key}"] = np.array([text.encode("iso-8859-1") for text in values])[:, None]
 
 
-def write_snlive(folder, lines, photos, split="dev"):
-    """Files of SNLI-VE's shape; lines: (photo, statement, label)."""
+def write_snlive(folder, lines, images, split="dev"):
+    """Write files in SNLI-VE's layout. lines: (image, statement, label) · images: names of those that are there"""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for name in photos:
+    for name in images:
         Image.new("RGB", (32, 24), (int(name) * 20 % 256, 90, 90)).save(folder / "images" / f"{name}.jpg")
     records = [
-        {"Flickr30K_ID": photo, "sentence2": text, "gold_label": label, "pairID": "x"} for photo, text, label in lines
+        {"Flickr30K_ID": image, "sentence2": text, "gold_label": label, "pairID": "x"} for image, text, label in lines
     ]
     (folder / f"snli_ve_{split}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
 
 
 def write_karpathy(folder, name, images):
-    """Files of Karpathy's shape; images: (split, filepath or None, captions), a photo each."""
-    listed = []
-    for number, (split, place, captions) in enumerate(images):
-        path = folder / (place or "images") / f"{number}.jpg"
+    """Write files in the layout of Karpathy's splits. images: (split, filepath or None, captions)"""
+    records = []
+    for number, (split, filepath, captions) in enumerate(images):
+        path = folder / (filepath or "images") / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 24), (number * 37 % 256, number * 91 % 256, 60)).save(path)
-        image = {"filename": path.name, "split": split, "imgid": number, "sentences": [{"raw": c} for c in captions]}
-        listed.append(image | ({"filepath": place} if place else {}))
-    (folder / f"dataset_{name}.json").write_text(json.dumps({"images": listed, "dataset": name}))
+        record = {"filename": path.name, "split": split, "imgid": number, "sentences": [{"raw": c} for c in captions]}
+        if filepath:
+            record["filepath"] = filepath
+        records.append(record)
+    (folder / f"dataset_{name}.json").write_text(json.dumps({"images": records, "dataset": name}))
 
 
 def write_jsonl(folder, **splits):
-    """Lines by split, and a photo of a colour of its own for every line whose photo is not there."""
+    """Write the records of each split, and an image in a colour of its own for every record whose image is missing."""
     folder.mkdir(exist_ok=True)
     for split, records in splits.items():
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -99,11 +111,11 @@ FAST_FOR = {"softmask": ["--fusion-layers", "2"], "syncmask": [], "fashionfine":
 
 
 def built(*flags, products=8):
-    """A small run before its first step, and its photos; flags: one or several in a string."""
+    """Build a small run before its first step. flags: strings of one or several flags -> run, data set"""
     config, _ = parse_config([*FAST, *" ".join(flags).split()])
     dataset = Synthetic("train", products, 32, progress=False)
     dataset.prompts = config.prompts
-    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, prompts=config.prompts)
     return build_run(config, dataset, tokenizer), dataset
 
 
@@ -117,7 +129,7 @@ def run(out, *flags, stop_at=None):
 
 
 def run_files(out, folder, *flags, stop_at=None):
-    """A small run on the photos of a folder."""
+    """Train a small run on the images of a folder."""
     config, given = parse_config([*OF_FILES, "--data", "jsonl", "--root", str(folder), "--out", str(out), *flags])
     return train.train(config, given, stop_at)
 
@@ -135,27 +147,31 @@ def lines(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_state(one, two):
+def same_state(a, b):
+    """Assert that two checkpoints are equal."""
     for part in ("model", "momentum"):
-        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part] | two[part]), part
-    assert all(map(torch.equal, one["queue"], two["queue"]))
-    for mine, theirs in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert str(one["sampler"]) == str(two["sampler"]) and one["step"] == two["step"]
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part] | b[part]), part
+    assert all(map(torch.equal, a["queue"], b["queue"]))
+    for moments_a, moments_b in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(moments_a[name], moments_b[name]) for name in moments_a)
+    assert str(a["sampler"]) == str(b["sampler"]) and a["step"] == b["step"]
 
 
 ROOT = Path(__file__).parent.parent
 
 
 def unresolved(page):
-    """Of the `file.py:name` and `file.py:Class.name` in a page's text, those that the code does not have. -> names, and
-    how many there were."""
-    asked, missing = re.findall(r"`([\w/]+)\.py:([\w.]+)`", page), []
-    for file, path in asked:
+    """Find the `file.py:name` and `file.py:Class.name` in a page's text that are not in the code.
+
+    -> these names, the number of all names
+    """
+    references = re.findall(r"`([\w/]+)\.py:([\w.]+)`", page)
+    missing = []
+    for file, path in references:
         owner = importlib.import_module(file.replace("/", "."))
         for name in path.split("."):
             if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", {}):
                 missing.append(f"{file}.py:{path}")
                 break
             owner = getattr(owner, name, None)
-    return missing, len(asked)
+    return missing, len(references)

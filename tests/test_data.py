@@ -1,4 +1,4 @@
-"""Tokenizer, which words tell something, collation and the truth that comes with it, augmentation."""
+"""Tokenizer, informative words, collation with ground truth, augmentation."""
 
 import types
 from dataclasses import replace
@@ -19,7 +19,7 @@ TEXTS = ["Long shirt in navy.", "Robe d'été, 100% coton—NEUF!", "unseenwordz
 
 
 def vocabulary(folder, words):
-    """A vocabulary of these words, in a file."""
+    """Write a vocabulary of these words to a file."""
     (folder / "vocab.txt").write_text("\n".join([*data.SPECIAL_TOKENS, *words]))
     return folder / "vocab.txt"
 
@@ -28,11 +28,11 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
     trained = build_tokenizer(wardrobe.captions + TEXTS[:2], 300, 32)
     words = sorted(trained.get_vocab(), key=trained.token_to_id)
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    ours = build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
-    theirs = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    read = build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
+    reference = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
     texts = TEXTS + wardrobe.captions[:50]
-    expected = theirs(texts, padding=True, truncation=True, max_length=32)
-    for tokenizer in (ours, trained, data.Tokenizer.from_str(ours.to_str())):
+    expected = reference(texts, padding=True, truncation=True, max_length=32)
+    for tokenizer in (read, trained, data.Tokenizer.from_str(read.to_str())):
         encoded = data.tokenize(tokenizer, [("", text) for text in texts])
         assert encoded["token_ids"].tolist() == expected["input_ids"]
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]
@@ -49,25 +49,24 @@ def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
     assert {data.tokenize(odd, [("", text)])["token_ids"].shape[1] for text in ("a", 40 * "red ")} <= {4, 8, 12}
 
 
-def test_frames_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe, monkeypatch):
+def test_prompts_are_never_masked_and_the_symbol_stands_at_position_1(wardrobe, monkeypatch):
     monkeypatch.setattr(wardrobe, "prompts", True)
     texts = [wardrobe.text(row) for row in range(len(wardrobe))]
-    tokenizer = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, frames=True)
-    again = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, frames=True)
+    tokenizer = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, prompts=True)
+    again = build_tokenizer([" ".join(text[1::2]) for text in texts], 600, 128, prompts=True)
     assert again.to_str() == tokenizer.to_str() and tokenizer.get_vocab_size() <= 600 + len(SYMBOLS)
     special = {tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS}
     symbols = {tokenizer.token_to_id(f"[{symbol}]") for symbol in SYMBOLS}
-    assert min(symbols) == tokenizer.get_vocab_size() - 9 and not symbols & set(
-        data.replacement_ids(tokenizer).tolist()
-    )
+    assert min(symbols) == tokenizer.get_vocab_size() - 9
+    assert not symbols & set(data.replacement_ids(tokenizer).tolist())
     batch = data.tokenize(tokenizer, texts[:30])
-    for text, ids, words in zip(texts, batch["token_ids"].tolist(), batch["is_caption"].tolist(), strict=False):
+    for text, ids, is_caption in zip(texts, batch["token_ids"].tolist(), batch["is_caption"].tolist(), strict=False):
         assert tokenizer.id_to_token(ids[1]) == text[0].split()[0] and ids[1] in symbols
         tokens = [tokenizer.id_to_token(i) for i in ids]
-        framed = [token for token, word in zip(tokens, words, strict=True) if not word and token != "[PAD]"]
-        frames = " ".join(text[0::2]).split()
-        assert framed == ["[CLS]", *frames, "[SEP]"]  # and every word of a frame is one token
-        assert not {i for i, word in zip(ids, words, strict=True) if word} & (special | symbols)
+        outside = [token for token, inside in zip(tokens, is_caption, strict=True) if not inside and token != "[PAD]"]
+        prompt_words = " ".join(text[0::2]).split()
+        assert outside == ["[CLS]", *prompt_words, "[SEP]"]  # and every word of a prompt is one token
+        assert not {i for i, inside in zip(ids, is_caption, strict=True) if inside} & (special | symbols)
 
 
 def test_word_pairs_are_tokens_of_the_vocabulary(tmp_path):
@@ -76,45 +75,44 @@ def test_word_pairs_are_tokens_of_the_vocabulary(tmp_path):
     assert len(data.ANTONYMS.split(", ")) > 20 and all(len(pair.split()) == 2 for pair in data.SYNONYMS.split(", "))
 
 
-def test_telling_pieces_by_hand(tmp_path, monkeypatch):
-    """Of six captions, of which two are alike: "at" stands in all, "red" in three of five, "v" in one, often."""
+def test_informative_pieces_by_hand(tmp_path, monkeypatch):
+    """Six captions, two of them equal: "at" is in all, "red" in three of the five distinct ones, "v" in one, often."""
     words = ["at", "red", "v", "zip", "##per", "##s", ".", "-", "front", "##%"]
     tokenizer = build_tokenizer([], 0, 32, vocab=vocabulary(tmp_path, words))
     captions = ["Red zipper at front.", "Red zips at front.", "Red v-v v-v at front.", "Zip at front.", "Zip at."]
     captions.insert(2, captions[0])
 
-    def told(frequent):
-        monkeypatch.setattr(data, "MAX_DOC_FREQ", frequent)
+    def pieces_at(max_doc_freq):
+        monkeypatch.setattr(data, "MAX_DOC_FREQ", max_doc_freq)
         return data.informative_pieces(tokenizer, captions)
 
     def names(pieces):
         return [word for word, piece in zip(words, pieces[len(data.SPECIAL_TOKENS) :], strict=True) if piece]
 
-    continues, informative = told(0.6)
+    continues, informative = pieces_at(0.6)
     assert continues.shape == informative.shape == (len(words) + 5,)
     assert names(continues) == ["##per", "##s", "##%"] and names(informative) == ["red", "v", "##per", "##s"]
-    assert names(told(0.8)[1]) == ["red", "v", "zip", "##per", "##s", "front"]  # 4 of 5: no more than the share
-    assert "at" in names(told(1.0)[1]) and "." not in names(told(1.0)[1])
+    assert names(pieces_at(0.8)[1]) == ["red", "v", "zip", "##per", "##s", "front"]  # 4 of 5: no more than the share
+    assert "at" in names(pieces_at(1.0)[1]) and "." not in names(pieces_at(1.0)[1])
     item = {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "product_id": 0, "caption_id": 0, "row": 0}
     item["text"] = ("[UNK]", "Red zipper at front. V-v.")
-    batch = Collate(tokenizer, told(0.6))([item])
-    # [CLS] [UNK] red zip ##per at front . v - v . [SEP]: a word whose second piece tells something is masked whole
+    batch = Collate(tokenizer, pieces_at(0.6))([item])
+    # [CLS] [UNK] red zip ##per at front . v - v . [SEP]: a word whose second piece is informative is masked whole
     assert batch["maskable"][0, :13].tolist() == [0, 0, 3, 4, 4, 0, 0, 0, 9, 0, 11, 0, 0]
     assert batch["is_caption"][0, :13].tolist() == [False] * 2 + [True] * 10 + [False]
-    every = Collate(tokenizer)([item])["maskable"][0, :13].tolist()
-    assert every == [0, 0, *range(3, 13), 0]  # without what is informative, each piece is a word
+    maskable = Collate(tokenizer)([item])["maskable"][0, :13].tolist()
+    assert maskable == [0, 0, *range(3, 13), 0]  # without `informative`, each piece is a word
 
 
-def test_truth_comes_with_a_batch_of_a_data_set_that_gives_it(wardrobe, monkeypatch):
+def test_a_batch_has_the_ground_truth_that_the_items_have(wardrobe, monkeypatch):
     tokenizer = build_tokenizer(wardrobe.captions, 400, 64)
     plain = Collate(tokenizer)([wardrobe[row] for row in range(6)])
     monkeypatch.setattr(wardrobe, "with_ground_truth", True)
     batch = Collate(tokenizer)([wardrobe[row] for row in range(6)])
-    assert (
-        all(torch.equal(batch[key], plain[key]) for key in plain if key != "unreadable") and "region_masks" not in plain
-    )
+    assert all(torch.equal(batch[key], plain[key]) for key in plain if key != "unreadable")
+    assert "region_masks" not in plain
     assert batch["region_masks"].dtype == torch.uint8 and batch["region_masks"].shape[2:] == (64, 64)
-    assert not batch["region_masks"][:, :2].any()  # of what names nothing, of what is not shown
+    assert not batch["region_masks"][:, :2].any()  # of no attribute, and of attributes that are not visible
     for grid in (4, 8, 16):
         regions = word_regions(batch, grid)
         assert regions.shape == (*batch["region_index"].shape, grid**2)
@@ -127,7 +125,7 @@ def test_a_vocabulary_without_words_or_with_gaps_is_refused(tmp_path, words, mes
         build_tokenizer([], 0, 32, vocab=vocabulary(tmp_path, words))
 
 
-def test_the_next_image_comes_in_the_place_of_what_cannot_be_read(wardrobe):
+def test_the_next_image_replaces_an_unreadable_one(wardrobe):
     tokenizer = build_tokenizer(wardrobe.captions, 300, 64)
     items = [Unreadable(f"{row}.png: gone") if row in (1, 2, 149) else wardrobe[row] for row in range(150)]
     readable = ReadableItems(items)
@@ -139,26 +137,25 @@ def test_the_next_image_comes_in_the_place_of_what_cannot_be_read(wardrobe):
 
 
 def test_word_regions_by_hand():
-    """Planes of 8 by 8 pixels on 2 by 2 patches, of 16 pixels each."""
+    """Region masks of 8 × 8 pixels on 2 × 2 patches, of 16 pixels each."""
     region_masks = torch.zeros(1, 6, 8, 8)
-    region_masks[0, 2, :4, :4] = 1  # the first patch whole, of the second one row of four: a quarter
+    region_masks[0, 2, :4, :4] = 1  # the whole first patch, and a quarter of the second: one row of four
     region_masks[0, 2, 0, 4:] = 1
-    region_masks[0, 3, :3, :4] = 1  # three quarters, and three pixels of the second: below a quarter
+    region_masks[0, 3, :3, :4] = 1  # three quarters of the first, and less than a quarter of the second: three pixels
     region_masks[0, 3, 0, 4:7] = 1
-    region_masks[0, 4, 4, :3] = (
-        1  # little of all: where it covers most, three pixels, and half as much, two, but not one
-    )
+    # three pixels of one patch, which are the most; half as much in another, two pixels, counts, one pixel does not
+    region_masks[0, 4, 4, :3] = 1
     region_masks[0, 4, 4, 4:6] = 1
     region_masks[0, 4, 0, 7] = 1
-    region_masks[0, 5, 0, 0] = 0.1  # hardly on the photo at all, after a crop
+    region_masks[0, 5, 0, 0] = 0.1  # hardly in the image, after a crop
     region_index = torch.tensor([[0, 1, 2, 3, 4, 5, 2]])
     rows = word_regions({"region_masks": region_masks, "region_index": region_index}, 2)[0].int().tolist()
     assert rows == [[0] * 4, [0] * 4, [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0] * 4, [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("distort", ["0", "1"])
-def test_the_truth_follows_crop_and_flip(distort):
-    """A white shape on black, of which a plane of the truth is the mask, is so after cropping, flipping, turning."""
+def test_the_ground_truth_follows_crop_and_flip(distort):
+    """A region mask that equals a white shape on black still does after cropping, flipping and rotating."""
     shapes = torch.zeros(16, 32, 32)
     for number, shape in enumerate(shapes):
         shape[6 + number % 4 : 20, 2 : 9 + number] = 1
@@ -166,24 +163,25 @@ def test_the_truth_follows_crop_and_flip(distort):
     batch = {"images": (shapes * 255).byte()[:, None].expand(-1, 3, -1, -1), "region_masks": region_masks}
     config = parse_config([*FAST, "--crop-scale", "0.4", "--distort", distort])[0]
     run = types.SimpleNamespace(config=config, generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
-    moved = augmented(run, batch)
-    mean, std = data.imagenet(torch.device("cpu"))
-    difference = ((moved["images"] * std + mean).mean(dim=1) - moved["region_masks"][:, 2]).abs()
+    cropped = augmented(run, batch)
+    mean, std = data.imagenet_mean_std(torch.device("cpu"))
+    difference = ((cropped["images"] * std + mean).mean(dim=1) - cropped["region_masks"][:, 2]).abs()
     assert difference.max() < 1e-5 if distort == "0" else difference.mean() < 0.06
-    assert not moved["region_masks"][:, :2].any() and len(moved["region_masks"][:, 2].flatten(1).unique(dim=0)) == 16
+    assert not cropped["region_masks"][:, :2].any()
+    assert len(cropped["region_masks"][:, 2].flatten(1).unique(dim=0)) == 16
     run.config = replace(config, crop_scale=1.0, distort=0.0)
-    whole = augmented(run, batch)["region_masks"][:, 2]
-    flipped = sum(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, shapes.flip(-1), strict=True))
-    straight = sum(torch.allclose(*pair, atol=1e-5) for pair in zip(whole, shapes, strict=True))
-    assert 2 < flipped < 14 and straight + flipped == 16
+    uncropped = augmented(run, batch)["region_masks"][:, 2]
+    flipped = sum(torch.allclose(*pair, atol=1e-5) for pair in zip(uncropped, shapes.flip(-1), strict=True))
+    unflipped = sum(torch.allclose(*pair, atol=1e-5) for pair in zip(uncropped, shapes, strict=True))
+    assert 2 < flipped < 14 and unflipped + flipped == 16
 
 
-def test_augment_crops_the_share_asked_for_and_flips_half():
-    """A photo whose pixel value is its x position: range and direction of a crop can be read off."""
+def test_augment_crops_the_given_share_and_flips_half():
+    """Pixel values are x positions, so they show the range and direction of a crop."""
     ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(400, 3, 64, 64)
     generator = torch.Generator().manual_seed(0)
     out = augment(ramp, random_crops(400, 0.5, generator), generator)
-    mean, std = data.imagenet(torch.device("cpu"))
+    mean, std = data.imagenet_mean_std(torch.device("cpu"))
     values = (out * std + mean)[:, 0, 32] * 255
     width = (values[:, -1] - values[:, 0]) / 252
     assert abs((width < 0).float().mean() - 0.5) < 0.1

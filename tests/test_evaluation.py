@@ -180,7 +180,7 @@ def test_false_negatives_are_counted_by_hand(monkeypatch):
     bag = Product("tote", "red", None, None, None, None, {}, {})
     products = [shirt, replace(shirt, details={}), replace(shirt, colour="red"), bag]
     dataset = Synthetic("train", 4, 64, progress=False)
-    dataset.products, dataset.rows = products, [(i, "front") for i in range(4)]
+    dataset.products, dataset.views = products, ["front"] * 4
     dataset.captions = [product.caption_and_spans()[0] for product in products]
     dataset.product_ids = dataset.caption_ids = torch.arange(4).numpy()
     own, above, below, far = 0.75, 0.9, 0.5, 0.1
@@ -241,7 +241,7 @@ def test_trials_are_texts_that_differ_in_one_thing_that_the_photo_shows(wardrobe
     assert len(set(zip(kinds, numbers, strict=True))) == len(kinds)  # one of a kind and photo
     for kind, number, text in zip(kinds, numbers, texts, strict=True):
         row = rows[number]
-        siblings = wardrobe.products[wardrobe.rows[row][0]].siblings()
+        siblings = wardrobe.product(row).siblings()
         found = [(name, key) for name, key, sibling in siblings if sibling.caption_and_spans()[0] == text]
         assert len(found) == 1 and found[0][0] == kind and found[0][1] in wardrobe.regions[row]
 
@@ -251,7 +251,7 @@ def test_choices_are_right_where_the_own_text_scores_higher(better, worse, share
     """A score that knows which texts are right, one that is always wrong, one that ties; of necks always wrong."""
     dataset = Synthetic("train", 30, 32, progress=False)
     part, products = dataset.subset((dataset.product_ids < 24).nonzero()[0]), 24
-    kinds, _, others = choice.draw_foils(dataset, part.source)
+    kinds, _, others = choice.draw_foils(dataset, part.image_index)
     asked = []
 
     def text_features(run, texts):

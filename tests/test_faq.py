@@ -74,7 +74,7 @@ def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs/synthetic-syncmask-tiny"
     run(folder, "--steps", "1")
     state, dataset = open_run(folder / "last.pt", None, "cpu")
-    dataset.photos[3].save(tmp_path / "photo.png")
+    dataset.images[3].save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(compile(code, "faq.md", "exec"), {})

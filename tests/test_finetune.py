@@ -19,7 +19,7 @@ from engine.finetune_config import FOUND, open_data, parse_config
 from engine.flags import ConfigError
 from engine.run import build_run
 from evaluation.search import search
-from readers.prompts import DESCRIPTION, DIFFERENCE
+from readers.prompts import CAPTION_PREFIX, DIFFERENCE_PREFIX
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,7 +103,7 @@ def test_tasks_of_a_fashionfine_checkpoint(tmp_path):
     """Texts get a lead and neither symbol nor prompts, so no label is told; tgir compares [CLS] alone."""
     run(tmp_path / "pre", "--num-products", "20", "--steps", "2", "--recipe", "fashionfine")
     source = tmp_path / "pre" / "last.pt"
-    for task, prefix in (("retrieval", DESCRIPTION), ("category", DESCRIPTION), ("tgir", DIFFERENCE)):
+    for task, prefix in (("retrieval", CAPTION_PREFIX), ("category", CAPTION_PREFIX), ("tgir", DIFFERENCE_PREFIX)):
         flags = f"--task {task} --checkpoint {source} --steps 2 --val-every 2 --out {tmp_path}/{task}"
         config, _, _ = parse_config(flags.split())
         opened = open_data(config, "val")
@@ -241,7 +241,7 @@ def test_tgir_on_fashioniq_names_both_galleries(tmp_path, pretrained, capsys):
             assert found["chance"][f"{subset}_{gallery}_r10"] == 10 / size
             assert 0 <= found["metrics"][f"{subset}_{gallery}_r50"] <= 1
     assert found["protocol"]["dress union"] == 12 and found["protocol"]["dress original"] == 20
-    assert "dress: 6 (photos to search: union 12, original 20)" in capsys.readouterr().out
+    assert "dress: 6 (images to search: union 12, original 20)" in capsys.readouterr().out
     flags = f"--task search --checkpoint {tmp_path}/out/best.pt --out {tmp_path}/found"
     found = command(f"{flags} --image {tmp_path}/iq/images/dress00003.jpg")
     assert found[0][1] == pytest.approx(1, abs=1e-4)

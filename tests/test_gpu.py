@@ -87,7 +87,7 @@ def test_a_step_mixes_neither_devices_nor_types(recipe, flags):
     config, _ = parse_config([*FAST, *FAST_FOR[recipe], "--recipe", recipe, *more])
     dataset = Synthetic("train", 8, 32, progress=False)
     dataset.prompts, dataset.with_ground_truth = config.prompts, bool(flags)
-    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, frames=config.prompts)
+    tokenizer = data.build_tokenizer(dataset.captions, 300, config.model.max_length, prompts=config.prompts)
     informative = data.informative_pieces(tokenizer, dataset.captions)
     batch = data.Collate(tokenizer, informative)([dataset[row] for row in range(8)])
     run = on_stand_in(build_run(config, dataset, tokenizer))

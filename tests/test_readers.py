@@ -1,4 +1,4 @@
-"""FashionGen, jsonl and FashionIQ files good and bad; photos; prompts; triplets; parts."""
+"""FashionGen, jsonl and FashionIQ files, whole and damaged; image files; prompts; triplets; subsets."""
 
 import json
 import pickle
@@ -147,14 +147,14 @@ def test_jsonl_captions_may_hold_any_separator_and_small_sets_get_a_validation_p
     assert len(train) == 4 and len(val) == 2
 
 
-def test_what_cannot_be_used_is_left_out_and_named(shop):
+def test_what_cannot_be_used_is_left_out_and_reported(shop):
     folder, lines = shop
     write_jsonl(folder, lines[:1], "val.jsonl")
     write_jsonl(folder, [*lines, lines[3] | {"image": "gone.png"}, lines[5] | {"caption": " "}])
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
     (folder / "4.png").write_text("not an image")
     dataset = open_jsonl(folder)
-    assert dataset.problems == ["line 41: no photo gone.png", "line 42: empty caption"]
+    assert dataset.problems == ["line 41: image gone.png is missing", "line 42: the caption is empty"]
     assert "2 left out" in dataset.report() and len(dataset) == 40
     collate = Collate(build_tokenizer(dataset.captions, 100, 16))
     batch = collate([dataset[i] for i in range(6)])
@@ -185,13 +185,13 @@ def test_symbol_of_a_category():
     assert "others" not in {category_symbol(garment.category) for garment in GARMENTS.values()}
 
 
-def spoken(text):
-    """The prompts of a text: name -> value."""
+def prompts_of(text):
+    """List the prompts of a text: name -> value."""
     prompts = zip(text[2::2], text[3::2], strict=True)
     return {frame.removeprefix("[SEP] ").removeprefix("the image ").removesuffix(" is"): v for frame, v in prompts}
 
 
-def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe, monkeypatch):
+def test_known_attributes_have_a_prompt_and_unknown_ones_have_none(wardrobe, monkeypatch):
     plain = {row: wardrobe.text(row) for row in range(40)}
     monkeypatch.setattr(wardrobe, "prompts", True)
     orders = set()
@@ -203,11 +203,11 @@ def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe, monkey
         assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
         known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
         known |= {name: getattr(product, name) for name in ("colour", "sleeve", "neck", "pattern")}
-        assert spoken(text) == {name: value for name, value in known.items() if value}
-        orders.add(tuple(spoken(text)))
+        assert prompts_of(text) == {name: value for name, value in known.items() if value}
+        orders.add(tuple(prompts_of(text)))
     assert len(orders) > 20
-    part = wardrobe.subset(np.array([7, 3]))
-    assert part.text(0)[:2] == wardrobe.text(7)[:2] and spoken(part.text(0)) == spoken(wardrobe.text(7))
+    subset = wardrobe.subset(np.array([7, 3]))
+    assert subset.text(0)[:2] == wardrobe.text(7)[:2] and prompts_of(subset.text(0)) == prompts_of(wardrobe.text(7))
     alone = prompt_text("a", "bags", {"category": ""}, np.random.default_rng(0))
     assert alone == ("[bags] the image description is", "a")
 
@@ -215,8 +215,8 @@ def test_prompts_say_what_is_known_and_nothing_where_nothing_is(wardrobe, monkey
 def test_prompts_of_files(fashiongen, tmp_path):
     dataset = open_fashiongen(fashiongen)
     dataset.prompts = True
-    said = spoken(dataset.text(0))
-    assert said["season"] == "spring summer 2018" and said["gender"] == "Men" and "composition" not in said
+    prompts = prompts_of(dataset.text(0))
+    assert prompts["season"] == "spring summer 2018" and prompts["gender"] == "Men" and "composition" not in prompts
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
@@ -226,8 +226,8 @@ def test_prompts_of_files(fashiongen, tmp_path):
     write_jsonl(tmp_path, [line | {"product_id": 3}], "val.jsonl")
     opened = open_jsonl(tmp_path)
     opened.prompts = True
-    assert spoken(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
-    assert spoken(opened.text(1)) == {"category": "Coats", "name": "Coat 6"}
+    assert prompts_of(opened.text(0)) == {"category": "Coats", "name": "Coat 5", "season": "Fall", "colour": "7"}
+    assert prompts_of(opened.text(1)) == {"category": "Coats", "name": "Coat 6"}
     before = opened.fingerprint()
     opened.attributes["season"][0] = "Spring"
     assert opened.fingerprint() != before
@@ -239,9 +239,9 @@ def triplets():
 
 
 def test_triplets_give_reference_and_target(triplets):
-    photos, item = triplets.photos, triplets[3]
-    assert torch.equal(item["image"], photos[triplets.references[3]]["image"])
-    assert torch.equal(item["target_image"], photos[triplets.targets[3]]["image"])
+    image_set, item = triplets.image_set, triplets[3]
+    assert torch.equal(item["image"], image_set[triplets.references[3]]["image"])
+    assert torch.equal(item["target_image"], image_set[triplets.targets[3]]["image"])
     some = triplets.subset(np.array([3, 8]))
     assert torch.equal(some[0]["target_image"], item["target_image"]) and some.captions[0] == triplets.captions[3]
     pairs = {*some.references.tolist(), *some.targets.tolist()}
@@ -251,11 +251,12 @@ def test_triplets_give_reference_and_target(triplets):
     assert batch["images"].shape == batch["target_images"].shape == (2, 3, 32, 32)
 
 
-def test_a_part_is_some_rows_numbered_anew(wardrobe):
-    part = wardrobe.subset(np.array([40, 0, 1]))
-    assert len(part) == 3 and part.captions[0] == wardrobe.captions[40] and part.product_ids.tolist() == [0, 1, 1]
-    assert torch.equal(part[0]["image"], wardrobe[40]["image"]) and part[0]["row"] == 0 and part.name_of(0) == "row 40"
-    assert part.categories == [wardrobe.categories[row] for row in (40, 0, 1)]
+def test_a_subset_is_some_rows_numbered_anew(wardrobe):
+    subset = wardrobe.subset(np.array([40, 0, 1]))
+    assert len(subset) == 3 and subset.captions[0] == wardrobe.captions[40] and subset.product_ids.tolist() == [0, 1, 1]
+    assert torch.equal(subset[0]["image"], wardrobe[40]["image"]) and subset[0]["row"] == 0
+    assert subset.name_of(0) == "row 40"
+    assert subset.categories == [wardrobe.categories[row] for row in (40, 0, 1)]
 
 
 def open_fashioniq(folder, split="val"):
@@ -269,30 +270,32 @@ def test_fashioniq_galleries_have_the_published_sizes(tmp_path):
         assert opened.subsets.count(subset) == queries
         galleries = opened.galleries[subset]
         assert len(galleries["original"]) == split_size and len(galleries["union"]) == union
-    assert "dress: 2,017 (photos to search: union 2,628, original 3,817)" in opened.report()
+    assert "dress: 2,017 (images to search: union 2,628, original 3,817)" in opened.report()
     assert opened.captions[0] == "is colour 0 and has sleeves"
 
 
 def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
     sizes = dict.fromkeys(PUBLISHED, (6, 20, 12))
 
-    def photo(number):
+    def draw(number):
         return Image.new("RGB", (30, 40), (number * 9, 0, 0))
 
-    write_fashioniq(tmp_path, "val", sizes, photo)
-    for name in ("dress00000.png", "shirt00015.jpg"):  # the target of one pair; a photo of no pair
+    write_fashioniq(tmp_path, "val", sizes, draw)
+    for name in ("dress00000.png", "shirt00015.jpg"):  # the target of one pair; an image of no pair
         (tmp_path / "images" / name).unlink()
     path = tmp_path / "captions" / "cap.dress.val.json"
     path.write_text(path.read_text().replace('"has sleeves"', '"  "'))
     opened = open_fashioniq(tmp_path)
     assert len(opened) == 17 and len(opened.galleries["shirt"]["original"]) == 19
     assert opened.captions[0] == "is colour 1"  # no "and" without a second text
-    assert opened.problems == ["no photo dress00000", "no photo shirt00015"]
-    assert "2 left out (no photo dress00000; no photo shirt00015), 1 pairs of photos that are not" in opened.report()
+    assert opened.problems == ["image dress00000 is missing", "image shirt00015 is missing"]
+    assert opened.report().endswith(
+        ", 2 left out (image dress00000 is missing; image shirt00015 is missing), pairs without their images: 1"
+    )
     assert opened[0]["target_image"].shape == (3, 32, 32)
-    write_fashioniq(tmp_path, "test", sizes, photo)
-    untold = open_fashioniq(tmp_path, "test")
-    assert (untold.targets == -1).all() and "target_image" not in untold[0]
+    write_fashioniq(tmp_path, "test", sizes, draw)
+    without_targets = open_fashioniq(tmp_path, "test")
+    assert (without_targets.targets == -1).all() and "target_image" not in without_targets[0]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,7 @@ def test_fashioniq_names_and_counts_what_is_missing(tmp_path):
     [
         ("[{", "cap.dress.val.json: not JSON"),
         ('[{"candidate": "a", "captions": ["x"]}]', "cap.dress.val.json: expected a list of pairs with candidate"),
-        (None, "no photos of any val pair; expected dress00000.jpg"),
+        (None, "no val pair has both of its images; put dress00000.jpg or .png"),
     ],
 )
 def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, content, complaint):
@@ -312,13 +315,13 @@ def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, content, complain
     with pytest.raises(DataError, match=complaint) as error:
         open_fashioniq(tmp_path)
     assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match="no such folder; say with --root where the fashioniq files are"):
+    with pytest.raises(DataError, match="no such folder; give the folder of the fashioniq files with --root"):
         open_fashioniq(tmp_path / "nowhere")
 
 
-def test_photos_that_are_not_decoded(tmp_path):
+def test_image_files_that_are_not_decoded(tmp_path):
     Image.fromarray(np.ones((64, 64), np.uint16)).save(tmp_path / "grey.png")
-    with pytest.raises(OSError, match="pixels of more than 8 bits"):
+    with pytest.raises(OSError, match="pixels have more than 8 bits"):
         open_image(tmp_path / "grey.png", 64)
     (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # needs another program
     with pytest.raises(OSError, match="cannot identify image file"):

@@ -160,7 +160,7 @@ def negatives(run: Run, batch: dict, dataset: PairDataset) -> dict:
     found = {"cosines": cosines.tolist(), "margins": margins, "hard": hard.tolist(), "semihard": semihard}
     if isinstance(dataset, Synthetic):
         products = batch["product_ids"].tolist()
-        is_caption = [[dataset.describes(product, row) for product in products] for row in batch["rows"].tolist()]
+        is_caption = [[dataset.caption_matches(product, row) for product in products] for row in batch["rows"].tolist()]
         found["false_negatives"] = (torch.tensor(is_caption) & ~positives).tolist()
     return found
 
