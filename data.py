@@ -69,8 +69,8 @@ class Collate:
                                              image does not show
         attribute_kinds  int64 (B, L)        index in ATTRIBUTE_KINDS plus 1, 0 names no attribute
 
-    A word has the number of the place of its first piece, counted from 1, as in masking.py. An image that shows
-    "striped" and "zipped", but not "wool":
+    A word is numbered by the place of its first piece, counted from 1, as in masking.py. In this example "and" names no
+    attribute, and the image does not show "wool":
 
         token            [CLS]  striped  and  zip  ##ped  wool  [SEP]
         place              1       2      3    4     5      6     7

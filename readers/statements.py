@@ -180,7 +180,7 @@ def _draw_claim(images: Synthetic, image: int, other_image: int, rng: np.random.
     product = images.product(image)
     siblings_by_kind = defaultdict(list)
     for sibling in product.siblings():
-        if sibling.kind in ("garment", "colour", "pattern"):  # all images of the product show them
+        if sibling.kind in ("garment", "colour", "pattern"):  # not specific to one image
             continue
         if sibling.key in images.regions[image] and sibling.key not in images.regions[other_image]:
             siblings_by_kind[sibling.kind].append(sibling)

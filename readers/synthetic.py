@@ -64,7 +64,7 @@ class Synthetic(PairDataset):
             self.regions.append(regions)
 
     def rng(self, *key: int) -> Generator:
-        """Return the random numbers of a key, deterministic in (seed, split, key). The first number is a purpose."""
+        """Make a generator from (seed, split, key). key: a number for the purpose, then perhaps an index"""
         split = 0 if self.split == "train" else 1
         return default_rng((self.seed, split, *key))
 
@@ -122,6 +122,6 @@ class Synthetic(PairDataset):
         return True
 
     def visible_attributes(self, product: Product, row: int) -> set[str]:
-        """Return the keys of the attributes of any product that the camera of a row would show."""
+        """Return the keys of the attributes that an image of a product shows, taken by the camera of a row."""
         _, regions = self._render(product, row)
         return set(regions)

@@ -249,7 +249,8 @@ class Product:
             if new_place not in self.details:
                 details = {}
                 for old_place, value in self.details.items():
-                    details[new_place if old_place == place else old_place] = value
+                    key = new_place if old_place == place else old_place
+                    details[key] = value
                 yield "place", details
 
     def caption_and_spans(self) -> tuple[str, list[Span]]:
