@@ -201,9 +201,9 @@ def test_known_attributes_have_a_prompt_and_unknown_ones_have_none(wardrobe, mon
         symbol = category_symbol(wardrobe.categories[row])
         assert text[:2] == (f"[{symbol}] the image description is", wardrobe.captions[row])
         assert [frame.startswith("[SEP]") for frame in text[2::2]] == [True] + [False] * (len(text[2::2]) - 1)
-        known = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
-        known |= {name: getattr(product, name) for name in ("colour", "sleeve", "neck", "pattern")}
-        assert prompts_of(text) == {name: value for name, value in known.items() if value}
+        values = {"category": GARMENTS[product.garment].category, "sub category": product.garment.upper()}
+        values |= {name: getattr(product, name) for name in ("colour", "sleeve", "neck", "pattern")}
+        assert prompts_of(text) == {name: value for name, value in values.items() if value}
         orders.add(tuple(prompts_of(text)))
     assert len(orders) > 20
     subset = wardrobe.subset(np.array([7, 3]))
