@@ -1,4 +1,4 @@
-"""Exercises: solutions pass, stubs fail, mistakes fail with what is wrong; the command lines."""
+"""Exercises: solutions pass, stubs fail, mistakes get a message; the command lines."""
 
 import inspect
 import json
@@ -9,75 +9,75 @@ from pathlib import Path
 import pytest
 
 from tutorial.exercises import catalogue, compare, start
-from tutorial.exercises.catalogue import EXERCISES, Mistake, run_own_tests, written
+from tutorial.exercises.catalogue import EXERCISES, Mistake, load_functions, run_project_tests
 from tutorial.exercises.checks import check
 
 HERE = Path(catalogue.__file__).parent
-# exercise ¦ what of its solution ¦ becomes what ¦ what the student reads
+# exercise ¦ code of the solution ¦ the mistake instead of it ¦ part of the message
 TABLE = """
 1 ¦ mask_words(scores, maskable, ratio) ¦ (scores < ratio).gather(1, (maskable - 1).clamp(min=0)) & (maskable > 0) ¦ no coin for each word
-1 ¦ mask_words(scores, maskable, ratio) ¦ mask_words(scores, maskable.clamp(min=1), ratio) ¦ no words, where `maskable` is 0: [CLS]
+1 ¦ mask_words(scores, maskable, ratio) ¦ mask_words(scores, maskable.clamp(min=1), ratio) ¦ leave tokens where `maskable` is 0: [CLS]
 1 ¦ mask_words(scores, maskable, ratio) ¦ topk_mask(scores, maskable > 0, word_counts(maskable, ratio)) ¦ one piece of a word is masked
 1 ¦ mask_words(scores, maskable, ratio) ¦ mask_words(scores[:1].expand(maskable.shape), maskable, ratio) ¦ the same random numbers
 2 ¦ token_ids.masked_fill(~mask, -100) ¦ token_ids ¦ words that are not masked have labels
 2 ¦ dice < 0.8 ¦ dice < 1 ¦ become [MASK] and 0% stay
-2 ¦ token_ids.masked_fill(mask ¦ token_ids.masked_fill_(mask ¦ token_ids itself is written into
+2 ¦ token_ids.masked_fill(mask ¦ token_ids.masked_fill_(mask ¦ token_ids is changed in place
 3 ¦ mask & candidates ¦ mask ¦ only masked candidates count
 3 ¦ (masked & shared).sum(), masked.sum() ¦ (masked & shared).sum() / masked.sum() ¦ two counts
-3 ¦ by_chance[words].sum() ¦ words.sum() / regions.shape[2] ¦ as often as the region is large
-4 ¦ same_product | same_caption ¦ same_product ¦ same caption to the letter counts as a negative
-4 ¦ product_ids[:, None] == key_product_ids ¦ torch.eye(2, 4) > 0 ¦ second image of a product counts as a negative
-4 ¦ positives / positives.sum(dim=1, keepdim=True) ¦ positives ¦ sum to 2.0, not to 1
-4 ¦ positives / positives.sum(dim=1, keepdim=True) ¦ torch.eye(*positives.shape) ¦ positives share
-4 ¦ hard = positives ¦ alpha, hard = 1 - alpha, positives ¦ alpha is the share of softmax
+3 ¦ by_chance[words].sum() ¦ words.sum() / regions.shape[2] ¦ its region's share of the patches
+4 ¦ same_product | same_caption ¦ same_product ¦ same caption is no positive
+4 ¦ product_ids[:, None] == key_product_ids ¦ torch.eye(2, 4) > 0 ¦ second image of a product is no positive
+4 ¦ positives / positives.sum(dim=1, keepdim=True) ¦ positives ¦ sum to 2.0 instead of 1
+4 ¦ positives / positives.sum(dim=1, keepdim=True) ¦ torch.eye(*positives.shape) ¦ all positives share
+4 ¦ hard = positives ¦ alpha, hard = 1 - alpha, positives ¦ alpha weighs softmax
 5 ¦ logits.masked_fill(positives & possible[:, None], -torch.inf) ¦ (logits.softmax(dim=1) * ~positives).log() ¦ Mask the logits before the softmax
-5 ¦ logits = sim if ¦ logits = -sim if ¦ not drawn ∝ exp(sim)
-5 ¦ sim if mode == "similar" else torch.zeros_like(sim) ¦ sim ¦ random always draws the same
-5 ¦ , generator=generator ¦  ¦ one generator, two draws
-5 ¦ masked_fill(positives ¦ masked_fill(False & positives ¦ hard: a pair itself, or another positive, is drawn: −∞
-5 ¦ sim.masked_fill(positives, - ¦ sim.masked_fill_(positives, - ¦ sim itself is written into
-5 ¦ torch.where(possible, chosen, -1) ¦ chosen ¦ the answer is −1
+5 ¦ logits = sim if ¦ logits = -sim if ¦ the draw is not ∝ exp(sim)
+5 ¦ sim if mode == "similar" else torch.zeros_like(sim) ¦ sim ¦ random: the pick is always the same
+5 ¦ , generator=generator ¦  ¦ one seed gives two results
+5 ¦ masked_fill(positives ¦ masked_fill(False & positives ¦ hard: the own pair or another positive is picked; give positives −∞
+5 ¦ sim.masked_fill(positives, - ¦ sim.masked_fill_(positives, - ¦ sim is changed in place
+5 ¦ torch.where(possible, chosen, -1) ¦ chosen ¦ must give −1
 5 ¦ positives & possible[:, None] ¦ positives ¦ Keep the logits finite
-6 ¦ [:, None] - margin ¦ [:, None] + margin ¦ margin is on the wrong side
-6 ¦ sim < sim.diag ¦ sim > sim.diag ¦ more similar than the own pair
-6 ¦ torch.inf).argmin ¦ -torch.inf).argmax ¦ then the least similar one
-6 ¦ ~below, -torch.inf).argmax ¦ ~below, torch.inf).argmin ¦ is the easiest
+6 ¦ [:, None] - margin ¦ [:, None] + margin ¦ subtract the margin
+6 ¦ sim < sim.diag ¦ sim > sim.diag ¦ the pick is the own pair or more similar
+6 ¦ torch.inf).argmin ¦ -torch.inf).argmax ¦ the pick must be the least similar negative
+6 ¦ ~below, -torch.inf).argmax ¦ ~below, torch.inf).argmin ¦ take the most similar one
 7 ¦ break_ties(scores, generator) ¦ break_ties(-scores, generator) ¦ the lowest scores are masked
-7 ¦ mask_words(best + draws, maskable, ¦ mask_words(best + draws, maskable.clamp(min=1), ¦ no words, where `maskable` is 0: [CLS]
+7 ¦ mask_words(best + draws, maskable, ¦ mask_words(best + draws, maskable.clamp(min=1), ¦ leave tokens where `maskable` is 0: [CLS]
 7 ¦ mask_words(best + draws, maskable, ¦ topk_mask(best + draws, maskable > 0, 2 * ¦ one piece of a word is masked
-7 ¦ attention * word_mask[..., None] ¦ attention * (maskable > 0)[..., None] ¦ other patches are masked than those with the highest
-7 ¦ .clamp(min=1) ¦  ¦ a caption without a word has always the same patches
-7 ¦ break_ties(patch_scores, generator) ¦ patch_scores ¦ always the same patches: `break_ties`
-7 ¦ break_ties(scores, generator) ¦ scores ¦ always the same word: `break_ties`
+7 ¦ attention * word_mask[..., None] ¦ attention * (maskable > 0)[..., None] ¦ the wrong patches are masked
+7 ¦ .clamp(min=1) ¦  ¦ for a caption without a word always the same patches
+7 ¦ break_ties(patch_scores, generator) ¦ patch_scores ¦ of patches with equal scores always the same are masked; call `break_ties`
+7 ¦ break_ties(scores, generator) ¦ scores ¦ of words with equal scores always the same is masked; call `break_ties`
 7 ¦ mask_words(best + draws ¦ mask_words(draws ¦ not of all words
 7 ¦ max(pool, word_ratio) ¦ word_ratio ¦ the pool is ignored
 7 ¦ max(pool, word_ratio) ¦ pool ¦ the best max(pool, word_ratio)
 8 ¦ gradient.clamp(min=0) ¦ gradient ¦ the ReLU of Grad-CAM
-8 ¦ (attention * gradient ¦ (gradient ¦ the attention itself is a factor
-8 ¦ , retain_graph=True ¦  ¦ still need the graph
-8 ¦ .detach() ¦  ¦ nothing is learnt through a soft mask
-8 ¦ word_index, 1:] ¦ word_index] ¦ without the image CLS
-8 ¦ word_index, 1:] ¦ 0, 1:] ¦ the row of the word counts
-8 ¦ heat.amax(dim=1, keepdim=True) ¦ heat.amax() ¦ a most of its own
+8 ¦ (attention * gradient ¦ (gradient ¦ multiply by the attention itself
+8 ¦ , retain_graph=True ¦  ¦ the graph of the score is freed
+8 ¦ .detach() ¦  ¦ the maps have a gradient
+8 ¦ word_index, 1:] ¦ word_index] ¦ leave out column 0
+8 ¦ word_index, 1:] ¦ 0, 1:] ¦ from the row of word_index
+8 ¦ heat.amax(dim=1, keepdim=True) ¦ heat.amax() ¦ must reach 1 in each image
 """
 MISTAKES = [line.split(" ¦ ") for line in TABLE.strip().splitlines()]
 
 
-def mistaken(number, right, wrong):
-    """The solution of an exercise with something of it changed."""
+def functions_with_mistake(number, code, mistake):
+    """The solution of an exercise with `mistake` instead of `code`."""
     functions = EXERCISES[number].solution()
     for name, function in functions.items():
         source = inspect.getsource(function)
-        if right in source:
+        if code in source:
             module = dict(vars(inspect.getmodule(function)))
-            exec(source.replace(right, wrong), module)
+            exec(source.replace(code, mistake), module)
             return functions | {name: module[name]}
-    raise AssertionError(f"{right}: not in the solution")
+    raise AssertionError(f"{code}: not in the solution")
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A student's folder."""
+    """An empty folder for the stubs."""
     monkeypatch.setattr(catalogue, "MINE", tmp_path / "mine")
     return tmp_path / "mine"
 
@@ -86,68 +86,68 @@ def mine(tmp_path, monkeypatch):
 def test_solutions_pass_and_stubs_fail(number, mine, capsys):
     solution = EXERCISES[number].solution()
     check(number, solution)
-    run_own_tests(number, solution)
+    run_project_tests(number, solution)
     start.main([str(number)])
     assert f"ex{number}.py: write {', '.join(solution)}; then python -m pytest" in capsys.readouterr().out
-    stub = written(number)
+    stub = load_functions(number)
     assert all(inspect.getdoc(stub[name]) == inspect.getdoc(solution[name]) for name in stub)
     with pytest.raises(Mistake, match=f"exercise {number} is not written yet"):
         check(number, stub)
 
 
-@pytest.mark.parametrize("number, right, wrong, message", MISTAKES)
-def test_mistakes_are_told_in_words(number, right, wrong, message):
+@pytest.mark.parametrize("number, code, mistake, message", MISTAKES)
+def test_each_mistake_has_its_message(number, code, mistake, message):
     with pytest.raises(Mistake, match=re.escape(message)):
-        check(int(number), mistaken(int(number), right, wrong))
+        check(int(number), functions_with_mistake(int(number), code, mistake))
 
 
 @pytest.mark.parametrize("number", EXERCISES)
-def test_the_projects_own_tests_are_run_against_the_students_function(number):
-    right, wrong = next(row[1:3] for row in MISTAKES if row[0] == str(number))
-    before = EXERCISES[number].solution()
+def test_the_projects_own_tests_are_run_on_the_students_function(number):
+    code, mistake = next(row[1:3] for row in MISTAKES if row[0] == str(number))
+    solution = EXERCISES[number].solution()
     with pytest.raises((AssertionError, RuntimeError)):
-        run_own_tests(number, mistaken(number, right, wrong))
-    assert EXERCISES[number].solution() == before
+        run_project_tests(number, functions_with_mistake(number, code, mistake))
+    assert EXERCISES[number].solution() == solution
 
 
-def test_stubs_are_not_overwritten_and_hints_go_from_the_idea_to_the_place(mine, capsys):
+def test_stubs_are_not_overwritten_and_hints_have_three_levels(mine, capsys):
     start.main(["5"])
     (mine / "ex5.py").write_text("mine = 1")
-    with pytest.raises(SystemExit, match="is there already; delete it to begin anew"):
+    with pytest.raises(SystemExit, match="exists already; delete it to begin anew"):
         start.main(["5"])
     assert (mine / "ex5.py").read_text() == "mine = 1"
     with pytest.raises(Mistake, match="defines no pick_negatives"):
-        written(5)
+        load_functions(5)
     for number, exercise in EXERCISES.items():
         for level in (1, 2, 3):
             capsys.readouterr()
             start.main([str(number), "--hint", str(level)])
-            said = capsys.readouterr().out
-            assert said.startswith(f"{number}.{level} ") and len(said) > 70
-        assert all(name in said for name in exercise.write)
+            hint = capsys.readouterr().out
+            assert hint.startswith(f"{number}.{level} ") and len(hint) > 70
+        assert all(name in hint for name in exercise.write)
 
 
-def checked(capsys, number):
-    """What `python -m pytest tutorial/exercises -k exN` says. -> exit code, output."""
+def run_check(capsys, number):
+    """Run `python -m pytest tutorial/exercises -k exN`. Returns the exit code and the output."""
     sys.modules.pop("test_mine", None)
     code = pytest.main([str(HERE), "-p", "no:cacheprovider", "-k", f"ex{number}"])
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
 
 
-def test_one_command_checks_what_is_begun(mine, capsys):
-    code, said = checked(capsys, 1)
-    assert code == 0 and "1 skipped" in said
+def test_one_command_checks_every_stub(mine, capsys):
+    code, output = run_check(capsys, 1)
+    assert code == 0 and "1 skipped" in output
     start.main(["1"])
-    assert "# def word_counts" in (mine / "ex1.py").read_text() and "Leave masking.py closed" in capsys.readouterr().out
-    code, said = checked(capsys, 1)
-    assert code == 1 and "exercise 1 is not written yet: random_word_mask" in said and "Traceback" not in said
+    assert "# def word_counts" in (mine / "ex1.py").read_text() and "Do not open masking.py" in capsys.readouterr().out
+    code, output = run_check(capsys, 1)
+    assert code == 1 and "exercise 1 is not written yet: random_word_mask" in output and "Traceback" not in output
     mine.joinpath("ex4.py").write_text("from losses import itc_targets, positive_pairs")
-    code, said = checked(capsys, 4)
-    assert code == 0 and "1 passed" in said
+    code, output = run_check(capsys, 4)
+    assert code == 0 and "1 passed" in output
     mine.joinpath("ex4.py").write_text("from losses import itc_targets\ndef positive_pairs(*ids): return ids[9]")
-    code, said = checked(capsys, 4)
-    assert code == 1 and "ex4.py:2: IndexError" in said
+    code, output = run_check(capsys, 4)
+    assert code == 1 and "ex4.py:2: IndexError" in output
 
 
 def test_two_runs_are_compared(tmp_path, capsys):
@@ -157,8 +157,8 @@ def test_two_runs_are_compared(tmp_path, capsys):
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n' + json.dumps(final))
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
     compare.main([*runs, "image_gain"])
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "| metric | a | b | difference |" and said[2:] == ["| image_gain | 0.25 | 0.5 | +0.25 |"]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| metric | a | b | difference |" and table[2:] == ["| image_gain | 0.25 | 0.5 | +0.25 |"]
     with pytest.raises(SystemExit, match="speed: not among the metrics of both runs"):
         compare.main([*runs, "speed"])
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1}')

@@ -1,9 +1,9 @@
-"""One image and its caption on their way through the code, one stop a cell: see docs/walkthrough.md.
+"""Follow one image and its caption through the code, one stop a cell. docs/walkthrough.md explains each stop.
 
-python tutorial/walkthrough.py                                  a model with random weights, seconds on a CPU
-python tutorial/walkthrough.py --checkpoint runs/…/last.pt      a trained one (of synthetic products), the same images
+python tutorial/walkthrough.py                                  random weights, seconds on a CPU
+python tutorial/walkthrough.py --checkpoint runs/…/last.pt      a run trained on synthetic images, with its own weights
 
-VS Code, PyCharm and Jupyter (with jupytext) run it cell by cell: change a line, run its cell, see what moves.
+VS Code, PyCharm and Jupyter (with jupytext) run the script cell by cell.
 
 Letters: B batch, L text tokens, N image tokens, P patches, h heads, D width, E shared embedding, V vocabulary.
 """
@@ -21,7 +21,7 @@ import torch
 from tokenizers import decoders
 from torch import Tensor
 
-from data import MAX_DOC_FREQ, informative_pieces, normalise
+from data import informative_pieces, normalise
 from engine.batches import learn_vocabulary
 from engine.config import ema_decay, itm_hard_share, parse_config
 from engine.flags import ConfigError
@@ -33,6 +33,7 @@ from masking import (
     average_attention,
     corrupt_words,
     itm_grad_cam,
+    mask_precision,
     masked_attention,
     random_word_mask,
     score_words,
@@ -48,11 +49,11 @@ CHECKPOINT = ""  # last.pt of a run on synthetic images; "": random weights
 if "--checkpoint" in sys.argv:
     CHECKPOINT = sys.argv[-1]
 PRODUCTS = 96
-BATCH = 16  # the image, another view of its product, the fronts of the next fourteen products
+BATCH = 16  # the front and the back of one product, the fronts of the next fourteen products
 
 
 def show(name: str, value: Tensor | float | str, remark: str = "") -> None:
-    """Print a tensor by its shape, a number to three digits, text as it is."""
+    """Print a row of a table: a tensor by its shape, a number with three decimals, a text as it is."""
     if isinstance(value, Tensor) and value.ndim:
         value = str(tuple(value.shape))
     elif not isinstance(value, str):
@@ -67,7 +68,8 @@ if CHECKPOINT:
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"walkthrough.py: {error}")
     if not isinstance(dataset, Synthetic):
-        sys.exit(f"walkthrough.py: {CHECKPOINT} was trained on {run.config.data}, whose ground truth is not known")
+        reason = f"{CHECKPOINT} was trained on {run.config.data}, whose ground truth is not known"
+        sys.exit(f"walkthrough.py: {reason}; give --checkpoint of a run on synthetic images")
 else:
     config, _ = parse_config(["--device", "cpu"])
     dataset = Synthetic("val", PRODUCTS, config.model.image_size, progress=False)
@@ -83,61 +85,67 @@ tokenizer.decoder = decoders.WordPiece()  # joins the pieces of a word
 generator = run.generator = torch.Generator()  # seeded anew at each stop
 run.step = 10**6  # past every warm-up
 
-# %% 1. Truth
-# The walk follows the first image of a batch. The image is drawn, so it is known what it shows and where.
-# R[b, w, p] = 1 where patch p of image b shows what token w names
-print("1 truth")
+# %% 1. Ground truth
+# The images are drawn by code, so it is known which words of a caption an image shows, and on which patches.
+# R[b, w, p] = 1 if patch p of image b shows what token w names, else 0
+print("1 ground truth")
 _, fronts = np.unique(dataset.product_ids, return_index=True)  # the first image of each product
 rows = [0, 1, *fronts[1 : BATCH - 1].tolist()]
 dataset.with_ground_truth = True
 batch = run.collate([dataset[row] for row in rows])
-truth = token_labels(batch, config.model.grid)
 batch["images"] = normalise(batch["images"])
-images, ids, attention_mask, words = batch["images"], batch["token_ids"], batch["attention_mask"], batch["maskable"]
-regions, attribute, visible = truth.regions, truth.attribute, truth.visible  # (B, L, P), (B, L), (B, L)
-maskable = len(words[0].unique()) - 1
-show("images", images, "the image: product 0 from the front; then its back, 14 others")
-show("token_ids", ids, f"its caption: {attention_mask[0].sum()} tokens with [CLS] and [SEP], the rest [PAD]")
-show("words", words, f"{maskable} of its words may be masked: in no more than {MAX_DOC_FREQ:.0%} of the captions")
-show("regions", regions, "patches where the image shows what a token names")
-show("shown", tokenizer.decode(ids[0, visible[0]].tolist()))
-show("named, not shown", tokenizer.decode(ids[0, attribute[0] & ~visible[0]].tolist()))
+images = batch["images"]  # (B, 3, H, W)
+token_ids = batch["token_ids"]  # (B, L)
+attention_mask = batch["attention_mask"]  # (B, L)
+maskable = batch["maskable"]  # (B, L)
+labels = token_labels(batch, config.model.grid)
+regions = labels.regions  # (B, L, P)
+is_attribute = labels.attribute  # (B, L): the token names an attribute
+is_shown = labels.visible  # (B, L): the image shows the attribute
+num_maskable = len(maskable[0].unique()) - 1
+show("images", images, "2 views of product 0, 14 other products")
+show("token_ids", token_ids, f"caption 0: {attention_mask[0].sum()} tokens, then [PAD]")
+show("maskable", maskable, f"caption 0: {num_maskable} words")
+show("regions", regions, "R")
+show("shown", tokenizer.decode(token_ids[0, is_shown[0]].tolist()))
+show("not shown", tokenizer.decode(token_ids[0, is_attribute[0] & ~is_shown[0]].tolist()))
 
 # %% 2. Attention
-# Two encoders turn image and caption into tokens. In the fusion encoder each text token attends to the image.
+# Two encoders turn image and caption into tokens. In the fusion encoder each text token attends to the patches.
 # A = softmax(q kᵀ / √(D / h))
 print("2 attention")
 image_embeds = model.vision(images)  # (B, N, D)
-text_embeds = model.text(ids, attention_mask)  # (B, L, D)
+text_embeds = model.text(token_ids, attention_mask)  # (B, L, D)
 image_kv = model.fusion.project_image_kv(image_embeds)
 fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
-heat = average_attention(attentions[:1])  # (B, L, P)
-patches = heat.shape[2]
-first_shown = visible.byte().argmax(dim=1)  # (B,): the first token of each caption that its image shows
-place = first_shown[0]
-word = tokenizer.decode([ids[0, place].item()])
-show("image_embeds", image_embeds, f"CLS and {patches} patches; {config.model.registers} registers are dropped")
+first_attention = average_attention(attentions[:1])  # (B, L, P), mean over heads
+num_patches = first_attention.shape[2]
+word_index = is_shown.byte().argmax(dim=1)  # (B,): the first token of each caption that its image shows
+word = tokenizer.decode([token_ids[0, word_index[0]].item()])
+row_sum = attentions[0][0, 0, word_index[0]].sum()
+show("image_embeds", image_embeds, f"CLS and {num_patches} patches, without {config.model.registers} registers")
 show("text_embeds", text_embeds)
-show("A", attentions[0], f"of the first fusion layer; each row sums to {attentions[0][0, 0, place].sum():.3f}")
-show("largest of a row", heat[0, place].max(), f"of '{word}', mean over heads; all alike {1 / patches:.3f}")
-show("fused", fused, f"after all {len(attentions)} layers")
+show("A", attentions[0], f"first layer; each row sums to {row_sum:.3f}")
+largest = first_attention[0, word_index[0]].max()
+show("largest weight", largest, f"of '{word}'; uniform: {1 / num_patches:.3f}")
+show("fused", fused, f"after {len(attentions)} layers")
 fused_other = model.fusion(text_embeds, attention_mask, image_kv, image_index=torch.arange(BATCH).roll(2))
-moved = (fused - fused_other).norm() / fused.norm()
-show("another image", moved, "moves the tokens by this share of their length")
+change = (fused - fused_other).norm() / fused.norm()
+show("relative change", change, "of fused, with another image")
 
 # %% 3. Momentum
-# The momentum encoder is a slow average of the model. It gives ITC its keys, and the masks their attention.
+# The momentum encoder is a moving average of the model. ITC takes its keys from it; masks are made from its attention.
 # θₘ ← d·θₘ + (1 − d)·θ
 print("3 momentum")
 image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
-weights = sum(parameter.numel() for parameter in model.parameters())
-vocabulary = config.model.vocab_size
-show("weights", f"{weights:,}", f"of a vocabulary of {vocabulary}; as many again in the momentum encoder")
+num_parameters = sum(parameter.numel() for parameter in model.parameters())
+vocab_size = config.model.vocab_size
+show("parameters", f"{num_parameters:,}", f"vocabulary: {vocab_size}")
 for step in (0, 100, 10_000):
-    show(f"decay, step {step:,}", ema_decay(step, config.ema_decay))
+    show(f"d({step:,})", ema_decay(step, config.ema_decay))
 
 # %% 4. ITC
-# In image-text contrast the own caption of an image shall be the nearest caption of the batch, and vice versa.
+# Image-text contrast (ITC) trains the encoders to give an image and its own caption similar features.
 # s = f_image · f_text / τ,  L = −½ Σ over both directions of mean_b Σ_j y_bj log softmax(s)_bj
 print("4 ITC")
 image_feat = model.project_image(image_embeds)  # (B, E)
@@ -146,142 +154,138 @@ itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_fea
 temp = model.temp.item()
 positives = positive_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
 targets = itc_targets(positives, sim_i2t, alpha=0.0)
-least = torch.special.entr(targets).sum(dim=1).mean()
-show("image_feat", image_feat_m, "of the momentum encoder: the keys; unit length")
-show("sim_i2t", sim_i2t, f"cosines over the temperature, {temp:.3f}")
-show("targets", targets, f"row 0: {targets[0, 0]:.1f} itself, {targets[0, 1]:.1f} the other view")
-show("loss", itc, f"ln {BATCH} = {math.log(BATCH):.3f} if all look alike; {least:.3f} at best")
+lowest_loss = torch.special.entr(targets).sum(dim=1).mean()
+show("image_feat_m", image_feat_m, "keys, of length 1")
+show("sim_i2t", sim_i2t, f"τ = {temp:.3f}")
+show("targets", targets, f"row 0: {targets[0, 0]:.1f} own caption, {targets[0, 1]:.1f} other view")
+show("loss", itc, f"uniform: ln {BATCH} = {math.log(BATCH):.3f}; lowest: {lowest_loss:.3f}")
 
 # %% 5. Negatives
-# Image-text matching needs wrong pairs. They are chosen inside the batch by the cosines of ITC.
-# hard: argmax_j s_bj,  semihard: argmax of those with s_bj < s_bb − margin,  both without positives j
+# Image-text matching (ITM) needs wrong pairs. They are chosen inside the batch by the cosines of ITC.
+# hard: argmax_j s_bj,  semihard: argmax of the j with s_bj < s_bb − margin,  both without the positives j
 print("5 negatives")
 cosines = sim_i2t[0] * temp
 titles = [caption.split(".")[0] for caption in dataset.captions]
-show("positives", positives, f"{positives.sum()} pairs: the diagonal, and both views both ways")
+show("positives", positives, f"{positives.sum()}: {BATCH} own pairs, 2 between views")
 show("own pair", cosines[0], "cosine")
 for mode in ("random", "similar", "hard", "semihard"):
-    chosen = pick_negatives(sim_i2t, positives, mode, generator.manual_seed(0), config.margin / temp)
-    show(mode, cosines[chosen[0]], f"cosine; '{titles[rows[chosen[0]]]}'")
-show("hard_share", itm_hard_share(run.step, config), f"are {config.negatives}, the others random")
+    negatives = pick_negatives(sim_i2t, positives, mode, generator.manual_seed(0), config.margin / temp)
+    show(mode, cosines[negatives[0]], f"'{titles[rows[negatives[0]]]}'")
+show("share", itm_hard_share(run.step, config), f"{config.negatives}, others random")
 
 # %% 6. MLM
-# Masked language modelling masks whole words. The model predicts them from the other words and the image.
-# L = −mean over masked w of log p(w | the other words, image)
+# Masked language modelling (MLM) masks whole words. The model predicts them from the other words and the image.
+# L = −mean over masked w of log p(w | image, other words)
 print("6 MLM")
-random_mask = random_word_mask(words, config.mlm_ratio, generator.manual_seed(0))
-masked_ids, mlm_labels = corrupt_words(ids, random_mask, run.mask_id, run.replacement_ids, generator)
+word_mask = random_word_mask(maskable, config.mlm_ratio, generator.manual_seed(0))
+masked_ids, mlm_labels = corrupt_words(token_ids, word_mask, run.mask_id, run.replacement_ids, generator)
 masked_embeds = model.text(masked_ids, attention_mask)
-logits = model.mlm_logits(model.fusion(masked_embeds, attention_mask, image_kv)[random_mask])
-mlm = mlm_loss(logits, mlm_labels[random_mask])
-gone = (masked_ids == run.mask_id)[random_mask].float().mean()
-kept = (masked_ids == ids)[random_mask].float().mean()
-masked_words = tokenizer.decode(ids[0, random_mask[0]].tolist())
-show("word_mask", random_mask, f"{config.mlm_ratio:.0%} of the words; here: {masked_words}")
-show("masked_ids", masked_ids, f"{gone:.0%} of the masked [MASK], {1 - gone - kept:.0%} another word, {kept:.0%} kept")
-show("logits", logits, "of the masked tokens alone, over the vocabulary")
-show("loss", mlm, f"ln {vocabulary} = {math.log(vocabulary):.3f} if all words were as likely")
+logits = model.mlm_logits(model.fusion(masked_embeds, attention_mask, image_kv)[word_mask])
+mlm = mlm_loss(logits, mlm_labels[word_mask])
+mask_share = (masked_ids == run.mask_id)[word_mask].float().mean()
+kept_share = (masked_ids == token_ids)[word_mask].float().mean()
+other_share = 1 - mask_share - kept_share
+masked_words = tokenizer.decode(token_ids[0, word_mask[0]].tolist())
+show("word_mask", word_mask, f"{config.mlm_ratio:.0%} of the words; caption 0: {masked_words}")
+show("masked_ids", masked_ids, f"{mask_share:.0%} [MASK], {other_share:.0%} random, {kept_share:.0%} unchanged")
+show("logits", logits, "masked tokens")
+show("loss", mlm, f"uniform: ln {vocab_size} = {math.log(vocab_size):.3f}")
 
 # %% 7. Image gain
-# A word is worth masking if its own image helps to predict it. The momentum encoder masks each word once.
-# gain_w = log p(w | image, rest) − log p(w | another image, rest)
+# The image gain of a word is how much its own image raises its log-probability. Each word is masked once.
+# gain_w = log p(w | own image, other words) − log p(w | another image, other words)
 print("7 image gain")
 image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
 maps, log_p = masked_attention(momentum, batch, image_kv_m, run.mask_id, generator.manual_seed(0))
 gains = log_p[0] - log_p[1]
-named = attribute & (words > 0)
-show("maps", maps[0], f"a row of each word's own pass, for each of {len(maps)} layers")
-show("gains", gains, "log p of a masked word with its image, minus with another image")
-show("of words shown", gains[named & visible].mean(), "mean gain, in nats")
-show("of words not shown", gains[named & ~visible].mean())
+is_candidate = is_attribute & (maskable > 0)  # (B, L): attribute words that may be masked
+show("maps", maps[0], f"{len(maps)} layers")
+show("gains", gains, "nats")
+show("shown", gains[is_candidate & is_shown].mean(), "mean")
+show("not shown", gains[is_candidate & ~is_shown].mean(), "mean")
 
 # %% 8. sync_mask
-# SyncMask masks the words and the patches that image and caption have in common, together.
+# SyncMask masks the words and the patches that image and caption have in common.
 # score_w = gain_w: half of the words, drawn from the best 60 %
 # score_p = mean over masked w of A[w, p]: the best half of the patches
 print("8 sync_mask")
 generator.manual_seed(0)
 attention, scores = score_words(momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator)
 patch_mask, word_mask = sync_mask(
-    attention, scores, words, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+    attention, scores, maskable, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
 )
-show("attention", attention, "mean over heads, geometric mean over layers")
-show("patch mask", patch_mask, f"{patch_mask[0].sum()} of {patches} patches")
-show("word mask", word_mask, f"of the image: {tokenizer.decode(ids[0, word_mask[0]].tolist())}")
-on_named = regions.any(dim=1)  # (B, P)
-right = on_named[patch_mask].float().mean()
-chance = on_named.float().mean()
-show("right patches", right, f"lie on what the caption names; of all patches {chance:.3f}")
-right = visible[word_mask & named].float().mean()
-chance = visible[named].float().mean()
-show("right words", right, f"of the masked attributes are shown; of all attributes {chance:.3f}")
+masked_words = tokenizer.decode(token_ids[0, word_mask[0]].tolist())
+show("attention", attention, "A, mean over heads and layers")
+show("patch_mask", patch_mask, f"{patch_mask[0].sum()} of {num_patches} patches")
+show("word_mask", word_mask, f"caption 0: {masked_words}")
+is_named = regions.any(dim=1)  # (B, P): patches that show something that the caption names
+hits, total = mask_precision(patch_mask, torch.ones_like(patch_mask), is_named)
+show("patch precision", hits / total, f"random: {is_named.float().mean():.3f}")
+hits, total = mask_precision(word_mask, is_candidate, is_shown)
+show("word precision", hits / total, f"random: {is_shown[is_candidate].float().mean():.3f}")
 
 # %% 9. MIM
-# In masked image modelling the ViT sees half of the patches. A decoder predicts the others from these and the caption.
+# In masked image modelling (MIM) the ViT encodes the other patches. A decoder predicts the pixels of the masked ones.
 # L = mean over masked p and their pixels of (x̂_p − (x_p − mean x_p) / std x_p)²
 print("9 MIM")
 ids_keep, ids_masked = split_patches(patch_mask, config.mim_ratio)
 visible_embeds = model.vision(images, ids_keep)
 pixels = model.decoder(visible_embeds, ids_keep, ids_masked, text_embeds, attention_mask)
 mim = mim_loss(pixels, images, ids_masked)
-show("ids_keep", ids_keep, "indices of the patches that the ViT sees")
-show("visible_embeds", visible_embeds, "and CLS")
-show("pixels", pixels, "of the masked patches, three colours each")
-show("loss", mim, "1 for grey: pixels have mean 0 and deviation 1 in each patch")
+show("ids_keep", ids_keep)
+show("visible_embeds", visible_embeds, "with CLS")
+show("pixels", pixels, "x̂")
+show("loss", mim, "1 if x̂ = 0")
 
 # %% 10. syncmask
-# A step of SyncMask sums four losses. The words and patches to mask are chosen by choose_masks.
+# One training step sums four losses. choose_masks calls sync_mask.
 # L = 2 · L_itc + L_itm + L_mlm + 0.5 · L_mim
 print("10 syncmask")
 generator.manual_seed(0)
-losses, metrics = syncmask(run, batch)
-show("itc", losses["itc"], f"stop 4, times {config.itc_weight:g}")
-show("itm", losses["itm"], "undecided 0.693; knowing only that two in three are wrong 0.637")
-show("mlm", losses["mlm"], "stop 6, with the words of this step")
-show("mim", losses["mim"], f"stop 9, times {config.mim_weight:g}")
-show("sum", sum(losses.values()), "what is differentiated")
-show("itm_accuracy", metrics["itm_accuracy"], f"of {3 * BATCH} pairs")
+losses, step_metrics = syncmask(run, batch)
+show("itc", losses["itc"], f"times {config.itc_weight:g}")
+show("itm", losses["itm"], "constant p(match) = ½: 0.693; ⅓: 0.637")
+show("mlm", losses["mlm"])
+show("mim", losses["mim"], f"times {config.mim_weight:g}")
+show("sum", sum(losses.values()))
+show("itm_accuracy", step_metrics["itm_accuracy"], f"of {3 * BATCH} pairs")
 
 # %% 11. Grouped batches
-# Grouped batches hold similar images. A chain goes from an image to the nearest caption, then to its nearest image.
-# hard: next = argmax_j s_bj over unused j,  semihard: over those with s_bj < s_bb − margin
+# A greedy chain puts similar images into one batch: from an image to the nearest caption, then to its nearest image.
+# hard: next = argmax_j s_bj over unused j,  semihard: over the unused j with s_bj < s_bb − margin
 print("11 grouped batches")
 block = np.flatnonzero(dataset.product_ids < PRODUCTS)
 block_images, block_texts = momentum_features(run, dataset, block)
 sim = block_images @ block_texts.T
 groups = np.stack([dataset.product_ids[block], dataset.caption_ids[block]])
-allowed = sim.masked_fill(positive_pairs(*torch.from_numpy(groups)), -1)
-show("sim", sim, f"cosines of a search block: {len(block)} images of {PRODUCTS} products")
+sim_negatives = sim.masked_fill(positive_pairs(*torch.from_numpy(groups)), -1)
+show("sim", sim, f"images of {PRODUCTS} products")
 for mode in ("random", "semihard", "hard"):
     batches = grouped(sim, groups, mode, replace(config, batch_size=BATCH))
     nearest = []
     for items in batches:
-        inside = allowed[items][:, items]
-        nearest += [inside.amax(dim=1), inside.amax(dim=0)]  # of every image, then of every caption
-    show(mode, torch.cat(nearest).mean(), f"cosine of the nearest negative, mean over {len(batches)} batches")
+        sim_in_batch = sim_negatives[items][:, items]
+        nearest += [sim_in_batch.amax(dim=1), sim_in_batch.amax(dim=0)]  # of each image, of each caption
+    show(mode, torch.cat(nearest).mean(), f"{len(batches)} batches")
 chain = [titles[block[item]] for item in batches[0][:4]]
-show("its chain begins", " → ".join(chain))
+show("hard chain", " → ".join(chain))
 
 # %% 12. Soft masks
-# A soft mask suppresses what one word is about, by Grad-CAM of the match logit ℓ. The pair still counts as a match.
+# A soft mask suppresses the patches that one word is about. Grad-CAM of the logit ℓ of "match" finds these patches.
 # G = mean over heads of A · max(0, ∂ℓ/∂A),  M = (G − min G) / (max G − min G),  ṽ_p = (1 − M_p)·v_p
 print("12 soft masks")
 cam = itm_grad_cam(model, attentions, fused)
-mask = soft_mask(cam, first_shown)
-about = regions[torch.arange(BATCH), first_shown]
-show("Grad-CAM", cam, "of the middle fusion layer")
-show("M", mask, f"of '{word}'; from {mask[0].min():.3f} to {mask[0].max():.3f}")
-show("on what it names", mask[about].mean(), f"mean of M there; elsewhere {mask[~about].mean():.3f}")
+mask = soft_mask(cam, word_index)
+word_regions = regions[torch.arange(BATCH), word_index]  # (B, P)
+show("Grad-CAM", cam, "middle layer")
+show("M", mask, f"'{word}': {mask[0].min():.3f} to {mask[0].max():.3f}")
+show("M on the region", mask[word_regions].mean(), f"elsewhere: {mask[~word_regions].mean():.3f}")
 
 # %% 13. Does it work?
-# The ground truth judges the masks of more products. In the end the image has to help to predict words.
-# image_gain = share predicted with the own image − share predicted with another product's
+# The ground truth judges the masks of 48 products. The image gain here counts right predictions.
+# image_gain = accuracy with the own image − accuracy with another product's image
 print("13 does it work?")
-found = mask_metrics(run, dataset)
-for key, remark in (
-    ("patch_precision", "masked patches, on something named"),
-    ("word_precision", "masked attribute words, shown"),
-    ("pointing_game", "detail words whose most attended patch is right"),
-):
-    show(key, found[key], f"{remark}; by chance {found[key + '_random']:.3f}")
-show("image_gain", found["image_gain"], "words predicted, minus those with another image")
+metrics = mask_metrics(run, dataset)
+for key in ("patch_precision", "word_precision", "pointing_game"):
+    show(key, metrics[key], f"random: {metrics[key + '_random']:.3f}")
+show("image_gain", metrics["image_gain"], "chance: 0")

@@ -1,4 +1,4 @@
-"""The eight exercises that check themselves: what to write, what to read, which of the project's tests must pass."""
+"""The eight exercises: the functions to write, the functions to read, and the tests that must pass."""
 
 import importlib
 import re
@@ -11,14 +11,19 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-MINE = Path(__file__).parent / "mine"  # what a student writes; git ignores it
+MINE = Path(__file__).parent / "mine"  # the stubs of a student; git ignores them
 Functions = dict[str, Callable]
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """module: where the solution stands · write: the functions to write · tests: a pattern of names in
-    tests/test_{module}.py · read: functions of the module that the stub imports and shows"""
+    """An exercise, whose solution is in the project.
+
+    module: the project's module that holds the solution
+    write: names of the functions to write
+    tests: regular expression for names of tests in tests/test_{module}.py, without the leading `test_`
+    read: names of functions of the module that the stub imports and shows
+    """
 
     module: str
     write: tuple[str, ...]
@@ -26,7 +31,7 @@ class Exercise:
     read: tuple[str, ...] = ()
 
     def solution(self) -> Functions:
-        """The project's own functions."""
+        """Return the project's own functions by name."""
         module = importlib.import_module(self.module)
         return {name: getattr(module, name) for name in self.write}
 
@@ -46,31 +51,32 @@ EXERCISES = {
 
 
 class Mistake(Exception):
-    """A sentence for the student."""
+    """A mistake of the student; the message says what is wrong and what to do."""
 
 
-def file_of(number: int) -> Path:
-    """Where the student writes."""
+def stub_path(number: int) -> Path:
+    """Return the path of the file that the student writes."""
     return MINE / f"ex{number}.py"
 
 
-def written(number: int) -> Functions:
-    """The student's functions. Raises Mistake where one is missing."""
-    found = runpy.run_path(str(file_of(number)))
+def load_functions(number: int) -> Functions:
+    """Load the student's functions of an exercise, by name. Raises Mistake where one is missing."""
+    path = stub_path(number)
+    definitions = runpy.run_path(str(path))
     functions = {}
     for name in EXERCISES[number].write:
-        if name not in found:
-            raise Mistake(f"{file_of(number)} defines no {name}")
-        functions[name] = found[name]
+        if name not in definitions:
+            raise Mistake(f"{path} defines no {name}; define it, or delete the file and run start.py {number}")
+        functions[name] = definitions[name]
     return functions
 
 
-def run_own_tests(number: int, functions: Functions) -> None:
-    """Run the project's tests of an exercise with these functions in place of the project's own."""
+def run_project_tests(number: int, functions: Functions) -> None:
+    """Run the project's tests of an exercise on these functions instead of the project's. Raises what a test raises."""
     exercise = EXERCISES[number]
     with mock.patch.multiple(exercise.module, **functions):
         # a fresh copy of the tests, which imports these functions
-        copy = runpy.run_path(str(ROOT / "tests" / f"test_{exercise.module}.py"))
-        for name, test in copy.items():
+        definitions = runpy.run_path(str(ROOT / "tests" / f"test_{exercise.module}.py"))
+        for name, test in definitions.items():
             if re.match(f"test_.*({exercise.tests})", name):
                 test()

@@ -1,4 +1,4 @@
-"""What is wrong, in words, for the mistakes that are easily made. The project's own tests then check the rest.
+"""Checks for typical mistakes, each with a message for the student. The project's own tests then check the rest.
 
 Each check takes the functions of an exercise and raises Mistake.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from masking import first_pieces, word_counts
 from tutorial.exercises.catalogue import Functions, Mistake
 
-WORDS = torch.tensor(
+MASKABLE = torch.tensor(
     [
         [0, 2, 3, 3, 0, 6, 7, 0],  # [CLS] a zip ##per of black silk [SEP], where "of" may not be masked
         [0, 2, 0, 0, 0, 0, 0, 0],  # a caption of one word
@@ -22,107 +22,116 @@ SEEDS = range(20)
 
 
 def check(number: int, functions: Functions) -> None:
-    """Check an exercise. A stub is no mistake."""
+    """Check the functions of an exercise. Raises Mistake, also where a function is still a stub."""
     try:
         CHECKS[number - 1](*functions.values())
     except NotImplementedError:
-        raise Mistake(f"exercise {number} is not written yet: {', '.join(functions)}") from None
+        names = ", ".join(functions)
+        raise Mistake(f"exercise {number} is not written yet: {names}; replace `raise NotImplementedError`") from None
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    """Make a generator."""
+    """Return a generator with this seed."""
     return torch.Generator().manual_seed(seed)
 
 
-def want(right: bool | Tensor, message: str) -> None:
-    """Assert with a sentence."""
-    if not right:
+def require(condition: bool | Tensor, message: str) -> None:
+    """Raise Mistake with the message if the condition is false."""
+    if not condition:
         raise Mistake(message)
 
 
-def check_word_mask(mask: Tensor, words: Tensor, ratio: float) -> None:
-    """Check what holds of any word mask (B, L): words alone, whole words, exact counts."""
-    want(mask.dtype == torch.bool, "a word mask is boolean, True = masked")
-    want(mask.shape == words.shape, "a word mask is (B, L)")
-    want(not mask[words == 0].any(), "tokens are masked that are no words, where `maskable` is 0: [CLS], [SEP], [PAD]")
-    masked_first = mask.gather(1, (words - 1).clamp(min=0))  # of each token whether its word's first piece is masked
-    whole = torch.equal(mask, masked_first & (words > 0))
-    want(whole, "one piece of a word is masked and another is not, which gives the word away")
-    masked = (mask & first_pieces(words)).sum(dim=1).tolist()
-    counts = word_counts(words, ratio).flatten().tolist()
-    hint = "count words (`word_counts`), not tokens, and no coin for each word or one argsort"
-    want(masked == counts, f"{masked} words are masked, not {counts}: {hint}")
+def check_word_mask(mask: Tensor, maskable: Tensor, ratio: float) -> None:
+    """Check a word mask (B, L): only words, whole words, exact counts. Raises Mistake."""
+    require(mask.dtype == torch.bool, "a word mask must be boolean, True = masked")
+    require(mask.shape == maskable.shape, "a word mask must have the shape (B, L)")
+    special = "some masked tokens may not be masked; leave tokens where `maskable` is 0: [CLS], [SEP], [PAD]"
+    require(not mask[maskable == 0].any(), special)
+    first_is_masked = mask.gather(1, (maskable - 1).clamp(min=0))  # (B, L): of the word that a token belongs to
+    is_whole = torch.equal(mask, first_is_masked & (maskable > 0))
+    require(is_whole, "one piece of a word is masked and another is not, which gives the word away; mask all pieces")
+    masked_words = (mask & first_pieces(maskable)).sum(dim=1).tolist()
+    counts = word_counts(maskable, ratio).flatten().tolist()
+    advice = "take the counts of `word_counts`: no tokens, no coin for each word; a rank needs argsort twice"
+    require(masked_words == counts, f"{masked_words} words are masked in the rows instead of {counts}; {advice}")
 
 
 def check_1(random_word_mask) -> None:
-    """Exact counts, whole words, drawn uniformly and anew in each row."""
+    """Check that counts are exact, words are whole, and each row has its own draw."""
     for seed in SEEDS:
-        check_word_mask(random_word_mask(WORDS, 0.5, seeded(seed)), WORDS, 0.5)
-    same_caption = WORDS[:1].expand(9, -1)
+        check_word_mask(random_word_mask(MASKABLE, 0.5, seeded(seed)), MASKABLE, 0.5)
+    same_caption = MASKABLE[:1].expand(9, -1)
     masks = random_word_mask(same_caption, 0.5, seeded()).unique(dim=0)
-    want(len(masks) > 1, "all captions get the same random numbers: draw (B, L) of them, not (L,)")
+    require(len(masks) > 1, "all captions get the same random numbers; draw (B, L) numbers, not (L,)")
 
 
 def check_2(corrupt_words) -> None:
-    """80/10/10, labels where something is masked."""
+    """Check the shares of 80, 10 and 10 %, and labels where a token is masked."""
     ids = torch.randint(5, 1000, (100, 100), generator=seeded())
     clean = ids.clone()
     mask = torch.rand(ids.shape, generator=seeded(1)) < 0.5
     allowed = torch.arange(500, 1000)
     corrupted, labels = corrupt_words(ids, mask, 4, allowed, seeded())
-    want(torch.equal(ids, clean), "token_ids itself is written into; the clean caption is still needed (ITC, ITM)")
-    want((labels[~mask] == -100).all(), "words that are not masked have labels: −100 there")
-    now, before = corrupted[mask], clean[mask]
-    want(torch.equal(labels[mask], before), "the labels of masked words must be the original ids")
-    gone = (now == 4).float().mean()
-    kept = (now == before).float().mean()
-    said = f"of the masked words {gone:.0%} become [MASK] and {kept:.0%} stay, not 80 and 10 %"
-    want(abs(gone - 0.8) < 0.03 and abs(kept - 0.1) < 0.03, f"{said}: cut one draw into three ranges")
-    drawn = now[(now != 4) & (now != before)]
-    want(torch.isin(drawn, allowed).all(), "random words must come from replacement_ids, which has no special tokens")
+    unchanged = torch.equal(ids, clean)
+    require(unchanged, "token_ids is changed in place; return a new tensor, since ITC and ITM read the clean caption")
+    require((labels[~mask] == -100).all(), "words that are not masked have labels; their label must be −100")
+    new_ids = corrupted[mask]
+    old_ids = clean[mask]
+    require(torch.equal(labels[mask], old_ids), "the labels of masked words are wrong; they must be the original ids")
+    mask_share = (new_ids == 4).float().mean()
+    kept_share = (new_ids == old_ids).float().mean()
+    shares = f"{mask_share:.0%} of the masked words become [MASK] and {kept_share:.0%} stay, instead of 80 and 10 %"
+    is_close = abs(mask_share - 0.8) < 0.03 and abs(kept_share - 0.1) < 0.03
+    require(is_close, f"{shares}; cut one random draw into three ranges")
+    random_ids = new_ids[(new_ids != 4) & (new_ids != old_ids)]
+    is_allowed = torch.isin(random_ids, allowed).all()
+    require(is_allowed, "some random words are not among replacement_ids; draw from these, which lack special tokens")
 
 
 def check_3(mask_precision, pointing_game) -> None:
-    """Shares and chances worked out by hand."""
+    """Check counts and chances worked out by hand."""
     mask = torch.tensor([[True, True, True, False, False]])
     candidates = torch.tensor([[True, True, False, True, False]])
     shared = torch.tensor([[True, False, True, False, True]])
-    found = mask_precision(mask, candidates, shared)
-    want(isinstance(found, tuple), "mask_precision returns two counts, hits and of how many: shares do not add up")
-    hits, total = found
-    want(total == 2, f"of {total} masked ones, should be 2: only masked candidates count, hit or not")
-    want(hits == 1, f"{hits} hits, should be 1: masked, a candidate and shared")
+    counts = mask_precision(mask, candidates, shared)
+    is_tuple = isinstance(counts, tuple)
+    require(is_tuple, "mask_precision must return two counts, hits and total; shares cannot be added over batches")
+    hits, total = counts
+    require(total == 2, f"mask_precision has a total of {total} instead of 2; only masked candidates count")
+    require(hits == 1, f"mask_precision has {hits} hits instead of 1; a hit is masked, a candidate and shared")
 
     attention = torch.tensor([[0.1, 0.7, 0.1, 0.1], [0.5, 0.3, 0.2, 0.0]])
     regions = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0]]).bool()
     words = torch.tensor([True, True])
     hits, expected, _ = pointing_game(attention[None], regions[None], words[None])
-    want(hits == 1, f"pointing_game has {hits} hits, should be 1: is the most attended patch of a word in its region?")
-    said = f"a random patch would hit {expected:.2f} times, should be 1 (3/4 + 1/4)"
-    want(abs(expected - 1) < 1e-6, f"{said}: it hits a region as often as the region is large")
+    require(hits == 1, f"pointing_game has {hits} hits instead of 1; a hit has its most attended patch in its region")
+    number = f"pointing_game expects {expected:.2f} hits of random patches instead of 1 (3/4 + 1/4)"
+    require(abs(expected - 1) < 1e-6, f"{number}; the chance of a word is its region's share of the patches")
 
 
 def check_4(positive_pairs, itc_targets) -> None:
-    """Positives by product or caption; rows that sum to 1."""
+    """Check positives by product and by caption, and rows that sum to 1."""
     products = torch.tensor([7, 8])
     captions = torch.tensor([3, 4])
     key_products = torch.tensor([7, 8, 7, 9])
     key_captions = torch.tensor([3, 4, 5, 4])
-    right = positive_pairs(products, captions, key_products, key_captions)
-    want(right[0, 2], "the second image of a product counts as a negative: compare products, not positions")
-    want(right[1, 3], "a key with the same caption to the letter counts as a negative, which nobody could tell apart")
+    positives = positive_pairs(products, captions, key_products, key_captions)
+    require(positives[0, 2], "the second image of a product is no positive; compare product ids, not positions")
+    require(positives[1, 3], "a key with the same caption is no positive; compare caption ids, too")
     sim_m = torch.tensor([[0.0, 0, 0, 0], [0, 9, 0, 0]])
-    total = itc_targets(right, sim_m, 0.0)[0].sum()
-    want(abs(total - 1) < 1e-5, f"targets of two positives sum to {total:.1f}, not to 1: divide by their number")
-    _, other, second, _ = itc_targets(right, sim_m, 0.4)[0]
-    want(abs(other - 0.1) < 1e-5, "alpha is the share of softmax(sim_m), 1 − alpha is the share of the known pairs")
-    want(abs(second - 0.4) < 1e-5, "positives share 1 − alpha evenly, also the second")
+    total = itc_targets(positives, sim_m, 0.0)[0].sum()
+    is_one = abs(total - 1) < 1e-5
+    require(is_one, f"the targets of a row with two positives sum to {total:.1f} instead of 1; divide by their number")
+    _, negative, second_positive, _ = itc_targets(positives, sim_m, 0.4)[0]
+    require(abs(negative - 0.1) < 1e-5, "the weights are wrong; alpha weighs softmax(sim_m), 1 − alpha the positives")
+    is_even = abs(second_positive - 0.4) < 1e-5
+    require(is_even, "the second positive of a row has a wrong target; all positives share 1 − alpha evenly")
 
 
 def check_5(pick_negatives) -> None:
-    """Never a positive, also at low temperatures."""
-    pairs = torch.tensor([0, 0, 1, 1])  # the first two are one product
-    positives = pairs[:, None] == pairs
+    """Check that a negative is never a positive, also at low temperatures."""
+    products = torch.tensor([0, 0, 1, 1])
+    positives = products[:, None] == products
     positives[3] = True
     sim = torch.tensor(
         [
@@ -133,117 +142,130 @@ def check_5(pick_negatives) -> None:
         ]
     )
 
-    def draws(mode: str, scale: int) -> Tensor:
-        """Draw with each seed. -> (seeds, 4)"""
+    def draw_with_each_seed(mode: str, scale: int) -> Tensor:
+        """Pick negatives with each seed. Returns (seeds, 4). Raises Mistake."""
         logits = sim * scale
         try:
-            drawn = [pick_negatives(logits, positives, mode=mode, generator=seeded(seed)) for seed in SEEDS]
+            draws = [pick_negatives(logits, positives, mode=mode, generator=seeded(seed)) for seed in SEEDS]
         except RuntimeError as error:
-            if "prob" not in str(error):  # as torch.multinomial says it
+            if "prob" not in str(error):  # the message of torch.multinomial
                 raise
-            why = "nothing is left to draw by: at a low temperature the softmax is 0 but for the own pair"
-            mend = "Mask the logits before the softmax. Keep the logits finite where every column is a positive"
-            raise Mistake(f"{mode}: {why}. {mend}") from None
-        want(torch.equal(logits, sim * scale), f"{mode}: sim itself is written into; it is still needed: masked_fill")
-        return torch.stack(drawn)
+            reason = "no column has a probability above 0: at a low temperature the softmax is 0 but for the own pair"
+            advice = "Mask the logits before the softmax. Keep the logits finite where every column is a positive"
+            raise Mistake(f"{mode}: {reason}. {advice}") from None
+        is_unchanged = torch.equal(logits, sim * scale)
+        require(is_unchanged, f"{mode}: sim is changed in place; use masked_fill, since sim is needed later")
+        return torch.stack(draws)
 
     for mode, scale in product(("hard", "random", "similar"), (1, 1000)):
-        drawn = draws(mode, scale)
-        wrong = positives[:3].gather(1, drawn[:, :3].T)
-        want(not wrong.any(), f"{mode}: a pair itself, or another positive, is drawn: −∞ at positives")
-        want((drawn[:, 3] == -1).all(), f"{mode}: where every column is a positive the answer is −1")
-        again = draws(mode, scale)
-        want(torch.equal(drawn, again), f"{mode}: one generator, two draws: give it to torch.multinomial")
-    best = torch.tensor([2, 3, 0])
-    certain = draws("similar", 1000)[:, :3] == best
-    want(certain.all(), "similar: not drawn ∝ exp(sim), by which the best is certain here")
-    first_row = draws("random", 1000)[:, 0]
-    want(len(first_row.unique()) > 1, "random always draws the same: it does not depend on `sim`")
+        drawn = draw_with_each_seed(mode, scale)
+        is_positive = positives[:3].gather(1, drawn[:, :3].T)
+        require(not is_positive.any(), f"{mode}: the own pair or another positive is picked; give positives −∞")
+        require((drawn[:, 3] == -1).all(), f"{mode}: a row that has only positives must give −1")
+        again = draw_with_each_seed(mode, scale)
+        require(torch.equal(drawn, again), f"{mode}: one seed gives two results; pass generator to torch.multinomial")
+    most_similar = torch.tensor([2, 3, 0])
+    is_certain = (draw_with_each_seed("similar", 1000)[:, :3] == most_similar).all()
+    require(is_certain, "similar: the draw is not ∝ exp(sim), which makes the most similar negative certain here")
+    first_row = draw_with_each_seed("random", 1000)[:, 0]
+    require(len(first_row.unique()) > 1, "random: the pick is always the same; it must not depend on sim")
 
 
 def check_6(pick_negatives) -> None:
-    """Below the own pair, by the margin."""
+    """Check that the negative is the most similar one below the own pair by the margin."""
 
-    def semihard(own: float, margin: float) -> int:
+    def pick_semihard(own: float, margin: float) -> int:
         sim = torch.tensor([[own, 0.9, 0.75, 0.5, 0.1]])
         positives = torch.tensor([[True, False, False, False, False]])
         return pick_negatives(sim, positives, mode="semihard", margin=margin).item()
 
-    found = semihard(own=0.8, margin=0.0)
-    want(found > 1, "the pair itself, or a negative more similar than the own pair, which is hard: sim < own")
-    want(found == 2, "the least similar one below is the easiest; take the largest cosine below the own pair")
-    said = "the margin is on the wrong side: of an own pair of 0.8 minus 0.2, the most similar one below 0.6"
-    want(semihard(own=0.8, margin=0.2) == 3, said)
-    want(semihard(own=0.0, margin=0.0) == 4, "none is below the own pair: then the least similar one")
+    column = pick_semihard(own=0.8, margin=0.0)
+    require(column > 1, "the pick is the own pair or more similar; it must be less similar than the own pair")
+    require(column == 2, "the pick is the least similar negative below the own pair; take the most similar one")
+    column = pick_semihard(own=0.8, margin=0.2)
+    require(column == 3, "with an own pair of 0.8 and a margin of 0.2 the pick must be below 0.6; subtract the margin")
+    column = pick_semihard(own=0.0, margin=0.0)
+    require(column == 4, "where no negative is below the own pair, the pick must be the least similar negative")
 
 
 def check_7(sync_mask) -> None:
-    """Words by their score, the first of three pieces. Then patches by the attention of the words just masked."""
+    """Check that words go by their scores, and patches by the attention of the masked words."""
 
-    def draws(attention: Tensor, scores: Tensor, words: Tensor, ratio: float, pool: float) -> tuple[Tensor, Tensor]:
-        """Mask one pair with each seed. -> patch masks (seeds, P), word masks (seeds, L)"""
+    def mask_with_each_seed(
+        attention: Tensor,
+        scores: Tensor,
+        maskable: Tensor,
+        ratio: float,
+        pool: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Mask one pair with each seed. Returns patch masks (seeds, P), word masks (seeds, L). Raises Mistake."""
         patch_masks, word_masks = [], []
         for seed in SEEDS:
-            patch_mask, word_mask = sync_mask(attention, scores, words, 0.25, ratio, pool, seeded(seed))
-            check_word_mask(word_mask, words, ratio)
+            patch_mask, word_mask = sync_mask(attention, scores, maskable, 0.25, ratio, pool, seeded(seed))
+            check_word_mask(word_mask, maskable, ratio)
             patch_masks.append(patch_mask)
             word_masks.append(word_mask)
         return torch.cat(patch_masks), torch.cat(word_masks)
 
-    words = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])
+    maskable = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])  # [CLS], a word of three pieces, two words, [SEP]
     scores = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
     flat = torch.ones(1, 7, 4)
 
-    def times_masked(scores: Tensor, ratio: float, pool: float) -> list[int]:
-        _, word_masks = draws(flat, scores, words, ratio, pool)
-        return word_masks[:, [1, 4, 5]].sum(dim=0).tolist()  # of the first piece of each word
+    def count_masked(scores: Tensor, ratio: float, pool: float) -> list[int]:
+        """Count for each of the three words the seeds that mask it."""
+        _, word_masks = mask_with_each_seed(flat, scores, maskable, ratio, pool)
+        return word_masks[:, [1, 4, 5]].sum(dim=0).tolist()
 
-    best, _, second = times_masked(scores, 0.67, 0.0)
-    want(best, "the lowest scores are masked: it should be the highest")
-    drawn = "word_ratio is drawn from the best max(pool, word_ratio) of the words, not of the tokens, not of all words"
-    want(best == second == len(SEEDS), drawn)
-    best, worst, second = times_masked(scores, 0.34, 0.67)
-    want(best and second and not worst, f"the pool is ignored: {drawn}")
-    equal = times_masked(torch.ones(1, 7), 0.34, 0.0)
-    want(max(equal) < len(SEEDS), "of equal scores it is always the same word: `break_ties` first")
+    best, worst, middle = count_masked(scores, 0.67, 0.0)
+    require(best, "the words with the lowest scores are masked; mask those with the highest")
+    rule = "draw word_ratio from the best max(pool, word_ratio) of the words, not of the tokens, not of all words"
+    require(best == middle == len(SEEDS), f"other words than the best are masked; {rule}")
+    best, worst, middle = count_masked(scores, 0.34, 0.67)
+    require(best and middle and not worst, f"the pool is ignored; {rule}")
+    ties = count_masked(torch.ones(1, 7), 0.34, 0.0)
+    require(max(ties) < len(SEEDS), "of words with equal scores always the same is masked; call `break_ties` first")
 
     best = [0.0, 0.1, 0.6, 0.0]
     other = [1.0, 1.0, 0.0, 0.0]
     special = [9.0, 9.0, 0.0, 9.0]
     attention = torch.tensor([[special, best, best, best, other, other, special]])
-    patches, _ = draws(attention, scores, words, 0.34, 0.0)
-    want(patches.shape[1] == 4, "a patch mask is (B, P)")
-    want((patches.sum(dim=1) == 1).all(), "a patch mask has round(ratio · P) patches in each row")
-    highest = "the highest mean attention of the words just masked; rows of other words, [CLS], [SEP] do not count"
-    want(patches[:, 2].all(), f"other patches are masked than those with {highest}")
-    equal, _ = draws(flat, scores, words, 0.34, 0.0)
-    want(len(equal.unique(dim=0)) > 1, "of equal scores it is always the same patches: `break_ties` first")
-    without, _ = draws(flat, scores, words * 0, 0.34, 0.0)
-    want(len(without.unique(dim=0)) > 1, "a caption without a word has always the same patches: divide by 1 at least")
+    patches, _ = mask_with_each_seed(attention, scores, maskable, 0.34, 0.0)
+    require(patches.shape[1] == 4, "a patch mask must have the shape (B, P)")
+    require((patches.sum(dim=1) == 1).all(), "a patch mask must mask round(patch_ratio · P) patches of each image")
+    rule = "mask those with the highest mean attention of the masked tokens, without other words, [CLS] and [SEP]"
+    require(patches[:, 2].all(), f"the wrong patches are masked; {rule}")
+    ties, _ = mask_with_each_seed(flat, scores, maskable, 0.34, 0.0)
+    is_varied = len(ties.unique(dim=0)) > 1
+    require(is_varied, "of patches with equal scores always the same are masked; call `break_ties` first")
+    no_words, _ = mask_with_each_seed(flat, scores, maskable * 0, 0.34, 0.0)
+    is_varied = len(no_words.unique(dim=0)) > 1
+    require(is_varied, "for a caption without a word always the same patches are masked; divide by 1 at least")
 
 
 def check_8(grad_cam, soft_mask) -> None:
-    """Grad-CAM, then one word's row of it, scaled."""
+    """Check Grad-CAM, and its row of one word, scaled to [0, 1]."""
     attention = torch.rand(2, 2, 4, 6, generator=seeded()) + 0.1
     attention.requires_grad_()
     gradient = torch.randn(attention.shape, generator=seeded(1))
     score = (attention * gradient).sum()
     maps = grad_cam(attention, score)
-    want(not maps.requires_grad, "maps are detached: nothing is learnt through a soft mask")
-    want((maps >= 0).all(), "a negative gradient speaks against the match: max(0, ∂s/∂A) first (the ReLU of Grad-CAM)")
-    right = (attention * gradient.clamp(min=0)).detach()
-    want(torch.allclose(maps, right), "A · max(0, ∂s/∂A), for each head: the attention itself is a factor")
+    require(not maps.requires_grad, "the maps have a gradient; detach them, since soft masks are not trained")
+    require((maps >= 0).all(), "some maps are negative; take max(0, ∂s/∂A) first, the ReLU of Grad-CAM")
+    expected = (attention * gradient.clamp(min=0)).detach()
+    is_equal = torch.allclose(maps, expected)
+    require(is_equal, "the maps are not A · max(0, ∂s/∂A) of each head; multiply by the attention itself")
     try:
         score.backward()
     except RuntimeError:
-        raise Mistake("the losses still need the graph of the score: retain_graph=True") from None
-    word = torch.tensor([1, 2])
-    found = soft_mask(maps, word)
-    want(found.shape == (2, 5), "a soft mask is (B, P): the row of one word, without the image CLS in column 0")
-    want(found.amax(dim=1).min() > 0.99, "each image has a most of its own, 1: (G − min G) / (max G − min G)")
-    heat = right.mean(dim=1)[..., 1:]
-    own = torch.stack([heat[0, 1], heat[1, 2]])
-    want(torch.equal(found.argsort(), own.argsort()), "the row of the word counts, word_index, as the mean over heads")
+        raise Mistake("the graph of the score is freed, but the losses need it; give retain_graph=True") from None
+    mask = soft_mask(maps, torch.tensor([1, 2]))
+    require(mask.shape == (2, 5), "a soft mask must have the shape (B, P); leave out column 0, the image's [CLS]")
+    is_scaled = mask.amax(dim=1).min() > 0.99
+    require(is_scaled, "a soft mask must reach 1 in each image; take min G and max G of each row")
+    heat = expected.mean(dim=1)[..., 1:]
+    word_heat = torch.stack([heat[0, 1], heat[1, 2]])
+    is_word = torch.equal(mask.argsort(), word_heat.argsort())
+    require(is_word, "a soft mask must come from the row of word_index, as the mean over heads")
 
 
 CHECKS = (check_1, check_2, check_3, check_4, check_5, check_6, check_7, check_8)

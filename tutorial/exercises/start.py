@@ -1,8 +1,8 @@
-"""Eight exercises that check themselves: tutorial/exercises/README.md.
+"""Begin an exercise, or show a hint. The exercises: tutorial/exercises/README.md.
 
-python tutorial/exercises/start.py 3              writes the stub of exercise 3 into tutorial/exercises/mine/ex3.py
+python tutorial/exercises/start.py 3              writes the stub of exercise 3, tutorial/exercises/mine/ex3.py
 python -m pytest tutorial/exercises -k ex3        checks what you wrote there
-python tutorial/exercises/start.py 3 --hint       the idea; --hint 2 pseudo-code, --hint 3 where the solution stands
+python tutorial/exercises/start.py 3 --hint       the idea; --hint 2: pseudo-code; --hint 3: the solution's place
 """
 
 import argparse
@@ -14,19 +14,24 @@ import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tutorial.exercises.catalogue import EXERCISES, file_of
+from tutorial.exercises.catalogue import EXERCISES, stub_path
 
-HEAD = '''"""Exercise {number}: README.md. Check it: python -m pytest tutorial/exercises -k ex{number}"""
+HEAD = '''"""Exercise {number} of tutorial/exercises/README.md.
+
+Check it:   python -m pytest tutorial/exercises -k ex{number}
+Get a hint: python tutorial/exercises/start.py {number} --hint
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 '''
+TO_READ = "# Read these functions here. Do not open {module}.py: the solution is there, too."
 
 
-def stub(number: int) -> str:
-    """Write the signatures and docstrings of an exercise, and as comments the functions to read."""
+def build_stub(number: int) -> str:
+    """Build the text of a stub: the signatures and docstrings to complete, then the functions to read as comments."""
     exercise = EXERCISES[number]
     text = HEAD.format(number=number)
     if exercise.read:
@@ -37,31 +42,33 @@ def stub(number: int) -> str:
         head = source.splitlines()[: docstring.end_lineno]
         text += "\n\n" + "\n".join(head) + "\n    raise NotImplementedError\n"
     if exercise.read:
-        text += "\n\n# To read; do not open the file that it is from, the solution stands beside it.\n"
+        text += "\n\n" + TO_READ.format(module=exercise.module) + "\n"
     for name in exercise.read:
         source = inspect.getsource(getattr(importlib.import_module(exercise.module), name))
-        text += "#\n" + textwrap.indent(source, "# ")
+        commented = textwrap.indent("\n" + source, "# ", lambda line: True)
+        text += "\n".join(line.rstrip() for line in commented.splitlines()) + "\n"
     return text
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line. Exits with a message where the stub exists already."""
     parser = argparse.ArgumentParser("start.py", description=__doc__.split("\n")[0])
     parser.add_argument("number", type=int, choices=EXERCISES, metavar="N", help=f"exercise, 1 to {len(EXERCISES)}")
-    parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help="idea, pseudo-code, place")
+    levels = "show a hint: 1 the idea (default), 2 pseudo-code, 3 the solution's place"
+    parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help=levels)
     args = parser.parse_args(argv)
     if args.hint:
-        hints = Path(__file__).with_name("hints.md").read_text().split("\n## ")
-        print(next(text for text in hints if text.startswith(f"{args.number}.{args.hint} ")).strip())
+        hints = Path(__file__).with_name("hints.md").read_text(encoding="utf-8").split("\n## ")
+        print(next(hint for hint in hints if hint.startswith(f"{args.number}.{args.hint} ")).strip())
         return
-    path = file_of(args.number)
+    path = stub_path(args.number)
     if path.exists():
-        sys.exit(f"start.py: {path} is there already; delete it to begin anew")
+        sys.exit(f"start.py: {path} exists already; delete it to begin anew")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(stub(args.number))
+    path.write_text(build_stub(args.number), encoding="utf-8")
     exercise = EXERCISES[args.number]
     print(f"{path}: write {', '.join(exercise.write)}; then python -m pytest tutorial/exercises -k ex{args.number}")
-    print(f"Leave {exercise.module}.py closed: the solution is there.")
+    print(f"Do not open {exercise.module}.py: the solution is there.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A student's functions against the checks for typical mistakes, then against the project's own tests."""
+"""Check the functions of a student: first for typical mistakes, then by the project's own tests."""
 
 import pytest
 from hypothesis import settings
 
-from tutorial.exercises.catalogue import EXERCISES, Mistake, file_of, run_own_tests, written
+from tutorial.exercises.catalogue import EXERCISES, Mistake, load_functions, run_project_tests, stub_path
 from tutorial.exercises.checks import check
 
 settings.register_profile("exercises", deadline=None, derandomize=True, report_multiple_bugs=False)
@@ -12,11 +12,11 @@ settings.load_profile("exercises")
 
 @pytest.mark.parametrize("number", [pytest.param(number, id=f"ex{number}") for number in EXERCISES])
 def test_mine(number):
-    if not file_of(number).exists():
-        pytest.skip(f"not begun: python tutorial/exercises/start.py {number} writes the stub")
+    if not stub_path(number).exists():
+        pytest.skip(f"not begun; python tutorial/exercises/start.py {number} writes the stub")
     try:
-        functions = written(number)
+        functions = load_functions(number)
         check(number, functions)
     except Mistake as mistake:
         pytest.fail(str(mistake), pytrace=False)
-    run_own_tests(number, functions)
+    run_project_tests(number, functions)
