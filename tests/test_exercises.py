@@ -1,5 +1,6 @@
 """Exercises: solutions pass, stubs fail, mistakes get a message; the command lines."""
 
+import importlib
 import inspect
 import json
 import re
@@ -125,6 +126,13 @@ def test_stubs_are_not_overwritten_and_hints_have_three_levels(mine, capsys):
             hint = capsys.readouterr().out
             assert hint.startswith(f"{number}.{level} ") and len(hint) > 70
         assert all(name in hint for name in exercise.write)
+
+
+def test_linked_names_are_in_the_code():
+    links = re.findall(r"\[`(\w+)`\]\(\.\./\.\./([\w/]+)\.py\)", (HERE / "README.md").read_text())
+    assert len(links) > 8
+    for name, file in links:
+        assert hasattr(importlib.import_module(file.replace("/", ".")), name), f"{file}.py:{name}"
 
 
 def run_check(capsys, number):
