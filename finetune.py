@@ -3,15 +3,21 @@
     python finetune.py --task retrieval                        image ↔ caption: ITC + ITM, full and sampled protocol
     python finetune.py --task tgir                             reference image + "is red and has long sleeves" → image
     python finetune.py --task category | subcategory           recognition from image and caption, or --modality image
-    python finetune.py --task entailment                       does the image show that a statement is true, or false?
+    python finetune.py --task entailment                       recognition of statements: true, false or undecided
     python finetune.py --task search --query "long sleeve dress in red" [--image photo.jpg]
 
-All start from --checkpoint (default: the one that `python train.py` leaves); data, sizes and vocabulary are its own.
-`--eval-only` evaluates a checkpoint as it is; `--from-scratch` takes only its sizes and vocabulary, to compare with.
+A task starts from --checkpoint (default: the one that `python train.py` writes), which sets data, sizes and vocabulary.
+`--eval-only` evaluates a checkpoint without training; `--from-scratch` trains from random weights, as a baseline.
 
-A task is a function that trains and one that evaluates, see TASKS. It leaves in --out: config.json, metrics.jsonl,
-curves.png and last.pt as train.py; best.pt, the step that did best on products held out of training; results.json, the
-metrics of that step on --split; and examples.png, or of recognition confusion.png and classes.tsv.
+A task is a function that trains and one that evaluates, see TASKS. Files in --out:
+
+    config.json, metrics.jsonl, curves.png, last.pt            as of train.py
+    best.pt                                                    the step that did best on held-out products
+    results.json                                               the metrics of that step on --split
+    examples.png, or confusion.png and classes.tsv             examples of retrieval, or scores of recognition by class
+
+Letters: B batch, N image tokens, L text tokens, D width, E shared embedding, n images, m captions, Q queries,
+C candidates of a query.
 """
 
 import json
@@ -21,25 +27,26 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batches import (
-    batches_of,
     compose_queries,
     distinct_image_rows,
+    evaluation_batches,
     image_features,
-    itm_scores,
+    retrieval_captions,
+    score_pairs_with_itm,
     text_features,
-    texts_to_search,
 )
 from engine.checkpoints import begin, load_checkpoint, load_weights, read_tokenizer, restore
 from engine.finetune_config import FinetuneConfig, check_flags, labels_of, open_data, parse_config
 from engine.flags import ConfigError, in_one_line
 from engine.run import Run, autocast, build_run, build_sampler
-from evaluation.pictures import Answer, draw_answers, draw_confusion
+from evaluation.pictures import ExampleQuery, RetrievedImage, draw_confusion, draw_retrieved
 from evaluation.scores import (
     Metrics,
     RankedTriplets,
@@ -58,26 +65,39 @@ from readers.prompts import Text
 from readers.triplets import Triplets
 from train import NonFiniteLoss, Values, compute_itc, compute_itm, encode_momentum, fit, sample_itm_negatives
 
-Evaluation = tuple[Metrics, Metrics, dict]  # metrics; what chance would give; how both were counted
+EXAMPLE_QUERIES = 6  # queries of examples.png
+EXAMPLE_IMAGES = 5  # images that are retrieved for each
+
+
+class Evaluation(NamedTuple):
+    """The result of evaluating a task."""
+
+    metrics: Metrics
+    chance: Metrics  # by chance, under the same keys where it is known
+    protocol: dict  # how they were measured
+
 
 # --- retrieval: images by captions, captions by images ---
 
 
 def train_retrieval(config: FinetuneConfig, source: dict, dataset: PairDataset, stop_at: int | None) -> Run | None:
-    """Train by ITC + ITM; select by the full protocol on the held-out products."""
+    """Train by ITC + ITM; select the step by the full protocol on held-out products.
+
+    Arguments, result and errors as in `train_and_select`.
+    """
     train_set, held_out = hold_out(config, dataset, dataset.product_ids)
 
     def validate(run: Run) -> Metrics:
         run.model.eval()
-        _, _, features = encode_pairs(run, held_out)
-        recalls = recalls_of(full_rankings(*features))
-        return {key.replace("full", "val"): value for key, value in recalls.items()}
+        pairs = encode_pairs(run, held_out)
+        rankings = full_rankings(pairs.image_feat, pairs.text_feat, pairs.image_products, pairs.caption_products)
+        return {key.replace("full", "val"): value for key, value in recalls_of(rankings).items()}
 
     return train_and_select(config, source, train_set, retrieval_losses, validate, "val_mean", stop_at)
 
 
 def retrieval_losses(run: Run, batch: dict) -> tuple[Values, Values]:
-    """ITC + ITM, as in pretraining but without masks. -> losses, metrics"""
+    """Compute ITC + ITM, as in pretraining but without masks. -> losses, metrics"""
     model, ids, attention_mask = run.model, batch["token_ids"], batch["attention_mask"]
     _, _, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
@@ -93,79 +113,112 @@ def retrieval_losses(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_masks = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
-    pair_images = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_embeds, pair_masks, image_kv, pair_images, cls_only=True)  # (3B, 1, D)
-    itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
-    return {"itc": run.config.itc_weight * itc, "itm": itm}, {"itm_accuracy": itm_accuracy}
+    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
+    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_image_index = torch.cat([own, wrong_image, own])
+    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)  # fused_cls (3B, 1, D)
+    return {"itc": run.config.itc_weight * itc, "itm": itm}, {"itm_batch_accuracy": itm_accuracy}
 
 
 def evaluate_retrieval(run: Run, dataset: PairDataset) -> Evaluation:
-    """Full protocol and, where an image has one caption, the sampled one; with --rerank also by the ITM head."""
+    """Measure recalls by the full protocol and, where an image has one caption, by the sampled one.
+
+    With --rerank also those after re-ranking by the ITM head. Writes examples.png.
+    """
     config = run.config
-    rows, captions, features = encode_pairs(run, dataset)
-    image_feat, text_feat, image_products, text_products = features
-    protocol = {"images": len(rows), "captions": len(captions), "reranked": config.rerank}
-    rankings = full_rankings(*features, config.rerank)
+    pairs = encode_pairs(run, dataset)
+    protocol = {"images": len(pairs.rows), "captions": len(pairs.captions), "reranked": config.rerank}
+    rankings = full_rankings(
+        pairs.image_feat, pairs.text_feat, pairs.image_products, pairs.caption_products, config.rerank
+    )
     if not dataset.several_captions:
-        kinds = np.array(dataset.subcategories)[rows]
-        sampled, same_kind = sampled_rankings(image_feat, text_feat, image_products, kinds, config.seed, config.rerank)
+        subcategories = np.array(dataset.subcategories)[pairs.rows]
+        sampled, same_subcategory = sampled_rankings(
+            pairs.image_feat, pairs.text_feat, pairs.image_products, subcategories, config.seed, config.rerank
+        )
         rankings += sampled
         if any(dataset.subcategories):
-            protocol["negatives of the same sub-category"] = round(same_kind, 3)
+            protocol["negatives of the same sub-category"] = round(same_subcategory, 3)
     metrics, chance = recalls_of(rankings), {}
-    for ranking in rankings[:4]:  # all draws of the sampled protocol have the same
+    for ranking in rankings[:4]:  # full, and the first draw of the sampled protocol; chance is the same for all draws
         chance |= ranking.chance()
     if config.rerank:
-        metrics |= recalls_of(rerank(run, dataset.subset(rows), captions, rankings))
+        metrics |= recalls_of(rerank(run, dataset.subset(pairs.rows), pairs.captions, rankings))
 
     examples = []
-    for number in np.linspace(0, len(captions) - 1, 6).astype(int):
-        cosines = image_feat @ text_feat[number]
-        answers = best_answers(cosines, rows, image_products == text_products[number])
-        examples.append((captions[number][1], None, answers))
-    draw_answers(dataset, examples, Path(config.out) / "examples.png")
-    return metrics, chance, protocol
+    for number in np.linspace(0, len(pairs.captions) - 1, EXAMPLE_QUERIES).astype(int):
+        cosines = pairs.image_feat @ pairs.text_feat[number]
+        is_positive = pairs.image_products == pairs.caption_products[number]
+        retrieved = most_similar_images(cosines, pairs.rows, is_positive)
+        own_words = pairs.captions[number][1]  # without the prefix
+        examples.append(ExampleQuery(own_words, None, retrieved))
+    draw_retrieved(dataset, examples, Path(config.out) / "examples.png")
+    return Evaluation(metrics, chance, protocol)
 
 
-def best_answers(cosines: Tensor, rows: np.ndarray, is_right: Tensor) -> list[Answer]:
-    """The five images that are most similar to a query, of some rows with cosines (C,), for a picture."""
-    answers = []
-    for cosine, place in zip(*cosines.topk(min(5, len(cosines))), strict=True):
-        answers.append((int(rows[place]), f"{cosine:.2f}", bool(is_right[place])))
-    return answers
+def most_similar_images(cosines: Tensor, rows: np.ndarray, is_positive: Tensor) -> list[RetrievedImage]:
+    """Select the images of a gallery that are most similar to a query, for examples.png.
+
+    cosines (C,), rows (C,), is_positive (C,) bool: of the gallery
+    """
+    retrieved = []
+    best = cosines.topk(min(EXAMPLE_IMAGES, len(cosines)))
+    for cosine, position in zip(best.values, best.indices, strict=True):
+        retrieved.append(RetrievedImage(int(rows[position]), f"{cosine:.2f}", bool(is_positive[position])))
+    return retrieved
 
 
-def encode_pairs(run: Run, dataset: PairDataset) -> tuple[np.ndarray, list[Text], tuple[Tensor, ...]]:
-    """Encode each image once, and the captions to tell the images by. -> rows of the images (n,); captions (m); on the
-    CPU image_feat (n, E), text_feat (m, E), the product of each image (n,) and of each caption (m,)"""
+class EncodedPairs(NamedTuple):
+    """The images and captions of a data set as features, on the CPU."""
+
+    rows: np.ndarray  # (n,): rows of the images
+    captions: list[Text]  # m
+    image_feat: Tensor  # (n, E)
+    text_feat: Tensor  # (m, E)
+    image_products: Tensor  # (n,): number of the product of an image
+    caption_products: Tensor  # (m,): number of the product of a caption
+
+
+def encode_pairs(run: Run, dataset: PairDataset) -> EncodedPairs:
+    """Encode each image that can be read once, and the captions by which the images are retrieved.
+
+    Raises DataError where no image can be read.
+    """
     rows = distinct_image_rows(dataset)
     readable, image_feat = image_features(run, dataset.subset(rows))
     rows = rows[readable]
-    captions, image_products, text_products = texts_to_search(dataset, rows)
+    captions, image_products, caption_products = retrieval_captions(dataset, rows)
     text_feat = text_features(run, captions)
-    return rows, captions, (image_feat.cpu(), text_feat.cpu(), image_products, text_products)
+    return EncodedPairs(rows, captions, image_feat.cpu(), text_feat.cpu(), image_products, caption_products)
 
 
 def rerank(run: Run, images: PairDataset, captions: list[Text], rankings: list[Ranking]) -> list[Ranking]:
-    """Put the best candidates of each query in the order of the ITM head, which scores each pair once."""
-    pairs = torch.cat([ranking.pairs.flatten(0, 1) for ranking in rankings])
-    pairs, place = pairs.unique(dim=0, return_inverse=True)
-    scores = itm_scores(run, images, captions, pairs).cpu()[place]
-    parts = scores.split([ranking.positives.numel() for ranking in rankings])
+    """Re-rank the most similar candidates of each query by the ITM head, which scores each pair once.
+
+    images, captions: numbered as in the rankings
+    Raises DataError where an image cannot be read.
+    """
+    pairs = torch.cat([ranking.top_pairs.flatten(0, 1) for ranking in rankings])
+    distinct_pairs, pair_number = pairs.unique(dim=0, return_inverse=True)
+    scores = score_pairs_with_itm(run, images, captions, distinct_pairs).cpu()[pair_number]
+    scores_by_ranking = scores.split([ranking.top_positives.numel() for ranking in rankings])
     reranked = []
-    for ranking, part in zip(rankings, parts, strict=True):
-        reranked.append(ranking.reranked(part.view_as(ranking.positives)))
+    for ranking, ranking_scores in zip(rankings, scores_by_ranking, strict=True):
+        reranked.append(ranking.reranked(ranking_scores.view_as(ranking.top_positives)))
     return reranked
 
 
-# --- text-guided image retrieval (FashionIQ): reference image + what differs → target image ---
+# --- text-guided image retrieval (FashionIQ): reference image + difference in words → target image ---
 
 
 def train_tgir(config: FinetuneConfig, source: dict, dataset: Triplets, stop_at: int | None) -> Run | None:
-    """Train by ITC of queries with targets; select by R@10 and R@50 on held-out triplets, among the images of these.
-    No reference image (synthetic: no family) is in both parts."""
+    """Train by ITC of queries with targets; select the step by R@10 and R@50 on held-out triplets.
+
+    The gallery are the images of the held-out triplets. No reference image is in both parts, and no family of
+    synthetic products.
+    Arguments, result and errors as in `train_and_select`.
+    """
     train_set, held_out = hold_out(config, dataset, dataset.families)
 
     def validate(run: Run) -> Metrics:
@@ -179,8 +232,10 @@ def train_tgir(config: FinetuneConfig, source: dict, dataset: Triplets, stop_at:
 
 
 def tgir_losses(run: Run, batch: dict) -> tuple[Values, Values]:
-    """Plain ITC of the projected fused [CLS] of reference image and text with the target image's feature, both ways
-    (Fashion-FINE). -> losses, metrics"""
+    """Compute plain ITC, both ways, of the fused query with the feature of the target image. -> losses, metrics
+
+    The query is the projected fused [CLS] of reference image and text (Fashion-FINE).
+    """
     images = torch.cat([batch["images"], batch["target_images"]])
     references, targets = run.model.vision(images).chunk(2)  # (B, N, D) each
     query_feat = compose_queries(run, batch, references, fused=True)  # (B, E)
@@ -194,82 +249,100 @@ def tgir_losses(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
-    """Recalls on the galleries of each subset. Our choice: as long as the model was not fine-tuned for fused queries, a
-    query is the sum of both features."""
-    fused = not run.config.eval_only or run.config.start == "tgir"
-    ranked = rank_galleries(run, dataset, fused)
-    protocol = {"query": "fused" if fused else "sum of features"}
-    for subset, gallery, _, _, rows in ranked:
-        protocol[f"{subset} {gallery}"] = len(rows)
+    """Measure recalls in the galleries of each subset. Writes examples.png, or ranks.json where there are no targets.
+
+    Our choice: before fine-tuning for fused queries, a query is the sum of both features.
+    """
+    is_fused = not run.config.eval_only or run.config.start == "tgir"
+    ranked = rank_galleries(run, dataset, is_fused)
+    protocol = {"query": "fused" if is_fused else "sum of features"}
+    for triplets in ranked:
+        protocol[f"{triplets.subset} {triplets.gallery}"] = len(triplets.rows)
     out = Path(run.config.out)
     if (dataset.targets < 0).any():  # FashionIQ's test split, whose targets are not published
         write_ranks(dataset, ranked, out / "ranks.json")
-        return {}, {}, protocol
+        return Evaluation({}, {}, protocol)
     metrics, chance = triplet_recalls(dataset, ranked)
 
     examples = []
-    _, _, sim, triplets, rows = ranked[0]
-    for query in np.linspace(0, len(triplets) - 1, 6).astype(int):
-        triplet = int(triplets[query])
-        answers = best_answers(sim[query], rows, torch.from_numpy(rows == dataset.targets[triplet]))
-        examples.append((dataset.captions[triplet], dataset.image(triplet), answers))
-    draw_answers(dataset.image_set, examples, out / "examples.png")
-    return metrics, chance, protocol
+    first = ranked[0]
+    for query in np.linspace(0, len(first.triplets) - 1, EXAMPLE_QUERIES).astype(int):
+        triplet = int(first.triplets[query])
+        is_target = torch.from_numpy(first.rows == dataset.targets[triplet])
+        retrieved = most_similar_images(first.sim[query], first.rows, is_target)
+        examples.append(ExampleQuery(dataset.captions[triplet], dataset.image(triplet), retrieved))
+    draw_retrieved(dataset.image_set, examples, out / "examples.png")
+    return Evaluation(metrics, chance, protocol)
 
 
 def write_ranks(dataset: Triplets, ranked: list[RankedTriplets], path: Path) -> None:
-    """Write the names of the hundred best images of the original gallery for each query, the best first."""
+    """Write the names of the hundred most similar images of the original gallery for each query, the best first."""
     lines = []
     for subset, gallery, sim, triplets, rows in ranked:
         if gallery != "original":
             continue
         best = sim.topk(min(100, len(rows))).indices
-        for triplet, places in zip(triplets.tolist(), best, strict=True):
-            names = [dataset.image_set.name_of(int(rows[place])) for place in places]
-            query = {"subset": subset, "candidate": dataset.name_of(triplet), "text": dataset.captions[triplet]}
-            lines.append(query | {"ranking": names})
+        for triplet, positions in zip(triplets.tolist(), best, strict=True):
+            names = [dataset.image_set.name_of(int(rows[position])) for position in positions]
+            lines.append(
+                {
+                    "subset": subset,
+                    "candidate": dataset.name_of(triplet),
+                    "text": dataset.captions[triplet],
+                    "ranking": names,
+                }
+            )
     path.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-    print(f"no targets are published; {len(lines):,} queries and their best images in {path}")
+    print(f"the targets are not published; the best images of {len(lines):,} queries are in {path}")
 
 
 def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTriplets]:
-    """Compare the queries of each subset with the images of each of its galleries. Each image is encoded once."""
+    """Compare the queries of each subset with the images of each of its galleries. Each image is encoded once.
+
+    fused: the form of a query, see `compose_queries`
+    Raises DataError where no image can be read.
+    """
     gallery_rows = []
     for galleries in dataset.galleries.values():
         gallery_rows += galleries.values()
-    shown = np.unique(np.concatenate(gallery_rows))
-    readable, image_feat = image_features(run, dataset.image_set.subset(shown))
+    image_rows = np.unique(np.concatenate(gallery_rows))
+    readable, image_feat = image_features(run, dataset.image_set.subset(image_rows))
     image_feat = image_feat.cpu()
-    place = np.full(len(dataset.image_set), -1)  # of an image in image_feat; −1 where it cannot be read
-    place[shown[readable]] = np.arange(len(readable))
+    feat_number = np.full(len(dataset.image_set), -1)  # of an image in image_feat; −1 where it cannot be read
+    feat_number[image_rows[readable]] = np.arange(len(readable))
 
-    query_feats, triplets = [], []
-    for batch in batches_of(run, dataset.queries(), "encoding queries"):
+    query_feats, query_rows = [], []
+    for batch in evaluation_batches(run, dataset.queries(), "encoding queries"):
         with autocast(run), torch.no_grad():
             query_feats.append(compose_queries(run, batch, run.model.vision(batch["images"]), fused))
-        triplets.append(batch["rows"].cpu())
-    query_feat, triplets = torch.cat(query_feats).cpu(), torch.cat(triplets).numpy()
+        query_rows.append(batch["rows"].cpu())
+    query_feat, triplets = torch.cat(query_feats).cpu(), torch.cat(query_rows).numpy()
 
     ranked = []
+    subset_of_query = np.array(dataset.subsets)[triplets]
     for subset, galleries in dataset.galleries.items():
-        of_subset = np.array(dataset.subsets)[triplets] == subset
+        in_subset = subset_of_query == subset
         for gallery, rows in galleries.items():
-            rows = rows[place[rows] >= 0]
-            sim = query_feat[of_subset] @ image_feat[place[rows]].T  # (Q, C)
-            ranked.append((subset, gallery, sim, triplets[of_subset], rows))
+            rows = rows[feat_number[rows] >= 0]
+            sim = query_feat[in_subset] @ image_feat[feat_number[rows]].T  # (Q, C)
+            ranked.append(RankedTriplets(subset, gallery, sim, triplets[in_subset], rows))
     return ranked
 
 
-# --- recognition: category, sub-category, and visual entailment, where the classes are true, false and undecided ---
+# --- recognition: category, sub-category, and visual entailment, whose classes are true, false and undecided ---
 
 
 def train_recognition(config: FinetuneConfig, source: dict, dataset: PairDataset, stop_at: int | None) -> Run | None:
-    """Train by cross-entropy; select by accuracy on held-out products. Every class stays in training."""
+    """Train by cross-entropy; select the step by accuracy on held-out products. Every class stays in training.
+
+    Arguments and result as in `train_and_select`.
+    Raises DataError where all labels are equal or no products can be held out, and the errors of `train_and_select`.
+    """
     labels = labels_of(config, dataset)
     train_set, held_out = hold_out(config, dataset, dataset.product_ids, labels)
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
-        raise DataError(f"all images have the same {config.task}, {classes[0]!r}; there is nothing to tell apart")
+        raise DataError(f"all images have the same {config.task}, {classes[0]!r}; recognition needs at least two")
     config = replace(config, classes=classes, model=replace(config.model, classes=len(classes)))
     train_labels = class_ids(config, train_set).to(config.device)
 
@@ -288,8 +361,10 @@ def train_recognition(config: FinetuneConfig, source: dict, dataset: PairDataset
 
 
 def classify(run: Run, batch: dict) -> Tensor:
-    """Logits of the classes from the fused [CLS] of image and text, or, as --modality says, from the [CLS] of one of
-    them; one linear layer (ALBEF's for entailment is an MLP). -> (B, classes)"""
+    """Compute the logits of the classes by one linear layer (ALBEF's for entailment is an MLP). -> (B, classes)
+
+    It reads the fused [CLS] of image and caption or, by --modality, the [CLS] of one of them.
+    """
     model, attention_mask, modality = run.model, batch["attention_mask"], run.config.modality
     if modality == "image":
         return model.class_head(model.vision(batch["images"])[:, 0])
@@ -302,16 +377,20 @@ def classify(run: Run, batch: dict) -> Tensor:
 
 
 def class_ids(config: FinetuneConfig, dataset: PairDataset) -> Tensor:
-    """The class of each row; one more, the last, for labels that training has not seen. -> (N,)"""
-    number = {label: i for i, label in enumerate(config.classes)}
-    return torch.tensor([number.get(label, len(number)) for label in labels_of(config, dataset)])
+    """Return the class of each row (rows,); labels that do not occur in training are one more class, the last."""
+    id_of = {label: number for number, label in enumerate(config.classes)}
+    unseen = len(id_of)
+    return torch.tensor([id_of.get(label, unseen) for label in labels_of(config, dataset)])
 
 
 @torch.no_grad()
 def predict(run: Run, dataset: PairDataset) -> tuple[Tensor, Tensor, Tensor]:
-    """Predict the class of each image that can be read. -> rows, labels, preds (n,)"""
+    """Predict the class of each image that can be read. -> rows (n,), labels (n,), preds (n,)
+
+    Raises DataError where no image can be read.
+    """
     rows, preds = [], []
-    for batch in batches_of(run, dataset, "recognising"):
+    for batch in evaluation_batches(run, dataset, "classifying"):
         with autocast(run):
             preds.append(classify(run, batch).argmax(dim=1).cpu())
         rows.append(batch["rows"].cpu())
@@ -320,31 +399,41 @@ def predict(run: Run, dataset: PairDataset) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def evaluate_recognition(run: Run, dataset: PairDataset) -> Evaluation:
-    """Accuracy and macro-F1; of statements also the accuracy by the kind of attribute that they turn on. Chance is to
-    predict the most frequent class always."""
+    """Measure accuracy and macro-F1; for statements also the accuracy by the kind of attribute that decides them.
+
+    Chance is the value of always predicting the most frequent class. Writes confusion.png and classes.tsv.
+    Raises DataError where no image can be read.
+    """
     config = run.config
     rows, labels, preds = predict(run, dataset)
     names = [*config.classes, "(unseen in training)"]
-    most_frequent = int(labels.bincount().argmax())
     metrics = recognition_scores(labels, preds)
     metrics["unseen_share"] = (labels == len(config.classes)).float().mean().item()
     if config.task == "entailment":
         kinds = np.array(dataset.subcategories)[rows.numpy()]
         for kind in sorted(set(kinds) - {""}):
             metrics[f"accuracy_{kind}"] = (labels == preds)[kinds == kind].float().mean().item()
+    most_frequent = int(labels.bincount().argmax())
     chance = recognition_scores(labels, torch.full_like(labels, most_frequent))
+
     out = Path(config.out)
     draw_confusion(labels, preds, names, out / "confusion.png")
     counts = labels.bincount(minlength=len(names))
     with open(out / "classes.tsv", "w", encoding="utf-8") as file:
         file.write(f"class\t{dataset.row_noun}\tprecision\trecall\tf1\n")
-        for number, (precision, recall, f1) in sorted(scores_by_class(labels, preds).items()):
-            file.write(f"{names[number]}\t{counts[number]}\t{precision:.4f}\t{recall:.4f}\t{f1:.4f}\n")
-    protocol = {"modality": config.modality, dataset.row_noun: len(labels), "classes": len(config.classes)}
-    return metrics, chance, protocol | {"most frequent": names[most_frequent]}
+        for number, scores in sorted(scores_by_class(labels, preds).items()):
+            numbers = f"{counts[number]}\t{scores.precision:.4f}\t{scores.recall:.4f}\t{scores.f1:.4f}"
+            file.write(f"{names[number]}\t{numbers}\n")
+    protocol = {
+        "modality": config.modality,
+        dataset.row_noun: len(labels),
+        "classes": len(config.classes),
+        "most frequent": names[most_frequent],
+    }
+    return Evaluation(metrics, chance, protocol)
 
 
-TASKS: dict[str, tuple[Callable, Callable]] = {
+TASKS: dict[str, tuple[Callable, Callable]] = {  # task -> the function that trains, the function that evaluates
     "retrieval": (train_retrieval, evaluate_retrieval),
     "tgir": (train_tgir, evaluate_tgir),
     "category": (train_recognition, evaluate_recognition),
@@ -352,32 +441,42 @@ TASKS: dict[str, tuple[Callable, Callable]] = {
     "entailment": (train_recognition, evaluate_recognition),
 }
 
-# --- what tasks share: held-out products, training, results, the command line ---
+# --- shared by the tasks: held-out products, training, results, the command line ---
 
 
 def hold_out(
-    config: FinetuneConfig, dataset: PairDataset, groups: np.ndarray, labels: list[str] | None = None
+    config: FinetuneConfig,
+    dataset: PairDataset,
+    groups: np.ndarray,
+    labels: list[str] | None = None,
 ) -> tuple[PairDataset, PairDataset]:
-    """Hold rows out of training to choose the best step by: whole groups (N,), as many as --held-out and --val-products
-    say. Each label (N,) keeps a row in training. -> training set, held-out set. Raises DataError for too few groups."""
+    """Hold some groups of rows out of training, to select the best step by.
+
+    Their number is set by --held-out and --val-products.
+    groups (rows,): the group of each row, its product for example, which stays together
+    labels (rows,): every label keeps a row in training
+    -> training set, held-out set
+    Raises DataError where no group can be held out.
+    """
     labels = labels or [""] * len(groups)
-    label_counts = defaultdict(Counter)  # of each group
+    label_counts = defaultdict(Counter)  # group -> label -> rows
     for group, label in zip(groups.tolist(), labels, strict=True):
         label_counts[group][label] += 1
     order = np.random.default_rng((5, config.data_seed)).permutation(np.unique(groups)).tolist()
-    wanted = min(config.val_products, max(2, round(config.held_out * len(order))), len(order) - 1)
-    rows_left = Counter(labels)  # in training
-    held = []
+    most_groups = min(config.val_products, max(2, round(config.held_out * len(order))), len(order) - 1)
+    training_counts = Counter(labels)  # label -> rows that are left in training
+    held_groups = []
     for group in order:
         counts = label_counts[group]
-        if len(held) < wanted and all(rows_left[label] > count for label, count in counts.items()):
-            rows_left -= counts
-            held.append(group)
-    if not held:
-        raise DataError("too few products to hold any out of training; give more")
-    is_held = np.isin(groups, held)
-    train_set, held_out = dataset.subset(np.flatnonzero(~is_held)), dataset.subset(np.flatnonzero(is_held))
-    print(f"train: {dataset.report()}\nheld out of these, to choose the best step: {held_out.report()}")
+        if len(held_groups) < most_groups and all(training_counts[label] > count for label, count in counts.items()):
+            training_counts -= counts
+            held_groups.append(group)
+    if not held_groups:
+        raise DataError("too few products to hold some out of training for selection; add products")
+    is_held_out = np.isin(groups, held_groups)
+    train_set = dataset.subset(np.flatnonzero(~is_held_out))
+    held_out = dataset.subset(np.flatnonzero(is_held_out))
+    print(f"train: {dataset.report()}\nof these held out, to select the best step: {held_out.report()}")
     return train_set, held_out
 
 
@@ -390,8 +489,17 @@ def train_and_select(
     select: str,
     stop_at: int | None,
 ) -> Run | None:
-    """Train by train.fit from the checkpoint `source`, or go on with it; then load the step whose metric `select` is
-    best. -> the run, None when stopped early"""
+    """Train from a checkpoint by train.fit, or resume; then load the step with the highest value of a metric.
+
+    source: the checkpoint, or with --resume the run's
+    compute_losses: losses and metrics of a batch
+    validate: metrics on the held-out set
+    select: the metric
+    stop_at: save and stop after this step
+    -> the run, None when stopped early
+    Raises ConfigError for weights or data that do not fit, DataError for data that cannot be read, NonFiniteLoss for
+    a loss that is not finite, OSError where a checkpoint cannot be written.
+    """
     run = build_run(config, train_set, read_tokenizer(source))
     run.sampler = build_sampler(run, train_set)
     if config.freeze:
@@ -403,23 +511,29 @@ def train_and_select(
         load_weights(run, source, config.checkpoint)
     if fit(run, train_set, compute_losses, validate, select, config.patience, stop_at) is None:
         return None
-    where = f"{config.out}/best.pt"
-    best = load_checkpoint(where)
-    load_weights(run, best, where)
+    best_path = f"{config.out}/best.pt"
+    best = load_checkpoint(best_path)
+    load_weights(run, best, best_path)
     run.best_step = best["step"]
     return run
 
 
 def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int | None = None) -> dict | None:
-    """Fine-tune, keep the step that does best on held-out products, and evaluate it. -> results, None when stopped.
+    """Fine-tune, select the step that does best on held-out products, evaluate it, and write results.json.
 
-    source: parts of the checkpoint to start from · stop_at: save and stop after this step"""
+    given: names of the fields whose flags were given
+    source: parts of the checkpoint to start from
+    stop_at: save and stop after this step
+    -> the results, None when stopped early
+    Raises ConfigError for a folder or checkpoint that does not fit, and the errors of `open_data` and
+    `train_and_select`.
+    """
     out = Path(config.out)
     if not config.eval_only:
         config, state = begin(config, given, check_flags)
         source = state or source
     if not config.resume and (out / "results.json").exists():
-        raise ConfigError(f"{out}/results.json is there already; choose another --out")
+        raise ConfigError(f"{out}/results.json exists already; choose another --out")
     train, evaluate = TASKS[config.task]
     dataset = open_data(config, config.split)
     print(f"{config.split}: {dataset.report()}")
@@ -434,16 +548,16 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
 
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    run.unreadable = set()  # of the images evaluated, not of those trained on
+    run.unreadable = set()  # of the evaluated images, without those of training
     run.model.eval()
-    metrics, chance, protocol = evaluate(run, dataset)
+    evaluation = evaluate(run, dataset)
     results = {
         "task": config.task,
         "data": config.data,
         "split": config.split,
-        "protocol": protocol,
-        "metrics": metrics,
-        "chance": chance,
+        "protocol": evaluation.protocol,
+        "metrics": evaluation.metrics,
+        "chance": evaluation.chance,
         "checkpoint": "random weights" if config.from_scratch else config.checkpoint,
         "steps": run.step,
         "best_step": run.best_step,
@@ -453,20 +567,30 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
         "seconds": run.seconds + time.perf_counter() - start,
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{config.task} on {config.data} {config.split}; " + ", ".join(f"{k}: {v}" for k, v in protocol.items()))
-    for key, value in metrics.items():
-        if not key.endswith("_std"):
-            by_chance = f"   chance {100 * chance[key]:.1f} %" if key in chance else ""
-            print(f"  {key:24} {100 * value:6.1f} %{by_chance}")
+    print("\n".join(results_table(results)))
     print(f"see {out}/results.json")
     return results
 
 
+def results_table(results: dict) -> list[str]:
+    """Format the results: a line on how they were measured, then a line for each metric with its chance, in percent."""
+    protocol = ", ".join(f"{name}: {value}" for name, value in results["protocol"].items())
+    lines = [f"{results['task']} on {results['data']} {results['split']}; {protocol}"]
+    for key, value in results["metrics"].items():
+        if key.endswith("_std"):
+            continue
+        line = f"  {key:24} {100 * value:6.1f} %"
+        if key in results["chance"]:
+            line += f"   chance {100 * results['chance'][key]:.1f} %"
+        lines.append(line)
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line. Errors end the process with one line."""
     try:
         if torch.distributed.is_torchelastic_launched():
-            raise ConfigError("fine-tuning and search run in one process; start without torchrun")
+            raise ConfigError("fine-tuning and search run in one process; start finetune.py without torchrun")
         config, given, source = parse_config(argv)
         if config.task == "search":
             search(config, source)

@@ -113,7 +113,7 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
 
     losses = {"itc": run.config.itc_weight * itc, "itm": itm, "mlm": mlm}
-    return losses, {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
+    return losses, {"itm_batch_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
 
 
 def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
@@ -163,7 +163,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     mim = mim_loss(pixels, batch["images"], ids_masked)
 
     losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm, "mim": config.mim_weight * mim}
-    return losses, {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
+    return losses, {"itm_batch_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
 
 
 def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
@@ -219,7 +219,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels, fused_m)
 
     losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm}
-    return losses, {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
+    return losses, {"itm_batch_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
 
 
 def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
@@ -262,7 +262,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     mlm, mlm_accuracy = compute_mlm(run, fused, mlm_labels)
 
     losses = {"itc": config.itc_weight * itc, "itm": itm, "mlm": mlm}
-    metrics = {"itm_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
+    metrics = {"itm_batch_accuracy": itm_accuracy, "mlm_accuracy": mlm_accuracy}
     if config.model.alignment:
         # our choice: ramped up, since from random weights its full pull gathers all features in one point
         losses["align"] = run.ramp * alignment_loss(model.category_feature(text_embeds, attention_mask), image_feat)

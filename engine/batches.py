@@ -1,4 +1,7 @@
-"""Photos and texts on their way into the model: endless batches to train on, whole data sets to encode."""
+"""Batches of images and captions: endless ones to train on, whole data sets to encode.
+
+Letters: B batch, N image tokens, L text tokens, D width, E shared embedding, n images or pairs, m captions.
+"""
 
 from collections.abc import Iterator
 
@@ -7,20 +10,24 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import apply_crops, augment, build_tokenizer, encode, normalise, random_crops, to_device, tokenize
 from engine.config import TrainConfig
-from engine.log import own_session
+from engine.log import ignore_interrupts
 from engine.run import Run, autocast
 from readers.dataset import DataError, PairDataset, Unreadable
 from readers.prompts import Text
 
+CAPTION_BATCH = 256  # captions that are encoded together
+
 
 class ReadableItems(Dataset):
-    """The items of a data set. In place of an image that cannot be read the next one comes that can be, so that batches
-    keep their size; the item then says so in `unreadable`."""
+    """The items of a data set, where the next readable image replaces one that cannot be read.
+
+    So batches keep their size. The key `unreadable` of an item has the reasons for the images that it replaces.
+    """
 
     def __init__(self, dataset: PairDataset):
         self.dataset = dataset
@@ -36,11 +43,16 @@ class ReadableItems(Dataset):
                 return item | {"unreadable": unreadable}
             unreadable.append(item.reason)
             row = (row + 1) % len(self.dataset)
-        raise DataError(f"a hundred images after each other cannot be read, the last one: {unreadable[-1]}")
+        raise DataError(
+            f"a hundred images one after another cannot be read, the last one: {unreadable[-1]}; check the files"
+        )
 
 
 def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
-    """This process's share of the batches from the current step on, epoch after epoch, on its device."""
+    """Yield this process's share of the batches from the current step on, epoch after epoch, on its device.
+
+    Raises DataError where a hundred images one after another cannot be read, or where a data loading process dies.
+    """
     loader = DataLoader(
         ReadableItems(dataset),
         batch_sampler=run.sampler,
@@ -48,8 +60,8 @@ def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
-        worker_init_fn=own_session,
-        generator=torch.Generator(),  # its own, or making an iterator would draw from the one dropout uses
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # otherwise a new iterator would change the generator that dropout uses
     )
     epoch, first_batch = divmod(run.step, len(run.sampler))
     while True:
@@ -57,18 +69,25 @@ def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
         try:
             for batch in loader:
                 yield to_device(batch, run.device)
-        except DataError as error:  # from a loading process it brings a traceback, of which it is the last line
-            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        except DataError as error:
+            # from a data loading process, the message is a traceback that ends with the message proper
+            last_line = str(error).strip().splitlines()[-1]
+            raise DataError(last_line.split("DataError: ")[-1]) from None
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            died = "a data loading process died, for want of memory perhaps"
-            raise DataError(f"{died}; go on with --resume and fewer --workers") from None
+            raise DataError(
+                "a data loading process died, perhaps for lack of memory; continue with --resume and fewer --workers"
+            ) from None
         epoch, first_batch = epoch + 1, 0
 
 
 def augmented(run: Run, batch: dict) -> dict:
-    """The batch with its images cropped, flipped and normalised, each at random, and the ground truth with them."""
+    """Crop, flip and normalise the images of a batch at random, and the region masks of its ground truth with them.
+
+    batch: on the device, with uint8 images (B, 3, S, S)
+    -> a new batch with float images
+    """
     config, batch = run.config, dict(batch)
     for key in ("images", "target_images"):
         if key not in batch:
@@ -81,94 +100,126 @@ def augmented(run: Run, batch: dict) -> dict:
 
 
 def learn_vocabulary(config: TrainConfig, dataset: PairDataset) -> Tokenizer:
-    """The tokenizer of a new run: trained on its captions, unless --vocab gives one."""
+    """Build the tokenizer of a new run: from --vocab if it is given, otherwise trained on the captions.
+
+    Raises DataError where --vocab is no BERT vocab.txt.
+    """
     captions = []
     if not config.vocab:
-        for row in tqdm(range(len(dataset)), "reading texts", unit=" texts", leave=False, disable=None):
-            captions.append(" ".join(dataset.text(row)[1::2]))
-    sizes = config.model.vocab_size, config.model.max_length
-    return build_tokenizer(captions, *sizes, config.vocab, config.prompts)
+        for row in tqdm(range(len(dataset)), "reading captions", unit=" captions", leave=False, disable=None):
+            pieces = dataset.text(row)[1::2]  # what stands between the prompts
+            captions.append(" ".join(pieces))
+    return build_tokenizer(captions, config.model.vocab_size, config.model.max_length, config.vocab, config.prompts)
 
 
 def report_truncated_captions(dataset: PairDataset, tokenizer: Tokenizer) -> None:
-    """Print how many of a thousand training captions are longer than the model reads."""
+    """Print the share of training captions that are longer than --max-length, among about a thousand of them."""
     rows = range(0, len(dataset), max(1, len(dataset) // 1000))
     encodings = encode(tokenizer, [dataset.text(row) for row in rows])
-    longer = sum(bool(encoding.overflowing) for encoding in encodings)
-    if longer:
-        longest = tokenizer.truncation["max_length"]
+    truncated = sum(bool(encoding.overflowing) for encoding in encodings)
+    if truncated:
+        percent = 100 * truncated / len(rows)
+        max_length = tokenizer.truncation["max_length"]
         print(
-            f"{100 * longer / len(rows):.0f} % of the training captions are cut at {longest} tokens; see --max-length"
+            f"{percent:.0f} % of the training captions are longer than {max_length} tokens and are cut; "
+            "raise --max-length to keep them"
         )
 
 
-def first_products(dataset: PairDataset, count: int) -> torch.utils.data.Subset:
-    """All photos of the first `count` products."""
-    return torch.utils.data.Subset(dataset, (dataset.product_ids < count).nonzero()[0].tolist())
+def images_of_first_products(dataset: PairDataset, count: int) -> Subset:
+    """Select all images of the first `count` products."""
+    return Subset(dataset, np.flatnonzero(dataset.product_ids < count).tolist())
 
 
 def distinct_image_rows(dataset: PairDataset) -> np.ndarray:
-    """Rows that have each photo once. -> (n,)."""
-    return np.unique(dataset.product_ids, return_index=True)[1] if dataset.several_captions else np.arange(len(dataset))
+    """Select the rows that have each image once. -> (n,)"""
+    if not dataset.several_captions:
+        return np.arange(len(dataset))
+    _, first_rows = np.unique(dataset.product_ids, return_index=True)
+    return first_rows
 
 
-def texts_to_search(dataset: PairDataset, rows: np.ndarray) -> tuple[list[Text], Tensor, Tensor]:
-    """The captions that images, some rows (n,), are retrieved by: one a product, that of its first image; where images
-    have several captions, all of these. -> captions (m), the product of each image (n,) and of each caption (m,)"""
-    products = dataset.product_ids[rows]
-    kinds, first, image_products = np.unique(products, return_index=True, return_inverse=True)
-    caption_rows, text_products = rows[first], np.arange(len(kinds))
+def retrieval_captions(dataset: PairDataset, rows: np.ndarray) -> tuple[list[Text], Tensor, Tensor]:
+    """Collect the captions by which some images are retrieved.
+
+    These are one caption per product, from its first image; or, where an image has several captions, all of them.
+    rows (n,): rows of the images
+    -> captions (m); the product of each image (n,) and of each caption (m,), counted from 0 among these products
+    """
+    product_ids, first, image_products = np.unique(dataset.product_ids[rows], return_index=True, return_inverse=True)
     if dataset.several_captions:
-        caption_rows = np.flatnonzero(np.isin(dataset.product_ids, products))
-        text_products = np.searchsorted(kinds, dataset.product_ids[caption_rows])
+        caption_rows = np.flatnonzero(np.isin(dataset.product_ids, product_ids))
+        caption_products = np.searchsorted(product_ids, dataset.product_ids[caption_rows])
+    else:
+        caption_rows = rows[first]
+        caption_products = np.arange(len(product_ids))
     captions = [dataset.text(row) for row in caption_rows]
-    return captions, torch.from_numpy(image_products), torch.from_numpy(text_products)
+    return captions, torch.from_numpy(image_products), torch.from_numpy(caption_products)
 
 
-def encoded_texts(run: Run, texts: list[Text]) -> Iterator[tuple[Tensor, Tensor]]:
-    """All texts in order, in parts of up to 256. -> text_embeds (B, L, D), attention_mask (B, L)"""
-    encoded = to_device(tokenize(run.tokenizer, texts), run.device)
-    for start in tqdm(range(0, len(texts), 256), "encoding texts", unit=" batches", leave=False, disable=None):
-        attention_mask = encoded["attention_mask"][start : start + 256]
+def encode_captions(run: Run, captions: list[Text]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Encode captions in order, CAPTION_BATCH at a time. -> text_embeds (B, L, D), attention_mask (B, L)"""
+    tokens = to_device(tokenize(run.tokenizer, captions), run.device)
+    starts = range(0, len(captions), CAPTION_BATCH)
+    for start in tqdm(starts, "encoding captions", unit=" batches", leave=False, disable=None):
+        token_ids = tokens["token_ids"][start : start + CAPTION_BATCH]
+        attention_mask = tokens["attention_mask"][start : start + CAPTION_BATCH]
         with autocast(run):
-            text_embeds = run.model.text(encoded["token_ids"][start : start + 256], attention_mask)
+            text_embeds = run.model.text(token_ids, attention_mask)
         yield text_embeds, attention_mask
 
 
 @torch.no_grad()
-def text_features(run: Run, texts: list[Text]) -> Tensor:
-    """Unit-length features (n, E). Every wording is encoded once: identical texts get identical features and tie."""
-    wordings, feats = list(dict.fromkeys(texts)), []
-    for text_embeds, attention_mask in encoded_texts(run, wordings):
+def text_features(run: Run, captions: list[Text]) -> Tensor:
+    """Compute unit-length features of captions. -> (m, E)
+
+    Equal captions are encoded once, so that they get equal features and tie.
+    """
+    distinct = list(dict.fromkeys(captions))
+    feats = []
+    for text_embeds, attention_mask in encode_captions(run, distinct):
         with autocast(run):
             feats.append(run.model.text_feature(text_embeds, attention_mask))
-    number = {wording: i for i, wording in enumerate(wordings)}
-    return torch.cat(feats)[[number[text] for text in texts]]
+    number_of = {caption: number for number, caption in enumerate(distinct)}
+    return torch.cat(feats)[[number_of[caption] for caption in captions]]
 
 
-def batches_of(run: Run, dataset: PairDataset, what: str) -> Iterator[dict]:
-    """All of a data set in order, on the device, photos normalised and neither cropped nor flipped. Raises DataError
-    if there is no image that can be read."""
-    workers = dict(num_workers=run.config.workers, worker_init_fn=own_session)
-    loader = DataLoader(dataset, run.config.batch_size, collate_fn=run.collate, **workers)
-    images = 0
-    for batch in tqdm(loader, what, unit=" batches", leave=False, disable=None):
+def evaluation_batches(run: Run, dataset: Dataset, title: str) -> Iterator[dict]:
+    """Yield all of a data set in order, on the device, with normalised images that are neither cropped nor flipped.
+
+    Images that cannot be read are left out and printed.
+    dataset: a PairDataset, or a Subset of one
+    title: of the progress bar
+    Raises DataError where no image can be read.
+    """
+    loader = DataLoader(
+        dataset,
+        run.config.batch_size,
+        collate_fn=run.collate,
+        num_workers=run.config.workers,
+        worker_init_fn=ignore_interrupts,
+    )
+    image_count = 0
+    for batch in tqdm(loader, title, unit=" batches", leave=False, disable=None):
         for reason in set(batch["unreadable"]) - run.unreadable:
             tqdm.write(f"cannot be read: {reason}")
         run.unreadable |= set(batch["unreadable"])
-        images += len(batch["rows"])
+        image_count += len(batch["rows"])
         if len(batch["rows"]):
             batch = to_device(batch, run.device)
             yield batch | {"images": normalise(batch["images"])}
-    if not images:
-        raise DataError("no image could be read")
+    if not image_count:
+        raise DataError("no image can be read; check --root and the files named above")
 
 
 @torch.no_grad()
 def image_features(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
-    """Rows that could be decoded (n,), and unit-length features of their photos (n, E)."""
+    """Compute unit-length features of all images that can be read. -> their rows (n,), features (n, E)
+
+    Raises DataError where no image can be read.
+    """
     rows, feats = [], []
-    for batch in batches_of(run, dataset, "encoding photos"):
+    for batch in evaluation_batches(run, dataset, "encoding images"):
         with autocast(run):
             feats.append(run.model.image_feature(run.model.vision(batch["images"])))
         rows.append(batch["rows"].cpu().numpy())
@@ -176,37 +227,51 @@ def image_features(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
 
 
 @torch.no_grad()
-def itm_scores(run: Run, dataset: PairDataset, texts: list[Text], pairs: Tensor) -> Tensor:
-    """The ITM head's logit for "match" minus that for "no match", of pairs (n, 2) of a row and a text. -> (n,)
+def score_pairs_with_itm(run: Run, dataset: PairDataset, captions: list[Text], pairs: Tensor) -> Tensor:
+    """Compute the ITM head's logit for "match" minus its logit for "no match" of some pairs. -> (n,)
 
-    Each image and each text is encoded once.
+    Each image and each caption is encoded once.
+    pairs (n, 2): a row of `dataset` and the number of a caption
+    Raises DataError where an image cannot be read.
     """
     model = run.model
-    text_embeds, attention_mask = map(torch.cat, zip(*encoded_texts(run, texts), strict=True))
+    embeds, masks = [], []
+    for text_embeds, attention_mask in encode_captions(run, captions):
+        embeds.append(text_embeds)
+        masks.append(attention_mask)
+    text_embeds, attention_mask = torch.cat(embeds), torch.cat(masks)
+
     pairs = pairs.to(run.device)
-    rows, image_of = pairs[:, 0].unique(return_inverse=True)
+    rows, image_of_pair = pairs[:, 0].unique(return_inverse=True)
     scores = torch.empty(len(pairs), device=run.device)
-    first = 0  # number of the batch's first image
-    for batch in batches_of(run, dataset.subset(rows.tolist()), "matching"):
+    start = 0  # images before this batch
+    for batch in evaluation_batches(run, dataset.subset(rows.tolist()), "scoring pairs"):
         with autocast(run):
             image_kv = model.fusion.project_image_kv(model.vision(batch["images"]))
-        end = first + len(batch["rows"])
-        of_batch = ((image_of >= first) & (image_of < end)).nonzero().squeeze(1)
-        for pair in of_batch.split(4 * run.config.batch_size):
-            text, image_index = pairs[pair, 1], image_of[pair] - first
+        end = start + len(batch["rows"])
+        pairs_of_batch = ((image_of_pair >= start) & (image_of_pair < end)).nonzero().squeeze(1)
+        for selected in pairs_of_batch.split(4 * run.config.batch_size):
+            caption = pairs[selected, 1]
+            image_index = image_of_pair[selected] - start
             with autocast(run):
-                fused_cls = model.fusion(text_embeds[text], attention_mask[text], image_kv, image_index, cls_only=True)
+                fused_cls = model.fusion(
+                    text_embeds[caption], attention_mask[caption], image_kv, image_index, cls_only=True
+                )
                 logits = model.itm_logits(fused_cls)
-            scores[pair] = (logits[:, 1] - logits[:, 0]).float()
-        first = end
-    if first < len(rows):
-        raise DataError("a photo that could be read before could not be read again")
+            scores[selected] = (logits[:, 1] - logits[:, 0]).float()
+        start = end
+    if start < len(rows):
+        raise DataError("an image that could be read before cannot be read again; check the files named above")
     return scores
 
 
 def compose_queries(run: Run, batch: dict, references: Tensor, fused: bool) -> Tensor:
-    """Unit-length queries (B, E) of photos, encoded (B, N, D), and texts: after fine-tuning the projected fused [CLS],
-    before it the sum of both features."""
+    """Compute unit-length queries of reference images and texts. -> (B, E)
+
+    batch: with the texts
+    references (B, N, D): the encoded reference images
+    fused: the query is the projected fused [CLS], as after fine-tuning; otherwise the sum of both features
+    """
     model, attention_mask = run.model, batch["attention_mask"]
     text_embeds = model.text(batch["token_ids"], attention_mask)
     if fused:

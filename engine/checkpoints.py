@@ -1,7 +1,7 @@
-"""Checkpoints, last.pt and best.pt: what is in them, how runs go on from them, how tasks start from them.
+"""Checkpoints, last.pt and best.pt: their contents, resuming a run, and loading weights for a task.
 
-A file is written whole or not at all, so a kill at any moment leaves a whole checkpoint. It is read as data: no pickled
-code is run, and damage is found by the archive's checksums.
+A file is written completely or not at all, so after a kill at any moment there is a complete checkpoint. It is read as
+data: no pickled code is run, and the checksums of the archive reveal damage.
 """
 
 import os
@@ -21,14 +21,20 @@ from engine.run import Run
 from model import ModelConfig
 from readers.dataset import printable
 
-# fields of Run that are saved as they are
-SIMPLE = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
-PARTS = {*SIMPLE, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
+# fields of Run that are saved unchanged
+RUN_FIELDS = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
+CHECKPOINT_KEYS = {*RUN_FIELDS, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
+HEADS = ("class_head", "adapter", "phrases", "detector")  # parts of the model that not every run has
 
 
 def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
-    """Write a checkpoint beside `path`, then rename it. keep_older: the version before stays, as `last-2.pt`."""
-    scratch, older = path.with_name(f".{path.name}.part"), path.with_stem(f"{path.stem}-2")
+    """Write a checkpoint to a file beside `path`, then rename it.
+
+    keep_older: the previous checkpoint stays, last.pt as last-2.pt
+    Raises OSError where the file cannot be written; the previous checkpoint is then unchanged.
+    """
+    scratch = path.with_name(f".{path.name}.part")
+    older = path.with_stem(f"{path.stem}-2")
     try:
         with open(scratch, "wb") as file:
             torch.save(state, file)
@@ -37,23 +43,26 @@ def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
         if keep_older and path.exists():
             older.unlink(missing_ok=True)
             try:
-                os.link(path, older)  # at no moment is `path` itself away
-            except (OSError, AttributeError):  # a file system, or a system, without links
+                os.link(path, older)  # a second name, so that `path` exists at every moment
+            except (OSError, AttributeError):  # a file system, or an operating system, without links
                 shutil.copyfile(path, older)
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = str(error.__context__ or error).splitlines()[0]
-        raise OSError(None, f"{reason}; what was there before is whole", str(path)) from None
+        raise OSError(None, f"cannot be written ({reason}); a previous checkpoint is unchanged", str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Write all that a run needs to go on, from the first process. Random states are not among it: every step seeds
-    itself from (seed, step), the sampler from (seed, epoch)."""
+    """Save all that a run needs to be resumed, in the main process only.
+
+    Random states are not saved: a step is seeded by (seed, step), the sampler by (seed, epoch).
+    Raises OSError where the file cannot be written.
+    """
     if not is_main_process():
         return
-    state = {name: getattr(run, name) for name in SIMPLE}
+    state = {name: getattr(run, name) for name in RUN_FIELDS}
     state |= {
         "model": run.model.state_dict(),
         "momentum": run.momentum.model.state_dict(),
@@ -67,106 +76,155 @@ def save_checkpoint(run: Run, path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read the parts of a checkpoint without running pickled code. Raises ConfigError, in one line.
+    """Read a checkpoint without running pickled code. -> its parts, by CHECKPOINT_KEYS
 
-    torch.save writes a zip archive with a checksum for each tensor. torch.load does not check it.
+    Raises ConfigError where the file does not exist, is damaged, or is no checkpoint.
     """
     try:
+        # torch.save writes a zip archive with a checksum for each tensor, which torch.load does not check
         with zipfile.ZipFile(path) as archive:
             intact = archive.testzip() is None
         state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such checkpoint") from None
-    except Exception:  # zipfile and torch raise many kinds for a file that is not their own
+        raise ConfigError(f"{path}: no such checkpoint; check the path") from None
+    except Exception:  # zipfile and torch raise many kinds of errors for other files
         intact = False
     if not intact:
-        raise ConfigError(f"{path}: damaged, or not a checkpoint of train.py; take the one before, or copy it again")
-    if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise ConfigError(f"{path}: not a checkpoint of train.py, or of another version of this code")
+        raise ConfigError(
+            f"{path}: damaged, or not a checkpoint of train.py; use an earlier one (last-2.pt), or copy it again"
+        )
+    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
+        raise ConfigError(f"{path}: not a checkpoint, or one of another version of this code; train the model anew")
     return state
 
 
 def read_tokenizer(state: dict) -> Tokenizer:
-    """The tokenizer of a checkpoint."""
+    """Build the tokenizer that a checkpoint holds."""
     return Tokenizer.from_str(state["tokenizer"])
 
 
 def config_from_dict(saved: dict, kind: type[LoopConfig] = TrainConfig) -> LoopConfig:
-    """The config, of the class `kind`, that a checkpoint or a config.json holds. Raises ConfigError for another."""
+    """Build the config that a checkpoint or a config.json holds.
+
+    saved: field -> value
+    kind: TrainConfig or FinetuneConfig
+    Raises ConfigError for the config of another kind of run, or of another version of this code.
+    """
     if kind is TrainConfig and saved.get("task"):
-        raise ConfigError(f"the run is a fine-tuning, --task {saved['task']} of finetune.py; this is for pretraining")
+        raise ConfigError(f"the run is a fine-tuning of finetune.py --task {saved['task']}; give a run of train.py")
     if kind is not TrainConfig and not saved.get("task"):
-        raise ConfigError("the run is a pretraining, which train.py goes on with")
+        raise ConfigError("the run is a pretraining; continue it by train.py --resume")
+    values = {}
+    for name, value in saved.items():
+        values[name] = tuple(value) if isinstance(value, list) else value  # JSON has lists for tuples
     try:
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        return kind(**fields | {"model": ModelConfig(**saved["model"])})  # JSON has lists for tuples
+        values["model"] = ModelConfig(**saved["model"])
+        return kind(**values)
     except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"the run was saved by another version of this code ({error})") from None
+        raise ConfigError(
+            f"the run was saved by another version of this code ({error}); train the model anew"
+        ) from None
 
 
 def begin(
-    config: LoopConfig, given: set[str], check: Callable[[LoopConfig, set[str]], None]
+    config: LoopConfig,
+    given: set[str],
+    check: Callable[[LoopConfig, set[str]], None],
 ) -> tuple[LoopConfig, dict | None]:
-    """The config to run by and, with --resume, the checkpoint to go on from. A run is never overwritten.
+    """Return the config to run by and, with --resume, the checkpoint to continue from. A run is never overwritten.
 
-    check: the script's check_flags"""
+    config: by the flags of the command line
+    given: names of the fields whose flags were given
+    check: the script's check_flags
+    Raises ConfigError where the output folder has a run already, or none to resume, or another one than the flags say.
+    """
     last = Path(config.out) / "last.pt"
     if config.resume:
         state = load_checkpoint(last)
         return resumed_config(config, given, state, check), state
     if last.exists():
-        raise ConfigError(f"{config.out} holds a run already; add --resume to go on with it, or choose another --out")
+        raise ConfigError(f"{config.out} holds a run already; add --resume to continue it, or choose another --out")
     return config, None
 
 
 def resumed_config(
-    config: LoopConfig, given: set[str], state: dict, check: Callable[[LoopConfig, set[str]], None]
+    config: LoopConfig,
+    given: set[str],
+    state: dict,
+    check: Callable[[LoopConfig, set[str]], None],
 ) -> LoopConfig:
-    """The checkpoint's config; a flag that would change the result is refused."""
+    """Return the config of the checkpoint, with the given flags that do not change the result.
+
+    config, given, check: as in `begin`
+    state: the checkpoint
+    Raises ConfigError for a flag that would change the result.
+    """
     saved = config_from_dict(state["config"], type(config))
-    for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is what training it came to
-        mine = getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
-        theirs = getattr(saved, name) if hasattr(saved, name) else getattr(saved.model, name)
-        if mine != theirs and (name, mine) != ("precision", "auto"):  # what it took at the start is kept
-            advice = "drop the flag, or start anew with another --out"
-            raise ConfigError(f"{flag_of(name)} {mine} contradicts the run to resume, which has {theirs}; {advice}")
-    given_now = {name: getattr(config, name) for name in (given & FREE_ON_RESUME) | {"out"}}
-    merged = replace(saved, **(given_now | {"resume": True}))
+    for name in sorted(given - FREE_ON_RESUME - {"vocab_size"}):  # the saved size is that of the trained vocabulary
+        given_value = field_value(config, name)
+        saved_value = field_value(saved, name)
+        if name == "precision" and given_value == "auto":  # the precision chosen at the start is kept
+            continue
+        if given_value != saved_value:
+            raise ConfigError(
+                f"{flag_of(name)} {given_value} contradicts the run to resume, which has {saved_value}; "
+                "drop the flag, or start anew with another --out"
+            )
+    changes = {name: getattr(config, name) for name in given & FREE_ON_RESUME}
+    changes["out"] = config.out
+    changes["resume"] = True
+    merged = replace(saved, **changes)
     check(merged, set())
     return merged
 
 
+def field_value(config: LoopConfig, name: str) -> object:
+    """Return the value of a field of a config or of its model."""
+    return getattr(config, name) if hasattr(config, name) else getattr(config.model, name)
+
+
 def restore(run: Run, state: dict) -> None:
-    """Put a run where its checkpoint left off. Raises ConfigError if the data set has changed since."""
+    """Set a run to the state of its checkpoint, in place. The checkpoint is emptied.
+
+    Raises ConfigError where the training data has changed since.
+    """
     if state["data"] != run.data:
-        raise ConfigError(f"{run.config.out}/last.pt was trained on other rows than the training split holds now")
+        raise ConfigError(
+            f"{run.config.out}/last.pt was trained on other rows than the training split holds now; "
+            "restore the data, or start anew with another --out"
+        )
     run.model.load_state_dict(state["model"])
     run.momentum.model.load_state_dict(state["momentum"])
     # betas and weight decay come from the config, the moments from the checkpoint
     moments = {"state": state["optimizer"]["state"]}
     run.optimizer.load_state_dict(run.optimizer.state_dict() | moments)
     run.sampler.load_state_dict(state["sampler"])
-    for name in SIMPLE:
+    for name in RUN_FIELDS:
         setattr(run, name, state[name])
-    run.queue = [part.to(run.device) for part in run.queue]
+    run.queue = [keys.to(run.device) for keys in run.queue]
     run.unreadable = set(state["unreadable"])
     state.clear()  # it is as large as the run itself
 
 
-def load_weights(run: Run, source: dict, where: str) -> None:
-    """Load a checkpoint's weights into both models. Heads that the run does not have are left out, and a class head of
-    its own stays as it was initialised. Raises ConfigError for weights that do not fit."""
-    own = run.model.state_dict()
+def load_weights(run: Run, source: dict, path: str) -> None:
+    """Load the weights of a checkpoint into the model and the momentum model, in place.
+
+    Heads that the model does not have are left out. A class head that the checkpoint does not have stays as it is.
+    source: the checkpoint
+    path: its file, for messages
+    Raises ConfigError for weights that do not fit.
+    """
+    current = run.model.state_dict()
     weights = {}
     for name, tensor in source["model"].items():
-        if name in own or not str(name).startswith(("class_head", "adapter", "phrases", "detector")):
+        if name in current or not str(name).startswith(HEADS):
             weights[name] = tensor
-    for name, tensor in own.items():
+    for name, tensor in current.items():
         if name.startswith("class_head"):
             weights.setdefault(name, tensor)
     try:
         run.model.load_state_dict(weights)
-    except RuntimeError as error:  # of names or shapes that are not the model's, a line for each
+    except RuntimeError as error:  # with a line for each name or shape that differs
         reason = printable(" ".join(str(error).split()))[:200]
-        raise ConfigError(f"{where}: does not fit this run ({reason})") from None
+        raise ConfigError(f"{path}: the weights do not fit this model ({reason}); give another checkpoint") from None
     run.momentum.update(run.model, decay=0)

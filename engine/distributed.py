@@ -1,7 +1,7 @@
-"""Several processes under torchrun. Each has the whole model and an equal share of every batch.
+"""Training in several processes under torchrun. Each has the whole model and an equal share of every batch.
 
 ITC compares with the features of all processes, and DistributedDataParallel averages the gradients. Masks, ITM
-negatives, MLM and MIM stay within a process, as in ALBEF. Without torchrun nothing here does anything.
+negatives, MLM and MIM stay within a process, as in ALBEF. Without torchrun these functions act as one process.
 """
 
 import os
@@ -16,49 +16,56 @@ from engine.flags import ConfigError
 
 
 def join_processes(device: str) -> torch.device:
-    """Join the processes of torchrun: over NCCL with a GPU each, over Gloo on CPUs. All but the first fall silent.
-    -> the device of this process. Raises ConfigError where there are too few GPUs."""
-    own = torch.device(device)
+    """Join the processes of torchrun, by NCCL if each has a GPU and by Gloo on CPUs; silence all but the first.
+
+    device: the value of --device
+    -> the device of this process
+    Raises ConfigError where there are fewer GPUs than processes, or where `device` names one GPU for all of them.
+    """
+    own_device = torch.device(device)
     if not dist.is_torchelastic_launched():
-        return own
-    if own.type == "cuda":
+        return own_device
+    if own_device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
-        if own.index is not None:
-            raise ConfigError(f"--device {device}: torchrun gives each process its own GPU; say cuda")
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"torchrun started more processes than there are GPUs, {torch.cuda.device_count()}")
-        own = torch.device("cuda", local_rank)
-        torch.cuda.set_device(own)
+        gpu_count = torch.cuda.device_count()
+        if own_device.index is not None:
+            raise ConfigError(f"--device {device}: torchrun gives each process its own GPU; use --device cuda")
+        if local_rank >= gpu_count:
+            raise ConfigError(
+                f"torchrun started more processes than there are GPUs ({gpu_count}); lower --nproc-per-node"
+            )
+        own_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own_device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     if not is_main_process():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         sys.excepthook = print_error
-    return own
+    return own_device
 
 
 def print_error(*error) -> None:
-    """Print a traceback, also from a process that is otherwise silent."""
+    """Print a traceback, even from a process that is otherwise silent."""
     traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
+    """Return the number of this process, counted from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
 def gather(x: Tensor) -> Tensor:
-    """x (B, …) of all processes, one after the other, without gradients. -> (world_size · B, …)"""
+    """Concatenate x (B, …) of all processes, by rank and without gradients. -> (world_size · B, …)"""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -67,7 +74,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def average(values: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each value over all processes."""
+    """Compute the mean of each scalar over all processes."""
     stacked = torch.stack([value.detach().float() for value in values.values()])
     if world_size() > 1:
         dist.all_reduce(stacked)
@@ -75,7 +82,7 @@ def average(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def union(names: set[str]) -> set[str]:
-    """The names of all processes."""
+    """Collect the names of all processes."""
     if world_size() == 1:
         return names
     parts: list = [None] * world_size()
@@ -84,7 +91,7 @@ def union(names: set[str]) -> set[str]:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
+    """Return whether `flag` is true in any process."""
     if world_size() == 1:
         return flag
     flags = torch.tensor(float(flag), device=device)

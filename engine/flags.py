@@ -1,4 +1,4 @@
-"""Flags out of the fields of a config dataclass: help, ranges, one-line refusals."""
+"""Command-line flags made from the fields of a config dataclass: help texts, ranges, refusals in one line."""
 
 import argparse
 import difflib
@@ -14,89 +14,118 @@ from readers.dataset import DataError
 
 
 class ConfigError(DataError):
-    """Flags that do not fit together, or a checkpoint that does not fit the flags."""
+    """An error of flags that contradict each other, or of a checkpoint that does not fit the flags."""
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says to the user; of the system's own, which file it is about and what is wrong."""
+    """Return the message of an error for the user; an error of the operating system becomes "file: reason"."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     return str(error)
 
 
 def option(default, help: str, low: float | None = None, high: float | None = None):
-    """A config field with what the command line needs: help and the allowed range."""
+    """Declare a config field with its default, its help text and its allowed range [low, high]."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of a config field: --batch-size for batch_size."""
     return "--" + name.replace("_", "-")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Refuses with one line instead of a page of usage, and suggests the flag that was meant."""
+    """An argument parser that reports an error in one line, and suggests the flag that was probably meant."""
 
     def error(self, message: str):
-        """Print one line and exit with status 2."""
+        """Print the error in one line and exit with status 2."""
         if message.startswith("unrecognized arguments: "):
             flag = message.split()[2].split("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else "see --help")
+            similar_flags = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            advice = f"did you mean {similar_flags[0]}?" if similar_flags else "see --help"
+            message = f"unknown flag {flag}; {advice}"
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type, layers: dict[str, dict]) -> None:
-    """Add one flag for each field of a config dataclass; a flag that is not given leaves no trace.
+def add_flags(parser: argparse.ArgumentParser, config_class: type, overrides: dict[str, dict]) -> None:
+    """Add a flag for each field of a config dataclass that has a help text. A flag that is not given sets nothing.
 
-    layers: what overrides the defaults under which name, for --help alone"""
-    hints = typing.get_type_hints(config_class)
+    parser: in place
+    config_class: its fields are declared by `option`
+    overrides: name of a preset or recipe -> the defaults that it changes; for the help texts alone
+    """
+    type_hints = typing.get_type_hints(config_class)
     for spec in fields(config_class):
         if "help" not in spec.metadata:
             continue
-        kind = hints[spec.name]
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):  # T | None
-            kind = typing.get_args(kind)[0]
-        if kind is bool:
-            settings = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(kind) is tuple:
-            settings = {"nargs": "+", "metavar": "FILE"}
-        elif typing.get_origin(kind) is Literal:
-            settings = {"choices": typing.get_args(kind)}
-        else:
-            settings = {"type": kind, "metavar": kind.__name__}
-        defaults = [] if spec.default in (None, ()) else [str(spec.default)]
-        defaults += [f"{name} {layer[spec.name]}" for name, layer in layers.items() if spec.name in layer]
-        text = spec.metadata["help"] + (f" (default {', '.join(defaults)})" if defaults else "")
-        parser.add_argument(flag_of(spec.name), default=argparse.SUPPRESS, help=text, **settings)
+        defaults = []
+        if spec.default not in (None, ()):
+            defaults.append(str(spec.default))
+        for name, changed in overrides.items():
+            if spec.name in changed:
+                defaults.append(f"{name} {changed[spec.name]}")
+        help_text = spec.metadata["help"]
+        if defaults:
+            help_text += f" (default {', '.join(defaults)})"
+        settings = _argument_settings(type_hints[spec.name])
+        parser.add_argument(flag_of(spec.name), default=argparse.SUPPRESS, help=help_text, **settings)
+
+
+def _argument_settings(hint: type) -> dict:
+    """Return the settings of `add_argument` for a field of this type."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # T | None
+        hint = typing.get_args(hint)[0]
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "metavar": "FILE"}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    return {"type": hint, "metavar": hint.__name__}
 
 
 def check_ranges(config) -> None:
-    """Raise ConfigError for a field of a config dataclass outside the range that its metadata gives."""
+    """Check that every field of a config dataclass lies in its range.
+
+    Raises ConfigError where a field is outside the range that `option` declares, or is NaN or infinite.
+    """
     for spec in fields(config):
         value = getattr(config, spec.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag_of(spec.name)} {value}: must be a finite number")
         low, high = spec.metadata.get("low"), spec.metadata.get("high")
-        if value is not None and low is not None and not low <= value <= (high or math.inf):
-            limits = f"between {low} and {high}" if high else f"at least {low}"
-            raise ConfigError(f"{flag_of(spec.name)} {value}: must be {limits}")
+        if value is None or low is None:
+            continue
+        if high is None and value < low:
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be at least {low}")
+        if high is not None and not low <= value <= high:
+            raise ConfigError(f"{flag_of(spec.name)} {value}: must be between {low} and {high}")
 
 
-def check_readers(kind: str, mine: str, given: set[str], flags: dict[str, tuple[str, ...]]) -> None:
-    """Raise ConfigError for a given flag that others of this `kind` (recipe, task) read and `mine` does not.
+def check_flag_applies(kind: str, selected: str, given: set[str], applicable: dict[str, tuple[str, ...]]) -> None:
+    """Check that no given flag is for other recipes or tasks only.
 
-    flags: who reads which fields that not all read"""
+    kind: "recipe" or "task"
+    selected: the recipe or task of this run
+    given: names of the fields whose flags were given
+    applicable: recipe or task -> names of fields that it uses and not all others do
+    Raises ConfigError where a given flag has no effect on this recipe or task.
+    """
     for name in sorted(given):
-        readers = [reader for reader, names in flags.items() if name in names]
-        if readers and mine not in readers:
-            raise ConfigError(f"{flag_of(name)} is for --{kind} {' or '.join(readers)}, not for {mine}")
+        users = [user for user, names in applicable.items() if name in names]
+        if users and selected not in users:
+            raise ConfigError(f"{flag_of(name)} is for --{kind} {' or '.join(users)}, not for {selected}; drop it")
 
 
 def check_device(name: str) -> None:
-    """Raise ConfigError for a device that is not there."""
-    there = {"cpu"} | {f"cuda:{number}" for number in range(torch.cuda.device_count())}
-    there |= {"cuda"} if torch.cuda.is_available() else set()
-    there |= {"mps"} if torch.backends.mps.is_available() else set()
-    if name not in there:
-        raise ConfigError(f"--device {name}: not on this machine, which has {', '.join(sorted(there))}")
+    """Check that this machine has a device.
+
+    Raises ConfigError where it does not.
+    """
+    devices = {"cpu"} | {f"cuda:{number}" for number in range(torch.cuda.device_count())}
+    if torch.cuda.is_available():
+        devices.add("cuda")
+    if torch.backends.mps.is_available():
+        devices.add("mps")
+    if name not in devices:
+        raise ConfigError(f"--device {name}: not on this machine; choose {' or '.join(sorted(devices))}")

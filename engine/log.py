@@ -1,4 +1,4 @@
-"""What a run writes down while it goes on, and how it is asked to stop.
+"""The log of a run, and the signals that stop it.
 
 Every key of metrics.jsonl is explained in docs/glossary.md.
 """
@@ -20,9 +20,11 @@ except ImportError:  # Windows
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a line that a killed run left half written is left out."""
+    """Read the lines of a metrics.jsonl, without a line that a killed run wrote in part. -> [] if there is no file"""
+    if not path.exists():
+        return []
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text().splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -31,21 +33,24 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def final_metrics(out: Path) -> dict | None:
-    """The last line of the metrics.jsonl in a run's folder; None where the run has not finished."""
+    """Return the last line of metrics.jsonl in a run's folder, or None if the run has not finished."""
     lines = read_metrics(out / "metrics.jsonl")
     return lines[-1] if lines and lines[-1].get("final") else None
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop the lines after a step, which a resumed run writes again; at step 0 all lines."""
-    lines = [line for line in read_metrics(path) if line["step"] <= step and not line.get("final") and step]
+    """Remove the lines after a step, since the resumed run writes them again; at step 0 remove all lines."""
+    kept = []
+    for line in read_metrics(path):
+        if step > 0 and line["step"] <= step and not line.get("final"):
+            kept.append(json.dumps(line) + "\n")
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scratch.write_text("".join(kept))
     os.replace(scratch, path)
 
 
 def write_metrics(path: Path, **metrics) -> None:
-    """Append a line to metrics.jsonl, numbers to six digits."""
+    """Append a line to a metrics.jsonl, with numbers to six digits."""
     line = {}
     for key, value in metrics.items():
         line[key] = float(f"{value:.6g}") if isinstance(value, float) else value
@@ -55,25 +60,31 @@ def write_metrics(path: Path, **metrics) -> None:
 
 @contextlib.contextmanager
 def stop_signals(second_stops: bool) -> Iterator[list[str]]:
-    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second one stops at once, unless torchrun is there:
-    it may pass on a signal that has already come. -> the names of the signals that came"""
-    caught = []
+    """Catch Ctrl-C and SIGTERM, so that the loop can stop after the current step.
 
-    def note(number: int, _frame) -> None:
-        caught.append(signal.Signals(number).name)
+    second_stops: a second signal ends the process at once. Not under torchrun, which may repeat a signal that the
+    processes have already received.
+    -> the names of the signals received so far
+    """
+    received = []
+
+    def record_signal(number: int, _frame) -> None:
+        received.append(signal.Signals(number).name)
         if second_stops:
             signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous_handlers[number] = signal.signal(number, record_signal)
     try:
-        yield caught
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def own_session(_worker: int) -> None:
-    """Ctrl-C and signals to the process group reach the main process only, which then ends its loader workers."""
+def ignore_interrupts(_worker: int) -> None:
+    """Keep Ctrl-C and signals to the process group from a data loading process; the main process ends it."""
     if hasattr(os, "setsid"):
         os.setsid()
     else:
@@ -81,9 +92,13 @@ def own_session(_worker: int) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory this process held: on the GPU if it trains there, otherwise resident; None where unknown."""
+    """Return the peak memory of this process in MiB: on the GPU if it trains there, otherwise resident memory.
+
+    -> None where the system does not report it
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on a Mac
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,4 +1,4 @@
-"""Search: the best images for words, for an image, or for an image changed by words."""
+"""Search: the most similar images for words, for an image, or for an image that words change."""
 
 import hashlib
 import re
@@ -11,22 +11,33 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import normalise, to_device, tokenize
-from engine.batches import compose_queries, distinct_image_rows, image_features, itm_scores, text_features
+from engine.batches import (
+    compose_queries,
+    distinct_image_rows,
+    image_features,
+    score_pairs_with_itm,
+    text_features,
+)
 from engine.checkpoints import load_weights, read_tokenizer
-from engine.finetune_config import FOUND, FinetuneConfig, caption_prefix, open_data
+from engine.finetune_config import SEARCH_RESULTS, FinetuneConfig, caption_prefix, open_data
 from engine.flags import ConfigError
 from engine.run import Run, autocast, build_run
-from evaluation.pictures import draw_answers
+from evaluation.pictures import ExampleQuery, RetrievedImage, draw_retrieved
 from readers.dataset import DataError, PairDataset, pad_to_square, printable
 from readers.files import open_image
 
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
-    """Find the best images for a query and draw them on a sheet. -> rows and scores, the best first"""
+    """Find the most similar images for a query, print them and draw them on a sheet.
+
+    source: parts of the checkpoint
+    -> row and score of each image, the best first; a cosine, or with --rerank the ITM head's probability of a match
+    Raises DataError for a query or data that cannot be read, ConfigError for weights or an index that do not fit.
+    """
     tokenizer = read_tokenizer(source)
-    image = open_query_image(config)
+    query_image = open_query_image(config)
     if config.query:
-        check_words(tokenizer, config.query)
+        check_query_words(tokenizer, config.query)
     dataset = open_data(config, config.split)
     print(f"{config.split}: {dataset.report()}")
     if dataset.several_captions:
@@ -36,31 +47,51 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     run.model.eval()
 
     rows, image_feat = search_index(run, dataset)
-    query = query_feature(run, caption_prefix(config), config.query, image, fused=config.start == "tgir")
-    scores, best = (image_feat @ query).topk(min(len(rows), max(FOUND, config.rerank)))
+    is_fused = config.start == "tgir"
+    query_feat = query_feature(run, caption_prefix(config), config.query, query_image, is_fused)
+    count = min(len(rows), max(SEARCH_RESULTS, config.rerank))
+    scores, best = (image_feat @ query_feat).topk(count)
     if config.rerank:
         captions = [(caption_prefix(config), config.query)]
         pairs = torch.stack([best.cpu(), torch.zeros(len(best), dtype=torch.long)], dim=1)
-        logits, order = itm_scores(run, dataset.subset(rows), captions, pairs).sort(descending=True)
+        logits, order = score_pairs_with_itm(run, dataset.subset(rows), captions, pairs).sort(descending=True)
         scores, best = logits.sigmoid(), best[order]
 
-    found = []
-    for index, score in zip(best[:FOUND].tolist(), scores[:FOUND].tolist(), strict=True):
+    results = []
+    for index, score in zip(best[:SEARCH_RESULTS].tolist(), scores[:SEARCH_RESULTS].tolist(), strict=True):
         row = int(rows[index])
-        found.append((row, score))
+        results.append((row, score))
         print(f"  {score:.3f}  {printable(dataset.name_of(row))}  {dataset.captions[row]}")
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    asked = f"found {config.query or ''} {Path(config.image or '').stem}".lower()
-    name = "-".join(re.findall(r"\w+", asked))[:60]
-    answers = [(row, f"{score:.2f}", False) for row, score in found]
-    draw_answers(dataset, [(config.query or "", image, answers[:5]), ("", None, answers[5:])], out / f"{name}.png")
-    print(f"see {out / name}.png")
-    return found
+    print(f"see {draw_results(config, dataset, query_image, results)}")
+    return results
+
+
+def draw_results(
+    config: FinetuneConfig,
+    dataset: PairDataset,
+    query_image: Image.Image | None,
+    results: list[tuple[int, float]],
+) -> Path:
+    """Draw the results of a search in two lines. -> the file, named after the query
+
+    results: row and score of each image
+    """
+    title = f"found {config.query or ''} {Path(config.image or '').stem}".lower()
+    name = "-".join(re.findall(r"\w+", title))[:60]
+    path = Path(config.out) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    retrieved = [RetrievedImage(row, f"{score:.2f}", is_positive=False) for row, score in results]
+    first_line = ExampleQuery(config.query or "", query_image, retrieved[:5])
+    second_line = ExampleQuery("", None, retrieved[5:])
+    draw_retrieved(dataset, [first_line, second_line], path)
+    return path
 
 
 def open_query_image(config: FinetuneConfig) -> Image.Image | None:
-    """Open --image as the model reads it. Raises DataError."""
+    """Open --image, padded to a square of the model's image size. -> None without --image
+
+    Raises DataError where it cannot be read.
+    """
     if not config.image:
         return None
     size = config.model.image_size
@@ -70,24 +101,33 @@ def open_query_image(config: FinetuneConfig) -> Image.Image | None:
         raise DataError(f"--image {config.image}: {error}") from None
 
 
-def check_words(tokenizer: Tokenizer, query: str) -> None:
-    """Print which words of a query the vocabulary does not have. Raises DataError where it has none of them."""
-    words = dict.fromkeys(re.findall(r"\w+", query))
+def check_query_words(tokenizer: Tokenizer, query: str) -> None:
+    """Print the words of a query that the vocabulary does not have.
+
+    Raises DataError where the vocabulary has none of the words.
+    """
+    words = list(dict.fromkeys(re.findall(r"\w+", query)))
     unknown = []
     for word in words:
         encoding = tokenizer.encode(word, add_special_tokens=False)
         pieces = sum(encoding.attention_mask)  # without padding
-        if "[UNK]" in encoding.tokens or pieces == len(word) > 1:
+        is_spelt = pieces == len(word) > 1  # a piece for each letter
+        if "[UNK]" in encoding.tokens or is_spelt:
             unknown.append(word)
     if len(unknown) == len(words):
-        raise DataError(f"--query {query!r}: no word of it is in the model's vocabulary")
+        raise DataError(f"--query {query!r}: no word of it is in the model's vocabulary; use words of the captions")
     if unknown:
-        print(f"not in the vocabulary, spelt letter by letter: {', '.join(unknown)}")
+        print(f"not in the vocabulary, so encoded letter by letter: {', '.join(unknown)}")
 
 
 @torch.no_grad()
 def query_feature(run: Run, prefix: str, words: str | None, image: Image.Image | None, fused: bool) -> Tensor:
-    """Encode words, an image, or both to a unit-length feature (E,)."""
+    """Encode words, an image, or both to a unit-length feature (E,).
+
+    prefix: words before a caption
+    words, image: at least one of them
+    fused: how words and image become one query, see `compose_queries`
+    """
     if image is None:
         return text_features(run, [(prefix, words)])[0]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(run.device)  # (1, 3, S, S)
@@ -100,26 +140,28 @@ def query_feature(run: Run, prefix: str, words: str | None, image: Image.Image |
 
 
 def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
-    """Rows (n,) and features (n, E) of all images, read from --index, or encoded and written there.
+    """Read the features of all images from --index, or encode the images and write them there.
 
-    Raises ConfigError for an index that is damaged, or of another checkpoint or data set.
+    -> rows of the images that can be read (n,), features (n, E)
+    Raises ConfigError for an index that is damaged or does not belong to this checkpoint and data set, DataError where
+    no image can be read.
     """
     if not run.config.index:
         return image_features(run, dataset)
-    file = Path(run.config.index)
+    path = Path(run.config.index)
     with open(run.config.checkpoint, "rb") as checkpoint:
-        weights = hashlib.file_digest(checkpoint, "sha256").hexdigest()
+        digest = hashlib.file_digest(checkpoint, "sha256").hexdigest()
     names = [dataset.name_of(row) for row in range(len(dataset))]
-    key = [weights, names, dataset.captions]
-    if not file.exists():
+    key = [digest, names, dataset.captions]
+    if not path.exists():
         rows, image_feat = image_features(run, dataset)
-        torch.save({"key": key, "rows": torch.from_numpy(rows), "features": image_feat.cpu()}, file)
+        torch.save({"key": key, "rows": torch.from_numpy(rows), "features": image_feat.cpu()}, path)
         return rows, image_feat
     try:
-        saved = torch.load(file, map_location=run.device, weights_only=True)
+        saved = torch.load(path, map_location=run.device, weights_only=True)
         fits = saved["key"] == key
-    except Exception:  # torch raises many kinds for a file that is not its own
-        raise ConfigError(f"--index {file}: damaged, or not an index; delete it, and it is written anew") from None
+    except Exception:  # torch raises many kinds of errors for other files
+        raise ConfigError(f"--index {path}: damaged, or not an index; delete it, and it is written anew") from None
     if not fits:
-        raise ConfigError(f"--index {file}: of another checkpoint or data set; give another file")
+        raise ConfigError(f"--index {path}: of another checkpoint or data set; delete it, or give another file")
     return saved["rows"].cpu().numpy(), saved["features"]

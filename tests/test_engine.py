@@ -1,4 +1,4 @@
-"""Flags, schedules, resuming, published weights, splits, wiring."""
+"""Flags, schedules, resuming, published weights, held-out splits."""
 
 import json
 from dataclasses import replace
@@ -30,23 +30,26 @@ pytestmark = pytest.mark.usefixtures("quick")
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.floats(0.05, 0.6), st.integers(0, 3))
 def test_hold_out_takes_whole_groups_and_leaves_every_label_in_training(groups, share, seed):
     labels = [str(group % 4) for group in groups]
-    rows = PairDataset([str(row) for row in range(len(groups))], groups, [], 32)
+    dataset = PairDataset(
+        [str(row) for row in range(len(groups))], groups, [], 32
+    )  # a caption is the number of its row
     config = FinetuneConfig(held_out=share, val_products=100, data_seed=seed)
-    ids, groups_of = np.array(groups), {}
+    ids, groups_by_label = np.array(groups), {}
     for group in groups:
-        groups_of.setdefault(str(group % 4), set()).add(group)
-    if all(len(found) == 1 for found in groups_of.values()):
+        groups_by_label.setdefault(str(group % 4), set()).add(group)
+    if all(len(groups_of_label) == 1 for groups_of_label in groups_by_label.values()):
         with pytest.raises(DataError, match="too few products"):
-            hold_out(config, rows, ids, labels)
+            hold_out(config, dataset, ids, labels)
         return
-    kept, held = ([int(row) for row in part.captions] for part in hold_out(config, rows, ids, labels))
-    assert sorted([*kept, *held]) == list(range(len(groups))) and not set(ids[kept]) & set(ids[held])
-    assert {labels[row] for row in kept} == set(labels) and len(held)
+    parts = [[int(caption) for caption in part.captions] for part in hold_out(config, dataset, ids, labels)]
+    training, held = parts
+    assert sorted([*training, *held]) == list(range(len(groups))) and not set(ids[training]) & set(ids[held])
+    assert {labels[row] for row in training} == set(labels) and len(held)
     assert len(set(ids[held])) <= max(2, round(share * len(set(groups))))
-    again = hold_out(config, rows, ids, labels)
-    assert [[int(row) for row in part.captions] for part in again] == [kept, held]
-    _, one = hold_out(replace(config, val_products=1), rows, ids, labels)
-    assert one.product_ids.max() == 0
+    again = hold_out(config, dataset, ids, labels)
+    assert [[int(caption) for caption in part.captions] for part in again] == parts
+    _, one_group = hold_out(replace(config, val_products=1), dataset, ids, labels)
+    assert one_group.product_ids.max() == 0
 
 
 def timm_names(vit):
@@ -189,14 +192,17 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
         (["--stepps", "3"], "unknown flag --stepps; did you mean --steps?"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs contradict each other"),
         (["--mlm-ratio", "1.5"], "--mlm-ratio 1.5: must be between 0 and 1"),
-        (["--recipe", "clip"], "--recipe clip: no such recipe; there are syncmask, softmask"),
+        (["--recipe", "clip"], "--recipe clip: no such recipe; choose syncmask, softmask"),
         (["--recipe", "albef", "--word-mask", "sync"], "--word-mask is for --recipe syncmask, not for albef"),
-        (["--data", "jsonl", "--root", "x", "--word-mask", "oracle"], "what photos show is not known of jsonl"),
+        (
+            ["--data", "jsonl", "--root", "x", "--word-mask", "oracle"],
+            "--data jsonl has no ground truth; use random or sync",
+        ),
         (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--lr", "inf"], "--lr inf: must be a finite number"),
-        (["--device", "cuda:99"], "cuda:99: not on this machine, which has cpu"),
+        (["--device", "cuda:99"], "cuda:99: not on this machine; choose cpu"),
         (["--weights", "/nowhere.pth", "--num-products", "2"], "/nowhere.pth: no such weights file"),
         (["--resume", "--out", "/nowhere"], "/nowhere/last.pt: no such checkpoint"),
     ],
@@ -205,9 +211,9 @@ def test_bad_flags_are_one_clear_line(flags, message, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         train.main(flags)
-    said = capsys.readouterr().err + (caught.value.code if isinstance(caught.value.code, str) else "")
-    said = said.strip().splitlines()[-1]
-    assert message in said and said.startswith("train.py: ")
+    printed = capsys.readouterr().err + (caught.value.code if isinstance(caught.value.code, str) else "")
+    last_line = printed.strip().splitlines()[-1]
+    assert message in last_line and last_line.startswith("train.py: ")
     assert not (tmp_path / "runs").exists()
 
 
@@ -218,8 +224,8 @@ def test_precedence_defaults_preset_recipe_flags():
     assert config.weight_decay == 0.02 and config.out == "runs/synthetic-albef-tiny"
     assert config.negatives == run_config.SCHEDULES["tiny"]["negatives"]
     config, _ = parse_config([])
-    own = replace(PRESETS["tiny"], registers=4, cls_context=False, patch_layer=2)
-    assert config.recipe == "syncmask" and config.model == own
+    expected = replace(PRESETS["tiny"], registers=4, cls_context=False, patch_layer=2)
+    assert config.recipe == "syncmask" and config.model == expected
     assert config.negatives == "semihard" and parse_config(["--negatives", "hard"])[0].negatives == "hard"
     config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--registers", "4"])
     assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
@@ -237,9 +243,9 @@ def test_resume_refuses_flags_that_change_the_result_and_runs_are_not_overwritte
     with pytest.raises(ConfigError, match="--width 64 contradicts"):
         resume(tmp_path, "--width", "64")
     before, again = lines(tmp_path)[-1], resume(tmp_path, "--vocab-size", "300")
-    recalls = [key for key in before if key.startswith("val")]
-    assert all(again[key] == pytest.approx(before[key], abs=1e-5) for key in recalls)  # it is finished already
-    with pytest.raises(ConfigError, match="--root is for data from files"):
+    val_keys = [key for key in before if key.startswith("val")]
+    assert all(again[key] == pytest.approx(before[key], abs=1e-5) for key in val_keys)  # it is finished already
+    with pytest.raises(ConfigError, match="--root is for data sets in files"):
         resume(tmp_path, "--root", "x")
     with pytest.raises(ConfigError, match="holds a run already; add --resume"):
         run(tmp_path, "--steps", "2")
@@ -258,12 +264,12 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 
 def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
     state, _ = built("--alpha 0.4 --negatives hard --itm-hard-ratio 0.6 --itm-hard-warmup 10", products=12)
-    seen = []
+    alphas, shares = {}, {}
     for step in (0, 1, 10, 15, 1000):
         state.step = step
-        seen.append((state.alpha, itm_hard_share(step, state.config)))
-    assert seen[0] == (0.0, 0.0) and seen[2][1] == 0 and seen[3][1] == pytest.approx(0.3) and seen[4] == (0.4, 0.6)
-    assert seen[1][0] == pytest.approx(0.4 / state.epoch_steps)
+        alphas[step], shares[step] = state.alpha, itm_hard_share(step, state.config)
+    assert alphas[0] == 0 and alphas[1] == pytest.approx(0.4 / state.epoch_steps) and alphas[1000] == 0.4
+    assert shares[0] == shares[10] == 0 and shares[15] == pytest.approx(0.3) and shares[1000] == 0.6
     assert ema_decay(0, 0.99) == 0.1 and ema_decay(10**6, 0.99) == 0.99
     state.generator = torch.Generator().manual_seed(0)
     sim, batch = torch.arange(200.0).expand(200, 200), dict.fromkeys(("product_ids", "caption_ids"), torch.arange(200))

@@ -1,4 +1,4 @@
-"""Whatever is in a file or on the command line: it is read, or refused in one line, in seconds.
+"""Random files and flags are read, or refused in one line, within seconds.
 
 `FUZZ_CASES=10000 python -m pytest tests/test_fuzz.py` tries so many of each kind; the same ones every time."""
 
@@ -18,7 +18,7 @@ from PIL import Image
 from small import checkpoint, run
 
 from data import Collate, build_tokenizer, informative_pieces
-from engine.checkpoints import PARTS, load_checkpoint
+from engine.checkpoints import CHECKPOINT_KEYS, load_checkpoint
 from engine.config import TrainConfig, parse_config
 from engine.flags import ConfigError, flag_of
 from model import ModelConfig
@@ -31,23 +31,23 @@ fuzzed = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 
 
 def read_or_refused(read, seconds=20):
-    """What is read, None where it is refused in one line."""
+    """Call `read`. -> its result, None where it is refused in one line"""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"took more than {seconds} seconds"))
     signal.alarm(seconds)
-    complained = io.StringIO()
+    stderr = io.StringIO()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.stderr", complained)
+            patch.setattr("sys.stderr", stderr)
             return read()
     except (ConfigError, DataError, OSError, SystemExit) as error:
-        said = complained.getvalue().strip() or str(error).strip()
-        assert said and "\n" not in said
+        message = stderr.getvalue().strip() or str(error).strip()
+        assert message and "\n" not in message
     finally:
         signal.alarm(0)
 
 
 def damage(data, whole: bytes) -> bytes:
-    """Some bits flipped, the end cut off."""
+    """Flip some bits, and cut off the end."""
     broken = bytearray(whole)
     for _ in range(data.draw(st.integers(0, 4))):
         broken[data.draw(st.integers(0, len(broken) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -56,18 +56,20 @@ def damage(data, whole: bytes) -> bytes:
     return bytes(broken)
 
 
-SWITCHES = [(kind, spec) for kind in (TrainConfig, ModelConfig) for spec in fields(kind) if spec.metadata.get("help")]
-SLOW = {"out", "resume", "device", "compile", "workers", "steps", "epochs"}  # or of the test itself
+FLAG_FIELDS = [
+    (kind, spec) for kind in (TrainConfig, ModelConfig) for spec in fields(kind) if spec.metadata.get("help")
+]
+SLOW = {"out", "resume", "device", "compile", "workers", "steps", "epochs"}  # or set by the test
 VALUES = st.sampled_from(
     ["0", "1", "3", "0.5", "-1", "64", "1e9", "nan", "inf", "", "x", "9" * 30, "../x", "\x1b[2J", "ä"]
 )
 
 
 def some_flags(data, count, left_out=()):
-    """Flags with values, mostly of their types."""
+    """Draw some flags with values, mostly of their types."""
     argv, names = [], set(left_out)
     while len(names) < count + len(left_out):
-        kind, spec = data.draw(st.sampled_from(SWITCHES))
+        kind, spec = data.draw(st.sampled_from(FLAG_FIELDS))
         if spec.name in names:
             continue
         names.add(spec.name)
@@ -82,10 +84,10 @@ def some_flags(data, count, left_out=()):
 
 @fuzzed
 @given(st.data(), st.integers(1, 3))
-def test_flags_are_taken_or_refused_in_one_line(data, count):
+def test_flags_are_accepted_or_refused_in_one_line(data, count):
     argv = some_flags(data, count)
-    found = read_or_refused(lambda: parse_config(argv))
-    assert found is None or found[0].model.width % found[0].model.heads == 0, argv
+    parsed = read_or_refused(lambda: parse_config(argv))
+    assert parsed is None or parsed[0].model.width % parsed[0].model.heads == 0, argv
 
 
 @settings(fuzzed, max_examples=max(6, CASES // 50))
@@ -119,8 +121,11 @@ def test_json_lines(tmp_path_factory, data):
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.lists(st.text(), max_size=3)
     )
     keys = st.sampled_from(["image", "caption", "product_id", "category", "season"])
-    odd = data.draw(st.lists(st.dictionaries(keys, value, max_size=2), min_size=1, max_size=4))
-    lines = [json.dumps({"image": "1.png", "caption": "red tee", "product_id": i} | more) for i, more in enumerate(odd)]
+    changes = data.draw(st.lists(st.dictionaries(keys, value, max_size=2), min_size=1, max_size=4))
+    lines = [
+        json.dumps({"image": "1.png", "caption": "red tee", "product_id": i} | change)
+        for i, change in enumerate(changes)
+    ]
     (folder / "train.jsonl").write_bytes(damage(data, "\n".join(lines).encode()))
     dataset = read_or_refused(lambda: jsonl(folder, "train", 8))
     if dataset:
@@ -131,12 +136,12 @@ def test_json_lines(tmp_path_factory, data):
 
 @fuzzed
 @given(st.data(), st.sampled_from(FORMATS))
-def test_damaged_photos(tmp_path_factory, data, kind):
-    whole, path = io.BytesIO(), tmp_path_factory.getbasetemp() / "photo"
+def test_damaged_images(tmp_path_factory, data, kind):
+    whole, path = io.BytesIO(), tmp_path_factory.getbasetemp() / "image"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 20, 3), np.uint8)).save(whole, kind)
     path.write_bytes(damage(data, whole.getvalue()))
-    photo = read_or_refused(lambda: open_image(path, 16))
-    assert photo is None or photo.mode == "RGB"
+    image = read_or_refused(lambda: open_image(path, 16))
+    assert image is None or image.mode == "RGB"
 
 
 @fuzzed
@@ -144,7 +149,7 @@ def test_damaged_photos(tmp_path_factory, data, kind):
 def test_damaged_checkpoints(tmp_path_factory, data):
     whole, path = io.BytesIO(), tmp_path_factory.getbasetemp() / "last.pt"
     weights = torch.arange(600.0)
-    torch.save(dict.fromkeys(PARTS) | {"model": {"weights": weights}}, whole)
+    torch.save(dict.fromkeys(CHECKPOINT_KEYS) | {"model": {"weights": weights}}, whole)
     path.write_bytes(damage(data, whole.getvalue()))
     state = read_or_refused(lambda: load_checkpoint(path))
     assert state is None or torch.equal(state["model"]["weights"], weights)

@@ -1,7 +1,7 @@
-"""Several processes under torchrun: averaged gradients are the mean of those of the shares, and a run goes on.
+"""Training in several processes under torchrun: gradients are averaged, and a run continues in fewer processes.
 
-This file is also what the test starts under torchrun: `python tests/test_ranks.py OUT` saves the gradients of a step of
-every recipe.
+The test starts this file under torchrun, too: `python tests/test_ranks.py OUT` saves the gradients of a step of every
+recipe.
 """
 
 import json
@@ -32,26 +32,14 @@ from engine.distributed import gather, join_processes, rank  # noqa: E402
 from engine.flags import ConfigError  # noqa: E402
 from engine.run import build_sampler  # noqa: E402
 
-SHARED = [
-    "--batch-size",
-    "8",
-    "--val-products",
-    "4",
-    "--alpha",
-    "0.4",
-    "--queue-size",
-    "24",
-    "--negatives",
-    "semihard",
-    "--log-every",
-    "1",
-]
-SHARE = 4  # images
+SETTINGS = "--batch-size 8 --val-products 4 --alpha 0.4 --queue-size 24 --negatives semihard --log-every 1"
+FLAGS = SETTINGS.split()
+SHARE = 4  # images of a batch in each process
 
 
 def gradients(recipe, number):
-    """Gradients of a run's first steps' losses on the images of process `number`."""
-    state, dataset = built("--recipe", recipe, *FAST_FOR[recipe], *SHARED)
+    """Compute the gradients of a step on the images of process `number`."""
+    state, dataset = built("--recipe", recipe, *FAST_FOR[recipe], *FLAGS)
     state.step = 5  # soft targets are ramped up
     state.seed_step()
     model = DistributedDataParallel(state.model, static_graph=True) if dist.is_initialized() else state.model
@@ -62,62 +50,62 @@ def gradients(recipe, number):
 
 
 def gradients_alone(recipe):
-    """The mean of the gradients of both shares, computed one after the other in this process."""
-    sent = {0: [], 1: []}  # what each process gives the other, in order
+    """Compute the mean of the gradients of both shares, one after the other in this process."""
+    sent = {0: [], 1: []}  # number of a process -> the tensors that it gives the other one, in order
 
     def record(x, number):
         sent[number].append(x)
         return torch.cat([x, x])
 
     def replay(x, number):
-        (call,) = [i for i, own in enumerate(sent[number]) if torch.equal(own, x)][:1]
+        (call,) = [i for i, sent_tensor in enumerate(sent[number]) if torch.equal(sent_tensor, x)][:1]
         return torch.cat([sent[0][call], sent[1][call]])
 
-    for gather_in_place in (record, replay):
-        found = []
+    for stand_in in (record, replay):
+        by_share = []
         for number in (0, 1):
             same_rank = mock.Mock(return_value=number)
             with (
                 mock.patch("engine.run.rank", same_rank),
                 mock.patch("train.rank", same_rank),
-                mock.patch("train.gather", partial(gather_in_place, number=number)),
+                mock.patch("train.gather", partial(stand_in, number=number)),
             ):
-                found.append(gradients(recipe, number))
-    return {name: (found[0][name] + found[1][name]) / 2 for name in found[0]}
+                by_share.append(gradients(recipe, number))
+    return {name: (by_share[0][name] + by_share[1][name]) / 2 for name in by_share[0]}
 
 
 def torchrun(*command):
-    """Two processes, started where nothing says that torchrun is there already."""
+    """Start two processes, without the environment variable by which they would join another torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
-    alone = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=alone, **pipes)
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment, **pipes)
 
 
-def test_averaged_gradients_are_the_mean_of_those_of_the_shares(tmp_path):
+def test_averaged_gradients_are_the_mean_over_the_shares(tmp_path):
     process = torchrun(__file__, tmp_path)
     _, error = process.communicate()
     assert process.returncode == 0, error[-3000:]
     for recipe in train.RECIPES:
         alone = gradients_alone(recipe)
         for number in (0, 1):
-            found = torch.load(tmp_path / f"{recipe}-{number}.pt")
-            assert found.keys() == alone.keys()
+            averaged = torch.load(tmp_path / f"{recipe}-{number}.pt")
+            assert averaged.keys() == alone.keys()
             for name, gradient in alone.items():
-                torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=f"{recipe} {name}")
+                torch.testing.assert_close(averaged[name], gradient, atol=1e-5, rtol=1e-4, msg=f"{recipe} {name}")
 
 
-def test_another_number_of_processes_goes_on_after_a_signal(tmp_path):
+def test_another_number_of_processes_continues_after_a_signal(tmp_path):
     flags = ["--steps", "500", "--workers", "1", "--val-every", "4"]
-    run = torchrun("train.py", *FAST, *SHARED, *flags, "--out", tmp_path)
+    run = torchrun("train.py", *FAST, *FLAGS, *flags, "--out", tmp_path)
     while run.poll() is None and not (tmp_path / "last.pt").is_file():
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
-    said, error = run.communicate(timeout=60)
-    assert said.count("stopped at step") == 1 and "(SIGINT)" in said and "2 processes" in said, error[-3000:]
-    reached = load_checkpoint(tmp_path / "last.pt")["step"]
-    assert resume(tmp_path, stop_at=reached + 2) is None
-    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [*range(1, reached + 3)]
+    printed, error = run.communicate(timeout=60)
+    assert printed.count("stopped at step") == 1 and "(SIGINT)" in printed and "2 processes" in printed, error[-3000:]
+    step = load_checkpoint(tmp_path / "last.pt")["step"]
+    assert resume(tmp_path, stop_at=step + 2) is None
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [*range(1, step + 3)]
 
 
 def test_images_that_cannot_be_read_are_replaced_in_every_share(tmp_path):
@@ -131,10 +119,10 @@ def test_images_that_cannot_be_read_are_replaced_in_every_share(tmp_path):
     for i in range(2):
         (folder / f"{i}.png").write_bytes(b"no image")
     flags = ["--data", "jsonl", "--root", folder, "--preset", "tiny", "--steps", "6", "--batch-size", "6"]
-    process = torchrun("train.py", *OF_FILES, *SHARED, *flags, "--out", tmp_path / "run")
-    said, error = process.communicate()
+    process = torchrun("train.py", *OF_FILES, *FLAGS, *flags, "--out", tmp_path / "run")
+    printed, error = process.communicate()
     assert process.returncode == 0, error[-3000:]
-    assert 1 <= said.count("cannot be read: ") <= 2 and lines(tmp_path / "run")[-1]["final"]
+    assert 1 <= printed.count("cannot be read: ") <= 2 and lines(tmp_path / "run")[-1]["final"]
 
 
 def test_batches_that_processes_cannot_share_evenly_are_refused(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from small import write_karpathy, write_snlive
 
 import data
-from engine.batches import distinct_image_rows, texts_to_search
+from engine.batches import distinct_image_rows, retrieval_captions
 from evaluation.scores import full_rankings, recalls_of
 from readers.dataset import DataError
 from readers.statements import LABELS, synthetic_statements
@@ -111,8 +111,8 @@ def test_karpathy_splits_have_several_captions_an_image(tmp_path):
     assert val.report() == "2 captions of 1 images" and len(test) == 5
     assert distinct_image_rows(train).tolist() == [0, 2]
     assert distinct_image_rows(train.subset(np.array([1, 2]))).tolist() == [0, 1]
-    texts, image_products, text_products = texts_to_search(train, np.array([2]))
-    assert texts == [("", "c")] and image_products.tolist() == text_products.tolist() == [0]
+    captions, image_products, caption_products = retrieval_captions(train, np.array([2]))
+    assert captions == [("", "c")] and image_products.tolist() == caption_products.tolist() == [0]
 
 
 IMAGE = '{"images": [{"split": "val", "filename": "x.jpg", "sentences": []}]}'

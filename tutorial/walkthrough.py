@@ -26,7 +26,7 @@ from engine.batches import learn_vocabulary
 from engine.config import ema_decay, itm_hard_share, parse_config
 from engine.flags import ConfigError
 from engine.run import build_run
-from evaluation.ground_truth import grouped, mask_metrics, momentum_features, token_labels
+from evaluation.ground_truth import mask_metrics, momentum_features, split_block_into_batches, token_labels
 from experiments.figures import open_run
 from losses import itc_targets, mim_loss, mlm_loss, pick_negatives, positive_pairs
 from masking import (
@@ -248,7 +248,7 @@ show("itm", losses["itm"], "constant p(match) = ½: 0.693; ⅓: 0.637")
 show("mlm", losses["mlm"])
 show("mim", losses["mim"], f"times {config.mim_weight:g}")
 show("sum", sum(losses.values()))
-show("itm_accuracy", step_metrics["itm_accuracy"], f"of {3 * BATCH} pairs")
+show("itm_batch_accuracy", step_metrics["itm_batch_accuracy"], f"of {3 * BATCH} pairs")
 
 # %% 11. Grouped batches
 # A greedy chain puts similar images into one batch: from an image to the nearest caption, then to its nearest image.
@@ -261,7 +261,7 @@ groups = np.stack([dataset.product_ids[block], dataset.caption_ids[block]])
 sim_negatives = sim.masked_fill(positive_pairs(*torch.from_numpy(groups)), -1)
 show("sim", sim, f"images of {PRODUCTS} products")
 for mode in ("random", "semihard", "hard"):
-    batches = grouped(sim, groups, mode, replace(config, batch_size=BATCH))
+    batches = split_block_into_batches(sim, groups, mode, replace(config, batch_size=BATCH))
     nearest = []
     for items in batches:
         sim_in_batch = sim_negatives[items][:, items]
