@@ -1,10 +1,10 @@
 """Compare conditions over seeds: mean ± standard deviation, and differences to the first condition, paired by seed.
 
-python experiments/ablate.py --grid ceiling --seeds 3 --steps 1360      masks: random, synchronized, made from the truth
+python experiments/ablate.py --grid ceiling --seeds 3 --steps 1360      random, synchronized and oracle masks
 python experiments/ablate.py --grid recipes                             the four recipes
 python experiments/ablate.py --grid negatives                           random, hard and semi-hard batches and negatives
 
-Other flags go to train.py. Finished runs are not run again, so the same command goes on where it was stopped.
+Other flags are passed to train.py. Finished runs are not repeated, so the same command continues where it was stopped.
 """
 
 import argparse
@@ -15,97 +15,126 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
-from engine.flags import ConfigError, OneLineParser
+from engine.flags import ConfigError, OneLineParser, in_one_line
 from engine.log import final_metrics
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-GRIDS = {
+TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
+GRIDS = {  # grid -> condition -> flags of train.py
     "ceiling": {
         "random": ["--patch-mask", "random", "--word-mask", "random"],
         "synchronized": ["--patch-mask", "sync", "--word-mask", "sync"],
         "oracle": ["--patch-mask", "oracle", "--word-mask", "oracle"],
-        "true words": ["--patch-mask", "random", "--word-mask", "oracle"],
-        "true patches": ["--patch-mask", "oracle", "--word-mask", "random"],
+        "oracle words": ["--patch-mask", "random", "--word-mask", "oracle"],
+        "oracle patches": ["--patch-mask", "oracle", "--word-mask", "random"],
     },
-    "recipes": {recipe: ["--recipe", recipe] for recipe in ("albef", "syncmask", "softmask", "fashionfine")},
-    "negatives": {mode: ["--negatives", mode] for mode in ("random", "hard", "semihard")},
+    "recipes": {
+        "albef": ["--recipe", "albef"],
+        "syncmask": ["--recipe", "syncmask"],
+        "softmask": ["--recipe", "softmask"],
+        "fashionfine": ["--recipe", "fashionfine"],
+    },
+    "negatives": {
+        "random": ["--negatives", "random"],
+        "hard": ["--negatives", "hard"],
+        "semihard": ["--negatives", "semihard"],
+    },
 }
-COLUMNS = {  # key of the final line of metrics.jsonl -> title; all in percent
-    "val_i2t_r1": "R@1 i2t %",
-    "val_t2i_r1": "R@1 t2i %",
-    "val_itm_accuracy": "ITM %",
-    "val_mlm_accuracy": "MLM %",
+COLUMNS = {  # key of the final line of metrics.jsonl, a share -> title of its column, in percent or points
+    "val_i2t_r1": "R@1, image to caption, %",
+    "val_t2i_r1": "R@1, caption to image, %",
+    "val_itm_accuracy": "ITM accuracy, %",
+    "val_mlm_accuracy": "MLM accuracy, %",
     "val_image_gain": "image gain, points",
-    "image_gain_coarse": "coarse, points",
-    "image_gain_fine": "fine, points",
-    "choice_fine": "own caption, fine %",
-    "choice_fine_itm": "by the ITM head %",
-    "word_precision": "word precision %",
-    "patch_precision": "patch precision %",
-    "false_negative_rate": "false negatives %",
+    "image_gain_coarse": "image gain, coarse, points",
+    "image_gain_fine": "image gain, fine, points",
+    "choice_fine": "own caption chosen, fine, by cosine, %",
+    "choice_fine_itm": "own caption chosen, fine, by ITM, %",
+    "word_precision": "mask precision, words, %",
+    "patch_precision": "mask precision, patches, %",
+    "false_negative_rate": "false negatives, %",
 }
 
 
 def run_condition(out: Path, flags: list[str]) -> dict:
-    """Train in a process of its own, unless the run has finished. -> its final metrics. Raises ConfigError."""
-    settings = out / "flags.txt"
-    if settings.exists() and settings.read_text() != " ".join(flags):
+    """Train in a process of its own, unless the run has finished. -> its final line of metrics
+
+    out: folder of the run
+    flags: of train.py
+    Raises ConfigError where the folder holds a run with other flags, or where the run does not finish.
+    """
+    flags_file = out / "flags.txt"
+    if flags_file.exists() and flags_file.read_text() != " ".join(flags):
         raise ConfigError(f"{out} holds a run with other flags; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    settings.write_text(" ".join(flags))
+    flags_file.write_text(" ".join(flags))
     if not final_metrics(out):
         if (out / "last.pt").exists():
             flags = ["--resume"]
-        subprocess.run([sys.executable, str(TRAIN), "--out", str(out), *flags])
+        subprocess.run([sys.executable, str(TRAIN_SCRIPT), "--out", str(out), *flags])
     metrics = final_metrics(out)
     if not metrics:
-        raise ConfigError(f"{out}: the run did not finish; the same command goes on with it")
+        raise ConfigError(f"{out}: the run did not finish; run the same command again to continue it")
     return metrics
 
 
-def spread(values: np.ndarray) -> str:
-    """Mean ± standard deviation over seeds; the mean alone of one seed."""
+def mean_and_deviation(values: np.ndarray) -> str:
+    """Format the mean ± standard deviation over seeds, or the value alone if there is one seed. values (seeds,)"""
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
 
 
-def table(metrics: dict[str, list[dict]]) -> str:
-    """Lay out the metrics of each condition, a list with one entry a seed, then the differences to the first one."""
-    keys = [key for key in COLUMNS if all(key in line for lines in metrics.values() for line in lines)]
-    values = {}
-    for name, lines in metrics.items():
-        values[name] = 100 * np.array([[line[key] for line in lines] for key in keys])  # (keys, seeds)
-    first, *others = values
-    rows = [["condition", *(COLUMNS[key] for key in keys)], ["---"] * (1 + len(keys))]
-    for name, found in values.items():
-        rows.append([name, *map(spread, found)])
-    for name in others:
-        rows.append([f"{name} − {first}", *map(spread, values[name] - values[first])])
+def comparison_table(metrics: dict[str, list[dict]]) -> str:
+    """Format a Markdown table of the conditions, and of their differences to the first condition, paired by seed.
+
+    metrics: condition -> final metrics, one entry per seed; columns are the keys that all of them have
+    """
+    keys = list(COLUMNS)
+    for runs in metrics.values():
+        for final in runs:
+            keys = [key for key in keys if key in final]
+    values = {}  # condition -> (keys, seeds), percent
+    for condition, runs in metrics.items():
+        values[condition] = 100 * np.array([[final[key] for final in runs] for key in keys])
+    baseline, *others = values
+
+    rows = [["condition"] + [COLUMNS[key] for key in keys], ["---"] * (1 + len(keys))]
+    for condition in values:
+        rows.append([condition] + [mean_and_deviation(by_seed) for by_seed in values[condition]])
+    for condition in others:
+        differences = values[condition] - values[baseline]
+        rows.append([f"{condition} − {baseline}"] + [mean_and_deviation(by_seed) for by_seed in differences])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser("ablate.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--grid", choices=GRIDS, default="ceiling")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some conditions of the grid (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N − 1 (default 3)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of the runs")
+    """Run the command line. Errors end the process with one line."""
+    parser = OneLineParser(
+        "ablate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--grid", choices=GRIDS, default="ceiling", help="conditions to compare (default ceiling)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="conditions of the grid to run (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted from 0 (default 3)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablate"), help="folder of the runs (default runs/ablate)"
+    )
     args, flags = parser.parse_known_args(argv)
     conditions = GRIDS[args.grid]
-    if unknown := set(args.only or []) - set(conditions):
-        parser.error(f"--only {unknown.pop()}: the conditions are {', '.join(conditions)}")
+    for name in args.only or []:
+        if name not in conditions:
+            parser.error(f"--only {name}: no such condition; choose {', '.join(conditions)}")
     try:
         metrics = {name: [] for name in args.only or conditions}
         for seed in range(args.seeds):
-            for name, lines in metrics.items():
+            for name, runs in metrics.items():
                 out = args.out / args.grid / f"{name.replace(' ', '-')}-{seed}"
-                lines.append(run_condition(out, [*conditions[name], *flags, "--seed", str(seed)]))
+                runs.append(run_condition(out, [*conditions[name], *flags, "--seed", str(seed)]))
     except (ConfigError, OSError) as error:
-        sys.exit(f"ablate.py: {error}")
-    print(table(metrics))
+        sys.exit(f"ablate.py: {in_one_line(error)}")
+    print(comparison_table(metrics))
 
 
 if __name__ == "__main__":

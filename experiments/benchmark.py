@@ -1,7 +1,7 @@
-"""What a training step costs, measured on one machine.
+"""The cost of a training step on this machine.
 
-python experiments/benchmark.py step --recipe syncmask   time by phase, memory
-python experiments/benchmark.py passes                   images and captions that pass each part of the model in a step
+python experiments/benchmark.py step --recipe syncmask   time by phase, peak memory
+python experiments/benchmark.py passes                   inputs of each part of the model per pair of a batch
 
 Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --precision, --compile, …
 """
@@ -9,6 +9,7 @@ Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --p
 import sys
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from data import build_dataset, to_device
 from engine.batches import augmented, learn_vocabulary
 from engine.config import MAX_GRAD_NORM, TrainConfig, parse_config
-from engine.flags import ConfigError, OneLineParser
+from engine.flags import ConfigError, OneLineParser, in_one_line
 from engine.log import peak_memory_mib
 from engine.run import Run, autocast, build_run
 from readers.dataset import DataError
@@ -29,38 +30,42 @@ PARTS = ("vision", "text", "fusion", "decoder")
 
 
 def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
-    """Build a run past its warm-ups, and the items of one batch of synthetic products."""
+    """Build a run after its warm-ups, and the items of one batch of synthetic products.
+
+    Raises ConfigError or DataError for flags that do not fit.
+    """
     products = 2 + config.batch_size // 3
     dataset = build_dataset("synthetic", None, "train", config.model.image_size, config.seed, products)
     dataset.prompts = config.prompts
     dataset.with_ground_truth = "oracle" in (config.patch_mask, config.word_mask)
     tokenizer = learn_vocabulary(config, dataset)
-    unused = config.model.vocab_size - tokenizer.get_vocab_size()  # synthetic captions have a few hundred words only
+    # synthetic captions have only a few hundred words; unused ones bring the vocabulary to its full size
+    unused = config.model.vocab_size - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"[unused{i}]" for i in range(unused)])
     run = build_run(config, dataset, tokenizer)
-    run.step = 10**9
+    run.step = 10**9  # after all warm-ups
     run.generator = torch.Generator(run.device).manual_seed(config.seed)
     rows = np.random.default_rng(config.seed).permutation(len(dataset))[: config.batch_size]
     return run, [dataset[int(row)] for row in rows]
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+def synchronized_time(device: torch.device) -> float:
+    """Wait until the device has finished its work. -> the time in seconds"""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def take_step(run: Run, items: list[dict]) -> dict[str, float]:
-    """Take one step as the loop of train.py does. -> seconds by phase."""
-    start = now(run.device)
+    """Take one step as the loop of train.py does. -> seconds by phase"""
+    start = synchronized_time(run.device)
     batch = augmented(run, to_device(run.collate(items), run.device))
-    loaded = now(run.device)
+    loaded = synchronized_time(run.device)
     with autocast(run):
         losses, _ = RECIPES[run.config.recipe](run, batch)
-    computed = now(run.device)
+    forward_done = synchronized_time(run.device)
     sum(losses.values()).backward()
-    differentiated = now(run.device)
+    backward_done = synchronized_time(run.device)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -68,66 +73,79 @@ def take_step(run: Run, items: list[dict]) -> dict[str, float]:
     run.momentum.update(run.model, run.config.ema_decay)
     return {
         "data": loaded - start,
-        "forward": computed - loaded,
-        "backward": differentiated - computed,
-        "update": now(run.device) - differentiated,
+        "forward": forward_done - loaded,
+        "backward": backward_done - forward_done,
+        "update": synchronized_time(run.device) - backward_done,
     }
 
 
 def time_steps(config: TrainConfig, repeats: int) -> None:
-    """Print medians of some steps."""
+    """Print the median time of some steps by phase, and the peak memory. Raises as `open_run`."""
     run, items = open_run(config)
-    phases = defaultdict(list)
+    seconds_by_phase = defaultdict(list)
     for number in tqdm(range(repeats + 2), "steps", leave=False, disable=None):
         for phase, seconds in take_step(run, items).items():
             if number >= 2:  # the first two warm up
-                phases[phase].append(seconds)
-    medians = {phase: float(np.median(times)) for phase, times in phases.items()}
+                seconds_by_phase[phase].append(seconds)
+    medians = {phase: float(np.median(seconds)) for phase, seconds in seconds_by_phase.items()}
     total = sum(medians.values())
     print(f"{config.recipe}, {config.preset}, batch {config.batch_size}, {run.config.precision}, {run.device}")
-    print(f"medians of {repeats} steps: {total:.3f} s a step, {config.batch_size / total:.1f} images a second")
+    print(f"median of {repeats} steps: {total:.3f} s per step, {config.batch_size / total:.1f} images per second")
     print("  " + ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in medians.items()))
-    if peak := peak_memory_mib(run.device):
-        print(f"  at most {peak:,.0f} MiB")
+    memory = peak_memory_mib(run.device)
+    if memory:
+        print(f"  peak memory {memory:,.0f} MiB")
 
 
 def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
-    """Count what passes each part of the model, and of the momentum model (…_m), per pair of a step."""
+    """Count the inputs of each part of the model in a step, per pair of the batch.
+
+    -> part -> inputs per pair; parts of the momentum model end with _m
+    """
     counts = Counter()
+
+    def count_inputs(module, inputs, key):
+        counts[key] += len(inputs[0]) / len(items)
+
     for model, suffix in ((run.model, ""), (run.momentum.model, "_m")):
         for part in PARTS:
-
-            def count(_module, args, key=part + suffix):
-                counts[key] += len(args[0]) / len(items)
-
-            getattr(model, part).register_forward_pre_hook(count)
+            getattr(model, part).register_forward_pre_hook(partial(count_inputs, key=part + suffix))
     take_step(run, items)
     return dict(counts)
 
 
 def print_passes(flags: list[str]) -> None:
-    """Print `count_passes` of all recipes; an image counts as one even where few of its patches pass."""
-    columns = [*PARTS, *(f"{part}_m" for part in PARTS[:-1])]
+    """Print a Markdown table of `count_passes` for all recipes. An image counts as one even if few patches pass.
+
+    flags: of train.py
+    Raises ConfigError or DataError for flags that do not fit.
+    """
+    columns = [*PARTS, "vision_m", "text_m", "fusion_m"]
     print("| recipe | " + " | ".join(columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
     for recipe in RECIPES:
-        counts = count_passes(*open_run(parse_config([*flags, "--recipe", recipe])[0]))
-        print(f"| {recipe} | " + " | ".join(f"{counts.get(column, 0):g}" for column in columns) + " |")
+        config, _ = parse_config([*flags, "--recipe", recipe])
+        run, items = open_run(config)
+        counts = count_passes(run, items)
+        cells = [f"{counts.get(column, 0):g}" for column in columns]
+        print(f"| {recipe} | " + " | ".join(cells) + " |")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = OneLineParser("benchmark.py", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["step", "passes"])
-    parser.add_argument("--repeats", type=int, default=10, help="steps to time (default 10)")
+    """Run the command line. Errors end the process with one line."""
+    description = "Measure the cost of a training step on this machine. Other flags are those of train.py."
+    parser = OneLineParser("benchmark.py", description=description)
+    parser.add_argument("measure", choices=["step", "passes"], help="time and memory, or inputs of each part")
+    parser.add_argument("--repeats", type=int, default=10, help="number of steps to time (default 10)")
     args, flags = parser.parse_known_args(argv)
     try:
-        if args.what == "step":
-            time_steps(parse_config(flags)[0], args.repeats)
+        if args.measure == "step":
+            config, _ = parse_config(flags)
+            time_steps(config, args.repeats)
         else:
             print_passes(flags)
     except (ConfigError, DataError, OSError) as error:
-        sys.exit(f"benchmark.py: {error}")
+        sys.exit(f"benchmark.py: {in_one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Pictures for looking rather than reading.
+"""Pictures of a data set and of the masks of a trained model.
 
-python experiments/figures.py sheet --data synthetic               products with their photos and description
-python experiments/figures.py masks --checkpoint runs/…/last.pt    what a model would mask, random beside synchronized
+python experiments/figures.py sheet --data synthetic               products with their images and caption
+python experiments/figures.py masks --checkpoint runs/…/last.pt    random, synchronized and soft masks of a model
 """
 
-import argparse
 import sys
 import textwrap
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DataName, build_dataset
 from engine.checkpoints import config_from_dict, load_checkpoint, read_tokenizer
-from engine.flags import ConfigError
+from engine.flags import ConfigError, OneLineParser, in_one_line
 from engine.run import Run, build_run
 from evaluation.pictures import draw_masks, first_images
 from readers.dataset import DataError, PairDataset
@@ -23,7 +22,7 @@ from readers.prompts import CAPTION_PREFIX
 
 
 def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
-    """A page of the first products, one a row: up to four photos, then the description."""
+    """Draw a sheet of the first products, one a line: up to four images, then the caption."""
     products = min(products, int(dataset.product_ids.max()) + 1)
     figure = Figure(figsize=(9.4, 1.55 * products), layout="constrained")
     axes = figure.subplots(products, 5, squeeze=False, width_ratios=[1, 1, 1, 1, 2.3])
@@ -33,13 +32,17 @@ def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
             axis.axis("off")
         for axis, row in zip(row_axes, rows, strict=False):
             axis.imshow(dataset.image(row))
-        text = textwrap.fill(dataset.captions[rows[0]], 38)
-        row_axes[-1].text(0, 0.5, text, va="center", fontsize=8, transform=row_axes[-1].transAxes)
+        caption = textwrap.fill(dataset.captions[rows[0]], 38)
+        row_axes[-1].text(0, 0.5, caption, va="center", fontsize=8, transform=row_axes[-1].transAxes)
     figure.savefig(path, dpi=70)
 
 
 def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PairDataset]:
-    """A trained run with its validation photos; `root` only where the files have moved. Raises ConfigError."""
+    """Open a trained run with its validation split.
+
+    root: folder of the data set, if it is no longer where the run was trained
+    Raises ConfigError for a checkpoint, and DataError for data, that cannot be used.
+    """
     state = load_checkpoint(checkpoint)
     config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
@@ -52,17 +55,17 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Pair
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser("figures.py", description=__doc__.split("\n")[0])
-    parser.add_argument("figure", choices=["sheet", "masks"])
-    parser.add_argument("--file", type=Path, help="picture to write (default the figure's name, .png)")
-    parser.add_argument("--data", choices=get_args(DataName), default="synthetic")
-    parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--num-products", type=int, default=6, help="on the page or of the masked photos")
-    parser.add_argument("--checkpoint", type=Path, help="last.pt of a run, for masks")
+    """Run the command line. Errors end the process with one line."""
+    parser = OneLineParser("figures.py", description=__doc__.split("\n")[0])
+    parser.add_argument("figure", choices=["sheet", "masks"], help="products of a data set, or masks of a model")
+    parser.add_argument("--file", type=Path, help="picture to write (default sheet.png or masks.png)")
+    parser.add_argument("--data", choices=get_args(DataName), default="synthetic", help="for sheet (default synthetic)")
+    parser.add_argument("--root", help="folder of the data set (default data/<data>, or the checkpoint's)")
+    parser.add_argument("--num-products", type=int, default=6, help="number of products to draw (default 6)")
+    parser.add_argument("--checkpoint", type=Path, help="for masks: last.pt of a run")
     args = parser.parse_args(argv)
     if args.figure == "masks" and not args.checkpoint:
-        parser.error("masks are those of a trained run: give --checkpoint runs/…/last.pt")
+        parser.error("masks needs a trained run; give --checkpoint runs/…/last.pt")
     file = args.file or Path(f"{args.figure}.png")
     try:
         if args.figure == "sheet":
@@ -72,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             run, dataset = open_run(args.checkpoint, args.root, "cpu")
             draw_masks(run, dataset, first_images(dataset, args.num_products), file)
     except (ConfigError, DataError, OSError) as error:
-        sys.exit(f"figures.py: {error}")
+        sys.exit(f"figures.py: {in_one_line(error)}")
     print(file)
 
 

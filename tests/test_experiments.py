@@ -1,4 +1,4 @@
-"""Pictures are drawn, experiments go on where they stopped, and a step's passes are those that its recipe names."""
+"""Pictures are drawn, experiments continue where they stopped, and a step has the passes that results.md lists."""
 
 import subprocess
 from pathlib import Path
@@ -32,13 +32,13 @@ def test_masks_of_a_checkpoint(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+def test_an_ablation_continues_where_it_stopped(tmp_path, capsys, monkeypatch):
     grid = {"one": ["--negatives", "hard"], "two": ["--word-mask", "random"]}
     monkeypatch.setitem(ablate.GRIDS, "negatives", grid)
     started = []
 
     def stand_in(command):
-        """Train in this process in place of another one; the first run is stopped before its end."""
+        """Train in this process instead of a new one, and stop the first run before its end."""
         started.append(command)
         config, given = parse_config(command[2:])
         train.train(config, given, stop_at=1 if len(started) == 1 else None)
@@ -46,7 +46,7 @@ def test_an_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", stand_in)
     flags = ["--grid", "negatives", "--seeds", "2", "--out", str(tmp_path), *SMALL]
-    with pytest.raises(SystemExit, match="the run did not finish; the same command goes on with it"):
+    with pytest.raises(SystemExit, match="the run did not finish; run the same command again"):
         ablate.main(flags)
     ablate.main(flags)
     assert len(started) == 5 and "--resume" in started[1]
@@ -60,8 +60,8 @@ def test_an_ablation_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
 def test_the_table_by_hand():
     lines = [{"val_i2t_r1": 0.1, "val_t2i_r1": 0.5}, {"val_i2t_r1": 0.3, "val_t2i_r1": 0.5}]
     others = [{"val_i2t_r1": 0.2, "val_t2i_r1": 0.6}, {"val_i2t_r1": 0.4, "val_t2i_r1": 0.8}]
-    rows = [row.split(" | ") for row in ablate.table({"a": lines, "b": others}).splitlines()]
-    assert rows[0] == ["| condition", "R@1 i2t %", "R@1 t2i % |"]
+    rows = [row.split(" | ") for row in ablate.comparison_table({"a": lines, "b": others}).splitlines()]
+    assert rows[0] == ["| condition", "R@1, image to caption, %", "R@1, caption to image, % |"]
     assert rows[2] == ["| a", "20.0 ± 14.1", "50.0 ± 0.0 |"]
     assert rows[3] == ["| b", "30.0 ± 14.1", "70.0 ± 14.1 |"]
     assert rows[4] == ["| b − a", "10.0 ± 0.0", "20.0 ± 14.1 |"]
@@ -75,25 +75,27 @@ def test_every_condition_of_the_ablations_is_a_valid_run():
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_no_recipe_makes_more_passes_than_the_page_says(recipe):
-    """Whoever adds a pass has to say so in the table of results.md."""
+    """A recipe that gets one more pass needs a new line in the table of results.md."""
     lines = (ROOT / "experiments/results.md").read_text().splitlines()
     header = lines.index("| recipe | vision | text | fusion | decoder | vision_m | text_m | fusion_m |")
     rows = [line.strip("| ").split(" | ") for line in lines[header:][:7]]
     (numbers,) = [row[1:] for row in rows if row[0] == recipe]
     passes = {part: int(number) for part, number in zip(rows[0][1:], numbers, strict=True) if number != "0"}
     flags = [*SMALL, "--fusion-layers", "2", "--recipe", recipe]
-    counts = benchmark.count_passes(*benchmark.open_run(parse_config([*flags, "--alpha", "0"])[0]))
+    config, _ = parse_config([*flags, "--alpha", "0"])
+    counts = benchmark.count_passes(*benchmark.open_run(config))
     assert counts == passes
-    more = benchmark.count_passes(*benchmark.open_run(parse_config([*flags, "--alpha", "0.4"])[0]))
-    extra = {part for part in more if more[part] > counts.get(part, 0)}
+    config, _ = parse_config([*flags, "--alpha", "0.4"])
+    counts_with_soft_targets = benchmark.count_passes(*benchmark.open_run(config))
+    extra = {part for part, count in counts_with_soft_targets.items() if count > counts.get(part, 0)}
     assert extra == (set() if recipe == "fashionfine" else {"text_m", "fusion_m"})
 
 
 def test_the_benchmark_prints_what_a_step_costs(capsys):
     benchmark.main(["step", "--repeats", "1", *SMALL])
-    said = capsys.readouterr().out
-    for part in ("syncmask, tiny, batch 8, fp32, cpu", "images a second", "forward", "update", "MiB"):
-        assert part in said
+    printed = capsys.readouterr().out
+    for words in ("syncmask, tiny, batch 8, fp32, cpu", "images per second", "forward", "update", "MiB"):
+        assert words in printed
     benchmark.main(["passes", *SMALL, "--fusion-layers", "2"])
     table = capsys.readouterr().out.splitlines()
     assert set(table) <= set((ROOT / "experiments/results.md").read_text().splitlines()) and len(table) == 6

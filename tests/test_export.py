@@ -1,4 +1,4 @@
-"""What experiments/export.py writes is read by `transformers`, with the same outputs, and by ourselves, bit for bit."""
+"""`transformers` reads an export with the same outputs, and train.py reads it bit for bit."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFa
 
 import train
 from data import build_tokenizer
-from engine.checkpoints import PARTS
+from engine.checkpoints import CHECKPOINT_KEYS
 from engine.weights import load_pretrained
 from experiments import export
 from model import ModelConfig, VisionLanguageModel
@@ -25,11 +25,11 @@ FULL = replace(SMALL, **MORE)
 
 
 def write(folder, config):
-    """A checkpoint of random weights. -> model"""
+    """Write a checkpoint of random weights. -> the model"""
     tokenizer = build_tokenizer(WORDS, config.vocab_size, config.max_length)
     config = replace(config, vocab_size=tokenizer.get_vocab_size())
     model = make_model(config, seed=0)
-    state = dict.fromkeys(PARTS) | {"tokenizer": tokenizer.to_str(), "config": {"model": vars(config)}}
+    state = dict.fromkeys(CHECKPOINT_KEYS) | {"tokenizer": tokenizer.to_str(), "config": {"model": vars(config)}}
     state["model"] = dict(model.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / "last.pt")
@@ -37,13 +37,14 @@ def write(folder, config):
 
 
 def exported(folder):
+    """Export the checkpoint of a folder. -> the folder that `transformers` reads"""
     export.main(["--checkpoint", str(folder / "last.pt"), "--file", str(folder / "out" / "model.safetensors")])
     return folder / "out"
 
 
-def from_folder(kind, folder, **how):
-    """A `transformers` model, and the names of its weights that the export does not have."""
-    model, report = kind.from_pretrained(folder, output_loading_info=True, **how)
+def from_folder(kind, folder, **settings):
+    """Read a `transformers` model. -> the model, the names of its weights that the export lacks"""
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **settings)
     return model.eval(), report["missing_keys"]
 
 
@@ -68,21 +69,21 @@ def test_transformers_reads_it_with_the_same_outputs(tmp_path):
     whole, missing = from_folder(BertForMaskedLM, folder, config=BertConfig(**config))
     lower = tuple(f"bert.encoder.layer.{number}.crossattention." for number in range(SMALL.text_layers))
     assert missing and all(name.startswith(lower) for name in missing)
-    hidden, mask = text_embeds, attention_mask[:, None, None, :].bool().expand(-1, 1, ids.shape[1], -1)
+    hidden_state, mask = text_embeds, attention_mask[:, None, None, :].bool().expand(-1, 1, ids.shape[1], -1)
     for layer in whole.bert.encoder.layer[SMALL.text_layers :]:
         layer.attention.self.is_causal = False
-        out = layer(hidden, attention_mask=mask, encoder_hidden_states=image_embeds)
-        hidden = out[0] if isinstance(out, tuple) else out
+        out = layer(hidden_state, attention_mask=mask, encoder_hidden_states=image_embeds)
+        hidden_state = out[0] if isinstance(out, tuple) else out
     fused = model.fusion(text_embeds, attention_mask, model.fusion.project_image_kv(image_embeds))
-    close(fused, hidden, attention_mask)
-    close(model.mlm_logits(fused), whole.cls(hidden), attention_mask)
+    close(fused, hidden_state, attention_mask)
+    close(model.mlm_logits(fused), whole.cls(hidden_state), attention_mask)
 
 
 @torch.no_grad()
 def test_with_registers_and_earlier_patches_vit_needs_a_few_lines_more(tmp_path, capsys):
     model = write(tmp_path, FULL)
     folder = exported(tmp_path)
-    assert "ViTModel alone computes something else" in capsys.readouterr().out
+    assert "the outputs of ViTModel differ from ours" in capsys.readouterr().out
     images = torch.randn(3, 3, 32, 32)
     vit = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
     registers = load_file(folder / "model.safetensors")["vision.registers"]
@@ -99,9 +100,10 @@ def test_with_registers_and_earlier_patches_vit_needs_a_few_lines_more(tmp_path,
 def test_it_is_read_back_bit_for_bit(tmp_path, config, capsys):
     model = write(tmp_path, config)
     folder = exported(tmp_path)
-    said, file = capsys.readouterr().out, folder / "model.safetensors"
-    own = {name.split(".")[0] for name in load_file(file)} - {"vit", "bert", "cls", "vision"}
-    assert own and all(name in said for name in own) and ("vision.registers" in said) == (config is FULL)
+    printed, file = capsys.readouterr().out, folder / "model.safetensors"
+    own_parts = {name.split(".")[0] for name in load_file(file)} - {"vit", "bert", "cls", "vision"}
+    assert own_parts and all(name in printed for name in own_parts)
+    assert ("vision.registers" in printed) == (config is FULL)
     target = VisionLanguageModel(ModelConfig(**json.loads((folder / "config.json").read_text())["model"]))
     report = load_pretrained(target, [file])
     assert not report.missing and not report.skipped
@@ -117,9 +119,9 @@ def test_a_run_starts_from_an_export_and_the_vocabulary_is_read_back(tmp_path, c
     saved = Tokenizer.from_str(checkpoint(tmp_path / "one")["tokenizer"])
     ids = [number for number in saved.encode("A blue dress").ids if number]  # without [PAD], which is 0
     assert BertTokenizerFast(str(folder / "vocab.txt"))("A blue dress")["input_ids"] == ids and len(ids) > 4
-    words = ["--weights", str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
+    weights = ["--weights", str(folder / "model.safetensors"), "--vocab", str(folder / "vocab.txt")]
     flags = [flag for flag in FAST if flag not in ("--vocab-size", "300")]
-    train.main([*flags, *words, "--lr", "0", "--min-lr", "0", "--steps", "1", "--out", str(tmp_path / "two")])
+    train.main([*flags, *weights, "--lr", "0", "--min-lr", "0", "--steps", "1", "--out", str(tmp_path / "two")])
     assert "0 skipped, 0 missing" in capsys.readouterr().out
     one, two = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -132,6 +134,6 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
         exported(tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("a run's own")
-    with pytest.raises(SystemExit, match=r"out/config.json is there already"):
+    with pytest.raises(SystemExit, match=r"out/config.json exists already"):
         exported(tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
