@@ -27,6 +27,7 @@ class ReadableItems(Dataset):
     """The items of a data set, where the next readable image replaces one that cannot be read.
 
     So batches keep their size. The key `unreadable` of an item has the reasons for the images that it replaces.
+    Reading an item raises DataError where a hundred images one after another cannot be read.
     """
 
     def __init__(self, dataset: PairDataset):

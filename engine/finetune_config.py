@@ -123,6 +123,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
 
     given: field -> value, of the flags that were given
     saved: field -> value, the config of the checkpoint
+    Raises KeyError, TypeError or ValueError for a checkpoint of another version of this code.
     """
     task, preset = given["task"], saved["preset"]
     data = given.get("data", saved["data"])

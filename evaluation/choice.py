@@ -23,6 +23,7 @@ def choice_metrics(run: Run, dataset: Synthetic, products: int) -> dict[str, flo
     products: the images of so many products, the first ones, choose
     -> choice_coarse and choice_fine, by the kind of the wrong value; choice_coarse_itm and choice_fine_itm; {} where no
     image shows an attribute
+    Raises DataError where an image cannot be read.
     """
     images = dataset.subset(np.flatnonzero(dataset.product_ids < products))
     kinds, image_numbers, foils = draw_foils(dataset, images.image_index)
