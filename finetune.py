@@ -336,7 +336,7 @@ def train_recognition(config: FinetuneConfig, source: dict, dataset: PairDataset
     """Train by cross-entropy; select the step by accuracy on held-out products. Every class stays in training.
 
     Arguments and result as in `train_and_select`.
-    Raises DataError where all labels are equal or no products can be held out, and the errors of `train_and_select`.
+    Raises DataError where all labels are equal or no products can be held out, and otherwise as `train_and_select`.
     """
     labels = labels_of(config, dataset)
     train_set, held_out = hold_out(config, dataset, dataset.product_ids, labels)
@@ -497,8 +497,8 @@ def train_and_select(
     select: the metric
     stop_at: save and stop after this step
     -> the run, None when stopped early
-    Raises ConfigError for weights or data that do not fit, DataError for data that cannot be read, NonFiniteLoss for
-    a loss that is not finite, OSError where a checkpoint cannot be written.
+    Raises ConfigError for weights or data that do not fit, and DataError for data that cannot be read.
+    Raises NonFiniteLoss for a loss that is not finite, and OSError where a checkpoint cannot be written.
     """
     run = build_run(config, train_set, read_tokenizer(source))
     run.sampler = build_sampler(run, train_set)

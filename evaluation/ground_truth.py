@@ -230,7 +230,7 @@ def judge_negatives(
     negatives: NegativeMode,
     generator: torch.Generator,
 ) -> list[bool]:
-    """Choose the ITM negatives of a batch, and compare them with the ground truth.
+    """Choose the ITM negatives of a batch, and mark those that are false by the ground truth.
 
     rows: the batch (B,)
     sim: cosines of its images and captions (B, B)

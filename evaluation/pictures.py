@@ -85,7 +85,7 @@ def draw_masks(run: Run, dataset: PairDataset, rows: list[int], path: Path) -> N
     """Draw some images and captions with random, synchronized and soft masks.
 
     The soft mask is of one random word, which is marked in the caption.
-    run: its masks are drawn by the momentum encoder
+    run: its momentum encoder makes the masks
     rows: the images
     """
     batch = run.collate([dataset[row] for row in rows])

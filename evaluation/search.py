@@ -32,7 +32,8 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
 
     source: parts of the checkpoint
     -> row and score of each image, the best first; a cosine, or with --rerank the ITM head's probability of a match
-    Raises DataError for a query or data that cannot be read, ConfigError for weights or an index that do not fit.
+    Raises DataError for a query, or data, that cannot be read.
+    Raises ConfigError for weights, or an index, that do not fit.
     """
     tokenizer = read_tokenizer(source)
     query_image = open_query_image(config)
@@ -143,8 +144,8 @@ def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
     """Read the features of all images from --index, or encode the images and write them there.
 
     -> rows of the images that can be read (n,), features (n, E)
-    Raises ConfigError for an index that is damaged or does not belong to this checkpoint and data set, DataError where
-    no image can be read.
+    Raises ConfigError for an index that is damaged, or does not belong to this checkpoint and data set.
+    Raises DataError where no image can be read.
     """
     if not run.config.index:
         return image_features(run, dataset)

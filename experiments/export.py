@@ -10,7 +10,7 @@ The command also writes config.json and vocab.txt beside the file. `transformers
     cls.*     MLM head          BertForMaskedLM's; its decoder is tied to the word embeddings, its input is fused
 
 Parts without a counterpart keep our names, and the command prints them. The outputs of ViTModel differ from ours if the
-model has `vision.registers` or `patch_layer`: registers stand after the patches and are dropped before the last norm.
+model has `vision.registers` or `patch_layer`. Registers stand after the patches and are dropped before the last norm.
 Token types are written as zeros, since our position embeddings include them. Poolers are not written.
 
 `python train.py --weights exported/model.safetensors --vocab exported/vocab.txt` starts from exactly these weights.
@@ -99,8 +99,8 @@ def export(checkpoint: str, file: Path) -> None:
 
     checkpoint: last.pt or best.pt of a run
     file: of the weights; the others are written beside it
-    Raises ConfigError for a file that is no checkpoint or a folder that is used already, OSError where nothing can be
-    written.
+    Raises ConfigError for a file that is no checkpoint, or a folder that is used already.
+    Raises OSError where nothing can be written.
     """
     state = load_checkpoint(checkpoint)
     model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))

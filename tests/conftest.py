@@ -1,9 +1,9 @@
-"""One profile for the property tests: no time limit on an example, and the same examples every time. Fewer held-out
-synthetic products than a run has, which it would draw and measure anew in every test."""
+"""Settings of all tests: property tests without time limit and with the same examples every time, and fewer held-out
+synthetic products than a run has, since every test would draw and measure them anew."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # in models as small as these, threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads slow such small models down
 
 import pytest
 from hypothesis import settings
@@ -24,7 +24,7 @@ def few_held_out_products(monkeypatch):
 
 @pytest.fixture
 def quick(request, monkeypatch):
-    """Short runs neither measure the truth nor draw pictures, but in tests marked as `whole`, which are about them."""
+    """Let runs neither measure against the ground truth nor draw pictures, except in tests marked as `whole`."""
     if request.node.get_closest_marker("whole"):
         return
     monkeypatch.setattr(data, "VAL_PRODUCTS", 12)
