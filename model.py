@@ -153,10 +153,9 @@ class Attention(nn.Module):
         attention = None
         if return_attention or fused_is_slow(q):
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q kᵀ / √d
+            scores = scores.float()  # or masks made of the attention would depend on rounding
             if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
-            if return_attention:  # float32, or masks made of the attention would depend on rounding
-                scores = scores.float()
+                scores = scores + torch.where(mask, 0.0, float("-inf"))
             probabilities = scores.softmax(dim=-1)
             if return_attention:
                 attention = F.pad(probabilities, [self.skipped, 0])  # skipped tokens have probability 0
@@ -168,9 +167,11 @@ class Attention(nn.Module):
 
 
 def fused_is_slow(q: Tensor) -> bool:
-    """Whether PyTorch's fused attention is slow: its backward pass on a CPU in bf16 takes 2 to 10 times as long as
-    plain products (measured at lengths from 40 to 577, experiments/results.md)."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    """Return whether PyTorch's fused attention is slower than plain products, as it is on a CPU in bf16.
+
+    Its forward pass takes up to 2 times as long, its backward pass 2 to 10 times (lengths from 40 to 577).
+    """
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
 def project_together(x: Tensor, layers: list[nn.Linear]) -> Tensor:
