@@ -60,6 +60,7 @@ from losses import (
 )
 from masking import (
     corrupt_words,
+    gather_masked,
     itm_grad_cam,
     oracle_mask,
     random_patch_mask,
@@ -375,13 +376,6 @@ def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> 
     logits = run.model.detector(tokens)  # (M, 2)
     of_replaced = labels.masked_fill(labels == 0, -100)
     return cross_entropy(logits, labels), accuracy(logits, of_replaced)
-
-
-def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The masked tokens of some tensors (B, L, …), as x[mask]; but a GPU is asked only once how many there are, and not
-    again in the backward pass. -> (M, …) each"""
-    marked = mask.flatten().nonzero().squeeze(1)
-    return [x.flatten(0, 1).index_select(0, marked) for x in tensors]
 
 
 ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which oracle masks mask
