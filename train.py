@@ -383,31 +383,38 @@ ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which o
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or oracle, as
-    --patch-mask and --word-mask say. Synchronized masks are random during --mask-warmup. With --random-mask-prob a pair
-    keeps random masks of both."""
-    config, maskable, generator = run.config, batch["maskable"], run.generator
-    patch_mask = random_patch_mask(len(maskable), config.model.grid**2, config.mim_ratio, generator, run.device)
-    word_mask = random_word_mask(maskable, config.mlm_ratio, generator)
+    --patch-mask and --word-mask say.
+
+    A share of the pairs, --random-mask-prob, keeps random masks of both. During --mask-warmup synchronized masks are
+    random.
+    """
+    config, generator = run.config, run.generator
+    pairs = len(batch["maskable"])
+    patch_mask = random_patch_mask(pairs, config.model.grid**2, config.mim_ratio, generator, run.device)
+    word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, generator)
+
+    # masks are computed for the other pairs alone
+    shuffled = torch.randperm(pairs, generator=generator, device=run.device)
+    rows = shuffled[round(config.random_mask_prob * pairs) :].sort().values  # (n,)
+    others = {key: batch[key][rows] for key in ("token_ids", "attention_mask", "maskable")}
     modes = (config.patch_mask, config.word_mask)
-    chosen = {}
+    masks = {}
     if "oracle" in modes:
-        regions = word_regions(batch, config.model.grid)
-        chosen["oracle"] = oracle_mask(regions, maskable, config.mim_ratio, ORACLE_RATIO, generator)
+        regions = word_regions(batch, config.model.grid)[rows]
+        masks["oracle"] = oracle_mask(regions, others["maskable"], config.mim_ratio, ORACLE_RATIO, generator)
     if "sync" in modes and run.step >= config.mask_warmup:
         momentum = run.momentum.model
-        image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
+        image_kv_m = momentum.fusion.project_image_kv(image_embeds_m[rows])
         attention, scores = score_words(
-            momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
+            momentum, others, image_kv_m, text_embeds_m[rows], run.mask_id, config.mask_source, generator
         )
-        chosen["sync"] = sync_mask(
-            attention, scores, maskable, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+        masks["sync"] = sync_mask(
+            attention, scores, others["maskable"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
         )
-    if chosen:
-        keep_random = torch.rand(len(maskable), 1, generator=generator, device=run.device) < config.random_mask_prob
-        if config.patch_mask in chosen:
-            patch_mask = torch.where(keep_random, patch_mask, chosen[config.patch_mask][0])
-        if config.word_mask in chosen:
-            word_mask = torch.where(keep_random, word_mask, chosen[config.word_mask][1])
+    if config.patch_mask in masks:
+        patch_mask[rows] = masks[config.patch_mask][0]
+    if config.word_mask in masks:
+        word_mask[rows] = masks[config.word_mask][1]
     return patch_mask, word_mask
 
 
