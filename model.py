@@ -236,18 +236,22 @@ class TextLayer(nn.Module):
         x: Tensor,
         attention_mask: Tensor,
         image_kv: Tensor | None = None,
+        text_index: Tensor | None = None,
         first: int | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, L, D), attention_mask (B, L) bool, image_kv (B, N, 2D) by `Attention.project_kv`
         -> x (B, L, D), cross-attention probabilities (B, h, L, N) with `return_attention`, else None.
 
+        text_index (n,): which caption each of n images is paired with, so image_kv (n, N, 2D) -> (n, L, D)
         first: compute the output of so many tokens alone, at less cost -> (B, first, D)
         """
         kv = None if first is None else self.attention.project_kv(x)
         x = x[:, :first]
         attended, _ = self.attention(x, kv, attention_mask)
         x = self.attention_norm(x + self.dropout(attended))
+        if text_index is not None:
+            x = x.index_select(0, text_index)  # up to here a caption is the same whatever its image
         cross_attention = None
         if image_kv is not None:
             attended, cross_attention = self.cross_attention(x, image_kv, return_attention=return_attention)
@@ -346,12 +350,14 @@ class FusionEncoder(nn.Module):
         attention_mask: Tensor,
         image_kv: list[Tensor],
         image_index: Tensor | None = None,
+        text_index: Tensor | None = None,
         cls_only: bool = False,
         return_attention: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """text_embeds (B, L, D), attention_mask (B, L), image_kv by `project_image_kv` -> fused (B, L, D).
 
-        image_index (B,): which image each caption is paired with; by default caption b is paired with image b
+        image_index, text_index (n,): the image and the caption of each pair, if not the images, or the captions, in
+            their order -> fused (n, L, D)
         cls_only: the last layer computes [CLS] alone, at less cost -> fused (B, 1, D)
         return_attention: -> fused, and for each layer the cross-attention probabilities (B, h, L, N), which are part
             of the graph, so that Grad-CAM can take their gradient
@@ -367,8 +373,11 @@ class FusionEncoder(nn.Module):
                 if image_index is not None:
                     layer_kv = layer_kv.index_select(0, image_index)
                 first = 1 if cls_only and layer is self.layers[-1] else None
-                x, attention = layer(x, attention_mask, layer_kv, first, return_attention)
+                x, attention = layer(x, attention_mask, layer_kv, text_index, first, return_attention)
                 attentions.append(attention)
+                if text_index is not None:  # from now on each pair has tokens of its own
+                    attention_mask = attention_mask.index_select(0, text_index)
+                    text_index = None
         return (x, attentions) if return_attention else x
 
 

@@ -102,10 +102,9 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own, own])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their images
@@ -148,10 +147,9 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own, own])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their unmasked images
@@ -193,10 +191,9 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own])
     pair_image_index = torch.cat([own, wrong_image])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     if config.soft_mask:
         # one more positive: the image without what one of the words is about
         fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
@@ -252,11 +249,10 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own])
     pair_image_index = torch.cat([own, wrong_image])
     fused = model.fusion(text_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, torch.cat([fused_cls, fused[:, :1]]), itm_labels)
 
     # MLM: from the same fused tokens

@@ -212,7 +212,7 @@ def test_momentum_model_follows_by_the_decay_and_is_not_trained():
 
 
 @pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])
-def test_shared_images_and_cls_only_fuse_as_separate_images_and_all_tokens(layers, cls_context):
+def test_shared_images_and_captions_and_cls_only_fuse_as_separate_ones_and_all_tokens(layers, cls_context):
     model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
     token_ids, attention_mask = texts()
     image_embeds = torch.randn(3, 17, SMALL.width, requires_grad=True)
@@ -223,10 +223,12 @@ def test_shared_images_and_cls_only_fuse_as_separate_images_and_all_tokens(layer
     plain = model.fusion(*inputs, model.fusion.project_image_kv(image_embeds[image_index]))
     shared = model.fusion(*inputs, image_kv, image_index)
     cls = model.fusion(*inputs, image_kv, image_index, cls_only=True)
-    assert cls.shape == (5, 1, SMALL.width)
+    of_pairs = model.fusion(text_embeds, attention_mask, image_kv, image_index, captions)
+    cls_of_pairs = model.fusion(text_embeds, attention_mask, image_kv, image_index, captions, cls_only=True)
+    assert cls.shape == cls_of_pairs.shape == (5, 1, SMALL.width)
     weights = torch.randn_like(plain)
     sources = text_embeds, image_embeds, model.fusion.layers[0].cross_attention.key.weight
-    for ours, theirs in ((shared, plain), (cls, plain[:, :1])):
+    for ours, theirs in ((shared, plain), (cls, plain[:, :1]), (of_pairs, plain), (cls_of_pairs, plain[:, :1])):
         close(ours, theirs)
         ours_grad = torch.autograd.grad((ours * weights[:, : ours.shape[1]]).sum(), sources, retain_graph=True)
         theirs_grad = torch.autograd.grad((theirs * weights[:, : ours.shape[1]]).sum(), sources, retain_graph=True)
