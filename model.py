@@ -116,14 +116,18 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.skipped = 0  # so many tokens at the beginning of a context are left out
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)  # queries, keys and values, as in timm
         self.output = nn.Linear(width, width)
+
+    def project_q(self, x: Tensor) -> Tensor:
+        """Compute the queries of tokens (B, L, D). -> q (B, L, D)"""
+        width = x.shape[-1]
+        return F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width])
 
     def project_kv(self, context: Tensor) -> Tensor:
         """Compute the keys and values of a context (B, N, D), side by side. -> kv (B, N, 2D)"""
-        return project_together(context[:, self.skipped :], [self.key, self.value])
+        width = context.shape[-1]
+        return F.linear(context[:, self.skipped :], self.qkv.weight[width:], self.qkv.bias[width:])
 
     def forward(
         self,
@@ -138,9 +142,9 @@ class Attention(nn.Module):
         -> output (B, L, D); attention probabilities (B, h, L, N) with `return_attention`, else None
         """
         if kv is None:
-            q, k, v = project_together(x, [self.query, self.key, self.value]).chunk(3, dim=-1)
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
-            q = self.query(x)
+            q = self.project_q(x)
             k, v = kv.chunk(2, dim=-1)
         q = rearrange(q, "b l (h d) -> b h l d", h=self.heads)
         k = rearrange(k, "b n (h d) -> b h n d", h=self.heads)
@@ -172,13 +176,6 @@ def fused_is_slow(q: Tensor) -> bool:
     Its forward pass takes up to 2 times as long, its backward pass 2 to 10 times (lengths from 40 to 577).
     """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16
-
-
-def project_together(x: Tensor, layers: list[nn.Linear]) -> Tensor:
-    """Apply several linear layers to x (..., D) in one product. -> their outputs side by side"""
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias)
 
 
 class VisionLayer(nn.Module):
@@ -583,6 +580,7 @@ class MomentumModel(nn.Module):
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
+@torch.no_grad()
 def initialise(model: VisionLanguageModel) -> None:
     """Initialise the weights so that narrow models learn too; biases are zero.
 
@@ -597,16 +595,25 @@ def initialise(model: VisionLanguageModel) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             continue
-        narrow = name.startswith(("mlm_head", "adapter", "detector"))
-        if name.startswith("fusion") and name.endswith(("query", "key")):
-            narrow = True
-        if narrow:
-            nn.init.normal_(module.weight, std=INIT_STD)
+        if name.endswith("qkv"):
+            queries, keys, values = module.weight.chunk(3)  # each counts as a matrix of its own
+            draw_weights(queries, narrow=name.startswith("fusion"))
+            draw_weights(keys, narrow=name.startswith("fusion"))
+            draw_weights(values)
         else:
-            nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix
+            matrix = module.weight.flatten(1)  # the patch embedding counts as one matrix
+            draw_weights(matrix, narrow=name.startswith(("mlm_head", "adapter", "detector")))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
+
+
+def draw_weights(matrix: Tensor, narrow: bool = False) -> None:
+    """Fill a matrix in place: Xavier-uniform, or normal(0.02) where `narrow`."""
+    if narrow:
+        nn.init.normal_(matrix, std=INIT_STD)
+    else:
+        nn.init.xavier_uniform_(matrix)
 
 
 def sincos_pos_embed(count: int, width: int) -> Tensor:

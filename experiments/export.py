@@ -30,7 +30,7 @@ from torch import Tensor
 from data import IMAGENET_MEAN, IMAGENET_STD
 from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.flags import ConfigError
-from engine.weights import TOKEN_TYPES, other_names
+from engine.weights import TOKEN_TYPES, other_names, split_qkv
 from model import ModelConfig, VisionLanguageModel
 
 
@@ -38,9 +38,9 @@ def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of a model under Hugging Face's names, and the parts of the model that keep our names."""
     tensors = {TOKEN_TYPES: torch.zeros(2, model.config.width)}  # from_pretrained draws at random what it does not find
     own_parts = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in split_qkv(model.state_dict()).items():
         theirs = other_names(name, model.config)
-        tensors[theirs[0] if theirs else name] = tensor.contiguous()
+        tensors[theirs[0] if theirs else name] = tensor.clone()  # since safetensors refuses tensors that share memory
         if not theirs and tensor.numel():  # a model without registers has an empty tensor
             part = name if name == "vision.registers" else name.split(".")[0]
             own_parts[part] = True
