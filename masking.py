@@ -83,6 +83,15 @@ def break_ties(scores: Tensor, generator: torch.Generator | None) -> Tensor:
     return scores + (1e-7 * largest).clamp(min=1e-30) * noise
 
 
+def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Gather the masked tokens of some tensors (B, L, …), as x[mask] does. -> (M, …) each
+
+    A GPU is asked only once how many there are, and not again in the backward pass.
+    """
+    masked = mask.flatten().nonzero().squeeze(1)
+    return [x.flatten(0, 1).index_select(0, masked) for x in tensors]
+
+
 # Random masks
 
 
@@ -165,13 +174,14 @@ def masked_attention(
     for attention in attentions:
         first_pass, second_pass = attention.chunk(2)  # (B, h, L, N) each
         maps.append(torch.where(first_half[:, None, :, None], first_pass, second_pass))
+    # the vocabulary is predicted for the masked tokens alone, and each is masked in one of the two passes
+    tokens, tokens_other, labels = gather_masked(masked, fused, fused_other, ids.repeat(2, 1))  # (M, D), (M, D), (M,)
     log_p = []
-    for tokens in (fused, fused_other):  # of all tokens, since counting the words would wait for a GPU
-        first_pass, second_pass = tokens.chunk(2)
-        logits = momentum.mlm_logits(torch.where(first_half[..., None], first_pass, second_pass))  # (B, L, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
-        log_p.append(-loss.view(ids.shape))
-    return maps, torch.stack(log_p) * (maskable > 0)
+    for x in (tokens, tokens_other):
+        losses = F.cross_entropy(momentum.mlm_logits(x).float(), labels, reduction="none")  # (M,)
+        first_pass, second_pass = torch.zeros(masked.shape, device=ids.device).masked_scatter(masked, -losses).chunk(2)
+        log_p.append(first_pass + second_pass)
+    return maps, torch.stack(log_p)
 
 
 @torch.no_grad()

@@ -116,14 +116,18 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.skipped = 0  # so many tokens at the beginning of a context are left out
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)  # queries, keys and values, as in timm
         self.output = nn.Linear(width, width)
+
+    def project_q(self, x: Tensor) -> Tensor:
+        """Compute the queries of tokens (B, L, D). -> q (B, L, D)"""
+        width = x.shape[-1]
+        return F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width])
 
     def project_kv(self, context: Tensor) -> Tensor:
         """Compute the keys and values of a context (B, N, D), side by side. -> kv (B, N, 2D)"""
-        return project_together(context[:, self.skipped :], [self.key, self.value])
+        width = context.shape[-1]
+        return F.linear(context[:, self.skipped :], self.qkv.weight[width:], self.qkv.bias[width:])
 
     def forward(
         self,
@@ -138,9 +142,9 @@ class Attention(nn.Module):
         -> output (B, L, D); attention probabilities (B, h, L, N) with `return_attention`, else None
         """
         if kv is None:
-            q, k, v = project_together(x, [self.query, self.key, self.value]).chunk(3, dim=-1)
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
-            q = self.query(x)
+            q = self.project_q(x)
             k, v = kv.chunk(2, dim=-1)
         q = rearrange(q, "b l (h d) -> b h l d", h=self.heads)
         k = rearrange(k, "b n (h d) -> b h n d", h=self.heads)
@@ -153,10 +157,9 @@ class Attention(nn.Module):
         attention = None
         if return_attention or fused_is_slow(q):
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q kᵀ / √d
+            scores = scores.float()  # or masks made of the attention would depend on rounding
             if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
-            if return_attention:  # float32, or masks made of the attention would depend on rounding
-                scores = scores.float()
+                scores = scores + torch.where(mask, 0.0, float("-inf"))
             probabilities = scores.softmax(dim=-1)
             if return_attention:
                 attention = F.pad(probabilities, [self.skipped, 0])  # skipped tokens have probability 0
@@ -168,16 +171,11 @@ class Attention(nn.Module):
 
 
 def fused_is_slow(q: Tensor) -> bool:
-    """Whether PyTorch's fused attention is slow: its backward pass on a CPU in bf16 takes 2 to 10 times as long as
-    plain products (measured at lengths from 40 to 577, experiments/results.md)."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+    """Return whether PyTorch's fused attention is slower than plain products, as it is on a CPU in bf16.
 
-
-def project_together(x: Tensor, layers: list[nn.Linear]) -> Tensor:
-    """Apply several linear layers to x (..., D) in one product. -> their outputs side by side"""
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias)
+    Its forward pass takes up to 2 times as long, its backward pass 2 to 10 times (lengths from 40 to 577).
+    """
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
 class VisionLayer(nn.Module):
@@ -235,18 +233,22 @@ class TextLayer(nn.Module):
         x: Tensor,
         attention_mask: Tensor,
         image_kv: Tensor | None = None,
+        text_index: Tensor | None = None,
         first: int | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, L, D), attention_mask (B, L) bool, image_kv (B, N, 2D) by `Attention.project_kv`
         -> x (B, L, D), cross-attention probabilities (B, h, L, N) with `return_attention`, else None.
 
+        text_index (n,): which caption each of n images is paired with, so image_kv (n, N, 2D) -> (n, L, D)
         first: compute the output of so many tokens alone, at less cost -> (B, first, D)
         """
         kv = None if first is None else self.attention.project_kv(x)
         x = x[:, :first]
         attended, _ = self.attention(x, kv, attention_mask)
         x = self.attention_norm(x + self.dropout(attended))
+        if text_index is not None:
+            x = x.index_select(0, text_index)  # up to here a caption is the same whatever its image
         cross_attention = None
         if image_kv is not None:
             attended, cross_attention = self.cross_attention(x, image_kv, return_attention=return_attention)
@@ -345,12 +347,14 @@ class FusionEncoder(nn.Module):
         attention_mask: Tensor,
         image_kv: list[Tensor],
         image_index: Tensor | None = None,
+        text_index: Tensor | None = None,
         cls_only: bool = False,
         return_attention: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """text_embeds (B, L, D), attention_mask (B, L), image_kv by `project_image_kv` -> fused (B, L, D).
 
-        image_index (B,): which image each caption is paired with; by default caption b is paired with image b
+        image_index, text_index (n,): the image and the caption of each pair, if not the images, or the captions, in
+            their order -> fused (n, L, D)
         cls_only: the last layer computes [CLS] alone, at less cost -> fused (B, 1, D)
         return_attention: -> fused, and for each layer the cross-attention probabilities (B, h, L, N), which are part
             of the graph, so that Grad-CAM can take their gradient
@@ -366,8 +370,11 @@ class FusionEncoder(nn.Module):
                 if image_index is not None:
                     layer_kv = layer_kv.index_select(0, image_index)
                 first = 1 if cls_only and layer is self.layers[-1] else None
-                x, attention = layer(x, attention_mask, layer_kv, first, return_attention)
+                x, attention = layer(x, attention_mask, layer_kv, text_index, first, return_attention)
                 attentions.append(attention)
+                if text_index is not None:  # from now on each pair has tokens of its own
+                    attention_mask = attention_mask.index_select(0, text_index)
+                    text_index = None
         return (x, attentions) if return_attention else x
 
 
@@ -573,6 +580,7 @@ class MomentumModel(nn.Module):
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
+@torch.no_grad()
 def initialise(model: VisionLanguageModel) -> None:
     """Initialise the weights so that narrow models learn too; biases are zero.
 
@@ -587,16 +595,25 @@ def initialise(model: VisionLanguageModel) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             continue
-        narrow = name.startswith(("mlm_head", "adapter", "detector"))
-        if name.startswith("fusion") and name.endswith(("query", "key")):
-            narrow = True
-        if narrow:
-            nn.init.normal_(module.weight, std=INIT_STD)
+        if name.endswith("qkv"):
+            queries, keys, values = module.weight.chunk(3)  # each counts as a matrix of its own
+            draw_weights(queries, narrow=name.startswith("fusion"))
+            draw_weights(keys, narrow=name.startswith("fusion"))
+            draw_weights(values)
         else:
-            nn.init.xavier_uniform_(module.weight.flatten(1))  # the patch embedding counts as one matrix
+            matrix = module.weight.flatten(1)  # the patch embedding counts as one matrix
+            draw_weights(matrix, narrow=name.startswith(("mlm_head", "adapter", "detector")))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
+
+
+def draw_weights(matrix: Tensor, narrow: bool = False) -> None:
+    """Fill a matrix in place: Xavier-uniform, or normal(0.02) where `narrow`."""
+    if narrow:
+        nn.init.normal_(matrix, std=INIT_STD)
+    else:
+        nn.init.xavier_uniform_(matrix)
 
 
 def sincos_pos_embed(count: int, width: int) -> Tensor:

@@ -60,6 +60,7 @@ from losses import (
 )
 from masking import (
     corrupt_words,
+    gather_masked,
     itm_grad_cam,
     oracle_mask,
     random_patch_mask,
@@ -101,10 +102,9 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own, own])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their images
@@ -147,10 +147,9 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own, own])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: masked captions with their unmasked images
@@ -192,10 +191,9 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own])
     pair_image_index = torch.cat([own, wrong_image])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     if config.soft_mask:
         # one more positive: the image without what one of the words is about
         fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
@@ -251,11 +249,10 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own])
     pair_image_index = torch.cat([own, wrong_image])
     fused = model.fusion(text_embeds, attention_mask, image_kv)  # (B, L, D)
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, torch.cat([fused_cls, fused[:, :1]]), itm_labels)
 
     # MLM: from the same fused tokens
@@ -377,43 +374,43 @@ def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> 
     return cross_entropy(logits, labels), accuracy(logits, of_replaced)
 
 
-def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The masked tokens of some tensors (B, L, …), as x[mask]; but a GPU is asked only once how many there are, and not
-    again in the backward pass. -> (M, …) each"""
-    marked = mask.flatten().nonzero().squeeze(1)
-    return [x.flatten(0, 1).index_select(0, marked) for x in tensors]
-
-
 ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which oracle masks mask
 
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or oracle, as
-    --patch-mask and --word-mask say. Synchronized masks are random during --mask-warmup. With --random-mask-prob a pair
-    keeps random masks of both."""
-    config, maskable, generator = run.config, batch["maskable"], run.generator
-    patch_mask = random_patch_mask(len(maskable), config.model.grid**2, config.mim_ratio, generator, run.device)
-    word_mask = random_word_mask(maskable, config.mlm_ratio, generator)
+    --patch-mask and --word-mask say.
+
+    A share of the pairs, --random-mask-prob, keeps random masks of both. During --mask-warmup synchronized masks are
+    random.
+    """
+    config, generator = run.config, run.generator
+    pairs = len(batch["maskable"])
+    patch_mask = random_patch_mask(pairs, config.model.grid**2, config.mim_ratio, generator, run.device)
+    word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, generator)
+
+    # masks are computed for the other pairs alone
+    shuffled = torch.randperm(pairs, generator=generator, device=run.device)
+    rows = shuffled[round(config.random_mask_prob * pairs) :].sort().values  # (n,)
+    others = {key: batch[key][rows] for key in ("token_ids", "attention_mask", "maskable")}
     modes = (config.patch_mask, config.word_mask)
-    chosen = {}
+    masks = {}
     if "oracle" in modes:
-        regions = word_regions(batch, config.model.grid)
-        chosen["oracle"] = oracle_mask(regions, maskable, config.mim_ratio, ORACLE_RATIO, generator)
+        regions = word_regions(batch, config.model.grid)[rows]
+        masks["oracle"] = oracle_mask(regions, others["maskable"], config.mim_ratio, ORACLE_RATIO, generator)
     if "sync" in modes and run.step >= config.mask_warmup:
         momentum = run.momentum.model
-        image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
+        image_kv_m = momentum.fusion.project_image_kv(image_embeds_m[rows])
         attention, scores = score_words(
-            momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
+            momentum, others, image_kv_m, text_embeds_m[rows], run.mask_id, config.mask_source, generator
         )
-        chosen["sync"] = sync_mask(
-            attention, scores, maskable, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
+        masks["sync"] = sync_mask(
+            attention, scores, others["maskable"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
         )
-    if chosen:
-        keep_random = torch.rand(len(maskable), 1, generator=generator, device=run.device) < config.random_mask_prob
-        if config.patch_mask in chosen:
-            patch_mask = torch.where(keep_random, patch_mask, chosen[config.patch_mask][0])
-        if config.word_mask in chosen:
-            word_mask = torch.where(keep_random, word_mask, chosen[config.word_mask][1])
+    if config.patch_mask in masks:
+        patch_mask[rows] = masks[config.patch_mask][0]
+    if config.word_mask in masks:
+        word_mask[rows] = masks[config.word_mask][1]
     return patch_mask, word_mask
 
 

@@ -18,7 +18,7 @@ from readers.prompts import SYMBOLS
 
 # Each line holds our name of a module or parameter, then the other names; # is the number of a layer.
 # ViT: ours after `vision.`; Hugging Face's; transformers 5's if it differs; timm's, which DeiT, MAE and ALBEF share.
-# timm has one matrix `attn.qkv` for query, key and value; `_split_qkv` makes three of it.
+# Ours and timm's have one matrix `qkv` for queries, keys and values. The tables name them apart, as `split_qkv` does.
 VIT_NAMES = """
 cls_token                  embeddings.cls_token                       cls_token
 position_embed             embeddings.position_embeddings             pos_embed
@@ -77,7 +77,7 @@ KINDS = {
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did. Names are ours, but of tensors without a counterpart."""
+    """What `load_pretrained` did. Names are ours, split by `split_qkv`, but of tensors without a counterpart."""
 
     loaded: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
@@ -104,7 +104,7 @@ TABLE = read_table(VIT_NAMES, "vision.", "vit.") | read_table(BERT_NAMES)
 
 
 def other_names(ours: str, config: ModelConfig) -> list[str]:
-    """The other names of one of our parameters, Hugging Face's first; empty if there are none."""
+    """The other names of one of our parameters, split by `split_qkv`, Hugging Face's first; empty if there are none."""
     name = ours
     number = 0
     layer = re.match(r"(vision|text|fusion)\.layers\.(\d+)\.(.*)", ours)
@@ -120,6 +120,18 @@ def other_names(ours: str, config: ModelConfig) -> list[str]:
         name, dot, last = name.rpartition(".")
         suffix = dot + last
     return [other.replace("#", str(number)) + suffix for other in TABLE.get(name, [])]
+
+
+def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split each tensor `qkv` of a model, or of a file of timm's, into views `query`, `key` and `value`."""
+    split = {}
+    for name, tensor in state.items():
+        if ".qkv." in name:
+            for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                split[name.replace("qkv", part)] = third
+        else:
+            split[name] = tensor
+    return split
 
 
 def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> LoadReport:
@@ -141,13 +153,14 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         if kind in report.kinds:
             raise DataError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
         report.kinds[kind] = path
-        renamed = _rename(_split_qkv(state), kind, model, report)
+        renamed = _rename(split_qkv(state), kind, model, report)
         _fit_positions(renamed, model.config)
         loaded = _copy_fitting(renamed, model, report)
         if not loaded:
             raise DataError(f"{path}: none of its tensors fits this model; is it the right preset?")
         report.loaded |= loaded
-    report.missing = [name for name, _ in model.named_parameters() if name not in report.loaded]
+    names = split_qkv(dict(model.named_parameters()))
+    report.missing = [name for name in names if name not in report.loaded]
     return report
 
 
@@ -170,24 +183,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split timm's matrices for query, key and value in three."""
-    split = {}
-    for name, tensor in state.items():
-        if ".attn.qkv." in name:
-            query, key, value = tensor.chunk(3)
-            split[name.replace("qkv", "query")] = query
-            split[name.replace("qkv", "key")] = key
-            split[name.replace("qkv", "value")] = value
-        else:
-            split[name] = tensor
-    return split
-
-
 def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, report: LoadReport) -> dict[str, Tensor]:
     """The tensors of a file under our names. The report gets those without a counterpart."""
     ours = {TOKEN_TYPES: TOKEN_TYPES}
-    for name, _ in model.named_parameters():
+    for name in split_qkv(dict(model.named_parameters())):
         for other in other_names(name, model.config) or [name]:
             ours[other] = name
     renamed = {}
@@ -233,7 +232,7 @@ def _fit_positions(renamed: dict[str, Tensor], config: ModelConfig) -> None:
 @torch.no_grad()
 def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report: LoadReport) -> set[str]:
     """Copy the tensors that have the shape of ours. -> their names"""
-    parameters = dict(model.named_parameters())
+    parameters = split_qkv(dict(model.named_parameters()))
     loaded = set()
     for name, tensor in renamed.items():
         target = parameters[name]

@@ -29,7 +29,7 @@ from torch import Tensor
 from data import IMAGENET_MEAN, IMAGENET_STD
 from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.flags import ConfigError, OneLineParser, in_one_line
-from engine.weights import TOKEN_TYPES, other_names
+from engine.weights import TOKEN_TYPES, other_names, split_qkv
 from model import ModelConfig, VisionLanguageModel
 
 
@@ -40,12 +40,12 @@ def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
     """
     tensors = {TOKEN_TYPES: torch.zeros(2, model.config.width)}  # from_pretrained draws missing weights at random
     own_parts = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in split_qkv(model.state_dict()).items():
         hugging_face_names = other_names(name, model.config)
         if hugging_face_names:
-            tensors[hugging_face_names[0]] = tensor.contiguous()
+            tensors[hugging_face_names[0]] = tensor.clone()
             continue
-        tensors[name] = tensor.contiguous()
+        tensors[name] = tensor.clone()  # since safetensors refuses tensors that share memory
         part = name if name == "vision.registers" else name.split(".")[0]
         if tensor.numel() and part not in own_parts:  # a model without registers has an empty tensor
             own_parts.append(part)

@@ -60,7 +60,7 @@ def timm_names(vit):
         state[f"norm.{part}"] = getattr(vit.norm, part)
         for i, layer in enumerate(vit.layers):
             a = layer.attention
-            state[f"blocks.{i}.attn.qkv.{part}"] = torch.cat([getattr(m, part) for m in (a.query, a.key, a.value)])
+            state[f"blocks.{i}.attn.qkv.{part}"] = getattr(a.qkv, part)
             state[f"blocks.{i}.attn.proj.{part}"] = getattr(a.output, part)
             state[f"blocks.{i}.norm1.{part}"] = getattr(layer.norm1, part)
             state[f"blocks.{i}.norm2.{part}"] = getattr(layer.norm2, part)

@@ -61,7 +61,7 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def eight(mask, *tensors):
-    """In place of `gather_masked`, the one question that a step asks: as if eight tokens were marked."""
+    """In place of `gather_masked`, the one question that masks and losses ask: as if eight tokens were masked."""
     return [x.flatten(0, 1)[:8] for x in tensors]
 
 
@@ -93,7 +93,8 @@ def test_a_step_mixes_neither_devices_nor_types(recipe, flags):
     run = on_stand_in(build_run(config, dataset, tokenizer))
     gpu = FakeTensorMode(allow_non_fake_inputs=True)
     gpu.allow_meta = True
-    with gpu, mock.patch("torch.autocast", CudaAutocast), mock.patch("train.gather_masked", eight):
+    counted = mock.patch("train.gather_masked", eight), mock.patch("masking.gather_masked", eight)
+    with gpu, mock.patch("torch.autocast", CudaAutocast), counted[0], counted[1]:
         batch = data.to_device(batch, run.device)
         with autocast(run):
             losses, _ = run.model(train.RECIPES[recipe], run, augmented(run, batch))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
 
-from engine.weights import load_pretrained
+from engine.weights import load_pretrained, split_qkv
 from model import (
     PRESETS,
     Attention,
@@ -127,6 +127,17 @@ def test_mlm_head_equals_bert(tmp_path):
     close(model.mlm_logits(tokens), reference.cls(tokens))
 
 
+def test_queries_keys_and_values_are_initialised_each_for_itself():
+    """Xavier's bound is that of a third of `qkv`; queries and keys of the fusion encoder have deviation 0.02."""
+    model = VisionLanguageModel(ModelConfig())
+    bound = (6 / (2 * model.config.width)) ** 0.5
+    for name, weight in split_qkv(dict(model.named_parameters())).items():
+        if name.startswith("fusion") and name.endswith(("query.weight", "key.weight")):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+        elif name.endswith(("query.weight", "key.weight", "value.weight")):
+            assert weight.abs().max().item() == pytest.approx(bound, rel=0.01), name
+
+
 def test_attention_is_the_same_with_and_without_probabilities():
     attention = randomise(Attention(32, 4))
     x, context, mask = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.rand(2, 7) > 0.3
@@ -212,7 +223,7 @@ def test_momentum_model_follows_by_the_decay_and_is_not_trained():
 
 
 @pytest.mark.parametrize("layers, cls_context", [(1, True), (2, False), (3, True)])
-def test_shared_images_and_cls_only_fuse_as_separate_images_and_all_tokens(layers, cls_context):
+def test_shared_images_and_captions_and_cls_only_fuse_as_separate_ones_and_all_tokens(layers, cls_context):
     model = make_model(replace(SMALL, fusion_layers=layers, cls_context=cls_context))
     token_ids, attention_mask = texts()
     image_embeds = torch.randn(3, 17, SMALL.width, requires_grad=True)
@@ -223,10 +234,12 @@ def test_shared_images_and_cls_only_fuse_as_separate_images_and_all_tokens(layer
     plain = model.fusion(*inputs, model.fusion.project_image_kv(image_embeds[image_index]))
     shared = model.fusion(*inputs, image_kv, image_index)
     cls = model.fusion(*inputs, image_kv, image_index, cls_only=True)
-    assert cls.shape == (5, 1, SMALL.width)
+    of_pairs = model.fusion(text_embeds, attention_mask, image_kv, image_index, captions)
+    cls_of_pairs = model.fusion(text_embeds, attention_mask, image_kv, image_index, captions, cls_only=True)
+    assert cls.shape == cls_of_pairs.shape == (5, 1, SMALL.width)
     weights = torch.randn_like(plain)
-    sources = text_embeds, image_embeds, model.fusion.layers[0].cross_attention.key.weight
-    for ours, theirs in ((shared, plain), (cls, plain[:, :1])):
+    sources = text_embeds, image_embeds, model.fusion.layers[0].cross_attention.qkv.weight
+    for ours, theirs in ((shared, plain), (cls, plain[:, :1]), (of_pairs, plain), (cls_of_pairs, plain[:, :1])):
         close(ours, theirs)
         ours_grad = torch.autograd.grad((ours * weights[:, : ours.shape[1]]).sum(), sources, retain_graph=True)
         theirs_grad = torch.autograd.grad((theirs * weights[:, : ours.shape[1]]).sum(), sources, retain_graph=True)
