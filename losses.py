@@ -15,7 +15,7 @@ NegativeMode = Literal["random", "similar", "hard", "semihard"]
 
 
 def itc_targets(positives: Tensor, sim_m: Tensor, alpha: float) -> Tensor:
-    """Soft targets of ALBEF (§3.2): the momentum model's opinion mixed with the known pairs.
+    """Mix the momentum model's similarities with the known pairs: the soft targets of ALBEF (§3.2).
 
     y = α·softmax(s_m) + (1 − α)·y_hard, with y_hard uniform over the positives of a row
     positives (B, K) by `positive_pairs`, one at least in each row · sim_m (B, K): momentum logits
@@ -32,7 +32,7 @@ def itc_loss(
     targets_t2i: Tensor,
     gamma: float = 0.0,
 ) -> Tensor:
-    """Image-text contrastive loss, focal when gamma > 0. All tensors (B, K) -> scalar.
+    """Compute the image-text contrastive loss, focal where gamma > 0. All tensors (B, K) -> scalar.
 
     L = −½ Σ_directions mean_b Σ_j (1 − p_bj)^γ · y_bj · log p_bj
     γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (our choice: with the soft targets) and
@@ -57,10 +57,10 @@ def positive_pairs(
     key_product_ids: Tensor | None = None,
     key_caption_ids: Tensor | None = None,
 ) -> Tensor:
-    """Mark the keys that are right for a row, and so no negatives of it: keys of the same product, and keys with the
-    same caption to the letter, which nobody could tell apart (our choice).
+    """Mark the positives of each row, which are never its negatives. -> (B, K) bool
 
-    product_ids, caption_ids (B,), of the keys (K,), by default the rows themselves -> (B, K) bool
+    Positives are keys of the same product, and keys with the same caption to the letter (our choice).
+    product_ids, caption_ids (B,): of the rows · key_product_ids, key_caption_ids (K,): of the keys, by default the rows
     """
     if key_product_ids is None:
         key_product_ids = product_ids
@@ -103,12 +103,12 @@ def pick_negatives(
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Image-text matching, two-way cross-entropy (ALBEF eq. 4). logits (M, 2), labels (M,) 1 = match."""
+    """Compute image-text matching, a two-way cross-entropy (ALBEF eq. 4). logits (M, 2), labels (M,) 1 = match."""
     return cross_entropy(logits, labels)
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """Masked language modelling with momentum soft targets (ALBEF eq. 3 and 7). -> scalar, 0 without labels.
+    """Compute masked language modelling with momentum soft targets (ALBEF eq. 3, 7). -> scalar, 0 without labels.
 
     L = (1 − α)·CE(label) + α·CE(softmax(logits_m)), mean over the labelled rows
     logits, logits_m (M, V), labels (M,).
@@ -125,7 +125,7 @@ def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alp
 
 
 def mim_loss(pixels: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
-    """Masked image modelling: mean squared error on the masked patches (MAE, He et al. 2022, §3). -> scalar.
+    """Compute masked image modelling: the squared error on masked patches (MAE, He et al. 2022, §3). -> scalar.
 
     L = mean over masked patches p and their pixels of (x̂_p − (x_p − mean x_p) / std x_p)²
     our choice: std over the patch; MAE's code takes the sample's, which is 0.3 % more for 192 numbers
@@ -140,7 +140,7 @@ def mim_loss(pixels: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
 
 
 def alignment_loss(text_feat: Tensor, image_feat: Tensor) -> Tensor:
-    """How far unit-length features are from pointing the same way (FashionSAP, Fashion-FINE's C-CmA). (B, E) -> scalar.
+    """Compute the distance of unit-length features (FashionSAP, Fashion-FINE's C-CmA). (B, E), (B, E) -> scalar.
 
     L = mean_b (1 − (cos(t_b, i_b) + 1) / 2), in [0, 1]
     """
@@ -149,13 +149,13 @@ def alignment_loss(text_feat: Tensor, image_feat: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows with a label; 0, not NaN, when there is none."""
+    """Compute the mean cross-entropy over the rows with a label; 0, not NaN, without any."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the labelled rows (label ≥ 0) whose highest logit is the label's. logits (M, C), labels (M,)."""
+    """Compute the share of labelled rows (label ≥ 0) that are classified rightly. logits (M, C), labels (M,)."""
     labelled = labels >= 0
     right = (logits.argmax(dim=-1) == labels) & labelled
     return right.sum() / labelled.sum().clamp(min=1)

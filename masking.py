@@ -25,12 +25,12 @@ MaskSource = Literal["masked", "clean"]
 
 
 def maskable_words(token_ids: Tensor, is_caption: Tensor, continues: Tensor, informative: Tensor) -> Tensor:
-    """Number the words that may be masked: `maskable` (B, L), as above.
+    """Number the words that may be masked. -> `maskable` (B, L): the place of the token's word, or 0
 
-    Our choice: whole words, since one piece gives the others away, and only words with a piece that tells something,
-    which is no punctuation and does not stand in most captions.
-    token_ids (B, L) · described (B, L) bool: tokens of the caption
-    continues, informative (V,) bool: pieces of the vocabulary that continue a word, that tell something
+    Our choice: whole words, since one piece gives the others away; and only words with an informative piece.
+    token_ids (B, L) · is_caption (B, L) bool: tokens of the caption itself
+    continues (V,) bool: pieces of the vocabulary that continue a word
+    informative (V,) bool: pieces that are no punctuation and not in most captions
     """
     place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
     first_place = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # of the token's word, (B, L)
@@ -286,11 +286,11 @@ def itm_grad_cam(model: VisionLanguageModel, attentions: list[Tensor], fused: Te
 
 
 def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
-    """Compute how much each patch has to do with one word, which is what a soft mask suppresses (text-driven soft
-    masks, Park & Han 2023; the mean over heads and the normalisation are our choice).
+    """Scale the Grad-CAM of one word to a soft mask (Park & Han 2023). -> M (B, P) in [0, 1]
 
+    Our choice: the mean over heads and the normalisation.
     G = mean_h maps, in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
-    maps (B, h, L, N) by `grad_cam`, image CLS first · word_index (B,): the token of the word -> (B, P) in [0, 1]
+    maps (B, h, L, N) by `grad_cam`, image CLS first · word_index (B,): the token of the word
     """
     rows = torch.arange(len(maps), device=maps.device)
     heat = maps.float()[rows, :, word_index, 1:].mean(dim=1)  # (B, P)

@@ -27,7 +27,7 @@ INIT_STD = 0.02  # BERT and ViT initialise with normal(0.02)
 
 
 def setting(default, help: str, low: float = 1, high: float = 4096):
-    """A field of `ModelConfig` with its meaning and its range."""
+    """Declare a field of `ModelConfig` with its meaning and its range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
@@ -35,22 +35,22 @@ def setting(default, help: str, low: float = 1, high: float = 4096):
 class ModelConfig:
     """Sizes of the model. Vision, text and fusion share one width, as ViT-B and BERT-base do."""
 
-    image_size: int = setting(64, "side of the square photo the ViT sees, pixels")
+    image_size: int = setting(64, "side of the square image, pixels")
     patch_size: int = setting(8, "side of a patch, pixels")
     width: int = setting(128, "token width D of all three encoders")
     heads: int = setting(4, "attention heads")
     vision_layers: int = setting(4, "ViT layers")
     text_layers: int = setting(2, "text encoder layers")
     fusion_layers: int = setting(2, "fusion encoder layers")
-    patch_layer: int = setting(0, "ViT layer whose patch tokens are put out; 0: the last", low=0)
+    patch_layer: int = setting(0, "ViT layer whose patch tokens are the output; 0: the last", low=0)
     registers: int = setting(0, "register tokens in the ViT, dropped at its output", low=0)
-    cls_context: bool = setting(True, "fusion also looks at the image's CLS token", low=0)
-    local_tokens: bool = setting(False, "patches and words have a share in the features, beside CLS and [CLS]", low=0)
-    alignment: bool = setting(False, "category symbol and phrases are aligned with the photo", low=0)
-    detector: bool = setting(False, "head that tells replaced words", low=0)
-    max_length: int = setting(64, "longest description, tokens", low=3)  # [CLS], a word, [SEP]
+    cls_context: bool = setting(True, "the text also attends to the CLS token of the image", low=0)
+    local_tokens: bool = setting(False, "patches and words have a share in the features, beside [CLS]", low=0)
+    alignment: bool = setting(False, "align the category symbol and phrases with the image (C-CmA)", low=0)
+    detector: bool = setting(False, "head that detects replaced words (RTD)", low=0)
+    max_length: int = setting(64, "longest caption, tokens", low=3)  # [CLS], a word, [SEP]
     dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.5)
-    vocab_size: int = setting(2048, "WordPiece vocabulary, at most (a given --vocab decides)", low=6, high=10**7)
+    vocab_size: int = setting(2048, "WordPiece tokens at most; --vocab brings its own number", low=6, high=10**7)
     classes: int = 0  # of the recognition head; 0: no such head. No flag: the labels are counted
 
     def __post_init__(self):
@@ -258,7 +258,7 @@ class TextLayer(nn.Module):
 
 
 def mlp(width: int) -> nn.Sequential:
-    """The two-layer perceptron of a transformer block, four times as wide inside, GELU (erf)."""
+    """Build the two-layer perceptron of a transformer block: four times as wide inside, GELU (erf)."""
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
@@ -431,7 +431,7 @@ class VisionLanguageModel(nn.Module):
         self.temp.clamp_(0.001, 0.5)
 
     def image_feature(self, image_embeds: Tensor) -> Tensor:
-        """The feature by which images are retrieved, image_embeds (B, N, D) -> (B, E), unit length.
+        """Compute the feature by which images are retrieved. image_embeds (B, N, D) -> (B, E), unit length.
 
         It is `project_image`, or with `local_tokens` Fashion-FINE's integrated feature,
         norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))) with l of the patches.
@@ -443,7 +443,7 @@ class VisionLanguageModel(nn.Module):
         return mix(cls_feat, local_feat, IMAGE_LOCAL)
 
     def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """The feature by which captions are retrieved, text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
+        """Compute the feature by which captions are retrieved. text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
 
         As `image_feature`, with l of the tokens from position 2 on, with or without a category symbol at position 1
         (as in the authors' code).
@@ -455,7 +455,7 @@ class VisionLanguageModel(nn.Module):
         return mix(cls_feat, local_feat, TEXT_LOCAL)
 
     def category_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """The feature that C-CmA aligns with the image: the category symbol at position 1, and the phrases after it.
+        """Compute the feature that C-CmA aligns with the image: category symbol (position 1) and phrases after it.
 
         norm(0.95·norm(proj(symbol)) + 0.05·norm(proj(phrase))). (B, L, D), (B, L) -> (B, E), unit length.
         """

@@ -1,6 +1,6 @@
 """Pretraining. A method is a function here, its recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
 
-    python train.py                                            tiny model, synthetic photos, a laptop
+    python train.py                                            tiny model, synthetic images, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
     python train.py --data jsonl --root DIR --preset tiny      one's own photos
     torchrun --nproc-per-node N train.py …                     N GPUs: see engine/distributed.py
@@ -221,12 +221,12 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
-    """Fashion-FINE (Jin et al. 2024): focal ITC on features with local tokens in them (MAA, HNM-F) + ITM + the category
-    symbol and phrases aligned with the image (C-CmA) + MLM + replaced-token detection (RTD). -> losses, metrics
+    """Fashion-FINE (Jin et al. 2024): focal ITC (HNM-F) on features with local tokens (MAA) + ITM + C-CmA + MLM + RTD.
+    -> losses, metrics
 
-    As in the authors' code all objectives read one caption, some of whose words are masked and some replaced; only
-    online features have local tokens in them; MLM has no soft targets. Our choices: the momentum encoder reads the
-    clean caption; how C-CmA starts.
+    C-CmA aligns category symbol and phrases with the image; RTD detects replaced tokens. As in the authors' code, all
+    objectives read one caption, some of whose words are masked and some replaced. Only online features have local
+    tokens; MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; how C-CmA starts.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -278,7 +278,9 @@ RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "fas
 @torch.no_grad()
 def encode_momentum(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Encode the unmasked pairs with the momentum encoder.
-    -> image_embeds_m (B, N, D), text_embeds_m (B, L, D), image_feat_m (B, E), text_feat_m (B, E)"""
+
+    -> image_embeds_m (B, N, D), text_embeds_m (B, L, D), image_feat_m (B, E), text_feat_m (B, E)
+    """
     momentum = run.momentum.model
     image_embeds_m = momentum.vision(batch["images"])
     text_embeds_m = momentum.text(batch["token_ids"], batch["attention_mask"])
@@ -287,8 +289,10 @@ def encode_momentum(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tens
 
 @torch.no_grad()
 def fuse_momentum(run: Run, corrupted_ids: Tensor, attention_mask: Tensor, image_embeds_m: Tensor) -> Tensor | None:
-    """Fuse masked captions with their images in the momentum encoder, for MLM's soft targets. -> (B, L, D), or None
-    where no soft targets are asked for (alpha = 0)."""
+    """Fuse masked captions with their images in the momentum encoder, for the soft targets of MLM.
+
+    -> (B, L, D), None without soft targets (alpha = 0)
+    """
     if run.alpha == 0:
         return None
     momentum = run.momentum.model
@@ -299,10 +303,11 @@ def fuse_momentum(run: Run, corrupted_ids: Tensor, attention_mask: Tensor, image
 def compute_itc(
     run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, image_feat_m: Tensor, text_feat_m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ITC (ALBEF eq. 1, 6) of online features (B, E) against momentum features: those of the batch, then the queue's.
-    The keys then go into the queue, and to the sampler, which groups the next epoch by them.
+    """Compute ITC (ALBEF eq. 1, 6): features (B, E) against momentum features of the batch and of the queue.
 
-    -> loss; logits (B, B) of this process's images to its captions, and of its captions to its images"""
+    The new keys then go into the queue, and to the sampler, which groups the next epoch by them.
+    -> loss; sim_i2t, sim_t2i (B, B): logits of this process's images and captions
+    """
     config, temp = run.config, run.model.temp
     keys = []
     new_keys = [gather(x) for x in (image_feat_m, text_feat_m, batch["product_ids"], batch["caption_ids"])]
@@ -326,11 +331,14 @@ def compute_itc(
 
 
 def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose for each image a wrong caption of the batch, and for each caption a wrong image: as --negatives says with
-    probability `itm_hard_share`, otherwise at random. sim_i2t, sim_t2i (B, B) logits of this process's pairs.
+    """Choose for each image a wrong caption of the batch, and for each caption a wrong image.
 
-    -> wrong_caption (B,), wrong_image (B,), labels (3B,) of the pairs with these and of the own pairs: 0 no match, 1
-    match, −100 where every other pair of the batch would match"""
+    The choice follows --negatives with probability `itm_hard_share`; otherwise it is random.
+    sim_i2t, sim_t2i (B, B): logits of this process's pairs
+    -> wrong_caption (B,), wrong_image (B,)
+    -> labels (3B,) of the pairs with wrong captions, with wrong images, and of the own pairs: 0 no match, 1 match,
+       −100 where every other pair of the batch would match
+    """
     config = run.config
     margin = config.margin / run.model.temp.detach()  # logits are cosines over the temperature
     positives = positive_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
@@ -347,14 +355,16 @@ def sample_itm_negatives(run: Run, batch: dict, sim_i2t: Tensor, sim_t2i: Tensor
 
 
 def compute_itm(run: Run, fused_cls: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """ITM (ALBEF eq. 4) of fused pairs (n, 1, D) with labels (n,). -> loss, accuracy"""
+    """Compute ITM (ALBEF eq. 4) of fused pairs (n, 1, D) with labels (n,). -> loss, accuracy"""
     logits = run.model.itm_logits(fused_cls)  # (n, 2)
     return itm_loss(logits, labels), accuracy(logits, labels)
 
 
 def compute_mlm(run: Run, fused: Tensor, mlm_labels: Tensor, fused_m: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """MLM (ALBEF eq. 3, 7) from the fused tokens (B, L, D) of masked captions; labels (B, L), −100 where not masked.
-    fused_m: the momentum encoder's, whose predictions are soft targets. -> loss, accuracy"""
+    """Compute MLM (ALBEF eq. 3, 7) from the fused tokens (B, L, D) of masked captions. -> loss, accuracy
+
+    mlm_labels (B, L): −100 where not masked · fused_m (B, L, D): fused tokens of the momentum encoder, for soft targets
+    """
     masked = mlm_labels != -100
     tokens, labels = gather_masked(masked, fused, mlm_labels)  # (M, D), (M,)
     logits, logits_m = run.model.mlm_logits(tokens), None  # (M, V)
@@ -366,8 +376,10 @@ def compute_mlm(run: Run, fused: Tensor, mlm_labels: Tensor, fused_m: Tensor | N
 
 
 def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaced-token detection (Fashion-FINE) on the fused tokens (B, L, D) of the `readable` words (B, L); replaced
-    (B, L) bool. -> loss, recall of the replaced words"""
+    """Compute replaced-token detection (Fashion-FINE) on fused tokens (B, L, D). -> loss, recall of the replaced words
+
+    readable (B, L) bool: the words to classify · replaced (B, L) bool: the words that were replaced
+    """
     tokens, labels = gather_masked(readable, fused, replaced.long())
     logits = run.model.detector(tokens)  # (M, 2)
     of_replaced = labels.masked_fill(labels == 0, -100)
@@ -378,11 +390,10 @@ ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which o
 
 
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the patch mask (B, P) and the word mask (B, L) of a batch: each random, synchronized or oracle, as
-    --patch-mask and --word-mask say.
+    """Choose the masks of a batch by --patch-mask and --word-mask: random, synchronized or oracle.
 
-    A share of the pairs, --random-mask-prob, keeps random masks of both. During --mask-warmup synchronized masks are
-    random.
+    A share of the pairs, --random-mask-prob, keeps random masks. During --mask-warmup synchronized masks are random.
+    -> patch mask (B, P), word mask (B, L)
     """
     config, generator = run.config, run.generator
     pairs = len(batch["maskable"])
@@ -415,8 +426,9 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: T
 
 
 def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
-    """Suppress the patches that one random word is about: ṽ_p = (1 − M_p) · v_p, CLS as it is. A caption without any of
-    the `words` (B, L) leaves its image as it is.
+    """Suppress the patches of one random word: ṽ_p = (1 − M_p) · v_p; CLS stays.
+
+    A caption without any of the `words` (B, L) leaves its image unchanged.
 
     M by Grad-CAM of the model in training, from its `fused` tokens and their attentions, one a layer. -> (B, N, D)"""
     maps = itm_grad_cam(run.model, attentions, fused)
@@ -431,16 +443,18 @@ def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Ten
 
 
 def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | None = None) -> dict | None:
-    """Train as `config` says, or go on with what --out holds. -> the final line of metrics, None when stopped early.
+    """Train by `config`, or resume the run in --out. -> the final line of metrics, None when stopped early
 
-    stop_at: save and stop after this step. Under torchrun every process calls this."""
+    given: names of the fields whose flags were given · stop_at: save and stop after this step
+    Under torchrun every process calls this. Raises ConfigError, DataError, NonFiniteLoss.
+    """
     device = join_processes(config.device)
     config, state = begin(config, given, check_flags)
     sizes = (config.model.image_size, config.seed, config.num_products)
     train_set = build_dataset(config.data, config.root, "train", *sizes)
     val_set = build_dataset(config.data, config.root, "val", *sizes)
     train_set.prompts = config.prompts
-    if config.prompts:  # held-out captions as the downstream tasks give them: without what the prompts would tell
+    if config.prompts:  # held-out captions as in the downstream tasks: prompts would give labels away
         val_set.caption_prefix = CAPTION_PREFIX
     train_set.with_ground_truth = "oracle" in (config.patch_mask, config.word_mask)
     print(f"train: {train_set.report()}\nval: {val_set.report()}")
@@ -566,7 +580,7 @@ def fit(
                     save_checkpoint(run, out / "best.pt")
                 if is_main_process():
                     write_metrics(out / "metrics.jsonl", step=run.step, **run.validation)
-                shown = [f"{k[4:]} {v:.3f}" for k, v in run.validation.items() if k.startswith("val_")]
+                shown = [f"{key} {value:.3f}" for key, value in run.validation.items() if key.startswith("val_")]
                 bar.write(f"step {run.step}: " + "  ".join(shown))
             if at_validation or stopping:
                 save_checkpoint(run, out / "last.pt")
@@ -574,8 +588,8 @@ def fit(
     if is_main_process():
         draw_curves(read_metrics(out / "metrics.jsonl"), out / "curves.png")
     if stopping:
-        why = " ".join(signals[:1]) or ("as asked" if run.step == stop_at else "signal")
-        print(f"stopped at step {run.step} ({why}); saved in {out}/last.pt, go on with --resume")
+        why = " ".join(signals[:1]) or ("stop_at" if run.step == stop_at else "signal")
+        print(f"stopped at step {run.step} ({why}); saved in {out}/last.pt; continue with --resume")
         return None
     print(f"done at step {run.step}, {run.seconds / 60:.1f} min of training; see {out}/curves.png")
     cost = {"seconds": run.seconds, "peak_memory_mib": peak_memory_mib(run.device)}
@@ -586,7 +600,7 @@ def fit(
 
 
 def stalled(run: Run, patience: int) -> bool:
-    """Whether there were `patience` validations, 0: any number, since the best one."""
+    """Return whether `patience` validations have passed since the best one; 0: never."""
     return bool(patience and run.best_step) and run.step - run.best_step >= patience * run.config.val_every
 
 
@@ -608,7 +622,7 @@ def check_finite(run: Run, losses: Values, grad_norm: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     try:
         config, given = parse_config(argv)
         train(config, given)

@@ -19,7 +19,7 @@ from sampler import GroupedBatchSampler
 
 @dataclass
 class Run:
-    """Everything that a recipe, or a task of finetune.py, may use besides the batch."""
+    """All that a recipe, or a task of finetune.py, uses besides the batch."""
 
     config: TrainConfig  # or FinetuneConfig: what both have is LoopConfig
     tokenizer: Tokenizer
@@ -50,33 +50,33 @@ class Run:
 
     @property
     def collate(self) -> Collate:
-        """Makes batches for this run."""
+        """The function that makes batches for this run."""
         return Collate(self.tokenizer, self.informative)
 
     @property
     def ramp(self) -> float:
-        """From 0 to 1 over the first epoch, linearly."""
+        """The ramp from 0 to 1 over the first epoch, linear."""
         return min(1.0, self.step / self.epoch_steps)
 
     @property
     def alpha(self) -> float:
-        """Share of the momentum soft targets, ramped up over the first epoch (ALBEF)."""
+        """The share of the momentum soft targets, ramped up over the first epoch (ALBEF)."""
         return self.config.alpha * self.ramp
 
     def seed_step(self) -> None:
-        """Seed what a step draws by its number alone, so that a resumed run draws the same."""
+        """Seed the random draws of a step by its number, so that a resumed run draws the same numbers."""
         seed = (self.config.seed * 1_000_003 + self.step + (rank() << 40)) % 2**63
         torch.manual_seed(seed)  # dropout
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager:
-    """bf16 where it is asked for, otherwise nothing."""
+    """Return the context of a forward pass: autocast to bf16 with `--precision bf16`."""
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16")
 
 
 def fitting_precision(device: torch.device) -> str:
-    """What `--precision auto` takes: bf16 where the GPU or the processor multiplies bf16 itself, fp32 elsewhere."""
+    """Return the precision for `--precision auto`: bf16 where the device multiplies bf16 itself, fp32 elsewhere."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     has = torch.cpu.get_capabilities()
@@ -85,7 +85,7 @@ def fitting_precision(device: torch.device) -> str:
 
 
 def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on biases, norms, embeddings, tokens or the temperature."""
+    """Build AdamW with weight decay on matrices alone: not on biases, norms, embeddings, tokens or the temperature."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         is_table = any(part in name for part in ("embeddings", "position_embed", "_token", "registers"))
@@ -100,7 +100,7 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
 def build_run(
     config: LoopConfig, dataset: PairDataset, tokenizer: Tokenizer, device: torch.device | None = None
 ) -> Run:
-    """Make the model with random weights, the momentum model, an empty queue and the optimiser of a new run."""
+    """Build a new run: a model with random weights, its momentum model, an empty queue and the optimiser."""
     torch.manual_seed(config.seed)
     device = device or torch.device(config.device)
     if config.precision == "auto":
@@ -126,7 +126,7 @@ def build_run(
 
 
 def compile_layers(model: VisionLanguageModel) -> None:
-    """Have torch.compile compile the transformer layers."""
+    """Compile the transformer layers by torch.compile."""
     # a layer is called in more forms than the default of 8: with and without image, gradient, all tokens
     torch._dynamo.config.recompile_limit = 32
     for part in (model.vision, model.text, model.fusion, model.decoder):
@@ -135,7 +135,10 @@ def compile_layers(model: VisionLanguageModel) -> None:
 
 
 def build_sampler(run: Run, dataset: PairDataset) -> GroupedBatchSampler:
-    """Make the batches of a run that trains. Raises ConfigError where several processes cannot share them evenly."""
+    """Build the sampler of a run that trains.
+
+    Raises ConfigError where the processes cannot share a batch evenly.
+    """
     config = run.config
     if config.batch_size % world_size():
         raise ConfigError(f"--batch-size {config.batch_size}: {world_size()} processes cannot share it evenly")

@@ -77,7 +77,7 @@ KINDS = {
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did. Names are ours, split by `split_qkv`, but of tensors without a counterpart."""
+    """The result of `load_pretrained`: names of tensors, ours where they have a counterpart (split by `split_qkv`)."""
 
     loaded: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
@@ -92,7 +92,7 @@ class LoadReport:
 
 
 def read_table(lines: str, our_prefix: str = "", other_prefix: str = "") -> dict[str, list[str]]:
-    """Our names -> the other names."""
+    """Read a table of names. -> our name -> the other names"""
     table = {}
     for line in lines.strip().split("\n"):
         ours, *others = line.split()
@@ -104,7 +104,7 @@ TABLE = read_table(VIT_NAMES, "vision.", "vit.") | read_table(BERT_NAMES)
 
 
 def other_names(ours: str, config: ModelConfig) -> list[str]:
-    """The other names of one of our parameters, split by `split_qkv`, Hugging Face's first; empty if there are none."""
+    """Return the other names of one of our parameters (split by `split_qkv`), Hugging Face's first; [] without any."""
     name = ours
     number = 0
     layer = re.match(r"(vision|text|fusion)\.layers\.(\d+)\.(.*)", ours)
@@ -148,16 +148,16 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         state = _read_weights(Path(path))
         kinds = [kind for kind, pattern in KINDS.items() if any(re.match(pattern, name) for name in state)]
         if not kinds:
-            raise DataError(f"{path}: none of its tensors has a name of a ViT, a BERT or an ALBEF model")
+            raise DataError(f"{path}: no tensor has a name of a ViT, BERT or ALBEF model; give another file")
         kind = kinds[0]
         if kind in report.kinds:
-            raise DataError(f"{path}: a {kind} file as {report.kinds[kind]} is; give two of different kinds")
+            raise DataError(f"{path}: a {kind} file like {report.kinds[kind]}; give files of different kinds")
         report.kinds[kind] = path
         renamed = _rename(split_qkv(state), kind, model, report)
         _fit_positions(renamed, model.config)
         loaded = _copy_fitting(renamed, model, report)
         if not loaded:
-            raise DataError(f"{path}: none of its tensors fits this model; is it the right preset?")
+            raise DataError(f"{path}: no tensor fits this model; choose the preset or the sizes of these weights")
         report.loaded |= loaded
     names = split_qkv(dict(model.named_parameters()))
     report.missing = [name for name in names if name not in report.loaded]
@@ -165,6 +165,7 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file. Raises DataError where there are none."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -172,19 +173,21 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and DeiT store their options
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such weights file") from None
+        raise DataError(f"{path}: no such weights file; check the path") from None
     except Exception:  # damaged files raise many kinds
-        raise DataError(f"{path}: damaged, or not plain tensors; pickled code is never run") from None
+        raise DataError(
+            f"{path}: damaged, or not plain tensors (pickled code is never run); copy it again or convert it"
+        ) from None
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise DataError(f"{path}: holds a {type(state).__name__}, not named tensors")
+        raise DataError(f"{path}: holds a {type(state).__name__}, not named tensors; give a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, report: LoadReport) -> dict[str, Tensor]:
-    """The tensors of a file under our names. The report gets those without a counterpart."""
+    """Rename the tensors of a file to our names; note in the report the tensors without a counterpart."""
     ours = {TOKEN_TYPES: TOKEN_TYPES}
     for name in split_qkv(dict(model.named_parameters())):
         for other in other_names(name, model.config) or [name]:
@@ -200,7 +203,7 @@ def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, rep
 
 
 def _as_in_table(name: str, kind: str) -> str:
-    """A name in a file of some kind -> the name in VIT_NAMES or BERT_NAMES."""
+    """Return the name in VIT_NAMES or BERT_NAMES of a tensor in a file of some kind."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # TensorFlow
     for theirs, ours in PREFIXES.items():
         if name.startswith(theirs):
@@ -211,8 +214,10 @@ def _as_in_table(name: str, kind: str) -> str:
 
 
 def _fit_positions(renamed: dict[str, Tensor], config: ModelConfig) -> None:
-    """Interpolate the position embeddings of patches, bicubic as in DeiT; cut those of words, and add token type 0 to
-    them. In place."""
+    """Fit position embeddings in place: interpolate those of patches (bicubic, as DeiT), cut those of words.
+
+    Token type 0 is added to the position embeddings of words.
+    """
     if "vision.position_embed" in renamed:
         table = renamed["vision.position_embed"]  # (1, 1 + G², D)
         side = math.isqrt(table.shape[1] - 1)

@@ -14,7 +14,7 @@ from readers.dataset import Span
 
 
 class Look(NamedTuple):
-    """How a detail is drawn: a band, lighter or darker than the garment, with a texture on it."""
+    """The look of a detail as drawn: a band, lighter or darker than the garment, with a texture on it."""
 
     half_height: float  # in garment units
     ground_shade: float  # from the garment's colour to the band's, see `camera.shade`
