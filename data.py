@@ -26,6 +26,7 @@ from tqdm import tqdm
 from masking import maskable_words
 from readers.dataset import DataError, GroundTruth, PairDataset, ReportedSplit, Unreadable
 from readers.fashiongen import fashiongen
+from readers.files import read_text
 from readers.jsonl import jsonl
 from readers.karpathy import CaptionedName, karpathy
 from readers.prompts import ATTRIBUTES, CAPTION_PREFIX, DIFFERENCE_PREFIX, SYMBOLS, Text
@@ -299,7 +300,9 @@ def build_tokenizer(
         all_prompts = " ".join([CAPTION_PREFIX, DIFFERENCE_PREFIX, "sub", *ATTRIBUTES])
         prompt_words = list(dict.fromkeys(all_prompts.split()))
     words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, prompt_words)
-    tokenizer = _bert_tokenizer(words)
+    without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    strip_accents = vocab is not None and all(without_accents.normalize_str(word) == word for word in words)
+    tokenizer = _bert_tokenizer(words, strip_accents)
     tokenizer.add_special_tokens(special_tokens)
     cls_id = tokenizer.token_to_id("[CLS]")
     sep_id = tokenizer.token_to_id("[SEP]")
@@ -311,17 +314,22 @@ def build_tokenizer(
     return tokenizer
 
 
-def _bert_tokenizer(words: list[str]) -> Tokenizer:
-    """Build a tokenizer that splits texts as BERT's does. words: its vocabulary, in order of id"""
+def _bert_tokenizer(words: list[str], strip_accents: bool) -> Tokenizer:
+    """Build a tokenizer that splits texts as BERT's does.
+
+    words: its vocabulary, in order of id
+    strip_accents: as for BERT's uncased vocabulary; in other scripts such marks are vowels and consonants
+    """
     tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    bert_normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=strip_accents)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), bert_normalizer])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
 
 
 def _read_vocabulary(path: str | Path) -> list[str]:
     """Read a BERT `vocab.txt`, one word a line. Raises DataError for another file."""
-    words = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    words = read_text(Path(path)).rstrip("\n").split("\n")
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}; give another file")
@@ -338,9 +346,9 @@ def _train_vocabulary(captions: list[str], size: int, prompt_words: list[str]) -
 
     -> words in order of id
     """
-    tokenizer = _bert_tokenizer(["[UNK]"])
+    tokenizer = _bert_tokenizer(["[UNK]"], strip_accents=False)
     texts = sorted(set(captions))
-    letters = set(tokenizer.normalizer.normalize_str("".join(texts)))
+    letters = set(tokenizer.normalizer.normalize_str(" ".join(texts)))
     # The trainer numbers the letters inside words in the order of a randomly seeded hash map, and breaks ties between
     # merges by these numbers. It is deterministic where these letters come first, as special tokens.
     inner_letters = ["##" + letter for letter in sorted(letters - {" "})]

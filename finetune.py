@@ -46,7 +46,7 @@ from engine.checkpoints import begin, load_checkpoint, load_weights, read_tokeni
 from engine.finetune_config import FinetuneConfig, check_flags, labels_of, open_data, parse_config
 from engine.flags import ConfigError, in_one_line
 from engine.run import Run, autocast, build_run, build_sampler
-from evaluation.pictures import ExampleQuery, RetrievedImage, draw_confusion, draw_retrieved
+from evaluation.pictures import ExampleQuery, RetrievedImage, draw_confusion, draw_retrieved, picture_labels
 from evaluation.scores import (
     Metrics,
     RankedTriplets,
@@ -418,12 +418,13 @@ def evaluate_recognition(run: Run, dataset: PairDataset) -> Evaluation:
 
     out = Path(config.out)
     draw_confusion(labels, preds, names, out / "confusion.png")
+    picture_names = picture_labels(names)
     counts = labels.bincount(minlength=len(names))
     with open(out / "classes.tsv", "w", encoding="utf-8") as file:
-        file.write(f"class\t{dataset.row_noun}\tprecision\trecall\tf1\n")
+        file.write(f"class\t{dataset.row_noun}\tprecision\trecall\tf1\tlabel in confusion.png\n")
         for number, scores in sorted(scores_by_class(labels, preds).items()):
             numbers = f"{counts[number]}\t{scores.precision:.4f}\t{scores.recall:.4f}\t{scores.f1:.4f}"
-            file.write(f"{names[number]}\t{numbers}\n")
+            file.write(f"{names[number]}\t{numbers}\t{picture_names[number]}\n")
     protocol = {
         "modality": config.modality,
         dataset.row_noun: len(labels),

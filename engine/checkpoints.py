@@ -20,6 +20,7 @@ from engine.flags import ConfigError, flag_of
 from engine.run import Run
 from model import ModelConfig
 from readers.dataset import printable
+from readers.files import LFS_ADVICE, is_lfs_pointer
 
 # fields of Run that are saved unchanged
 RUN_FIELDS = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
@@ -89,6 +90,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ConfigError(f"{path}: no such checkpoint; check the path") from None
     except Exception:  # zipfile and torch raise many kinds of errors for other files
         intact = False
+    if not intact and is_lfs_pointer(path):
+        raise ConfigError(f"{path}: {LFS_ADVICE}")
     if not intact:
         raise ConfigError(
             f"{path}: damaged, or not a checkpoint of train.py; use an earlier one (last-2.pt), or copy it again"

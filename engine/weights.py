@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import DataError
+from readers.files import LFS_ADVICE, is_lfs_pointer
 from readers.prompts import SYMBOLS
 
 # Each line holds our name of a module or parameter, then the other names; # is the number of a layer.
@@ -175,6 +176,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such weights file; check the path") from None
     except Exception:  # damaged files raise many kinds
+        if is_lfs_pointer(path):
+            raise DataError(f"{path}: {LFS_ADVICE}") from None
         raise DataError(
             f"{path}: damaged, or not plain tensors (pickled code is never run); copy it again or convert it"
         ) from None

@@ -3,7 +3,10 @@
 Letters: B batch, S side of an image in pixels, L text tokens, P patches, N image tokens, h heads, n images.
 """
 
+import contextlib
+import re
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +14,8 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -33,6 +38,28 @@ PANELS = {
     "image gain, held out": ["val_image_gain", "image_gain_coarse", "image_gain_fine"],
     "held-out masks against the ground truth": ["patch_precision", "word_precision", "pointing_game"],
 }
+
+
+# the font that matplotlib brings: Pillow's own has no accents
+DEJAVU = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+@cache
+def find_font(text: str) -> str | None:
+    """Find a font file that has all letters of a text: DejaVu Sans, or else one of the system. -> None without one"""
+    # the others would draw boxes, or bitmaps that matplotlib cannot scale
+    system_fonts = [font.fname for font in fontManager.ttflist if not re.search("Resort|Emoji", font.name)]
+    for path in (DEJAVU, *system_fonts):
+        with contextlib.suppress(OSError, RuntimeError):  # a font that was removed, or is damaged
+            font = FT2Font(path)
+            if all(font.get_char_index(ord(letter)) for letter in text if not letter.isspace()):
+                return path
+    return None
+
+
+def picture_labels(names: list[str]) -> list[str]:
+    """Return the names as pictures show them: "no. 3" in place of the third one, where no font has its letters."""
+    return [name if find_font(name) else f"no. {number}" for number, name in enumerate(names, 1)]
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:
@@ -97,8 +124,7 @@ def draw_masks(run: Run, dataset: PairDataset, rows: list[int], path: Path) -> N
     batch["images"] = normalise(batch["images"])
     masks = example_masks(run, batch)
 
-    # the font that matplotlib brings: Pillow's own has no accents
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 14)
+    font = ImageFont.truetype(DEJAVU, 14)
     side, cell, column_width = 150, 160, 360  # of an image, of an image with its margin, of a caption
     text_left = 10 + cell * (len(masks) + 1)
     page = Image.new("RGB", (text_left + column_width * len(masks), 30 + 5 * cell * len(pixels)), PAPER)
@@ -115,7 +141,8 @@ def draw_masks(run: Run, dataset: PairDataset, rows: list[int], path: Path) -> N
             masked_image = grey_out_patches(image, patch_mask[i], run.config.model.grid)
             page.paste(masked_image, (10 + cell * (column + 1), top))
             corner = (text_left + column_width * column, top)
-            caption_bottom = draw_caption(pen, font, run.tokenizer, caption, word_mask[i], corner)
+            caption_font = ImageFont.truetype(find_font("".join(caption)) or DEJAVU, 14)
+            caption_bottom = draw_caption(pen, caption_font, run.tokenizer, caption, word_mask[i], corner)
             bottom = max(bottom, caption_bottom)
         top = bottom + 10
     page.crop((0, 0, page.width, top)).save(path)
@@ -219,7 +246,7 @@ def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) 
     """Draw the confusion matrix of the classes that occur: counts, coloured by their share of the label.
 
     labels, preds: (n,)
-    names: of all classes
+    names: of all classes; those that no font can write have the number that `picture_labels` gives
     """
     classes = len(names)
     counts = (labels * classes + preds).bincount(minlength=classes**2).view(classes, classes)
@@ -231,9 +258,12 @@ def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) 
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    ticks = [names[label] for label in present.tolist()]
+    labels_drawn = picture_labels(names)
+    ticks = [labels_drawn[label] for label in present.tolist()]
     axis.set_xticks(range(len(ticks)), ticks, rotation=90, fontsize=7, parse_math=False)  # a $ is a $
     axis.set_yticks(range(len(ticks)), ticks, fontsize=7, parse_math=False)
+    for tick in (*axis.get_xticklabels(), *axis.get_yticklabels()):
+        tick.set_fontproperties(FontProperties(fname=find_font(tick.get_text()), size=7))
     axis.set(xlabel="prediction", ylabel="label", title="colour: share of the label")
     for row, column in counts.nonzero().tolist():
         colour = "white" if shares[row, column] > 0.5 else "k"
@@ -258,16 +288,24 @@ class ExampleQuery(NamedTuple):
 
 
 def draw_retrieved(dataset: PairDataset, queries: list[ExampleQuery], path: Path) -> None:
-    """Draw a line for each query with the images that were retrieved; positives have a green frame."""
+    """Draw a line for each query with the images that were retrieved; positives have a green frame.
+
+    A query that no font can write has its number in the picture, and is printed.
+    """
     columns = 2 + max(len(query.retrieved) for query in queries)
     figure = Figure(figsize=(1.4 * columns, 1.5 * len(queries)), layout="constrained")
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for line_axes, query in zip(axes, queries, strict=True):
+    for number, (line_axes, query) in enumerate(zip(axes, queries, strict=True), 1):
         text_lines = textwrap.wrap(query.text, 42 if query.image is None else 20)
         text = "\n".join(text_lines[:8])
-        line_axes[0].text(0, 1, text, va="top", fontsize=8, parse_math=False, in_layout=False)
+        font = find_font(text)
+        if font is None:
+            print(f"query {number} in {path}, for whose letters there is no font: {query.text}")
+            text = f"query {number}"
+        properties = FontProperties(fname=font or DEJAVU, size=8)
+        line_axes[0].text(0, 1, text, va="top", font=properties, parse_math=False, in_layout=False)
         if query.image is not None:
             line_axes[1].imshow(pad_to_square(query.image, dataset.image_size), interpolation="bicubic")
         for axis, image in zip(line_axes[2:], query.retrieved, strict=False):

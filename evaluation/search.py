@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -105,16 +106,21 @@ def open_query_image(config: FinetuneConfig) -> Image.Image | None:
 def check_query_words(tokenizer: Tokenizer, query: str) -> None:
     """Print the words of a query that the vocabulary does not have.
 
-    Raises DataError where the vocabulary has none of the words.
+    Words are as the tokenizer splits them: each ideograph is one.
+    Raises DataError where the query is not UTF-8, or the vocabulary has none of the words.
     """
-    words = list(dict.fromkeys(re.findall(r"\w+", query)))
-    unknown = []
-    for word in words:
+    if any(unicodedata.category(letter) == "Cs" for letter in query):  # what Python makes of undecodable bytes
+        raise DataError(f"--query {query!r}: not UTF-8 text; let your terminal send UTF-8")
+    words = {}  # -> whether the vocabulary has it
+    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(query)):
+        categories = {unicodedata.category(letter) for letter in word}
+        if all(category[0] in "PZ" or category in ("Sc", "Sk", "Sm") for category in categories):
+            continue  # punctuation
         encoding = tokenizer.encode(word, add_special_tokens=False)
         pieces = sum(encoding.attention_mask)  # without padding
         is_spelt = pieces == len(word) > 1  # a piece for each letter
-        if "[UNK]" in encoding.tokens or is_spelt:
-            unknown.append(word)
+        words[word] = not is_spelt and "[UNK]" not in encoding.tokens
+    unknown = [word for word, is_known in words.items() if not is_known]
     if len(unknown) == len(words):
         raise DataError(f"--query {query!r}: no word of it is in the model's vocabulary; use words of the captions")
     if unknown:

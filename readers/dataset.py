@@ -3,6 +3,9 @@
 Letters: N rows, S side of an image in pixels.
 """
 
+import html
+import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from readers.prompts import Text, category_symbol, prompt_text
@@ -19,13 +22,36 @@ Split = Literal["train", "val"]
 ReportedSplit = Literal["train", "val", "test"]
 
 # for str.translate: tabs and line ends become blanks, other control characters are deleted
-CONTROL_CHARACTERS = dict.fromkeys([*range(32), *range(127, 160)], "")
-CONTROL_CHARACTERS |= {ord("\t"): " ", ord("\n"): " ", ord("\r"): " "}
+CONTROL_CHARACTERS = {code: " " if chr(code).isspace() else "" for code in [*range(32), *range(127, 160)]}
+CONTROL_CHARACTERS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # halves of a character, which no output encodes
 
 
 def printable(text: str) -> str:
     """Remove control characters from a text, since they could change the colours of a terminal."""
     return text.translate(CONTROL_CHARACTERS)
+
+
+HTML_ENTITY = re.compile(r"&#?\w+;")
+HTML_TAG = re.compile(r"<[!/?a-z][^<>]*>", re.IGNORECASE)
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols in Unicode, but drawn as blanks
+
+
+def clean_text(value: object) -> str | None:
+    """Clean a caption, or another value of a file: every reader does it by this function.
+
+    HTML entities become characters; tags, line ends and undecodable bytes become a blank; 17.0 becomes 17.
+    -> None for what is neither text nor a whole number; "" where no visible character is left
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int):
+        return None
+    text = str(value)
+    for _ in range(2):  # exports of shops are often escaped twice
+        text = HTML_ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+    text = " ".join(printable(HTML_TAG.sub(" ", text)).replace("\ufffd", " ").split())
+    has_ink = any(unicodedata.category(letter)[0] in "LNPS" and letter not in BLANK_LETTERS for letter in text)
+    return text if has_ink else ""
 
 
 class DataError(ValueError):
@@ -76,7 +102,7 @@ class PairDataset(Dataset):
     attributes: name -> N values, "" where unknown; `categories` and `subcategories` are two of them
     image_names: the name of each image in messages; without names it is called by its number
     problems: a message for each image or line that was left out at opening
-    dropped: messages that count what else was left out
+    notes: messages that count what else was left out, or what a user should know
     caption_prefix: words in front of each caption
     prompts: put the category symbol and the attribute prompts around each caption, instead of the prefix
     with_ground_truth: add `ground_truth` to each item, which `Synthetic` alone can
@@ -112,7 +138,7 @@ class PairDataset(Dataset):
         self.image_names = image_names
         self.image_index = list(range(len(captions))) if image_index is None else image_index
         self.problems: list[str] = []
-        self.dropped: list[str] = []
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -177,14 +203,23 @@ class PairDataset(Dataset):
         return f"{len(self):,} {self.row_noun} of {products:,} {self.product_noun}{self.left_out_note()}"
 
     def left_out_note(self) -> str:
-        """Return the end of `report`: how much was left out, with the first three reasons."""
+        """Return the end of `report`: how much was left out, with the first three reasons, and `notes`."""
         notes = []
         if self.problems:
             reasons = "; ".join(self.problems[:3])
             more = "; …" if len(self.problems) > 3 else ""
             notes.append(f"{len(self.problems):,} left out ({reasons}{more})")
-        notes += self.dropped
+        notes += self.notes
         return printable("".join(f", {note}" for note in notes))
+
+
+def note_shared_products(products: list[str], train_products: set[str], train_file: str) -> list[str]:
+    """Count the products of a validation file that the training file has too. -> the message, if there are any"""
+    shared = [product for product in dict.fromkeys(products) if product in train_products]
+    if not shared:
+        return []
+    examples = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
+    return [f"{len(shared):,} of these products are in {train_file} too ({examples})"]
 
 
 def factorize(values: list) -> np.ndarray:
@@ -200,4 +235,10 @@ def pad_to_square(image: Image.Image, size: int) -> Image.Image:
     """Pad an image with white to a square and scale it to (size, size) pixels. Our choice: nothing is cut off."""
     if image.size == (size, size):
         return image
-    return ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
+    longest = max(image.size)
+    # at least a pixel, which ImageOps.pad does not leave of a very flat image
+    width, height = (max(1, round(side / longest * size)) for side in image.size)
+    square = Image.new("RGB", (size, size), "white")
+    corner = (round((size - width) / 2), round((size - height) / 2))
+    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), corner)
+    return square

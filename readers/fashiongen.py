@@ -1,5 +1,6 @@
 """FashionGen's two HDF5 files, read as distributed."""
 
+import contextlib
 import os
 from functools import cache
 from pathlib import Path
@@ -7,36 +8,27 @@ from pathlib import Path
 import h5py
 from PIL import Image
 
-from readers.dataset import DataError, PairDataset, Split, printable
+from readers.dataset import DataError, PairDataset, Split, clean_text, note_shared_products
+from readers.files import LFS_ADVICE, is_lfs_pointer
 
 FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
-OPTIONAL_COLUMNS = ("composition", "gender", "name", "season")  # `input_…`, for prompts
+# `input_…`, as texts; the optional ones are for prompts
+COLUMNS = ("productID", "description", "category", "subcategory")
+OPTIONAL_COLUMNS = ("composition", "gender", "name", "season")
 
 
 def fashiongen(folder: Path, split: Split, image_size: int) -> PairDataset:
     """Open FashionGen (Rostamzadeh et al. 2018) as distributed: one HDF5 file a split, one row an image.
 
-    Rows without a caption are left out and reported.
-    Raises DataError where the file is missing or damaged, lacks a key, or has columns of unequal length.
+    Rows without a caption are left out and reported. Products that are in both files are reported.
+    Raises DataError where the file is missing, damaged or locked, lacks a key, or has columns of unequal length.
     """
     path = folder / FILES[split]
     if not path.is_file():
         raise DataError(f"{path}: no such file; --root must be the folder that holds {path.name}")
-    try:
-        with h5py.File(path, "r") as file:
-            image_count = len(file["input_image"])
-            products = file["input_productID"][:].reshape(-1).tolist()
-            captions = _read_texts(file["input_description"])
-            names = ["category", "subcategory"]
-            names += [name for name in OPTIONAL_COLUMNS if f"input_{name}" in file]
-            attributes = {name: _read_texts(file[f"input_{name}"]) for name in names}
-    except KeyError as error:
-        raise DataError(f"{path}: {error.args[0]}; give FashionGen's own file") from None
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a whole HDF5 file ({error}); copy it again") from None
-    for name, column in {"productID": products, "description": captions, **attributes}.items():
-        if len(column) != image_count:
-            raise DataError(f"{path}: key input_{name}: {len(column)} rows, but {image_count} images; copy it again")
+    attributes = _read_columns(path, (*COLUMNS, *OPTIONAL_COLUMNS))
+    products = attributes.pop("productID")
+    captions = attributes.pop("description")
     if "season" in attributes:
         attributes["season"] = [_spell_out_season(season) for season in attributes["season"]]
     rows = [row for row, caption in enumerate(captions) if caption]
@@ -48,19 +40,58 @@ def fashiongen(folder: Path, split: Split, image_size: int) -> PairDataset:
         images=Hdf5Images(path),
         image_size=image_size,
         attributes={name: [values[row] for row in rows] for name, values in attributes.items()},
-        image_names=[f"{path.name} row {row}" for row in range(image_count)],
+        image_names=[f"{path.name} row {row}" for row in range(len(captions))],
         image_index=rows,
     )
     dataset.problems = [f"row {row}: empty input_description" for row, caption in enumerate(captions) if not caption]
+    if split == "val":
+        with contextlib.suppress(DataError):  # of the training file, which training reports
+            train_products = _read_columns(folder / FILES["train"], ("productID",))["productID"]
+            dataset.notes = note_shared_products(products, train_products, FILES["train"])
     return dataset
 
 
-def _read_texts(column: h5py.Dataset) -> list[str]:
-    texts = []
-    for value in column[:].reshape(-1).tolist():
-        text = printable(value.decode("iso-8859-1"))  # FashionGen's encoding; every byte is a character in it
-        texts.append(" ".join(text.split()))
-    return texts
+def _read_columns(path: Path, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Read columns as texts, without those optional ones that are missing. Raises as `fashiongen`."""
+    columns = {}
+    try:
+        with h5py.File(path, "r") as file:
+            image_count = len(file["input_image"])
+            for name in names:
+                key = f"input_{name}"
+                if name in OPTIONAL_COLUMNS and key not in file:
+                    continue
+                rows = getattr(file[key], "size", None) or "no"  # a group has no size
+                if rows != image_count:
+                    raise DataError(f"{path}: key {key}: {rows} rows, but {image_count} images; copy it again")
+                columns[name] = [clean_text(_decode(value)) for value in file[key][...].reshape(-1).tolist()]
+                unusable = ("", None) if name == "productID" else (None,)
+                for row, text in enumerate(columns[name]):
+                    if text in unusable:
+                        reason = f"row {row} is empty, or neither text nor a whole number"
+                        raise DataError(f"{path}: key {key}: {reason}; give FashionGen's own file")
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]}; give FashionGen's own file") from None
+    except (OSError, RuntimeError, TypeError) as error:
+        reason = f"not a whole HDF5 file ({error}); copy it again"
+        if "unable to lock" in str(error):
+            reason = "locked by another process; wait for it, or set HDF5_USE_FILE_LOCKING=FALSE to read without a lock"
+        elif is_lfs_pointer(path):
+            reason = LFS_ADVICE
+        elif isinstance(error, PermissionError):
+            reason = "no right to read it; change its permissions"
+        raise DataError(f"{path}: {reason}") from None
+    return columns
+
+
+def _decode(value: object) -> object:
+    """Decode bytes: UTF-8, or else cp1252, which FashionGen's own files are in. Other values stay."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:  # letters of cp1252 beyond ASCII are hardly ever valid UTF-8
+        return value.decode("cp1252", errors="replace")
 
 
 def _spell_out_season(season: str) -> str:

@@ -1,10 +1,11 @@
 """Your own photos: one JSON object a line."""
 
 import hashlib
+import unicodedata
 from pathlib import Path
 
-from readers.dataset import DataError, PairDataset, Split, printable
-from readers.files import ImageFiles, read_json_lines
+from readers.dataset import DataError, PairDataset, Split, clean_text, note_shared_products
+from readers.files import ImageFiles, find_image, read_json_lines
 from readers.prompts import ATTRIBUTES
 
 
@@ -14,7 +15,8 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDat
     Required fields: `image` (a path relative to the folder), `caption`, `product_id`. Optional fields: any of
     ATTRIBUTES; `title` serves as `name`. Without `val.jsonl` a tenth of the products is held out.
 
-    A line whose image is missing or whose caption is empty is left out and reported.
+    A line whose image is missing or whose caption is empty is left out and reported. Products that are in both files
+    are reported.
     Raises OSError where the file cannot be read, DataError where a line is malformed or the split has no usable line.
     """
     has_val = (folder / "val.jsonl").is_file()
@@ -32,33 +34,49 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDat
     dataset = PairDataset(
         captions=[record["caption"] for record in records],
         products=[record["product_id"] for record in records],
-        images=ImageFiles([folder / name for name in image_names], image_size),
+        images=ImageFiles([record["path"] for record in records], image_size),
         image_size=image_size,
         attributes=attributes,
         image_names=image_names,
     )
     dataset.problems = problems
+    if has_val and split == "val":
+        train_products = _read_product_ids(folder / "train.jsonl")
+        products = [record["product_id"] for record in records]
+        dataset.notes = note_shared_products(products, train_products, "train.jsonl")
     return dataset
 
 
 def _read_records(path: Path) -> tuple[list[dict], list[str]]:
-    """Read the lines of a file. Raises as `jsonl`. -> usable records, a problem for each other line"""
+    """Read the lines of a file. Raises as `jsonl`. -> usable records with a `path`, a problem for each other line"""
     records = []
     problems = []
     for location, record in read_json_lines(path):
         for field in ("image", "caption", "product_id"):
-            if not isinstance(record.get(field), str | int):
-                reason = f"field {field} is missing, or is neither text nor a whole number"
+            text = clean_text(record.get(field))
+            if text is None or (field == "product_id" and not text):
+                reason = f"field {field} is missing, empty, or neither text nor a whole number"
                 raise DataError(f"{location}: {reason}; correct the line")
-            record[field] = str(record[field])
+            record[field] = str(record[field]) if field == "image" else text
+        if any(unicodedata.category(letter) == "Cc" for letter in record["image"]):
+            raise DataError(f"{location}: field image has a control character; rename the file")
+        record["path"] = find_image(path.parent, record["image"])
         line = location.removeprefix(f"{path} ")
-        if not (path.parent / record["image"]).is_file():
+        if not record["path"]:
             problems.append(f"{line}: image {record['image']} is missing")
-        elif not printable(record["caption"]).strip():
+        elif not record["caption"]:
             problems.append(f"{line}: the caption is empty")
         else:
             records.append(record)
     return records, problems
+
+
+def _read_product_ids(path: Path) -> set[str]:
+    """Read the product ids of a training file; none where it cannot be read, which training reports."""
+    try:
+        return {clean_text(record.get("product_id")) for _, record in read_json_lines(path)}
+    except (OSError, DataError):
+        return set()
 
 
 def choose_held_out(products: list[str], seed: int) -> set[str]:
@@ -70,7 +88,4 @@ def choose_held_out(products: list[str], seed: int) -> set[str]:
 
 def _optional_text(record: dict, field: str) -> str:
     """Read a field that is text or a whole number; "" for anything else."""
-    value = record.get(field)
-    if not isinstance(value, str | int):
-        return ""
-    return " ".join(printable(str(value)).split())
+    return clean_text(record.get(field)) or ""

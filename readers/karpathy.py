@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from readers.dataset import DataError, PairDataset, ReportedSplit
-from readers.files import ImageFiles, read_json
+from readers.dataset import DataError, PairDataset, ReportedSplit, clean_text
+from readers.files import ImageFiles, find_image, read_json
 
 CaptionedName = Literal["flickr30k", "coco"]
 
@@ -15,7 +15,7 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
     `dataset_{name}.json` holds `images`, each with `filename`, for COCO `filepath` (train2014, val2014), `split`, and
     `sentences`, whose `raw` is read. The train split includes `restval`. Images lie in `filepath`, or in `images`.
 
-    Images that are missing are left out and reported.
+    Images that are missing are left out and reported, empty captions are counted.
     Raises OSError where the file cannot be read, DataError where it is malformed or the split has no usable image.
     """
     path = folder / f"dataset_{name}.json"
@@ -24,20 +24,23 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
     captions = []
     image_index = []  # of each caption
     problems = []
+    empty_captions = 0
     try:
         for image in content["images"]:
             image_split = "train" if image["split"] == "restval" else image["split"]
             if image_split != split:
                 continue
-            image_path = folder / image.get("filepath", "images") / image["filename"]
-            if not image_path.is_file():
-                problems.append(f"image {image_path.relative_to(folder)} is missing")
+            image_name = Path(image.get("filepath", "images")) / image["filename"]
+            image_path = find_image(folder, str(image_name))
+            if not image_path:
+                problems.append(f"image {image_name} is missing")
                 continue
             for sentence in image["sentences"]:
-                caption = " ".join(sentence["raw"].split())
+                caption = clean_text(sentence["raw"])
                 if caption:
                     captions.append(caption)
                     image_index.append(len(image_paths))
+                empty_captions += not caption
             image_paths.append(image_path)
     except (AttributeError, KeyError, TypeError):
         fields = "filename, split, and sentences with a text raw"
@@ -57,4 +60,6 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
     dataset.row_noun = "captions"
     dataset.product_noun = "images"
     dataset.problems = problems
+    if empty_captions:
+        dataset.notes = [f"empty captions: {empty_captions:,}"]
     return dataset

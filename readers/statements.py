@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from readers.dataset import DataError, PairDataset, ReportedSplit, Split
-from readers.files import ImageFiles, read_json_lines
+from readers.dataset import DataError, PairDataset, ReportedSplit, Split, clean_text
+from readers.files import ImageFiles, image_key, list_images, read_json_lines
 from readers.synthetic import Synthetic
 from readers.triplets import attribute_clause
 from readers.wardrobe import pick
@@ -21,7 +21,8 @@ def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PairDataset:
     """Open SNLI-VE (Xie et al. 2019) as distributed. A row is a statement; its category is its label.
 
     Files: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`, `sentence2` and `gold_label` are read, and
-    `images/{Flickr30K_ID}.jpg`. Statements without a gold label (`-`) or without their image are left out and counted.
+    `images/{Flickr30K_ID}.jpg`, or another image file as of `list_images`.
+    Statements without a gold label (`-`), without words or without their image are left out and counted.
 
     Raises OSError where the file cannot be read, DataError where it is malformed or has no usable statement.
     """
@@ -33,23 +34,25 @@ def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PairDataset:
     missing = {}  # name of an image -> problem
     left_out = Counter()
     file_split = "dev" if split == "val" else split
+    files = list_images(folder / "images")
     for location, record in read_json_lines(folder / f"snli_ve_{file_split}.jsonl"):
         try:
-            image = record["Flickr30K_ID"]
-            statement = record["sentence2"].strip()
+            image = image_key(record["Flickr30K_ID"])
+            statement = clean_text(record["sentence2"])
             label = record["gold_label"]
-        except (AttributeError, KeyError):
+        except (KeyError, TypeError):
             fields = "Flickr30K_ID, sentence2 and gold_label"
             raise DataError(f"{location}: expected {fields}; correct the line or delete it") from None
-        path = folder / "images" / f"{image}.jpg"
         if image not in index_of and image not in missing:
-            if path.is_file():
+            if image in files:
                 index_of[image] = len(paths)
-                paths.append(path)
+                paths.append(files[image])
             else:
-                missing[image] = f"image {path.name} is missing"
+                missing[image] = f"image {image}.jpg is missing"
         if label not in LABELS:
             left_out["without a gold label"] += 1
+        elif not statement:
+            left_out["without words"] += 1
         elif image in missing:
             left_out["without their image"] += 1
         else:
@@ -71,7 +74,7 @@ def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PairDataset:
     dataset.row_noun = "statements"
     dataset.product_noun = "images"
     dataset.problems = list(missing.values())
-    dataset.dropped = [f"statements {reason}: {count:,}" for reason, count in left_out.items()]
+    dataset.notes = [f"statements {reason}: {count:,}" for reason, count in left_out.items()]
     return dataset
 
 

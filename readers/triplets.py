@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from readers.dataset import DataError, PairDataset, ReportedSplit, Split, Unreadable, factorize
-from readers.files import ImageFiles, read_json
+from readers.dataset import DataError, PairDataset, ReportedSplit, Split, Unreadable, clean_text, factorize
+from readers.files import ImageFiles, image_key, list_images, read_json
 from readers.synthetic import Synthetic
 from readers.wardrobe import Detail, Product, draw_family, pick, pick_sibling
 
@@ -111,18 +111,19 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     """Open FashionIQ (Wu et al. 2021) as distributed. The test split has no targets.
 
     Files: `captions/cap.{dress,shirt,toptee}.{split}.json`, `image_splits/split.{dress,shirt,toptee}.{split}.json`,
-    `images/{id}.jpg` or `.png`. Our choice: both captions of a pair are joined by "and", in their order.
+    `images/{id}.jpg`, or another image file as of `list_images`. Our choice: both captions of a pair are joined by
+    "and", in their order.
 
-    Images that are missing are left out and reported, with the pairs that need them.
+    Images that are missing are left out and reported, pairs without their images or without a caption are counted.
     Raises OSError where a file cannot be read, DataError where it is malformed or no pair has its images.
     """
     queries: list[_Query] = []
     split_names = {}  # subset -> names of all images of the split
     for subset in ("dress", "shirt", "toptee"):
         queries += _read_queries(folder / "captions" / f"cap.{subset}.{split}.json", subset, split)
-        split_names[subset] = read_json(folder / "image_splits" / f"split.{subset}.{split}.json")
+        split_names[subset] = _read_names(folder / "image_splits" / f"split.{subset}.{split}.json")
 
-    files = {path.stem: path for path in (folder / "images").glob("*") if path.suffix in (".jpg", ".png")}
+    files = list_images(folder / "images")
     all_names = list(dict.fromkeys(name for names in split_names.values() for name in names))
     present_names = [name for name in all_names if name in files]
     image_set = PairDataset(
@@ -135,9 +136,10 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
 
     row_of = {name: row for row, name in enumerate(present_names)}
     row_of[None] = -1  # a target that is not published
-    usable = [query for query in queries if query.reference in row_of and query.target in row_of]
+    with_images = [query for query in queries if query.reference in row_of and query.target in row_of]
+    usable = [query for query in with_images if query.text]
     if not usable:
-        files_needed = f"{all_names[0]}.jpg or .png and the others"
+        files_needed = f"{all_names[0] if all_names else 'ID'}.jpg or .png and the others"
         raise DataError(f"{folder}/images: no {split} pair has both of its images; put {files_needed} there")
     original_galleries = {}
     for subset, names in split_names.items():
@@ -153,20 +155,31 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
         original_galleries=original_galleries,
     )
     triplets.problems = [f"image {name} is missing" for name in all_names if name not in files]
-    if len(usable) < len(queries):
-        triplets.dropped = [f"pairs without their images: {len(queries) - len(usable):,}"]
+    if len(with_images) < len(queries):
+        triplets.notes.append(f"pairs without their images: {len(queries) - len(with_images):,}")
+    if len(usable) < len(with_images):
+        triplets.notes.append(f"pairs without a caption: {len(with_images) - len(usable):,}")
     return triplets
+
+
+def _read_names(path: Path) -> list[str]:
+    """Read the names of the images of a split. Raises as `fashioniq`."""
+    try:
+        return [image_key(name) for name in read_json(path)]
+    except TypeError:
+        raise DataError(f"{path}: expected a list of names of images; give the file as distributed") from None
 
 
 def _read_queries(path: Path, subset: str, split: ReportedSplit) -> list[_Query]:
     queries = []
     try:
         for pair in read_json(path):
-            texts = [text.strip() for text in pair["captions"]]
+            captions = pair["captions"]
+            texts = [clean_text(caption) for caption in ([captions] if isinstance(captions, str) else captions)]
             text = " and ".join(text for text in texts if text)
-            target = None if split == "test" else pair["target"]
-            queries.append(_Query(subset, pair["candidate"], target, text))
-    except (AttributeError, KeyError, TypeError):
+            target = None if split == "test" else image_key(pair["target"])
+            queries.append(_Query(subset, image_key(pair["candidate"]), target, text))
+    except (KeyError, TypeError):
         fields = "candidate, target and captions"
         raise DataError(f"{path}: expected a list of pairs with {fields}; give the file as distributed") from None
     return queries

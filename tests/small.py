@@ -61,7 +61,8 @@ def export_fashiongen(folder, train_products, image_size=32):
         with h5py.File(folder / FILES[split], "w") as file:
             images = np.stack([np.asarray(image) for image in dataset.images])
             file.create_dataset("input_image", data=images, chunks=(1, *images.shape[1:]))
-            file["input_productID"] = dataset.product_ids.astype(np.int32)[:, None]
+            first_id = 0 if split == "train" else 1_000_000  # no id is in both files
+            file["input_productID"] = first_id + dataset.product_ids.astype(np.int32)[:, None]
             for key, values in texts.items():
                 file[f"input_{key}"] = np.array([text.encode("iso-8859-1") for text in values])[:, None]
 
