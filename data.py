@@ -301,8 +301,8 @@ def build_tokenizer(
         prompt_words = list(dict.fromkeys(all_prompts.split()))
     words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, prompt_words)
     without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-    strip_accents = vocab is not None and all(without_accents.normalize_str(word) == word for word in words)
-    tokenizer = _bert_tokenizer(words, strip_accents)
+    accented = sum(without_accents.normalize_str(word) != word for word in words)  # of BERT's uncased vocabulary 0
+    tokenizer = _bert_tokenizer(words, strip_accents=vocab is not None and accented <= len(words) / 50)  # our choice
     tokenizer.add_special_tokens(special_tokens)
     cls_id = tokenizer.token_to_id("[CLS]")
     sep_id = tokenizer.token_to_id("[SEP]")

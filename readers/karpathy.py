@@ -40,7 +40,8 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
                 if caption:
                     captions.append(caption)
                     image_index.append(len(image_paths))
-                empty_captions += not caption
+                else:
+                    empty_captions += 1
             image_paths.append(image_path)
     except (AttributeError, KeyError, TypeError):
         fields = "filename, split, and sentences with a text raw"

@@ -29,10 +29,11 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
     words = sorted(trained.get_vocab(), key=trained.token_to_id)
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     read = build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.txt")
-    reference = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
     texts = TEXTS + wardrobe.captions[:50]
-    expected = reference(texts, padding=True, truncation=True, max_length=32)
-    for tokenizer in (read, trained, data.Tokenizer.from_str(read.to_str())):
+    for tokenizer in (trained, read, data.Tokenizer.from_str(read.to_str())):
+        # a vocabulary of the captions keeps their accents
+        reference = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), strip_accents=tokenizer is not trained)
+        expected = reference(texts, padding=True, truncation=True, max_length=32)
         encoded = data.tokenize(tokenizer, [("", text) for text in texts])
         assert encoded["token_ids"].tolist() == expected["input_ids"]
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]

@@ -286,6 +286,15 @@ def test_accents_are_stripped_for_a_vocabulary_that_is_given(tmp_path):
     assert tokenizer.encode("Été").tokens[1] == "ete"
 
 
+@pytest.mark.parametrize("text", ["バッグ", "हिन्दी", "une robe d’été brodée"])
+def test_a_vocabulary_of_captions_is_read_back_with_its_accents(tmp_path, text):
+    trained = build_tokenizer([text, f"{text} neu"], 200, 16)
+    words = sorted(trained.get_vocab(), key=trained.token_to_id)
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    read = build_tokenizer([], 0, 16, vocab=tmp_path / "vocab.txt")
+    assert read.encode(text).ids == trained.encode(text).ids
+
+
 QUERIES = [
     "红色连衣裙",
     "赤いドレス",

@@ -122,8 +122,8 @@ def test_jsonl_pads_to_a_white_square_and_honours_transparency(tmp_path):
     "line, message",
     [
         (b"{broken", "line 1: not JSON"),
-        (b"\xff\xfe\x00", "line 1: not JSON"),
-        (b"[1]", "line 1: expected a JSON object"),
+        (b"\xff\xfe\x00", "line 1: not UTF-8 text"),
+        (b"[1]", "item 1: expected a JSON object"),
         (b'{"image": "0.png", "caption": ["x"], "product_id": 1}', "field caption"),
         (b'{"image": "0.png", "caption": "x"}', "field product_id"),
         (b'{"image": "0.png", "caption": "x", "product_id": 1}', "train split; it has too few products"),

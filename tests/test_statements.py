@@ -108,7 +108,7 @@ def test_karpathy_splits_have_several_captions_an_image(tmp_path):
     train, val, test = (data.build_dataset("coco", tmp_path, split, 32) for split in ("train", "val", "test"))
     assert train.captions == ["a", "b", "c"] and train.product_ids.tolist() == [0, 0, 1]
     assert train.report() == "3 captions of 2 images, 1 left out (image train2014/4.jpg is missing)"
-    assert val.report() == "2 captions of 1 images" and len(test) == 5
+    assert val.report() == "2 captions of 1 images, empty captions: 1" and len(test) == 5
     assert distinct_image_rows(train).tolist() == [0, 2]
     assert distinct_image_rows(train.subset(np.array([1, 2]))).tolist() == [0, 1]
     captions, image_products, caption_products = retrieval_captions(train, np.array([2]))
