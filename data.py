@@ -314,7 +314,7 @@ def build_tokenizer(
     return tokenizer
 
 
-def _bert_tokenizer(words: list[str], strip_accents: bool) -> Tokenizer:
+def _bert_tokenizer(words: list[str], strip_accents: bool = True) -> Tokenizer:
     """Build a tokenizer that splits texts as BERT's does.
 
     words: its vocabulary, in order of id

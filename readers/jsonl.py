@@ -47,6 +47,14 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDat
     return dataset
 
 
+def _read_product_ids(path: Path) -> set[str]:
+    """Read the product ids of a training file; none where it cannot be read, which training reports."""
+    try:
+        return {clean_text(record.get("product_id")) for _, record in read_json_lines(path)}
+    except (OSError, DataError):
+        return set()
+
+
 def _read_records(path: Path) -> tuple[list[dict], list[str]]:
     """Read the lines of a file. Raises as `jsonl`. -> usable records with a `path`, a problem for each other line"""
     records = []
@@ -69,14 +77,6 @@ def _read_records(path: Path) -> tuple[list[dict], list[str]]:
         else:
             records.append(record)
     return records, problems
-
-
-def _read_product_ids(path: Path) -> set[str]:
-    """Read the product ids of a training file; none where it cannot be read, which training reports."""
-    try:
-        return {clean_text(record.get("product_id")) for _, record in read_json_lines(path)}
-    except (OSError, DataError):
-        return set()
 
 
 def choose_held_out(products: list[str], seed: int) -> set[str]:
