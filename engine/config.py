@@ -103,7 +103,9 @@ class TrainConfig(LoopConfig):
     soft_mask: bool = option(True, "add a positive ITM pair whose image has the patches of one word suppressed")
     mask_text: bool = option(True, "use masked captions for ITC and ITM, too, not for MLM alone")
 
-    vocab: str | None = option(None, "a BERT vocab.txt (default: train a vocabulary on the captions)")
+    vocab: str | None = option(
+        None, "BERT's vocab.txt or tokenizer.json, or a folder with one (default: train a vocabulary on the captions)"
+    )
     weights: tuple[str, ...] = option((), "published weights to start from: ViT, BERT (needs --vocab), or ALBEF")
 
 
