@@ -285,7 +285,8 @@ def convert(table: Table, templates: dict[str, Template], output: Output, val_sh
         if not images and not missing:
             problems.append(f"{location}: the image is empty")
     if not records:
-        raise DataError(f"{table.path}: no usable row; {'; '.join(problems[:3]) or 'it has none'}")
+        reasons = "; ".join(problems[:3]) or "it has none"
+        raise DataError(f"{table.path}: no usable row ({reasons}); check the file, --image and --caption")
     return _write_splits(records, problems, output.folder, val_share)
 
 
@@ -326,8 +327,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--product", help="what views of a product share, such as {id} (default: the row)", **template)
     for name in ATTRIBUTES:
         parser.add_argument(f"--{name}", help=f"{name} of the product, optional", **template)
-    parser.add_argument("--out", type=Path, default=Path("data/jsonl"), help="folder to write (default data/jsonl)")
-    parser.add_argument("--val-share", type=float, help="share of the products in val.jsonl (default: no such file)")
+    default = Path("data/jsonl")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=default, help=f"to write (default {default})")
+    parser.add_argument(
+        "--val-share", type=float, metavar="SHARE", help="share of the products in val.jsonl (default: no such file)"
+    )
     parser.add_argument("--copy", action="store_true", help="copy image files instead of linking them")
 
 

@@ -300,11 +300,11 @@ def test_separators_encodings_and_ends_of_lines(tmp_path, encoding, separator, e
         (b"image,caption\n1.jpg,\x81\xe9\n", "a.csv line 2: neither UTF-8 nor latin-1"),
         ("image,caption\n1.jpg,red\n".encode("utf-16-le"), "a.csv: holds zero bytes, so it is no text file"),
         (b"", "a.csv has no column image; its columns are"),
-        (b"image,caption\n", "a.csv: no usable row; it has none"),
+        (b"image,caption\n", "a.csv: no usable row (it has none); check the file"),
         (b"image,Caption,x\n1.jpg,red,\n", "--caption: "),
         (b"image,caption,image\n1.jpg,red,2.jpg\n", "--image: "),
         (b"image,caption\nhttps://a.b/1.jpg,red\n", "https://a.b/1.jpg is a web address; download the images"),
-        (b"image,caption\n2.jpg,red\n", "a.csv: no usable row; line 2: image 2.jpg is missing"),
+        (b"image,caption\n2.jpg,red\n", "a.csv: no usable row (line 2: image 2.jpg is missing"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, message):
