@@ -140,7 +140,7 @@ def read_parquet(paths: list[Path], columns: set[str]) -> Table:
     """Open Parquet files. Rows are read one part after the other, since their images may need much memory.
 
     columns: names that the templates use; others are not read
-    Raises OSError where a file cannot be read, DataError where it is damaged or the package pyarrow is missing.
+    Raises DataError where a file is missing or damaged, or the package pyarrow is missing.
     """
     try:
         import pyarrow
@@ -156,14 +156,16 @@ def read_parquet(paths: list[Path], columns: set[str]) -> Table:
                     for record in part.to_pylist():
                         number += 1
                         yield f"{path.name} row {number}", {name: unwrap(value) for name, value in record.items()}
-            except pyarrow.ArrowException as error:
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise _damaged(path, error) from None
 
     files = {}
     for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check --parquet")
         try:
             files[path] = parquet.ParquetFile(path)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise _damaged(path, error) from None
     schemas = [file.schema_arrow.names for file in files.values()]
     in_all_files = [name for name in schemas[0] if all(name in names for names in schemas)]
