@@ -9,6 +9,7 @@ V vocabulary, K region masks of an image.
 """
 
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,9 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.flags import OneLineParser, in_one_line
 from masking import maskable_words
+from readers.convert import add_flags, convert_command
 from readers.dataset import DataError, GroundTruth, PairDataset, ReportedSplit, Unreadable
 from readers.fashiongen import fashiongen
 from readers.files import read_text
@@ -288,7 +291,8 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Build a WordPiece tokenizer as BERT's, which adds [CLS] and [SEP], truncates and pads.
 
-    vocab: a BERT `vocab.txt`; otherwise a vocabulary of up to vocab_size tokens is trained on the captions
+    vocab: a `vocab.txt` or `tokenizer.json` of a BERT that lower-cases, or a folder with one; otherwise a vocabulary of
+        up to vocab_size tokens is trained on the captions
     max_length: tokens after which a text is truncated; texts are padded to the longest one of a batch
     prompts: add the category symbols as the last tokens, and every word of the prompts as one token
     Raises OSError where `vocab` cannot be read, DataError where it is no such file.
@@ -327,18 +331,68 @@ def _bert_tokenizer(words: list[str], strip_accents: bool = True) -> Tokenizer:
     return tokenizer
 
 
+VOCABULARY_ADVICE = "give the vocab.txt or tokenizer.json of a WordPiece tokenizer that lower-cases, as BERT's"
+
+
 def _read_vocabulary(path: str | Path) -> list[str]:
-    """Read a BERT `vocab.txt`, one word a line. Raises DataError for another file."""
-    words = read_text(Path(path)).rstrip("\n").split("\n")
+    """Read the words of a `vocab.txt`, of a `tokenizer.json`, or of a folder with one of them, in order of id.
+
+    Raises OSError where the file cannot be read.
+    Raises DataError for another file, and for a tokenizer that does not split texts as BERT's lower-casing one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+        if not files:
+            raise DataError(f"{path}: holds neither tokenizer.json nor vocab.txt; {VOCABULARY_ADVICE}")
+        path = files[0]
+    content = read_text(path)
+    words = _words_of_tokenizer(path, content) if path.suffix == ".json" else content.rstrip("\n").split("\n")
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
-        raise DataError(f"{path}: not a BERT vocab.txt, it lacks {', '.join(missing)}; give another file")
+        raise DataError(f"{path}: not a BERT vocabulary, it lacks {', '.join(missing)}; {VOCABULARY_ADVICE}")
     if len(words) == len(SPECIAL_TOKENS):
         raise DataError(f"{path}: it has no word but the special tokens; give another file")
     duplicates = [word for word, count in Counter(words).items() if count > 1]
     if duplicates:
         raise DataError(f"{path}: {duplicates[0]!r} stands on several lines, so ids would have gaps; keep one of them")
+    capitalized = [word for word in words if word != word.lower() and not word.startswith("[")]
+    if len(capitalized) > len(words) / 10:
+        raise DataError(f"{path}: a cased vocabulary, with words such as {capitalized[0]!r}; {VOCABULARY_ADVICE}")
     return words
+
+
+def _words_of_tokenizer(path: Path, content: str) -> list[str]:
+    """Return the words of a `tokenizer.json`, in order of id.
+
+    Raises DataError for a tokenizer of another kind than BERT's lower-casing WordPiece.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as error:  # the library has no narrower kind
+        raise DataError(f"{path}: not a tokenizer.json ({error}); {VOCABULARY_ADVICE}") from None
+    kind = type(tokenizer.model).__name__
+    if kind != "WordPiece":
+        raise DataError(f"{path}: a {kind} tokenizer; {VOCABULARY_ADVICE}")
+    ids = tokenizer.get_vocab()
+    words = sorted(ids, key=ids.get)
+    if max(ids.values(), default=-1) != len(ids) - 1 or tokenizer.model.continuing_subword_prefix != "##":
+        raise DataError(f"{path}: its ids have gaps, or its pieces do not begin with ##; {VOCABULARY_ADVICE}")
+    probe = "Robe d'Été, 日本!"
+    splits = _split(tokenizer, probe)
+    if splits != _split(_bert_tokenizer(words), probe):
+        name = "a cased WordPiece tokenizer" if "Robe" in splits else "not BERT's tokenizer"
+        raise DataError(f"{path}: {name}, it splits {probe!r} into {splits}; {VOCABULARY_ADVICE}")
+    return words
+
+
+def _split(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Split a text to words, as a tokenizer does before it looks for their pieces."""
+    if tokenizer.normalizer:
+        text = tokenizer.normalizer.normalize_str(text)
+    if not tokenizer.pre_tokenizer:
+        return [text]
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _train_vocabulary(captions: list[str], size: int, prompt_words: list[str]) -> list[str]:
@@ -486,3 +540,25 @@ def _folder(name: str, root: str | Path | None) -> Path:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of the {name} files with --root")
     return folder
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, `python data.py convert`. Errors end the process with one line."""
+    parser = OneLineParser("data.py", description="Make a folder for --data jsonl of a table.", allow_abbrev=False)
+    parser.add_argument("command", choices=["convert"])
+    add_flags(parser)
+    flags = parser.parse_args(argv)
+    try:
+        print(convert_command(flags))
+    except (DataError, OSError) as error:
+        sys.exit(f"data.py: {in_one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped")
+    print(f"next: python train.py --data jsonl --root {flags.out} --preset tiny --epochs 10")
+
+
+if __name__ == "__main__":
+    main()

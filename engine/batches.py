@@ -103,7 +103,7 @@ def augmented(run: Run, batch: dict) -> dict:
 def learn_vocabulary(config: TrainConfig, dataset: PairDataset) -> Tokenizer:
     """Build the tokenizer of a new run: from --vocab if it is given, otherwise trained on the captions.
 
-    Raises DataError where --vocab is no BERT vocab.txt.
+    Raises OSError and DataError where --vocab cannot be used.
     """
     captions = []
     if not config.vocab:

@@ -16,6 +16,7 @@ from engine.flags import (
     check_ranges,
     option,
 )
+from engine.sizes import sizes_from_folders
 from losses import NegativeMode
 from masking import MaskSource
 from model import PRESETS, ModelConfig
@@ -103,8 +104,13 @@ class TrainConfig(LoopConfig):
     soft_mask: bool = option(True, "add a positive ITM pair whose image has the patches of one word suppressed")
     mask_text: bool = option(True, "use masked captions for ITC and ITM, too, not for MLM alone")
 
-    vocab: str | None = option(None, "a BERT vocab.txt (default: train a vocabulary on the captions)")
+    vocab: str | None = option(
+        None, "BERT's vocab.txt or tokenizer.json, or a folder with one (default: train a vocabulary on the captions)"
+    )
     weights: tuple[str, ...] = option((), "published weights to start from: ViT, BERT (needs --vocab), or ALBEF")
+    sizes_from: tuple[str, ...] = option(
+        (), "folders with the config.json of a ViT or BERT, which sets the model's sizes"
+    )
 
 
 SCHEDULES = {
@@ -177,7 +183,7 @@ MAX_GRAD_NORM = 1.0
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
-    """Parse the command line of train.py. Precedence: defaults < preset < recipe < flags.
+    """Parse the command line of train.py. Precedence: defaults < preset < recipe < --sizes-from < flags.
 
     -> the config, and the names of the fields whose flags were given
     Raises ConfigError for flags that contradict each other; a flag that cannot be parsed ends the process.
@@ -198,10 +204,10 @@ def parse_config(argv: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
 
 
 def layer_config(given: dict) -> TrainConfig:
-    """Build the config of a run and its model: defaults < preset < recipe < flags.
+    """Build the config of a run and its model: defaults < preset < recipe < --sizes-from < flags.
 
     given: field -> value, of the flags that were given
-    Raises ConfigError for an unknown recipe and for model sizes that do not fit together.
+    Raises ConfigError for an unknown recipe, for model sizes that do not fit together, and as `sizes_from_folders`.
     """
     data = given.get("data", "synthetic")
     preset = given.get("preset", DEFAULT_PRESET[data])
@@ -216,8 +222,10 @@ def layer_config(given: dict) -> TrainConfig:
     values.update(RECIPE_DEFAULTS.get(f"{recipe} {preset}", {}))
     if "steps" in given or "epochs" in given:  # the given one replaces the preset's
         values.update(steps=None, epochs=None)
-    if "vision_layers" in given:
+    sizes_from = sizes_from_folders(given.get("sizes_from", ()), PRESETS[preset])
+    if "vision_layers" in given or "vision_layers" in sizes_from:
         values.pop("patch_layer", None)  # the recipe's value counts on the preset's number of layers
+    values.update(sizes_from)
     values.update(given)
 
     size_names = {spec.name for spec in fields(ModelConfig)}

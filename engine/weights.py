@@ -12,6 +12,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine.sizes import check_sizes
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import DataError
 from readers.files import LFS_ADVICE, is_lfs_pointer
@@ -84,11 +85,13 @@ class LoadReport:
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
     missing: list[str] = field(default_factory=list)
     kinds: dict[str, str | Path] = field(default_factory=dict)  # whole, ViT or BERT -> the file
+    hints: list[str] = field(default_factory=list)  # flags that would load more
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.missing)} missing"]
         lines += [f"  skipped {name}: {reason}" for name, reason in list(self.skipped.items())[:8]]
         lines += [f"  missing {name}" for name in self.missing[:8]]
+        lines += [f"  {hint}" for hint in self.hints]
         return "\n".join(lines)
 
 
@@ -143,6 +146,7 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
         whole: a checkpoint of ALBEF, or a file of experiments/export.py
     Raises DataError if a file cannot be read, is of no kind or of another file's kind, or has no tensor that fits.
+    Raises ConfigError if its width, heads or patch size are not the model's, with the flags that would fit.
     """
     report = LoadReport()
     for path in files:
@@ -154,6 +158,8 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         if kind in report.kinds:
             raise DataError(f"{path}: a {kind} file like {report.kinds[kind]}; give files of different kinds")
         report.kinds[kind] = path
+        tensors = {_as_in_table(name, kind): tensor for name, tensor in state.items()}
+        report.hints += check_sizes(Path(path), kind, tensors, model.config)
         renamed = _rename(split_qkv(state), kind, model, report)
         _fit_positions(renamed, model.config)
         loaded = _copy_fitting(renamed, model, report)

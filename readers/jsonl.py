@@ -79,11 +79,11 @@ def _read_records(path: Path) -> tuple[list[dict], list[str]]:
     return records, problems
 
 
-def choose_held_out(products: list[str], seed: int) -> set[str]:
-    """Choose a tenth of the products for validation, one at least, by a hash of the seed and the product."""
+def choose_held_out(products: list[str], seed: int, share: float = 0.1) -> set[str]:
+    """Choose a share of the products for validation, one at least, by a hash of the seed and the product."""
     hashes = {product: hashlib.sha256(f"{seed}:{product}".encode()).digest() for product in products}
     by_hash = sorted(hashes, key=hashes.get)
-    return set(by_hash[: max(1, len(by_hash) // 10)])
+    return set(by_hash[: max(1, int(len(by_hash) * share))])
 
 
 def _optional_text(record: dict, field: str) -> str:

@@ -1,11 +1,13 @@
 """Tokenizer, informative words, collation with ground truth, augmentation."""
 
+import json
 import types
 from dataclasses import replace
 
 import pytest
 import torch
 from small import FAST
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertTokenizerFast
 
 import data
@@ -39,6 +41,82 @@ def test_tokenizer_equals_bert_tokenizer_fast(tmp_path, wardrobe):
         assert encoded["attention_mask"].tolist() == expected["attention_mask"]
     assert not encoded["is_caption"][3].any() and encoded["is_caption"][0].sum() > 3
     assert not (encoded["is_caption"] & ~encoded["attention_mask"].bool()).any()
+
+
+def saved_tokenizer(folder, model, **settings):
+    """Write the tokenizer.json of a model. settings: its normalizer and pre_tokenizer, otherwise as BERT's"""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = settings.get("normalizer", normalizers.BertNormalizer(lowercase=True))
+    tokenizer.pre_tokenizer = settings.get("pre_tokenizer", pre_tokenizers.BertPreTokenizer())
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("has_type", [True, False])
+def test_a_published_tokenizer_json_gives_the_same_tokens(tmp_path, wardrobe, has_type):
+    """As published: with a template, truncation and padding of its own; the first versions named no type of model."""
+    trained = build_tokenizer(wardrobe.captions + TEXTS[:2], 300, 32)
+    words = sorted(trained.get_vocab(), key=trained.token_to_id)
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    reference = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    reference(TEXTS, padding="max_length", truncation=True, max_length=7)  # leaves both settings in the file
+    folder = tmp_path / "minilm"
+    reference.save_pretrained(folder)
+    assert not (folder / "vocab.txt").exists()
+    if not has_type:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        del content["model"]["type"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    expected = reference(TEXTS, padding=True, truncation=True, max_length=32)["input_ids"]
+    for vocab in (folder, folder / "tokenizer.json", tmp_path):
+        tokenizer = build_tokenizer([], 0, 32, vocab=vocab)
+        assert data.tokenize(tokenizer, [("", text) for text in TEXTS])["token_ids"].tolist() == expected
+
+
+WORDS = {word: number for number, word in enumerate([*data.SPECIAL_TOKENS, "red", "##s", "dress"])}
+CASED = {word: number for number, word in enumerate([*data.SPECIAL_TOKENS, "Red", "##s", "Dress"])}
+BERT_MODEL = models.WordPiece(WORDS, unk_token="[UNK]")
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (models.BPE(WORDS, []), {}, "a BPE tokenizer; give the vocab.txt or tokenizer.json of a WordPiece"),
+        (models.Unigram([(word, -1.0) for word in WORDS], 1), {}, "a Unigram tokenizer; "),
+        (models.WordLevel(WORDS, unk_token="[UNK]"), {}, "a WordLevel tokenizer; "),
+        (
+            BERT_MODEL,
+            {"normalizer": normalizers.BertNormalizer(lowercase=False)},
+            "a cased WordPiece tokenizer, it splits",
+        ),
+        (BERT_MODEL, {"normalizer": None}, "a cased WordPiece tokenizer"),
+        (BERT_MODEL, {"normalizer": normalizers.Lowercase()}, "not BERT's tokenizer, it splits"),
+        (BERT_MODEL, {"pre_tokenizer": pre_tokenizers.WhitespaceSplit()}, "not BERT's tokenizer"),
+        (BERT_MODEL, {"pre_tokenizer": None}, "not BERT's tokenizer"),
+        (models.WordPiece(CASED, unk_token="[UNK]"), {}, "a cased vocabulary, with words such as 'Red'"),
+        (models.WordPiece(WORDS | {"far": 99}, unk_token="[UNK]"), {}, "its ids have gaps"),
+        (
+            models.WordPiece(WORDS, unk_token="[UNK]", continuing_subword_prefix="@"),
+            {},
+            "its pieces do not begin with ##",
+        ),
+        (models.WordPiece({"<unk>": 0, "red": 1}, unk_token="<unk>"), {}, r"it lacks \[PAD\], \[UNK\]"),
+    ],
+)
+def test_another_tokenizer_is_refused_with_its_kind(tmp_path, model, settings, message):
+    saved_tokenizer(tmp_path, model, **settings)
+    for vocab in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(data.DataError, match=f"tokenizer.json: .*{message}"):
+            build_tokenizer([], 0, 32, vocab=vocab)
+
+
+def test_what_is_no_vocabulary_is_refused(tmp_path):
+    with pytest.raises(data.DataError, match="holds neither tokenizer.json nor vocab.txt"):
+        build_tokenizer([], 0, 32, vocab=tmp_path)
+    (tmp_path / "vocab.json").write_text('{"red": 0}')  # of a BPE tokenizer
+    with pytest.raises(data.DataError, match="vocab.json: not a tokenizer.json"):
+        build_tokenizer([], 0, 32, vocab=tmp_path / "vocab.json")
+    with pytest.raises(data.DataError, match="vocab.txt: a cased vocabulary, with words such as 'Red'"):
+        build_tokenizer([], 0, 32, vocab=vocabulary(tmp_path, ["Red", "dress", "Shirt"]))
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch_only(wardrobe):
@@ -192,5 +270,5 @@ def test_augment_crops_the_given_share_and_flips_half():
 
 def test_a_vocabulary_lacks_no_special_token(tmp_path):
     (tmp_path / "vocab.txt").write_text("red\ndress\n")
-    with pytest.raises(data.DataError, match=r"vocab.txt: not a BERT vocab.txt, it lacks \[PAD\], \[UNK\]"):
+    with pytest.raises(data.DataError, match=r"vocab.txt: not a BERT vocabulary, it lacks \[PAD\], \[UNK\]"):
         build_tokenizer([], 60, 32, vocab=tmp_path / "vocab.txt")

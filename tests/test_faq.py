@@ -40,7 +40,7 @@ def test_every_answer_has_a_thread_and_something_that_shows_it():
 
 def test_flags_are_flags(capsys):
     known = {"--nproc-per-node", "--shutdown-timeout"}  # torchrun's
-    for script in ("train", "finetune"):
+    for script in ("train", "finetune", "data"):
         with pytest.raises(SystemExit):
             __import__(script).main(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))

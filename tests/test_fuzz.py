@@ -10,14 +10,16 @@ import typing
 from dataclasses import fields
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from small import checkpoint, run
 
-from data import Collate, build_tokenizer, informative_pieces
+from data import Collate, build_tokenizer, informative_pieces, main
 from engine.checkpoints import CHECKPOINT_KEYS, load_checkpoint
 from engine.config import TrainConfig, parse_config
 from engine.flags import ConfigError, flag_of
@@ -153,3 +155,27 @@ def test_damaged_checkpoints(tmp_path_factory, data):
     path.write_bytes(damage(data, whole.getvalue()))
     state = read_or_refused(lambda: load_checkpoint(path))
     assert state is None or torch.equal(state["model"]["weights"], weights)
+
+
+TEMPLATES = st.lists(
+    st.sampled_from(["{a}", "{b}", "{c~b.}", "{a[1:]}", "{", "}", "*", "/", "..", "x", "{b[:", "~(}"]), max_size=4
+)
+TABLE = '[{"a": "1.png", "b": "red"}, {"a": ["2.png", "1.png"], "b": "blue", "c": 3.0}]'
+
+
+@fuzzed
+@given(data=st.data(), kind=st.sampled_from(["csv", "json", "parquet"]))
+def test_damaged_tables_and_templates(data, kind, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    path = folder / f"table.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({"a": ["1.png", "2.png"], "b": ["red", None], "c": [1.5, 2.0]}), path)
+    else:
+        path.write_text(TABLE if kind == "json" else 'a;b;c\r\n1.png;"red";1\r\n2.png;Été;\r\n')
+    path.write_bytes(damage(data, path.read_bytes()))
+    template = TEMPLATES.map("".join)
+    image, caption = data.draw(st.just("{a}") | template), data.draw(st.just("{b}") | template)
+    flags = ["convert", f"--{kind}", str(path), f"--image={image}", f"--caption={caption}"]
+    read_or_refused(lambda: main([*flags, "--out", str(folder / "out")]))
