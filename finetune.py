@@ -99,7 +99,7 @@ def train_retrieval(config: FinetuneConfig, source: dict, dataset: PairDataset, 
 def retrieval_losses(run: Run, batch: dict) -> tuple[Values, Values]:
     """Compute ITC + ITM, as in pretraining but without masks. -> losses, metrics"""
     model, ids, attention_mask = run.model, batch["token_ids"], batch["attention_mask"]
-    _, _, image_feat_m, text_feat_m = encode_momentum(run, batch)
+    _, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # encode
     image_embeds = model.vision(batch["images"])  # (B, N, D)

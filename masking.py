@@ -1,20 +1,18 @@
 """Every mask: what may be masked, random, synchronized, soft and oracle masks, what replaces a masked word, and how
 masks are measured against the ground truth.
 
-Functions on tensors. Masks are boolean, True = masked. Every draw takes a generator on the tensors' device.
+Functions on tensors. Masks are boolean, True = masked; soft masks lie in [0, 1]. Every draw takes a generator on the
+tensors' device.
 
-Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, D width, V vocabulary.
+Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, D width, V vocabulary, M masked
+tokens or patches, X tokens or patches. The suffix _m marks what the momentum encoder computes.
 """
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import VisionLanguageModel
-
-MaskSource = Literal["masked", "clean"]
 
 # What may be masked. `maskable` (B, L) gives each token the place of its word's first piece, counted from 1, or 0 where
 # the token must stay. Tokens with the same number are one word, masked together:
@@ -76,17 +74,10 @@ def mask_patches(scores: Tensor, ratio: float) -> Tensor:
     return topk_mask(scores, every_patch, patch_count(scores.shape[1], ratio))
 
 
-def break_ties(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Add noise far below any real difference, so that exact ties do not always fall to the first. (B, X) -> (B, X)"""
-    largest = scores.abs().amax(dim=1, keepdim=True)
-    noise = torch.randn(scores.shape, device=scores.device, generator=generator)
-    return scores + (1e-7 * largest).clamp(min=1e-30) * noise
-
-
 def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Gather the masked tokens of some tensors (B, L, …), as x[mask] does. -> (M, …) each
 
-    A GPU is asked only once how many there are, and not again in the backward pass.
+    The CPU waits only once for the GPU to count them, and not again in the backward pass.
     """
     masked = mask.flatten().nonzero().squeeze(1)
     return [x.flatten(0, 1).index_select(0, masked) for x in tensors]
@@ -114,97 +105,62 @@ def random_patch_mask(
 
 
 def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """List the patches that a mask (B, P) made with this ratio leaves, and those that it masks. -> (B, K), (B, M)
+    """List the indices of the patches that a mask (B, P) leaves, and of those that it masks. -> (B, K), (B, M)
 
-    The indices are sorted rather than searched for, since a search would wait for a GPU to count them."""
+    ratio: the share that the mask was made with. Sorting, unlike nonzero(), does not make the CPU wait for the GPU.
+    """
     patches = patch_mask.shape[1]
     kept = patches - patch_count(patches, ratio)
     kept_first = patch_mask.byte().argsort(dim=1, stable=True)
     return kept_first[:, :kept], kept_first[:, kept:]
 
 
-# Synchronized masks: the image gain scores words, the attention of the masked words scores patches
+# Synchronized masks: words are scored by how much the image helps to predict them, patches by the attention of the
+# masked words
 
 
 @torch.no_grad()
-def clean_attention(
-    momentum: VisionLanguageModel, batch: dict, image_kv: list[Tensor], text_embeds_m: Tensor
-) -> list[Tensor]:
-    """Compute the momentum encoder's cross-attention of the clean pair, the plainest reading of SyncMask.
-
-    batch: attention_mask (B, L) · image_kv: by `FusionEncoder.project_image_kv` · text_embeds_m (B, L, D)
-    -> one map (B, h, L, N) a fusion layer
-    """
-    _, attentions = momentum.fusion(text_embeds_m, batch["attention_mask"], image_kv, return_attention=True)
-    return attentions
-
-
-@torch.no_grad()
-def masked_attention(
+def score_masked_words(
     momentum: VisionLanguageModel,
     batch: dict,
-    image_kv: list[Tensor],
+    image_kv_m: list[Tensor],
+    masked: Tensor,
     mask_id: int,
-    generator: torch.Generator | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """Compute the momentum encoder's cross-attention of each word while the word is masked, and how well it is
-    predicted (our choice). A word that is there needs not attend to the image; a masked word must. There are two
-    passes, and each masks one random half of the words.
-
-    The log-probabilities are log p(w | own image, rest of the caption) and log p(w | another image, rest of it).
-    batch: token_ids, attention_mask, maskable (B, L) · image_kv: by `FusionEncoder.project_image_kv`
-    -> one map (B, h, L, N) a fusion layer, log-probabilities (2, B, L)
-    """
-    ids, maskable = batch["token_ids"], batch["maskable"]
-    first_half = random_word_mask(maskable, 0.5, generator)  # (B, L)
-    second_half = (maskable > 0) & ~first_half
-    masked = torch.cat([first_half, second_half])  # (2B, L)
-    attention_mask = batch["attention_mask"].repeat(2, 1)
-    text_embeds = momentum.text(ids.repeat(2, 1).masked_fill(masked, mask_id), attention_mask)  # (2B, L, D)
-
-    own = torch.arange(len(ids), device=ids.device)
-    other = own.roll(len(own) // 2)  # far off, since neighbours are alike in grouped batches
-    fused, attentions = momentum.fusion(
-        text_embeds, attention_mask, image_kv, image_index=own.repeat(2), return_attention=True
-    )
-    fused_other = momentum.fusion(text_embeds, attention_mask, image_kv, image_index=other.repeat(2))
-
-    # of each word the row of the pass in which it was masked
-    maps = []
-    for attention in attentions:
-        first_pass, second_pass = attention.chunk(2)  # (B, h, L, N) each
-        maps.append(torch.where(first_half[:, None, :, None], first_pass, second_pass))
-    # the vocabulary is predicted for the masked tokens alone, and each is masked in one of the two passes
-    tokens, tokens_other, labels = gather_masked(masked, fused, fused_other, ids.repeat(2, 1))  # (M, D), (M, D), (M,)
-    log_p = []
-    for x in (tokens, tokens_other):
-        losses = F.cross_entropy(momentum.mlm_logits(x).float(), labels, reduction="none")  # (M,)
-        first_pass, second_pass = torch.zeros(masked.shape, device=ids.device).masked_scatter(masked, -losses).chunk(2)
-        log_p.append(first_pass + second_pass)
-    return maps, torch.stack(log_p)
-
-
-@torch.no_grad()
-def score_words(
-    momentum: VisionLanguageModel,
-    batch: dict,
-    image_kv: list[Tensor],
-    text_embeds_m: Tensor,
-    mask_id: int,
-    source: MaskSource,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `sync_mask` reads: the attention (B, L, P) of words to patches, and a score (B, L) of each word.
+    """Score words while they are masked, by how much the image helps to predict them (our choice).
 
-    source `masked`: a word scores by the image gain of its first piece,
-    log p(w | own image, rest) − log p(w | another image, rest)
-    source `clean`: a word scores by how concentrated its attention is
+    score_w = log p(w | own image, c) − log p(w | another image, c),  c the caption in which w and others are masked
+    The attention is read in this pass too: a word that can be read needs not attend to the image, a masked word must.
+
+    batch: token_ids, attention_mask (B, L) · image_kv_m: by `FusionEncoder.project_image_kv` of the momentum encoder
+    masked (B, L) bool: the words to score
+    -> attention (B, L, P) of tokens to patches; scores (B, L), −∞ where not masked
     """
-    if source == "clean":
-        attention = average_attention(clean_attention(momentum, batch, image_kv, text_embeds_m))
-        return attention, concentration(attention)
-    attentions, log_p = masked_attention(momentum, batch, image_kv, mask_id, generator)
-    return average_attention(attentions), log_p[0] - log_p[1]
+    ids, attention_mask = batch["token_ids"], batch["attention_mask"]
+    text_embeds_m = momentum.text(ids.masked_fill(masked, mask_id), attention_mask)  # (B, L, D)
+    own = torch.arange(len(ids), device=ids.device)
+    another = own.roll(len(own) // 2)  # far away in the batch, since neighbours are similar in grouped batches
+    fused_m, attentions = momentum.fusion(text_embeds_m, attention_mask, image_kv_m, return_attention=True)
+    fused_other_m = momentum.fusion(text_embeds_m, attention_mask, image_kv_m, image_index=another)
+
+    tokens, tokens_other, labels = gather_masked(masked, fused_m, fused_other_m, ids)  # (M, D), (M, D), (M,)
+    log_p = -F.cross_entropy(momentum.mlm_logits(tokens).float(), labels, reduction="none")  # (M,)
+    log_p_other = -F.cross_entropy(momentum.mlm_logits(tokens_other).float(), labels, reduction="none")
+    scores = torch.full(ids.shape, -torch.inf, device=ids.device)
+    scores = scores.masked_scatter(masked, log_p - log_p_other)
+    return average_attention(attentions), scores
+
+
+@torch.no_grad()
+def score_clean_words(momentum: VisionLanguageModel, batch: dict, image_kv_m: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Score words by how concentrated their attention is in the unmasked pair, the plainest reading of SyncMask.
+
+    batch, image_kv_m: as `score_masked_words` -> attention (B, L, P), scores (B, L)
+    """
+    text_embeds_m = momentum.text(batch["token_ids"], batch["attention_mask"])
+    _, attentions = momentum.fusion(text_embeds_m, batch["attention_mask"], image_kv_m, return_attention=True)
+    attention = average_attention(attentions)
+    return attention, concentration(attention)
 
 
 def average_attention(attentions: list[Tensor]) -> Tensor:
@@ -220,8 +176,8 @@ def average_attention(attentions: list[Tensor]) -> Tensor:
 def concentration(attention: Tensor) -> Tensor:
     """Score words by how concentrated their attention (B, L, P) is. -> (B, L)
 
-    Our choice: the negative entropy over the patches, minus a penalty for attention that falls on no patch, but on
-    the image CLS, or on which the layers do not agree.
+    Our choice: the negative entropy over the patches, plus the logarithm of their total attention. The total is low
+    where much attention falls on the image CLS, or where the layers disagree.
 
     Σ_p q log A[w, p] = −H(q) + log Σ_p A[w, p],   q = A[w, p] / Σ_p A[w, p]
     """
@@ -236,26 +192,19 @@ def sync_mask(
     maskable: Tensor,
     patch_ratio: float,
     word_ratio: float,
-    pool: float = 0.0,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mask the words with the highest scores, and the patches that these words attend to most (SyncMask, Song et al.
-    2024; how words get their scores is our choice).
+    2024; how words get their scores, `score_masked_words`, is our choice).
 
-    attention (B, L, P), scores (B, L) of the words · maskable (B, L): what may be masked · patch_ratio, word_ratio:
-    shares to mask · pool: share of the words, with the highest scores, of which the masked words are drawn; above
-    word_ratio the masked words differ from epoch to epoch
+    attention (B, L, P), scores (B, L): of the words · maskable (B, L): words that may be masked
+    patch_ratio, word_ratio: shares to mask
     -> patch mask (B, P), word mask (B, L), with the exact counts of the random masks
     """
-    # the pool first, then words drawn inside it
-    best = mask_words(break_ties(scores, generator), maskable, max(pool, word_ratio))
-    draws = torch.rand(best.shape, device=best.device, generator=generator)
-    word_mask = mask_words(best + draws, maskable, word_ratio)
+    word_mask = mask_words(scores, maskable, word_ratio)
     # s_p = mean over masked tokens of A[w, p]
-    total = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    patch_scores = (attention * word_mask[..., None]).sum(dim=1) / total  # (B, P)
-    patch_mask = mask_patches(break_ties(patch_scores, generator), patch_ratio)
-    return patch_mask, word_mask
+    count = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    patch_scores = (attention * word_mask[..., None]).sum(dim=1) / count  # (B, P)
+    return mask_patches(patch_scores, patch_ratio), word_mask
 
 
 # Soft masks: cross-attention and its gradient -> how much each patch has to do with one word
@@ -289,7 +238,7 @@ def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
     """Scale the Grad-CAM of one word to a soft mask (Park & Han 2023). -> M (B, P) in [0, 1]
 
     Our choice: the mean over heads and the normalisation.
-    G = mean_h maps, in the row of the word, over the patches;   M = (G − min G) / (max G − min G + 1e-7)
+    G_p = mean over heads of maps[word, p];   M = (G − min G) / (max G − min G + 1e-7)
     maps (B, h, L, N) by `grad_cam`, image CLS first · word_index (B,): the token of the word
     """
     rows = torch.arange(len(maps), device=maps.device)
@@ -312,7 +261,7 @@ def oracle_mask(
     regions (B, L, P) bool: where the image shows what a token names · maskable (B, L): what may be masked
     -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words
     """
-    visible_words = maskable * regions.any(dim=2)
+    visible_words = torch.where(regions.any(dim=2), maskable, 0)  # all pieces of a word have its region
     word_mask = random_word_mask(visible_words, word_ratio, generator)
     shows_masked = (regions & word_mask[..., None]).any(dim=1).float()  # (B, P)
     shows_any = (regions & (maskable > 0)[..., None]).any(dim=1).float()

@@ -7,9 +7,8 @@ Legend of the dimension letters in shape comments
     B batch · N image tokens (CLS + patches) · P patches · K patches that are not masked · M masked patches
     L text tokens · D width · h heads · E shared embedding of the contrastive space · V vocabulary · p patch size
 
-Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1), registers (Darcet et
-al. 2024), local tokens and phrases (Fashion-FINE, Jin et al. 2024). Sizes and norms follow them, so published weights
-load.
+Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1), local tokens and
+phrases (Fashion-FINE, Jin et al. 2024). Sizes and norms follow them, so published weights load.
 """
 
 import copy
@@ -42,9 +41,6 @@ class ModelConfig:
     vision_layers: int = setting(4, "ViT layers")
     text_layers: int = setting(2, "text encoder layers")
     fusion_layers: int = setting(2, "fusion encoder layers")
-    patch_layer: int = setting(0, "ViT layer whose patch tokens are the output; 0: the last", low=0)
-    registers: int = setting(0, "register tokens in the ViT, dropped at its output", low=0)
-    cls_context: bool = setting(True, "the text also attends to the CLS token of the image", low=0)
     local_tokens: bool = setting(False, "patches and words have a share in the features, beside [CLS]", low=0)
     alignment: bool = setting(False, "align the category symbol and phrases with the image (C-CmA)", low=0)
     detector: bool = setting(False, "head that detects replaced words (RTD)", low=0)
@@ -68,8 +64,6 @@ class ModelConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of 4")
-        if self.patch_layer > self.vision_layers:
-            raise ValueError(f"patch_layer {self.patch_layer}: there are {self.vision_layers} ViT layers")
 
     @property
     def grid(self) -> int:
@@ -115,7 +109,6 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.skipped = 0  # so many tokens at the beginning of a context are left out
         self.qkv = nn.Linear(width, 3 * width)  # queries, keys and values, as in timm
         self.output = nn.Linear(width, width)
 
@@ -127,7 +120,7 @@ class Attention(nn.Module):
     def project_kv(self, context: Tensor) -> Tensor:
         """Compute the keys and values of a context (B, N, D), side by side. -> kv (B, N, 2D)"""
         width = context.shape[-1]
-        return F.linear(context[:, self.skipped :], self.qkv.weight[width:], self.qkv.bias[width:])
+        return F.linear(context, self.qkv.weight[width:], self.qkv.bias[width:])
 
     def forward(
         self,
@@ -160,14 +153,12 @@ class Attention(nn.Module):
             scores = scores.float()  # or masks made of the attention would depend on rounding
             if mask is not None:
                 scores = scores + torch.where(mask, 0.0, float("-inf"))
-            probabilities = scores.softmax(dim=-1)
-            if return_attention:
-                attention = F.pad(probabilities, [self.skipped, 0])  # skipped tokens have probability 0
-                probabilities = attention[..., self.skipped :]  # so Grad-CAM can take the gradient of `attention`
-            out = F.dropout(probabilities, dropout).to(v.dtype) @ v
+            attention = scores.softmax(dim=-1)
+            out = F.dropout(attention, dropout).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.output(rearrange(out, "b h l d -> b l (h d)")), attention
+        out = self.output(rearrange(out, "b h l d -> b l (h d)"))
+        return out, attention if return_attention else None
 
 
 def fused_is_slow(q: Tensor) -> bool:
@@ -263,19 +254,16 @@ def mlp(width: int) -> nn.Sequential:
 
 
 class VisionTransformer(nn.Module):
-    """ViT. With `patch_layer` it puts out the patch tokens of an earlier layer, which are less global; CLS is always
-    of the last layer."""
+    """The Vision Transformer (ViT)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        self.patch_layer = config.patch_layer or config.vision_layers
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.width) * INIT_STD)
         cls_position = torch.randn(1, config.width) * INIT_STD
         positions = torch.cat([cls_position, sincos_pos_embed_2d(config.grid, config.width)])
         self.position_embed = nn.Parameter(positions[None])  # (1, 1 + P, D)
-        self.registers = nn.Parameter(torch.randn(1, config.registers, config.width) * INIT_STD)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
@@ -292,21 +280,17 @@ class VisionTransformer(nn.Module):
         # the convolution as a matrix product, whose backward pass is faster
         x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias) + positions
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
-        registers = self.registers.expand(len(x), -1, -1)
-        x = torch.cat([cls, x, registers], dim=1)  # (B, 1 + P + registers, D)
-
-        for layer in self.layers[: self.patch_layer]:
+        x = torch.cat([cls, x], dim=1)  # (B, 1 + P, D)
+        for layer in self.layers:
             x = layer(x)
-        patches = x[:, 1 : 1 + patches.shape[1]]
-        for layer in self.layers[self.patch_layer :]:
-            last = layer is self.layers[-1]
-            x = layer(x, first=1 if last else None)  # of the last layer only CLS is needed
-        return self.norm(torch.cat([x[:, :1], patches], dim=1))
+        return self.norm(x)
 
 
 class TextEncoder(nn.Module):
-    """The lower half of BERT. BERT's token-type embedding is constant for single sentences; it is part of the position
-    embeddings here."""
+    """The lower half of BERT.
+
+    BERT's token-type embedding is constant for single sentences; here it is part of the position embeddings.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -327,18 +311,17 @@ class TextEncoder(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder). Without `cls_context` the
-    text does not attend to the image's CLS token, whose probability is then 0."""
+    """The upper half of BERT with cross-attention to the image (ALBEF's multimodal encoder)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.layers = nn.ModuleList(TextLayer(config, cross=True) for _ in range(config.fusion_layers))
-        for layer in self.layers:
-            layer.cross_attention.skipped = 0 if config.cls_context else 1
 
     def project_image_kv(self, image_embeds: Tensor) -> list[Tensor]:
         """Compute the keys and values of the image tokens (B, N, D) once, for all captions that attend to them.
-        -> image_kv: (B, N, 2D) for each layer"""
+
+        -> image_kv: (B, N, 2D) for each layer
+        """
         return [layer.cross_attention.project_kv(image_embeds) for layer in self.layers]
 
     def forward(

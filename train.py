@@ -1,4 +1,4 @@
-"""Pretraining. A method is a function here, its recipe, and a row of RECIPE_DEFAULTS in engine/config.py.
+"""Pretraining. Each method is one function here, its recipe, with its settings in RECIPE_DEFAULTS of engine/config.py.
 
     python train.py                                            tiny model, synthetic images, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
@@ -7,8 +7,8 @@
 
 What a run leaves in --out: config.json, metrics.jsonl (its keys: docs/glossary.md), curves.png, masks.png, last.pt.
 
-Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys
-(of patches: those that are not masked), M masked tokens or patches.
+Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys,
+M masked tokens or patches, P′ visible patches. ids are token ids; ids_keep and ids_masked are patch indices, as in MAE.
 The suffix _m marks what the momentum encoder computes.
 """
 
@@ -66,7 +66,8 @@ from masking import (
     random_patch_mask,
     random_word_mask,
     replace_words,
-    score_words,
+    score_clean_words,
+    score_masked_words,
     soft_mask,
     split_patches,
     sync_mask,
@@ -83,7 +84,7 @@ Values = dict[str, Tensor]  # scalars by name: the losses of a step, or metrics 
 def albef(run: Run, batch: dict) -> tuple[Values, Values]:
     """ALBEF (Li et al. 2021): ITC + ITM + MLM with momentum soft targets. -> losses, metrics"""
     model, ids, attention_mask = run.model, batch["token_ids"], batch["attention_mask"]
-    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+    image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: random words
     word_mask = random_word_mask(batch["maskable"], run.config.mlm_ratio, run.generator)
@@ -117,25 +118,25 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
-    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM, with synchronized masks, grouped batches and semi-hard
-    negatives (the latter two by RECIPE_DEFAULTS). -> losses, metrics
+    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM with synchronized masks; grouped batches and semi-hard
+    negatives (both by `negatives="semihard"` in RECIPE_DEFAULTS). -> losses, metrics
 
-    Our choices: MIM encodes visible patches with the unmasked caption; and how the masks are made. A word w is masked
-    where its image helps to predict it, a patch p where the masked words attend to it:
-    score_w = log p(w | own image, rest) − log p(w | another image, rest)
-    score_p = mean over masked tokens of A[w, p], A the cross-attention
+    Our choices: the MIM decoder reads the visible patches and the unmasked caption; and the scores of the masks. Masked
+    are the words that the image helps most to predict, and the patches to which these words attend most:
+    score_w = log p(w | own image, c) − log p(w | another image, c), c the caption in which w and others are masked
+    score_p = mean over masked tokens w of A[w, p], A the cross-attention
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+    image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: words and patches that the image and the caption have in common
-    patch_mask, word_mask = choose_masks(run, batch, image_embeds_m, text_embeds_m)  # (B, P), (B, L)
+    patch_mask, word_mask = choose_masks(run, batch, image_embeds_m)  # (B, P), (B, L)
     ids_keep, ids_masked = split_patches(patch_mask, config.mim_ratio)
     corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.replacement_ids, run.generator)
 
     # encode: captions and masked captions in one call; images whole, and their visible patches alone
     image_embeds = model.vision(batch["images"])  # (B, N, D)
-    visible_embeds = model.vision(batch["images"], ids_keep)  # (B, 1 + K, D)
+    visible_embeds = model.vision(batch["images"], ids_keep)  # (B, 1 + P′, D)
     both_ids, both_attention_mask = torch.cat([ids, corrupted_ids]), torch.cat([attention_mask, attention_mask])
     text_embeds, masked_embeds = model.text(both_ids, both_attention_mask).chunk(2)  # (B, L, D) each
 
@@ -169,16 +170,16 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked image as one more positive + MLM, on
     masked captions and distorted images (RECIPE_DEFAULTS). -> losses, metrics
 
-    Our choice: ITC, ITM and MLM read one encoding of the masked caption, so MLM needs no pass of its own.
+    Our choice: with --mask-text, ITC, ITM and MLM read one encoding of the masked caption.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+    image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: random words
     word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
     corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.replacement_ids, run.generator)
 
-    # encode: the masked caption serves all objectives; the momentum encoder sees the unmasked one
+    # encode: with --mask-text the masked caption serves all objectives; the momentum encoder reads the unmasked one
     image_embeds = model.vision(batch["images"])  # (B, N, D)
     masked_embeds = model.text(corrupted_ids, attention_mask)  # (B, L, D)
     text_embeds = masked_embeds if config.mask_text else model.text(ids, attention_mask)
@@ -187,7 +188,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     image_feat, text_feat = model.project_image(image_embeds), model.project_text(text_embeds)  # (B, E)
     itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
-    # ITM: images with a wrong caption, captions with a wrong image, soft-masked pairs, own pairs
+    # ITM: images with a wrong caption, captions with a wrong image, then soft-masked and own pairs, whose label is 1
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
@@ -210,7 +211,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     fused_cls = torch.cat([fused_cls, fused[:, :1]])
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
-    # MLM: from the same fused tokens, where the caption was masked
+    # MLM: from the fused tokens of ITM if the caption was masked there
     if not config.mask_text:
         fused = model.fusion(masked_embeds, attention_mask, image_kv)  # (B, L, D)
     fused_m = fuse_momentum(run, corrupted_ids, attention_mask, image_embeds_m)
@@ -229,7 +230,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     tokens; MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; how C-CmA starts.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
-    image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+    image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 
     # mask: random words, of which some are replaced
     word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
@@ -276,15 +277,15 @@ RECIPES: dict[str, Callable] = {"syncmask": syncmask, "softmask": softmask, "fas
 
 
 @torch.no_grad()
-def encode_momentum(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def encode_momentum(run: Run, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Encode the unmasked pairs with the momentum encoder.
 
-    -> image_embeds_m (B, N, D), text_embeds_m (B, L, D), image_feat_m (B, E), text_feat_m (B, E)
+    -> image_embeds_m (B, N, D), image_feat_m (B, E), text_feat_m (B, E)
     """
     momentum = run.momentum.model
     image_embeds_m = momentum.vision(batch["images"])
     text_embeds_m = momentum.text(batch["token_ids"], batch["attention_mask"])
-    return image_embeds_m, text_embeds_m, momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
+    return image_embeds_m, momentum.project_image(image_embeds_m), momentum.project_text(text_embeds_m)
 
 
 @torch.no_grad()
@@ -303,7 +304,7 @@ def fuse_momentum(run: Run, corrupted_ids: Tensor, attention_mask: Tensor, image
 def compute_itc(
     run: Run, batch: dict, image_feat: Tensor, text_feat: Tensor, image_feat_m: Tensor, text_feat_m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ITC (ALBEF eq. 1, 6): features (B, E) against momentum features of the batch and of the queue.
+    """Compute ITC (ALBEF eq. 1, 2, 6): features (B, E) against momentum features of the batch and of the queue.
 
     The new keys then go into the queue, and to the sampler, which groups the next epoch by them.
     -> loss; sim_i2t, sim_t2i (B, B): logits of this process's images and captions
@@ -386,13 +387,14 @@ def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> 
     return cross_entropy(logits, labels), accuracy(logits, of_replaced)
 
 
-ORACLE_RATIO = 0.5  # our choice: share of the words that an image shows which oracle masks mask
+ORACLE_RATIO = 0.5  # our choice: oracle masks mask this share of the words that the image shows
 
 
-def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
+def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the masks of a batch by --patch-mask and --word-mask: random, synchronized or oracle.
 
-    A share of the pairs, --random-mask-prob, keeps random masks. During --mask-warmup synchronized masks are random.
+    Synchronized (oracle) patches follow the synchronized (oracle) words, even where --word-mask masks other words.
+    A share of the pairs, --random-mask-prob, keeps random masks; all pairs do so for --mask-warmup steps.
     -> patch mask (B, P), word mask (B, L)
     """
     config, generator = run.config, run.generator
@@ -400,24 +402,24 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: T
     patch_mask = random_patch_mask(pairs, config.model.grid**2, config.mim_ratio, generator, run.device)
     word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, generator)
 
-    # masks are computed for the other pairs alone
+    # masks are computed for the pairs of these rows alone
     shuffled = torch.randperm(pairs, generator=generator, device=run.device)
     rows = shuffled[round(config.random_mask_prob * pairs) :].sort().values  # (n,)
-    others = {key: batch[key][rows] for key in ("token_ids", "attention_mask", "maskable")}
+    part = {key: batch[key][rows] for key in ("token_ids", "attention_mask", "maskable")}
     modes = (config.patch_mask, config.word_mask)
     masks = {}
     if "oracle" in modes:
         regions = word_regions(batch, config.model.grid)[rows]
-        masks["oracle"] = oracle_mask(regions, others["maskable"], config.mim_ratio, ORACLE_RATIO, generator)
+        masks["oracle"] = oracle_mask(regions, part["maskable"], config.mim_ratio, ORACLE_RATIO, generator)
     if "sync" in modes and run.step >= config.mask_warmup:
         momentum = run.momentum.model
         image_kv_m = momentum.fusion.project_image_kv(image_embeds_m[rows])
-        attention, scores = score_words(
-            momentum, others, image_kv_m, text_embeds_m[rows], run.mask_id, config.mask_source, generator
-        )
-        masks["sync"] = sync_mask(
-            attention, scores, others["maskable"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
-        )
+        if config.mask_source == "clean":
+            attention, scores = score_clean_words(momentum, part, image_kv_m)
+        else:
+            scored = random_word_mask(part["maskable"], config.score_ratio, generator)
+            attention, scores = score_masked_words(momentum, part, image_kv_m, scored, run.mask_id)
+        masks["sync"] = sync_mask(attention, scores, part["maskable"], config.mim_ratio, config.mlm_ratio)
     if config.patch_mask in masks:
         patch_mask[rows] = masks[config.patch_mask][0]
     if config.word_mask in masks:
@@ -426,7 +428,7 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor, text_embeds_m: T
 
 
 def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
-    """Suppress the patches of one random word: ṽ_p = (1 − M_p) · v_p; CLS stays.
+    """Suppress the patches of one random token of a word: ṽ_p = (1 − M_p) · v_p; CLS stays.
 
     A caption without any of the `words` (B, L) leaves its image unchanged.
 
@@ -528,7 +530,7 @@ def fit(
             run.seed_step()
             batch = next(batches)
 
-            with autocast(run):  # through model.forward, for DistributedDataParallel
+            with autocast(run):  # model(f, …) calls f(…) in its forward, where DistributedDataParallel can act
                 losses, metrics = model(compute_losses, run, augmented(run, batch))
             loss = sum(losses.values())
             loss.backward()

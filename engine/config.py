@@ -18,11 +18,11 @@ from engine.flags import (
 )
 from engine.sizes import sizes_from_folders
 from losses import NegativeMode
-from masking import MaskSource
 from model import PRESETS, ModelConfig
 from sampler import SEARCH_SIZE, SamplerMode
 
 MaskMode = Literal["random", "sync", "oracle"]
+MaskSource = Literal["masked", "clean"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -94,12 +94,16 @@ class TrainConfig(LoopConfig):
     patch_mask: MaskMode = option("sync", "how MIM chooses patches: random, synchronized, from the ground truth")
     word_mask: MaskMode = option("sync", "how MLM chooses words: random, synchronized, from the ground truth")
     mask_source: MaskSource = option(
-        "masked", "how sync masks score words; masked: by image gain; clean: by the attention of the unmasked caption"
+        "masked",
+        "sync masks score words while they are masked, by image gain; clean: by the attention of the unmasked pair",
     )
-    word_pool: float = option(
-        0.45, "share of the words, those with the best scores, from which sync masks draw", low=0, high=1
+    score_ratio: float = option(
+        0.5,
+        "share of the words, random ones, that are masked to score them; sync masks choose among them",
+        low=0,
+        high=1,
     )
-    random_mask_prob: float = option(0.0, "probability that a pair gets random masks instead", low=0, high=1)
+    random_mask_prob: float = option(0.0, "share of the pairs that keep random masks", low=0, high=1)
     mask_warmup: int = option(0, "steps with random masks, before the attention is useful", low=0)
     soft_mask: bool = option(True, "add a positive ITM pair whose image has the patches of one word suppressed")
     mask_text: bool = option(True, "use masked captions for ITC and ITM, too, not for MLM alone")
@@ -147,7 +151,7 @@ SCHEDULES = {
     "base": dict(epochs=30, queue_size=65536, workers=8, itm_hard_warmup=1000, mask_warmup=2000, val_every=2000),
 }
 # Defaults of a recipe, which replace those of its preset; "recipe preset" holds for one preset alone. All values of
-# syncmask are our choices; model and masks were chosen by the ground truth of synthetic images. Grouped batches replace
+# syncmask are our choices; its masks were chosen by the ground truth of synthetic images. Grouped batches replace
 # the queue, as in GRIT-VLP.
 RECIPE_DEFAULTS = {
     "syncmask": dict(
@@ -156,10 +160,8 @@ RECIPE_DEFAULTS = {
         negatives="semihard",
         margin=0.2,
         queue_size=0,
-        registers=4,
-        cls_context=False,
     ),
-    "syncmask tiny": dict(patch_layer=2, mlm_ratio=0.5, word_pool=0.6),
+    "syncmask tiny": dict(mlm_ratio=0.5, score_ratio=0.7),
     "softmask": dict(focal_gamma=2.0, distort=0.5),
     "softmask tiny": dict(mlm_ratio=0.3),  # the preset's 0.5 would leave ITC too few words to read
     "fashionfine": dict(
@@ -171,7 +173,15 @@ RECIPE_DEFAULTS = {
 }
 # Fields that only one recipe uses.
 RECIPE_FLAGS = {
-    "syncmask": ("mim_weight", "patch_mask", "word_mask", "word_pool", "random_mask_prob", "mask_warmup"),
+    "syncmask": (
+        "mim_weight",
+        "patch_mask",
+        "word_mask",
+        "mask_source",
+        "score_ratio",
+        "random_mask_prob",
+        "mask_warmup",
+    ),
     "softmask": ("soft_mask", "mask_text"),
     "fashionfine": ("local_tokens", "alignment", "detector"),
 }
@@ -222,10 +232,7 @@ def layer_config(given: dict) -> TrainConfig:
     values.update(RECIPE_DEFAULTS.get(f"{recipe} {preset}", {}))
     if "steps" in given or "epochs" in given:  # the given one replaces the preset's
         values.update(steps=None, epochs=None)
-    sizes_from = sizes_from_folders(given.get("sizes_from", ()), PRESETS[preset])
-    if "vision_layers" in given or "vision_layers" in sizes_from:
-        values.pop("patch_layer", None)  # the recipe's value counts on the preset's number of layers
-    values.update(sizes_from)
+    values.update(sizes_from_folders(given.get("sizes_from", ()), PRESETS[preset]))
     values.update(given)
 
     size_names = {spec.name for spec in fields(ModelConfig)}
@@ -274,6 +281,10 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
     check_flag_applies("recipe", config.recipe, given, RECIPE_FLAGS)
     if config.recipe == "softmask" and config.soft_mask and config.model.fusion_layers == 1:
         raise ConfigError("--soft-mask needs two or more --fusion-layers; add layers, or --no-soft-mask")
+    if config.recipe == "syncmask" and config.mask_source == "masked" and config.score_ratio < config.mlm_ratio:
+        raise ConfigError(
+            f"--score-ratio {config.score_ratio}: must be at least --mlm-ratio, {config.mlm_ratio}; raise it"
+        )
     if "oracle" in (config.patch_mask, config.word_mask) and config.data != "synthetic":
         raise ConfigError(
             f"--patch-mask oracle, --word-mask oracle: --data {config.data} has no ground truth; use random or sync"

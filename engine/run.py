@@ -88,7 +88,7 @@ def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.opt
     """Build AdamW with weight decay on matrices alone: not on biases, norms, embeddings, tokens or the temperature."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
-        is_table = any(part in name for part in ("embeddings", "position_embed", "_token", "registers"))
+        is_table = any(part in name for part in ("embeddings", "position_embed", "_token"))
         if is_table or parameter.ndim < 2:
             others.append(parameter)
         else:

@@ -18,7 +18,15 @@ from engine.run import Run, autocast
 from evaluation.choice import choice_metrics
 from evaluation.validation import draw_other_products
 from losses import NegativeMode, pick_negatives, positive_pairs
-from masking import mask_precision, pointing_game, random_patch_mask, random_word_mask, score_words, sync_mask
+from masking import (
+    mask_precision,
+    pointing_game,
+    random_patch_mask,
+    random_word_mask,
+    score_clean_words,
+    score_masked_words,
+    sync_mask,
+)
 from readers.dataset import PairDataset
 from readers.synthetic import Synthetic
 from readers.wardrobe import COARSE
@@ -140,18 +148,21 @@ def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tup
     """Make synchronized masks by the settings of the run, from the momentum encoder.
 
     batch: from `evaluation_batches`, with normalised images
-    -> attention of tokens to patches (B, L, P), patch mask (B, P), word mask (B, L)
+    -> attention (B, L, P) of tokens to patches, of each word while it is masked; patch mask (B, P), word mask (B, L)
     """
-    config, momentum = run.config, run.momentum.model
+    config, momentum, maskable = run.config, run.momentum.model, batch["maskable"]
     with autocast(run):
         image_kv_m = momentum.fusion.project_image_kv(momentum.vision(batch["images"]))
-        text_embeds_m = momentum.text(batch["token_ids"], batch["attention_mask"])
-        attention, scores = score_words(
-            momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator
-        )
-    patch_mask, word_mask = sync_mask(
-        attention, scores, batch["maskable"], config.mim_ratio, config.mlm_ratio, config.word_pool, generator
-    )
+        if config.mask_source == "clean":
+            attention, scores = score_clean_words(momentum, batch, image_kv_m)
+        else:
+            score_ratio = max(config.score_ratio, config.mlm_ratio)  # other recipes may mask more than they score
+            scored = random_word_mask(maskable, score_ratio, generator)
+            others = (maskable > 0) & ~scored
+            attention, scores = score_masked_words(momentum, batch, image_kv_m, scored, run.mask_id)
+            attention_others, _ = score_masked_words(momentum, batch, image_kv_m, others, run.mask_id)
+            attention = torch.where(others[..., None], attention_others, attention)
+    patch_mask, word_mask = sync_mask(attention, scores, maskable, config.mim_ratio, config.mlm_ratio)
     return attention, patch_mask, word_mask
 
 

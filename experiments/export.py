@@ -9,9 +9,8 @@ The command also writes config.json and vocab.txt beside the file. `transformers
               fusion encoder    its upper layers, which have cross-attention ("multimodal_config"); set is_causal False
     cls.*     MLM head          BertForMaskedLM's; its decoder is tied to the word embeddings, its input is fused
 
-Parts without a counterpart keep our names, and the command prints them. The outputs of ViTModel differ from ours if the
-model has `vision.registers` or `patch_layer`. Registers stand after the patches and are dropped before the last norm.
-Token types are written as zeros, since our position embeddings include them. Poolers are not written.
+Parts without a counterpart keep our names, and the command prints them. Token types are written as zeros, since our
+position embeddings include them. Poolers are not written.
 
 `python train.py --weights exported/model.safetensors --vocab exported/vocab.txt` starts from exactly these weights.
 """
@@ -46,8 +45,8 @@ def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
             tensors[hugging_face_names[0]] = tensor.clone()
             continue
         tensors[name] = tensor.clone()  # since safetensors refuses tensors that share memory
-        part = name if name == "vision.registers" else name.split(".")[0]
-        if tensor.numel() and part not in own_parts:  # a model without registers has an empty tensor
+        part = name.split(".")[0]
+        if part not in own_parts:
             own_parts.append(part)
     return tensors, own_parts
 
@@ -118,8 +117,6 @@ def export(checkpoint: str, file: Path) -> None:
     file.with_name("vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     print(f"{file}: {len(tensors)} tensors; config.json and vocab.txt are beside it")
     print(f"parts without a counterpart, under our names: {', '.join(own_parts)}")
-    if model.config.registers or model.config.patch_layer:
-        print("with registers or patch_layer, the outputs of ViTModel differ from ours (see the head of export.py)")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -97,7 +97,7 @@ def test_a_whole_albef_checkpoint_fills_what_a_vit_and_a_bert_fill_and_the_heads
     torch.save(bert, tmp_path / "bert.pth")
     load_pretrained(parts, [tmp_path / "vit.pth", tmp_path / "bert.pth"])
     for (name, ours), theirs in zip(parts.vision.named_parameters(), source.vision.parameters(), strict=True):
-        assert name == "registers" or torch.equal(ours, theirs)
+        assert torch.equal(ours, theirs), name
     heads = "vision_proj.weight vision_proj.bias text_proj.weight text_proj.bias itm_head.weight itm_head.bias temp"
     state = {name: weight for name, weight in source.state_dict().items() if name in heads.split()}
     state["text_encoder.cls.predictions.bias"] = source.mlm_bias.detach()
@@ -112,7 +112,7 @@ def test_a_whole_albef_checkpoint_fills_what_a_vit_and_a_bert_fill_and_the_heads
         {"model": {wrapper + name: weight for name, weight in state.items()}, "epoch": 3}, tmp_path / "albef.pth"
     )
     report = load_pretrained(whole, [tmp_path / "albef.pth"])
-    assert [name for name in report.missing if not name.startswith("decoder.")] == ["vision.registers"]
+    assert [name for name in report.missing if not name.startswith("decoder.")] == []
     for name, weight in whole.state_dict().items():
         filled = parts if name.startswith(("vision.", "text.", "fusion.", "decoder.")) else source
         assert torch.equal(weight, filled.state_dict()[name]), name
@@ -226,11 +226,11 @@ def test_precedence_defaults_preset_recipe_flags():
     assert config.weight_decay == 0.02 and config.out == "runs/synthetic-albef-tiny"
     assert config.negatives == run_config.SCHEDULES["tiny"]["negatives"]
     config, _ = parse_config([])
-    expected = replace(PRESETS["tiny"], registers=4, cls_context=False, patch_layer=2)
+    expected = PRESETS["tiny"]
     assert config.recipe == "syncmask" and config.model == expected
     assert config.negatives == "semihard" and parse_config(["--negatives", "hard"])[0].negatives == "hard"
-    config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--registers", "4"])
-    assert (config.steps, config.epochs, config.lr, config.model.registers) == (None, 2, 0.1, 4)
+    config, _ = parse_config(["--epochs", "2", "--lr", "0.1", "--heads", "8"])
+    assert (config.steps, config.epochs, config.lr, config.model.heads) == (None, 2, 0.1, 8)
     config, _ = parse_config(["--data", "fashiongen"])
     assert config.preset == "base" and config.model.width == PRESETS["base"].width
     assert config.queue_size == 0 and parse_config(["--preset", "base", "--recipe", "albef"])[0].queue_size == 65536
@@ -281,7 +281,7 @@ def test_alpha_ramps_over_the_first_epoch_and_negatives_start_random():
 
 
 def test_weight_decay_is_on_matrices_only():
-    config, _ = parse_config([*FAST, "--registers", "2"])
+    config, _ = parse_config([*FAST])
     with torch.device("meta"):
         model = VisionLanguageModel(config.model)
     decayed, rest = build_optimizer(model, config).param_groups

@@ -26,6 +26,7 @@ from evaluation.scores import (
     triplet_recalls,
 )
 from evaluation.validation import validate
+from masking import concentration
 from readers.dataset import PairDataset
 from readers.synthetic import Synthetic
 from readers.triplets import Triplets
@@ -212,14 +213,14 @@ def test_false_negatives_are_counted_by_hand(monkeypatch):
 
 def test_masks_by_perfect_attention_are_right(monkeypatch):
     """With the ground truth as attention every masked word and patch is right, and random masks are not."""
-    flags = "--mim-ratio 0.05 --mlm-ratio 0.1 --mask-source clean --word-pool 0 --patch-size 4"
+    flags = "--mim-ratio 0.05 --mlm-ratio 0.1 --mask-source clean --patch-size 4"
     run, dataset = built(*flags.split(), products=10)
 
     def perfect_attention(momentum, batch, *_):
         regions = token_labels(batch, 8).regions.float()
-        return [torch.nn.functional.pad(regions, (1, 0))[:, None]]
+        return regions, concentration(regions)
 
-    monkeypatch.setattr("masking.clean_attention", perfect_attention)
+    monkeypatch.setattr("evaluation.ground_truth.score_clean_words", perfect_attention)
     metrics = mask_metrics(run, dataset)
     for key in ("patch_precision", "word_precision", "pointing_game"):
         assert metrics[key] == 1 and 0 < metrics[key + "_random"] < 0.95, key

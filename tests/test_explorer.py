@@ -53,7 +53,9 @@ def explored(tmp_path_factory):
 
 def make_sync_masks(explored, source="masked", ratio=0.5):
     """Attention and synchronized masks, as training makes them."""
-    config = replace(explored.run.config, mask_source=source, mim_ratio=ratio, mlm_ratio=ratio)
+    config = explored.run.config
+    score_ratio = max(config.score_ratio, ratio)
+    config = replace(config, mask_source=source, score_ratio=score_ratio, mim_ratio=ratio, mlm_ratio=ratio)
     run = replace(explored.run, config=config)
     return synchronized_masks(run, explored.batch, torch.Generator().manual_seed(config.seed))
 
@@ -64,6 +66,9 @@ def test_masks_of_every_stop_are_those_of_training(explored):
         _, patch_mask, word_mask = make_sync_masks(explored, ratio=explore.MASK_RATIOS[stop])
         assert masks["Synchronized"][stop]["patches"] == patch_mask.int().tolist()
         assert masks["Synchronized"][stop]["words"] == word_mask.int().tolist()
+        first = first_pieces(explored.batch["maskable"])
+        random_words, sync_words = (torch.tensor(masks[kind][stop]["words"]) for kind in ("Random", "Synchronized"))
+        assert torch.equal((random_words * first).sum(dim=1), (sync_words * first).sum(dim=1))
     assert [sum(patches) for patches in masks["Random"][3]["patches"]] == [round(0.7 * 16)] * IMAGES
 
 

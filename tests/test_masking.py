@@ -11,7 +11,6 @@ from small import batch_of, built
 import data
 from masking import (
     average_attention,
-    clean_attention,
     concentration,
     corrupt_words,
     first_pieces,
@@ -20,11 +19,12 @@ from masking import (
     mask_precision,
     mask_words,
     maskable_words,
-    masked_attention,
     oracle_mask,
     pointing_game,
     random_word_mask,
     replace_words,
+    score_clean_words,
+    score_masked_words,
     soft_mask,
     sync_mask,
     word_counts,
@@ -91,7 +91,7 @@ def test_masks_hide_all_pieces_of_a_word_or_none_and_count_words(texts, ratio, s
     if synchronized:
         attention = torch.rand(*words.shape, 9, generator=seeded(seed))
         scores = concentration(attention)
-        patch_mask, mask = sync_mask(attention, scores, words, ratio, ratio, generator=seeded(seed))
+        patch_mask, mask = sync_mask(attention, scores, words, ratio, ratio)
         assert patch_mask.sum(1).tolist() == [min(round(9 * ratio), 8)] * len(texts)
     else:
         mask = random_word_mask(words, ratio, seeded(seed))
@@ -159,40 +159,28 @@ def test_sync_mask_by_hand():
     assert masks()[1] == [0, 0, 0, 1, 0, 0]
 
 
-def test_masked_words_are_drawn_from_the_pool_and_ties_fall_by_chance():
-    attention = torch.zeros(1, 8, 4)
-    scores = torch.arange(8.0)[None]
-
-    def masks(seed):
-        return sync_mask(attention, scores, WORDS[:1], 0.5, 0.34, pool=0.67, generator=seeded(seed))
-
-    patches = torch.cat([masks(seed)[0] for seed in range(200)])
-    words = torch.cat([masks(seed)[1] for seed in range(200)])
-    assert (words.sum(1) == 2).all() and (words[:, :3] == 0).all()  # two of the four best of six
-    assert ((words[:, 3:7].float().mean(0) - 0.5).abs() < 0.12).all()
-    assert ((patches.float().mean(0) - 0.5).abs() < 0.12).all()
-    assert all(map(torch.equal, masks(7), masks(7)))
-    top = sync_mask(attention, scores, WORDS[:1], 0.5, 0.34, generator=seeded(0))[1]
-    assert top.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]
-
-
-def test_answers_are_those_of_each_hidden_word_by_its_photo_and_by_another():
-    """Against one pass for each of some words, with the same half of the others hidden."""
+def test_words_are_scored_by_their_own_image_and_by_another():
+    """Against one pass for each of some words, with the same other words masked."""
     state, dataset = built("--fusion-layers", "2")
     batch = batch_of(state, dataset, range(6))
-    momentum, keep, words = state.momentum.model, batch["attention_mask"], batch["maskable"]
-    photos = momentum.fusion.project_image_kv(momentum.vision(data.normalise(batch["images"])))
-    attentions, answers = masked_attention(momentum, batch, photos, state.mask_id, seeded(3))
-    assert len(attentions) == 2 and not answers[:, words == 0].any()
-    half = random_word_mask(words, 0.5, seeded(3))
-    for b, word in ((0, 2), (1, 5), (5, 1)):
-        hidden = half if half[b, word] else (words > 0) & ~half
-        text = momentum.text(batch["token_ids"].masked_fill(hidden, state.mask_id)[b : b + 1], keep[b : b + 1])
-        photo_rows = torch.tensor([b, (b + 3) % 6])
-        fused = momentum.fusion(text.expand(2, -1, -1), keep[[b, b]], photos, photo_rows)
-        log_p = momentum.mlm_logits(fused[:, word]).log_softmax(-1)
-        wanted = log_p[:, batch["token_ids"][b, word]]
-        torch.testing.assert_close(answers[:, b, word], wanted, atol=1e-4, rtol=1e-4)
+    momentum, attention_mask, words = state.momentum.model, batch["attention_mask"], batch["maskable"]
+    image_kv = momentum.fusion.project_image_kv(momentum.vision(data.normalise(batch["images"])))
+    masked = random_word_mask(words, 0.5, seeded(3))
+    _, scores = score_masked_words(momentum, batch, image_kv, masked, state.mask_id)
+    assert torch.equal(scores.isinf(), ~masked)
+    text_embeds = momentum.text(batch["token_ids"].masked_fill(masked, state.mask_id), attention_mask)
+    for b, word in masked.nonzero()[::7].tolist():
+        images = torch.tensor([b, (b + 3) % 6])
+        fused = momentum.fusion(text_embeds[[b, b]], attention_mask[[b, b]], image_kv, images)
+        log_p = momentum.mlm_logits(fused[:, word]).log_softmax(-1)[:, batch["token_ids"][b, word]]
+        torch.testing.assert_close(scores[b, word], log_p[0] - log_p[1], atol=1e-4, rtol=1e-3)
+
+
+def test_only_scored_words_are_masked_where_they_are_enough():
+    scores = torch.rand(WORDS.shape).masked_fill(~random_word_mask(WORDS, 0.5, seeded(1)), -torch.inf)
+    word_mask = sync_mask(torch.rand(*WORDS.shape, 4), scores, WORDS, 0.5, 0.5)[1]
+    first = first_pieces(WORDS) & word_mask
+    assert first.any() and not scores[first].isinf().any()
 
 
 def test_cooccurrence_by_hand():
@@ -278,25 +266,26 @@ def test_grad_cam_of_the_itm_logit_is_empty_in_the_last_layer():
 
 @pytest.mark.parametrize("source", ["masked", "clean"])
 def test_a_masked_word_attends_by_the_rest_of_the_pair(source):
-    """So what the word is changes its row of the clean attention alone."""
-    state, dataset = built("--fusion-layers", "2", "--registers", "2")
-    batch, word = batch_of(state, dataset, range(6)), 3
+    """So another word in its place changes its row of the clean attention alone."""
+    state, dataset = built("--fusion-layers", "2")
+    batch = batch_of(state, dataset, range(6))
+    word = batch["maskable"][0].nonzero()[0].item()
     momentum = state.momentum.model
     image_kv = momentum.fusion.project_image_kv(momentum.vision(data.normalise(batch["images"])))
 
     def attention(token_ids):
+        changed = batch | {"token_ids": token_ids}
         if source == "masked":
-            changed = batch | {"token_ids": token_ids}
-            return masked_attention(momentum, changed, image_kv, state.mask_id, seeded(0))[0]
-        return clean_attention(momentum, batch, image_kv, momentum.text(token_ids, batch["attention_mask"]))
+            masked = batch["maskable"] > 0
+            return score_masked_words(momentum, changed, image_kv, masked, state.mask_id)[0]
+        return score_clean_words(momentum, changed, image_kv)[0]
 
     ids = batch["token_ids"]
     other_ids = ids.clone()
-    other_ids[:, word] = (ids[:, word] + 7) % 200 + 5
+    other_ids[0, word] = (ids[0, word] + 7) % 200 + 5
     before, after = attention(ids), attention(other_ids)
-    assert len(before) == 2 and before[0].shape == (6, 2, ids.shape[1], 17) and not before[0][..., 0].any()
-    torch.testing.assert_close(before[0][:, :, 1].sum(-1), torch.ones(6, 2))
-    same = torch.allclose(before[0][:, :, word], after[0][:, :, word], rtol=1e-3, atol=0)
+    assert before.shape == (6, ids.shape[1], 16)
+    same = torch.allclose(before[0, word], after[0, word], rtol=1e-3, atol=0)
     assert same == (source == "masked")
 
 

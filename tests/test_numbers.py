@@ -10,7 +10,7 @@ from small import checkpoint, run, run_files, same_state, write_jsonl
 
 STEPS = os.environ.get("STEPS", "6")
 EXTREME = {
-    "syncmask": "--mlm-ratio 1 --mim-ratio 1 --word-pool 1 --random-mask-prob 0 --margin 2",
+    "syncmask": "--mlm-ratio 1 --mim-ratio 1 --score-ratio 1 --random-mask-prob 0 --margin 2",
     "softmask": "--focal-gamma 0.01 --distort 1 --alpha 1 --fusion-layers 2",
     "fashionfine": "--focal-gamma 8 --local-tokens --mlm-ratio 0.9",
     "albef": "--queue-size 64 --negatives hard --alpha 1 --mlm-ratio 0",

@@ -21,7 +21,7 @@ from engine.checkpoints import config_from_dict
 from engine.config import parse_config
 from engine.weights import split_qkv
 from evaluation.ground_truth import token_labels
-from masking import word_counts
+from masking import concentration, word_counts
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
@@ -143,7 +143,7 @@ def first_losses(*flags, weights=None):
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_no_gradient_reaches_the_momentum_model_and_every_parameter_gets_one(recipe):
-    losses, state, _ = first_losses("--recipe", recipe, "--registers", "2")
+    losses, state, _ = first_losses("--recipe", recipe)
     sum(losses.values()).backward()
     assert all(p.grad is None for p in state.momentum.parameters())
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in state.model.named_parameters()}
@@ -302,11 +302,9 @@ def test_every_data_set_trains(tmp_path, shops, recipe):
 def test_every_other_flag_runs(tmp_path):
     """What the defaults and the other tests leave alone, on the schedule of `base`, for one epoch."""
     flags = "--preset base --epochs 1 --seed 3 --weight-decay 0.1 --ema-decay 0.9 --crop-scale 0.9"
-    flags += " --mlm-ratio 0.3 --negatives hard --patch-size 16 --max-length 16 --registers 2 --workers 0"
-    flags += (
-        " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --patch-layer 1 --itm-hard-ratio 0.5 --mask-warmup 2"
-    )
-    final = run(tmp_path, *flags.split(), "--no-compile", "--cls-context")
+    flags += " --mlm-ratio 0.3 --negatives hard --patch-size 16 --max-length 16 --workers 0"
+    flags += " --mim-ratio 0.25 --mim-weight 0.5 --word-mask random --itm-hard-ratio 0.5 --mask-warmup 2"
+    final = run(tmp_path, *flags.split(), "--no-compile")
     config = config_from_dict(checkpoint(tmp_path)["config"])
     assert final["step"] == 6 and config.queue_size == 0 and config.model.grid == 2
 
@@ -352,7 +350,7 @@ def test_soft_masks_are_trained_with_where_layers_are_compiled():
 def known_masks(flags, monkeypatch):
     """The attention is on the last patches and words alone, so a synchronized mask is known in advance. -> what chooses
     masks by a seed, the batch, its last words (6, L), the numbers of pairs whose attention was computed."""
-    state, dataset = built("--mlm-ratio 0.3 --mim-ratio 0.5 --mask-source clean --word-pool 0", flags)
+    state, dataset = built("--mlm-ratio 0.3 --mim-ratio 0.5 --mask-source clean", flags)
     dataset.with_ground_truth, state.step = True, 5
     batch = batch_of(state, dataset, range(6))
     computed = []
@@ -362,20 +360,18 @@ def known_masks(flags, monkeypatch):
         first = is_caption.sum(1, keepdim=True) - word_counts(maskable, 0.3)
         return (is_caption.cumsum(1) > first) & is_caption
 
-    def clean_attention(momentum, pairs, *_):
+    def score_clean_words(momentum, pairs, *_):
         computed.append(len(pairs["maskable"]))
-        attention = torch.zeros(*pairs["maskable"].shape, 17)
-        attention[:, :, 9:] = last_words(pairs["maskable"])[..., None].float()  # the last eight of sixteen patches
-        return [attention[:, None]]
+        attention = torch.zeros(*pairs["maskable"].shape, 16)
+        attention[:, :, 8:] = last_words(pairs["maskable"])[..., None].float()  # the last eight of sixteen patches
+        return attention, concentration(attention)
 
-    monkeypatch.setattr("masking.clean_attention", clean_attention)
-    image_embeds_m, text_embeds_m, *_ = train.encode_momentum(
-        state, batch | {"images": data.normalise(batch["images"])}
-    )
+    monkeypatch.setattr("train.score_clean_words", score_clean_words)
+    image_embeds_m, *_ = train.encode_momentum(state, batch | {"images": data.normalise(batch["images"])})
 
     def chosen(seed):
         state.generator = torch.Generator().manual_seed(seed)
-        return train.choose_masks(state, batch, image_embeds_m, text_embeds_m)
+        return train.choose_masks(state, batch, image_embeds_m)
 
     return chosen, batch, last_words(batch["maskable"]), computed
 

@@ -1,6 +1,6 @@
 """Write a page that shows where a trained model attends, what it would mask, and which negatives it would choose.
 
-python tutorial/explore.py --checkpoint runs/…/last.pt      writes runs/…/explore.html, which opens offline
+python tutorial/explore.py --checkpoint runs/…/last.pt      # writes runs/…/explore.html, which opens offline
 
 Python computes all values in fp32, by the functions of training and validation. The page (explorer.html) draws them.
 Each slider of the page has five stops, and their masks and negatives are computed beforehand.
@@ -116,9 +116,10 @@ def describe_captions(run: Run, batch: dict, labels: TokenLabels | None) -> list
 def make_sync_masks(run: Run, batch: dict, ratio: float, source: str) -> tuple[Tensor, Tensor, Tensor]:
     """Make synchronized masks as training does, with this share of patches and words and this --mask-source.
 
-    Returns attention (B, L, P), patch mask (B, P), word mask (B, L).
+    At least this share of the words is scored, too. Returns attention (B, L, P), patch mask (B, P), word mask (B, L).
     """
-    config = replace(run.config, mask_source=source, mim_ratio=ratio, mlm_ratio=ratio)
+    score_ratio = max(run.config.score_ratio, ratio)
+    config = replace(run.config, mask_source=source, score_ratio=score_ratio, mim_ratio=ratio, mlm_ratio=ratio)
     generator = torch.Generator().manual_seed(config.seed)
     return synchronized_masks(replace(run, config=config), batch, generator)
 

@@ -1,7 +1,7 @@
 """Follow one image and its caption through the code, one stop a cell. docs/walkthrough.md explains each stop.
 
-python tutorial/walkthrough.py                                  random weights, seconds on a CPU
-python tutorial/walkthrough.py --checkpoint runs/…/last.pt      a run trained on synthetic images, with its own weights
+python tutorial/walkthrough.py                                  # random weights, seconds on a CPU
+python tutorial/walkthrough.py --checkpoint runs/…/last.pt      # a run trained on synthetic images, with its weights
 
 VS Code, PyCharm and Jupyter (with jupytext) run the script cell by cell.
 
@@ -34,9 +34,9 @@ from masking import (
     corrupt_words,
     itm_grad_cam,
     mask_precision,
-    masked_attention,
     random_word_mask,
-    score_words,
+    score_clean_words,
+    score_masked_words,
     soft_mask,
     split_patches,
     sync_mask,
@@ -58,7 +58,7 @@ def show(name: str, value: Tensor | float | str, remark: str = "") -> None:
         value = str(tuple(value.shape))
     elif not isinstance(value, str):
         value = f"{value:.3f}"
-    print(f"    {name:<20}{value:<20}{remark}".rstrip())
+    print(f"    {name:<22}{value:<20}{remark}".rstrip())
 
 
 # %% The run
@@ -107,8 +107,8 @@ show("images", images, "2 views of product 0, 14 other products")
 show("token_ids", token_ids, f"caption 0: {attention_mask[0].sum()} tokens, then [PAD]")
 show("maskable", maskable, f"caption 0: {num_maskable} words")
 show("regions", regions, "R")
-show("shown", tokenizer.decode(token_ids[0, is_shown[0]].tolist()))
-show("not shown", tokenizer.decode(token_ids[0, is_attribute[0] & ~is_shown[0]].tolist()))
+show("attributes shown", tokenizer.decode(token_ids[0, is_shown[0]].tolist()))
+show("attributes not shown", tokenizer.decode(token_ids[0, is_attribute[0] & ~is_shown[0]].tolist()))
 
 # %% 2. Attention
 # Two encoders turn image and caption into tokens. In the fusion encoder each text token attends to the patches.
@@ -123,7 +123,7 @@ num_patches = first_attention.shape[2]
 word_index = is_shown.byte().argmax(dim=1)  # (B,): the first token of each caption that its image shows
 word = tokenizer.decode([token_ids[0, word_index[0]].item()])
 row_sum = attentions[0][0, 0, word_index[0]].sum()
-show("image_embeds", image_embeds, f"CLS and {num_patches} patches, without {config.model.registers} registers")
+show("image_embeds", image_embeds, f"CLS and {num_patches} patches")
 show("text_embeds", text_embeds)
 show("A", attentions[0], f"first layer; each row sums to {row_sum:.3f}")
 largest = first_attention[0, word_index[0]].max()
@@ -134,10 +134,10 @@ change = (fused - fused_other).norm() / fused.norm()
 show("relative change", change, "of fused, with another image")
 
 # %% 3. Momentum
-# The momentum encoder is a moving average of the model. ITC takes its keys from it; masks are made from its attention.
+# The momentum encoder is a moving average of the model. ITC takes its keys from it, and masks are made by it.
 # θₘ ← d·θₘ + (1 − d)·θ
 print("3 momentum")
-image_embeds_m, text_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
+image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
 num_parameters = sum(parameter.numel() for parameter in model.parameters())
 vocab_size = config.model.vocab_size
 show("parameters", f"{num_parameters:,}", f"vocabulary: {vocab_size}")
@@ -155,14 +155,15 @@ temp = model.temp.item()
 positives = positive_pairs(batch["product_ids"], batch["caption_ids"])  # (B, B)
 targets = itc_targets(positives, sim_i2t, alpha=0.0)
 lowest_loss = torch.special.entr(targets).sum(dim=1).mean()
-show("image_feat_m", image_feat_m, "keys, of length 1")
+show("image_feat_m", image_feat_m, "keys, with unit norm")
 show("sim_i2t", sim_i2t, f"τ = {temp:.3f}")
 show("targets", targets, f"row 0: {targets[0, 0]:.1f} own caption, {targets[0, 1]:.1f} other view")
 show("loss", itc, f"uniform: ln {BATCH} = {math.log(BATCH):.3f}; lowest: {lowest_loss:.3f}")
 
 # %% 5. Negatives
 # Image-text matching (ITM) needs wrong pairs. They are chosen inside the batch by the cosines of ITC.
-# hard: argmax_j s_bj,  semihard: argmax of the j with s_bj < s_bb − margin,  both without the positives j
+# random: uniform,  similar: drawn ∝ exp(s_bj),  hard: argmax_j s_bj,
+# semihard: argmax of the j with s_bj < s_bb − margin,  all without the positives j
 print("5 negatives")
 cosines = sim_i2t[0] * temp
 titles = [caption.split(".")[0] for caption in dataset.captions]
@@ -170,8 +171,9 @@ show("positives", positives, f"{positives.sum()}: {BATCH} own pairs, 2 between v
 show("own pair", cosines[0], "cosine")
 for mode in ("random", "similar", "hard", "semihard"):
     negatives = pick_negatives(sim_i2t, positives, mode, generator.manual_seed(0), config.margin / temp)
-    show(mode, cosines[negatives[0]], f"'{titles[rows[negatives[0]]]}'")
-show("share", itm_hard_share(run.step, config), f"{config.negatives}, others random")
+    negative = rows[negatives[0]]
+    show(mode, cosines[negatives[0]], f"product {dataset.product_ids[negative]}, '{titles[negative]}'")
+show("share", itm_hard_share(run.step, config), f"of the negatives are {config.negatives}, others random")
 
 # %% 6. MLM
 # Masked language modelling (MLM) masks whole words. The model predicts them from the other words and the image.
@@ -191,31 +193,29 @@ show("masked_ids", masked_ids, f"{mask_share:.0%} [MASK], {other_share:.0%} rand
 show("logits", logits, "masked tokens")
 show("loss", mlm, f"uniform: ln {vocab_size} = {math.log(vocab_size):.3f}")
 
-# %% 7. Image gain
-# The image gain of a word is how much its own image raises its log-probability. Each word is masked once.
-# gain_w = log p(w | own image, other words) − log p(w | another image, other words)
-print("7 image gain")
+# %% 7. Word scores
+# A word scores by how much its own image raises its log-probability. A random share of the words is masked and scored.
+# score_w = log p(w | own image, c) − log p(w | another image, c),  c the caption in which all scored words are masked
+print("7 word scores")
 image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
-maps, log_p = masked_attention(momentum, batch, image_kv_m, run.mask_id, generator.manual_seed(0))
-gains = log_p[0] - log_p[1]
+scored = random_word_mask(maskable, config.score_ratio, generator.manual_seed(0))  # (B, L)
+attention, scores = score_masked_words(momentum, batch, image_kv_m, scored, run.mask_id)
 is_candidate = is_attribute & (maskable > 0)  # (B, L): attribute words that may be masked
-show("maps", maps[0], f"{len(maps)} layers")
-show("gains", gains, "nats")
-show("shown", gains[is_candidate & is_shown].mean(), "mean")
-show("not shown", gains[is_candidate & ~is_shown].mean(), "mean")
+show("scored", scored, f"{config.score_ratio:.0%} of the words; caption 0: {len(maskable[0, scored[0]].unique())}")
+show("scores", scores, "nats")
+show("attributes shown", scores[scored & is_candidate & is_shown].mean(), "mean")
+show("attributes not shown", scores[scored & is_candidate & ~is_shown].mean(), "mean")
 
 # %% 8. sync_mask
 # SyncMask masks the words and the patches that image and caption have in common.
-# score_w = gain_w: half of the words, drawn from the best 60 %
-# score_p = mean over masked w of A[w, p]: the best half of the patches
+# words: half of all words, the scored ones with the highest score_w
+# patches: half of all patches, with the highest score_p = mean over masked w of A[w, p]
 print("8 sync_mask")
-generator.manual_seed(0)
-attention, scores = score_words(momentum, batch, image_kv_m, text_embeds_m, run.mask_id, config.mask_source, generator)
-patch_mask, word_mask = sync_mask(
-    attention, scores, maskable, config.mim_ratio, config.mlm_ratio, config.word_pool, generator
-)
+if config.mask_source == "clean":  # a run with --mask-source clean
+    attention, scores = score_clean_words(momentum, batch, image_kv_m)
+patch_mask, word_mask = sync_mask(attention, scores, maskable, config.mim_ratio, config.mlm_ratio)
 masked_words = tokenizer.decode(token_ids[0, word_mask[0]].tolist())
-show("attention", attention, "A, mean over heads and layers")
+show("attention", attention, "A of scored words; mean over heads, geometric mean over layers")
 show("patch_mask", patch_mask, f"{patch_mask[0].sum()} of {num_patches} patches")
 show("word_mask", word_mask, f"caption 0: {masked_words}")
 is_named = regions.any(dim=1)  # (B, P): patches that show something that the caption names
@@ -238,15 +238,15 @@ show("pixels", pixels, "x̂")
 show("loss", mim, "1 if x̂ = 0")
 
 # %% 10. syncmask
-# One training step sums four losses. choose_masks calls sync_mask.
-# L = 2 · L_itc + L_itm + L_mlm + 0.5 · L_mim
+# One training step sums four losses. choose_masks calls sync_mask for four fifths of the pairs.
+# L = 2·L_itc + L_itm + L_mlm + 0.5·L_mim
 print("10 syncmask")
 generator.manual_seed(0)
 losses, step_metrics = syncmask(run, batch)
-show("itc", losses["itc"], f"times {config.itc_weight:g}")
+show("itc", losses["itc"], f"{config.itc_weight:g}·L_itc")
 show("itm", losses["itm"], "constant p(match) = ½: 0.693; ⅓: 0.637")
 show("mlm", losses["mlm"])
-show("mim", losses["mim"], f"times {config.mim_weight:g}")
+show("mim", losses["mim"], f"{config.mim_weight:g}·L_mim")
 show("sum", sum(losses.values()))
 show("itm_batch_accuracy", step_metrics["itm_batch_accuracy"], f"of {3 * BATCH} pairs")
 
@@ -255,6 +255,7 @@ show("itm_batch_accuracy", step_metrics["itm_batch_accuracy"], f"of {3 * BATCH} 
 # hard: next = argmax_j s_bj over unused j,  semihard: over the unused j with s_bj < s_bb − margin
 print("11 grouped batches")
 block = np.flatnonzero(dataset.product_ids < PRODUCTS)
+block = np.random.default_rng(0).permutation(block)
 block_images, block_texts = momentum_features(run, dataset, block)
 sim = block_images @ block_texts.T
 groups = np.stack([dataset.product_ids[block], dataset.caption_ids[block]])
@@ -267,12 +268,12 @@ for mode in ("random", "semihard", "hard"):
         sim_in_batch = sim_negatives[items][:, items]
         nearest += [sim_in_batch.amax(dim=1), sim_in_batch.amax(dim=0)]  # of each image, of each caption
     show(mode, torch.cat(nearest).mean(), f"{len(batches)} batches")
-chain = [titles[block[item]] for item in batches[0][:4]]
+chain = [titles[block[item]] for item in batches[0][:3]]
 show("hard chain", " → ".join(chain))
 
 # %% 12. Soft masks
 # A soft mask suppresses the patches that one word is about. Grad-CAM of the logit ℓ of "match" finds these patches.
-# G = mean over heads of A · max(0, ∂ℓ/∂A),  M = (G − min G) / (max G − min G),  ṽ_p = (1 − M_p)·v_p
+# G = mean over heads of A · max(0, ∂ℓ/∂A),  M = (G − min G) / (max G − min G + 1e-7),  ṽ_p = (1 − M_p)·v_p
 print("12 soft masks")
 cam = itm_grad_cam(model, attentions, fused)
 mask = soft_mask(cam, word_index)
@@ -282,7 +283,7 @@ show("M", mask, f"'{word}': {mask[0].min():.3f} to {mask[0].max():.3f}")
 show("M on the region", mask[word_regions].mean(), f"elsewhere: {mask[~word_regions].mean():.3f}")
 
 # %% 13. Does it work?
-# The ground truth judges the masks of 48 products. The image gain here counts right predictions.
+# The ground truth judges the masks of 48 products. The image gain counts right predictions of words.
 # image_gain = accuracy with the own image − accuracy with another product's image
 print("13 does it work?")
 metrics = mask_metrics(run, dataset)

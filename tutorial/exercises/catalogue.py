@@ -36,8 +36,8 @@ class Exercise:
         return {name: getattr(module, name) for name in self.write}
 
 
-COUNTING = ("maskable_words", "first_pieces", "word_counts")
-RANKING = ("average_attention", "mask_words", "mask_patches", "break_ties")
+COUNTING = ("first_pieces", "word_counts")
+RANKING = ("first_pieces", "word_counts", "patch_count", "topk_mask", "mask_words", "mask_patches")
 EXERCISES = {
     1: Exercise("masking", ("random_word_mask",), tests="random_word_mask|all_pieces", read=COUNTING),
     2: Exercise("masking", ("corrupt_words",), tests="corruption|replaced_words"),
@@ -45,7 +45,7 @@ EXERCISES = {
     4: Exercise("losses", ("positive_pairs", "itc_targets"), tests="itc_targets|what_is_right"),
     5: Exercise("losses", ("pick_negatives",), tests="negatives_are|hard_takes", read=("positive_pairs",)),
     6: Exercise("losses", ("pick_negatives",), tests="semihard"),
-    7: Exercise("masking", ("sync_mask",), tests="sync_mask|masked_words_are|all_pieces", read=RANKING),
+    7: Exercise("masking", ("sync_mask",), tests="sync_mask|only_scored|all_pieces", read=RANKING),
     8: Exercise("masking", ("grad_cam", "soft_mask"), tests="soft_mask_equals"),
 }
 

@@ -8,16 +8,18 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from masking import first_pieces, word_counts
+from masking import first_pieces, patch_count, word_counts
 from tutorial.exercises.catalogue import Functions, Mistake
 
 MASKABLE = torch.tensor(
     [
-        [0, 2, 3, 3, 0, 6, 7, 0],  # [CLS] a zip ##per of black silk [SEP], where "of" may not be masked
-        [0, 2, 0, 0, 0, 0, 0, 0],  # a caption of one word
-        [0, 0, 0, 0, 0, 0, 0, 0],  # a caption without a word
+        [0, 2, 3, 3, 0, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0],  # [CLS] long zip ##per of black silk [SEP]; "of" must stay
+        [0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],  # a caption of one word
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],  # a caption without a word
+        [0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0],  # 13 words, so that rounding matters
     ]
 )
+RATIOS = (0.0, 0.2, 0.35, 0.5, 1.0)
 SEEDS = range(20)
 
 
@@ -52,14 +54,19 @@ def check_word_mask(mask: Tensor, maskable: Tensor, ratio: float) -> None:
     require(is_whole, "one piece of a word is masked and another is not, which gives the word away; mask all pieces")
     masked_words = (mask & first_pieces(maskable)).sum(dim=1).tolist()
     counts = word_counts(maskable, ratio).flatten().tolist()
-    advice = "take the counts of `word_counts`: no tokens, no coin for each word; a rank needs argsort twice"
-    require(masked_words == counts, f"{masked_words} words are masked in the rows instead of {counts}; {advice}")
+    rule = f"mask exactly word_counts(maskable, {ratio}) words"
+    advice = "count words, not tokens, and toss no coin; a rank needs argsort twice"
+    require(masked_words == counts, f"{masked_words} words are masked instead of {counts}; {rule}: {advice}")
 
 
 def check_1(random_word_mask) -> None:
     """Check that counts are exact, words are whole, and each row has its own draw."""
-    for seed in SEEDS:
-        check_word_mask(random_word_mask(MASKABLE, 0.5, seeded(seed)), MASKABLE, 0.5)
+    for ratio in RATIOS:
+        for seed in SEEDS:
+            check_word_mask(random_word_mask(MASKABLE, ratio, seeded(seed)), MASKABLE, ratio)
+    mask = random_word_mask(MASKABLE, 0.5, seeded())
+    again = random_word_mask(MASKABLE, 0.5, seeded())
+    require(torch.equal(mask, again), "the same seed gives other masks; pass `generator` to every draw")
     same_caption = MASKABLE[:1].expand(9, -1)
     masks = random_word_mask(same_caption, 0.5, seeded()).unique(dim=0)
     require(len(masks) > 1, "all captions get the same random numbers; draw (B, L) numbers, not (L,)")
@@ -86,6 +93,8 @@ def check_2(corrupt_words) -> None:
     random_ids = new_ids[(new_ids != 4) & (new_ids != old_ids)]
     is_allowed = torch.isin(random_ids, allowed).all()
     require(is_allowed, "some random words are not among replacement_ids; draw from these, which lack special tokens")
+    again, _ = corrupt_words(ids, mask, 4, allowed, seeded())
+    require(torch.equal(corrupted, again), "the same seed gives other words; pass `generator` to every draw")
 
 
 def check_3(mask_precision, pointing_game) -> None:
@@ -189,57 +198,47 @@ def check_6(pick_negatives) -> None:
 
 
 def check_7(sync_mask) -> None:
-    """Check that words go by their scores, and patches by the attention of the masked words."""
-
-    def mask_with_each_seed(
-        attention: Tensor,
-        scores: Tensor,
-        maskable: Tensor,
-        ratio: float,
-        pool: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Mask one pair with each seed. Returns patch masks (seeds, P), word masks (seeds, L). Raises Mistake."""
-        patch_masks, word_masks = [], []
-        for seed in SEEDS:
-            patch_mask, word_mask = sync_mask(attention, scores, maskable, 0.25, ratio, pool, seeded(seed))
-            check_word_mask(word_mask, maskable, ratio)
-            patch_masks.append(patch_mask)
-            word_masks.append(word_mask)
-        return torch.cat(patch_masks), torch.cat(word_masks)
-
+    """Check that words go by their scores, patches by the attention of the masked tokens, and that counts are exact."""
     maskable = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])  # [CLS], a word of three pieces, two words, [SEP]
     scores = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
-    flat = torch.ones(1, 7, 4)
-
-    def count_masked(scores: Tensor, ratio: float, pool: float) -> list[int]:
-        """Count for each of the three words the seeds that mask it."""
-        _, word_masks = mask_with_each_seed(flat, scores, maskable, ratio, pool)
-        return word_masks[:, [1, 4, 5]].sum(dim=0).tolist()
-
-    best, worst, middle = count_masked(scores, 0.67, 0.0)
-    require(best, "the words with the lowest scores are masked; mask those with the highest")
-    rule = "draw word_ratio from the best max(pool, word_ratio) of the words, not of the tokens, not of all words"
-    require(best == middle == len(SEEDS), f"other words than the best are masked; {rule}")
-    best, worst, middle = count_masked(scores, 0.34, 0.67)
-    require(best and middle and not worst, f"the pool is ignored; {rule}")
-    ties = count_masked(torch.ones(1, 7), 0.34, 0.0)
-    require(max(ties) < len(SEEDS), "of words with equal scores always the same is masked; call `break_ties` first")
-
     best = [0.0, 0.1, 0.6, 0.0]
     other = [1.0, 1.0, 0.0, 0.0]
     special = [9.0, 9.0, 0.0, 9.0]
     attention = torch.tensor([[special, best, best, best, other, other, special]])
-    patches, _ = mask_with_each_seed(attention, scores, maskable, 0.34, 0.0)
-    require(patches.shape[1] == 4, "a patch mask must have the shape (B, P)")
-    require((patches.sum(dim=1) == 1).all(), "a patch mask must mask round(patch_ratio · P) patches of each image")
+    patch_mask, word_mask = sync_mask(attention, scores, maskable, 0.25, 0.34)
+    check_word_mask(word_mask, maskable, 0.34)
+    require(not word_mask[0, 4], "the word with the lowest score is masked; mask the words with the highest scores")
     rule = "mask those with the highest mean attention of the masked tokens, without other words, [CLS] and [SEP]"
-    require(patches[:, 2].all(), f"the wrong patches are masked; {rule}")
-    ties, _ = mask_with_each_seed(flat, scores, maskable, 0.34, 0.0)
-    is_varied = len(ties.unique(dim=0)) > 1
-    require(is_varied, "of patches with equal scores always the same are masked; call `break_ties` first")
-    no_words, _ = mask_with_each_seed(flat, scores, maskable * 0, 0.34, 0.0)
-    is_varied = len(no_words.unique(dim=0)) > 1
-    require(is_varied, "for a caption without a word always the same patches are masked; divide by 1 at least")
+    check_patch_mask(patch_mask, 4, 0.25)
+    require(patch_mask[0, 2], f"the wrong patches are masked; {rule}")
+
+    piece = [0.4, 0.0, 0.0, 0.0]
+    other = [0.0, 0.9, 0.0, 0.0]
+    attention = torch.tensor([[special, piece, piece, piece, other, other, special]])
+    patch_mask, word_mask = sync_mask(attention, scores, maskable, 0.25, 0.67)
+    check_word_mask(word_mask, maskable, 0.67)
+    check_patch_mask(patch_mask, 4, 0.25)
+    require(patch_mask[0, 0], "the mean must be over all masked tokens; each piece of a word counts")
+
+    attention = torch.rand(*MASKABLE.shape, 9, generator=seeded())
+    scores = torch.rand(MASKABLE.shape, generator=seeded(1))
+    for ratio in RATIOS:
+        patch_mask, word_mask = sync_mask(attention, scores, MASKABLE, 1 - ratio, ratio)
+        check_word_mask(word_mask, MASKABLE, ratio)
+        check_patch_mask(patch_mask, 9, 1 - ratio)
+        expected = (scores[3] >= scores[3][word_mask[3]].min()) & (MASKABLE[3] > 0)
+        is_highest = torch.equal(word_mask[3], expected)
+        require(is_highest, "other words than those with the highest scores are masked; rank words by `scores`")
+
+
+def check_patch_mask(mask: Tensor, patches: int, ratio: float) -> None:
+    """Check the shape and the exact counts of a patch mask (B, P). Raises Mistake."""
+    require(mask.dtype == torch.bool, "a patch mask must be boolean, True = masked")
+    require(mask.ndim == 2 and mask.shape[1] == patches, "a patch mask must have the shape (B, P)")
+    counts = mask.sum(dim=1).tolist()
+    count = patch_count(patches, ratio)
+    advice = f"mask exactly patch_count({patches}, {ratio}) patches, also where a caption has no word"
+    require(counts == [count] * len(mask), f"{counts} patches are masked in the images instead of {count}; {advice}")
 
 
 def check_8(grad_cam, soft_mask) -> None:

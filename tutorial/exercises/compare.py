@@ -1,6 +1,7 @@
 """Compare the final metrics of two pretraining runs.
 
-python tutorial/exercises/compare.py runs/A runs/B [METRIC …]      only these metrics, for example image_gain_fine
+python tutorial/exercises/compare.py runs/A runs/B                      # all metrics that both runs have
+python tutorial/exercises/compare.py runs/A runs/B image_gain_fine      # these metrics alone
 """
 
 import argparse

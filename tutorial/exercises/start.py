@@ -1,8 +1,8 @@
 """Begin an exercise, or show a hint. The exercises: tutorial/exercises/README.md.
 
-python tutorial/exercises/start.py 3              writes the stub of exercise 3, tutorial/exercises/mine/ex3.py
-python -m pytest tutorial/exercises -k ex3        checks what you wrote there
-python tutorial/exercises/start.py 3 --hint       the idea; --hint 2: pseudo-code; --hint 3: the solution's place
+python tutorial/exercises/start.py 3            # writes the stub of exercise 3, tutorial/exercises/mine/ex3.py
+python -m pytest tutorial/exercises -k ex3      # checks what you wrote there
+python tutorial/exercises/start.py 3 --hint     # the idea; --hint 2: pseudo-code; --hint 3: the solution's place
 """
 
 import argparse

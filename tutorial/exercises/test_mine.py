@@ -14,9 +14,12 @@ settings.load_profile("exercises")
 def test_mine(number):
     if not stub_path(number).exists():
         pytest.skip(f"not begun; python tutorial/exercises/start.py {number} writes the stub")
+    message = None
     try:
         functions = load_functions(number)
         check(number, functions)
     except Mistake as mistake:
-        pytest.fail(str(mistake), pytrace=False)
+        message = str(mistake)
+    if message:  # here, since pytest would print it twice from inside `except`
+        pytest.fail(message, pytrace=False)
     run_project_tests(number, functions)
