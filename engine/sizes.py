@@ -26,8 +26,6 @@ OWN_FIELDS = (
     "vision_layers",
     "text_layers",
     "fusion_layers",
-    "patch_layer",
-    "registers",
     "max_length",
 )
 MUST_FIT = {"width", "heads", "patch_size"}  # with another number of layers, those that are there still fit

@@ -136,7 +136,7 @@ def test_flags_come_before_sizes_from_and_an_export_sets_its_own_sizes(tmp_path)
     folder = write_config(tmp_path, "bert", **bert_sizes(12))
     model = parse_config(["--sizes-from", folder, "--heads", "8", "--text-layers", "1"])[0].model
     assert (model.heads, model.text_layers, model.fusion_layers) == (8, 1, 6)
-    own = replace(SMALL, registers=3, patch_layer=1, max_length=50)
+    own = replace(SMALL, max_length=50)
     folder = write_config(tmp_path, "export", model_type="albef", model=vars(own))
     model = parse_config(["--recipe", "albef", "--sizes-from", folder])[0].model
     assert model == replace(own, vocab_size=model.vocab_size)
