@@ -5,7 +5,7 @@ Functions on tensors. Masks are boolean, True = masked; soft masks lie in [0, 1]
 tensors' device.
 
 Letters: B batch, L text tokens, N image tokens (CLS, then the P patches), h heads, D width, V vocabulary, M masked
-tokens or patches, X tokens or patches. The suffix _m marks what the momentum encoder computes.
+tokens or patches, P′ visible patches, X tokens or patches. The suffix _m marks what the momentum encoder computes.
 """
 
 import torch
@@ -25,7 +25,7 @@ from model import VisionLanguageModel
 def maskable_words(token_ids: Tensor, is_caption: Tensor, continues: Tensor, informative: Tensor) -> Tensor:
     """Number the words that may be masked. -> `maskable` (B, L): the place of the token's word, or 0
 
-    Our choice: whole words, since one piece gives the others away; and only words with an informative piece.
+    Our choice: words are chosen whole, since one piece gives the others away; and only words with an informative piece.
     token_ids (B, L) · is_caption (B, L) bool: tokens of the caption itself
     continues (V,) bool: pieces of the vocabulary that continue a word
     informative (V,) bool: pieces that are no punctuation and not in most captions
@@ -75,7 +75,7 @@ def mask_patches(scores: Tensor, ratio: float) -> Tensor:
 
 
 def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Gather the masked tokens of some tensors (B, L, …), as x[mask] does. -> (M, …) each
+    """Gather the tokens where a mask (B, L) is True from some tensors (B, L, …), as x[mask] does. -> (M, …) each
 
     The CPU waits only once for the GPU to count them, and not again in the backward pass.
     """
@@ -105,7 +105,7 @@ def random_patch_mask(
 
 
 def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """List the indices of the patches that a mask (B, P) leaves, and of those that it masks. -> (B, K), (B, M)
+    """List the indices of the patches that a mask (B, P) leaves, and of those that it masks. -> (B, P′), (B, M)
 
     ratio: the share that the mask was made with. Sorting, unlike nonzero(), does not make the CPU wait for the GPU.
     """
@@ -129,7 +129,8 @@ def score_masked_words(
 ) -> tuple[Tensor, Tensor]:
     """Score words while they are masked, by how much the image helps to predict them (our choice).
 
-    score_w = log p(w | own image, c) − log p(w | another image, c),  c the caption in which w and others are masked
+    score_w = log p(w | own image, c) − log p(w | another image, c)
+    w is the first piece of a word, c the caption in which this word and others are masked.
     The attention is read in this pass too: a word that can be read needs not attend to the image, a masked word must.
 
     batch: token_ids, attention_mask (B, L) · image_kv_m: by `FusionEncoder.project_image_kv` of the momentum encoder
@@ -164,9 +165,9 @@ def score_clean_words(momentum: VisionLanguageModel, batch: dict, image_kv_m: li
 
 
 def average_attention(attentions: list[Tensor]) -> Tensor:
-    """Compute where the layers agree: the mean over heads, then the geometric mean over layers (our choice).
+    """Average attention over heads (mean), then over layers (geometric mean, high only where all agree; our choice).
 
-    attentions: one map (B, h, L, N) a layer, image CLS first -> (B, L, P), detached
+    attentions: one map (B, h, L, N) per layer, image CLS first -> (B, L, P), detached
     """
     layers = [attention.detach().float().mean(dim=1) for attention in attentions]  # (B, L, N) each
     log_mean = torch.stack(layers).clamp(min=1e-12).log().mean(dim=0)
@@ -194,14 +195,14 @@ def sync_mask(
     word_ratio: float,
 ) -> tuple[Tensor, Tensor]:
     """Mask the words with the highest scores, and the patches that these words attend to most (SyncMask, Song et al.
-    2024; how words get their scores, `score_masked_words`, is our choice).
+    2024). How words (`score_masked_words`) and patches get their scores is our choice.
 
     attention (B, L, P), scores (B, L): of the words · maskable (B, L): words that may be masked
     patch_ratio, word_ratio: shares to mask
     -> patch mask (B, P), word mask (B, L), with the exact counts of the random masks
     """
     word_mask = mask_words(scores, maskable, word_ratio)
-    # s_p = mean over masked tokens of A[w, p]
+    # our choice: s_p = mean over masked tokens w of A[w, p]
     count = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
     patch_scores = (attention * word_mask[..., None]).sum(dim=1) / count  # (B, P)
     return mask_patches(patch_scores, patch_ratio), word_mask
@@ -227,9 +228,10 @@ def middle_layer(layers: int) -> int:
 def itm_grad_cam(model: VisionLanguageModel, attentions: list[Tensor], fused: Tensor) -> Tensor:
     """Compute Grad-CAM of the ITM logit of "match" with respect to the cross-attention of the middle fusion layer.
 
-    attentions: one map (B, h, L, N) a layer · fused (B, L, D): fused tokens of the pairs -> (B, h, L, N), detached
+    attentions: one map (B, h, L, N) per layer · fused (B, L, D): fused tokens of the pairs -> (B, h, L, N), detached
     """
-    match_logits = model.itm_logits(fused)[:, 1]
+    logits = model.itm_logits(fused)  # (B, 2), from [CLS]
+    match_logits = logits[:, 1]
     attention = attentions[middle_layer(len(attentions))]
     return grad_cam(attention, match_logits.sum())  # pairs are independent, so one gradient serves all
 
@@ -254,9 +256,9 @@ def soft_mask(maps: Tensor, word_index: Tensor) -> Tensor:
 def oracle_mask(
     regions: Tensor, maskable: Tensor, patch_ratio: float, word_ratio: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Make the masks that synchronized masks are meant to be, where it is known what an image shows.
+    """Make ideal synchronized masks from the ground truth of what an image shows.
 
-    Masked are a share of the words that the image shows, and the patches that show them. Where these patches are too
+    They mask a share of the words that the image shows, and the patches that show them. Where these patches are too
     few, patches follow that show any other word, then the rest.
     regions (B, L, P) bool: where the image shows what a token names · maskable (B, L): what may be masked
     -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words
@@ -304,7 +306,8 @@ def replace_words(
     """Corrupt words for replaced-token detection (after FashionSAP, Han et al. 2023), as `corrupt_words` does, but:
 
     of the masked tokens that are replaced, half become their antonym instead of a random word;
-    of the `maskable` (B, L) that are not masked, 15 % become their synonym, which is no replacement to detect.
+    each `maskable` (B, L) token that is not masked becomes its synonym with probability 0.15, if it has one; this is no
+    replacement to detect.
     Our choice: synonyms anywhere, not in the value of one prompt alone; a token without an antonym keeps the random
     word.
 

@@ -121,10 +121,11 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
     """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM with synchronized masks; grouped batches and semi-hard
     negatives (both by `negatives="semihard"` in RECIPE_DEFAULTS). -> losses, metrics
 
-    Our choices: the MIM decoder reads the visible patches and the unmasked caption; and the scores of the masks. Masked
-    are the words that the image helps most to predict, and the patches to which these words attend most:
-    score_w = log p(w | own image, c) − log p(w | another image, c), c the caption in which w and others are masked
-    score_p = mean over masked tokens w of A[w, p], A the cross-attention
+    The recipe masks the words that the image helps most to predict, and the patches to which these words attend most:
+    score_w = log p(w | own image, c) − log p(w | another image, c)
+    score_p = mean over the tokens w of the masked words of A[w, p]
+    w is a token (for score_w the first piece of a word), c the caption in which this word and others are masked, A the
+    momentum encoder's cross-attention for c. Our choices: these scores; the MIM decoder reads the unmasked caption.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -179,7 +180,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     word_mask = random_word_mask(batch["maskable"], config.mlm_ratio, run.generator)
     corrupted_ids, mlm_labels = corrupt_words(ids, word_mask, run.mask_id, run.replacement_ids, run.generator)
 
-    # encode: with --mask-text the masked caption serves all objectives; the momentum encoder reads the unmasked one
+    # encode: with --mask-text the masked caption serves all objectives; the keys of ITC are of the unmasked one
     image_embeds = model.vision(batch["images"])  # (B, N, D)
     masked_embeds = model.text(corrupted_ids, attention_mask)  # (B, L, D)
     text_embeds = masked_embeds if config.mask_text else model.text(ids, attention_mask)
@@ -227,7 +228,8 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
 
     C-CmA aligns category symbol and phrases with the image; RTD detects replaced tokens. As in the authors' code, all
     objectives read one caption, some of whose words are masked and some replaced. Only online features have local
-    tokens; MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; how C-CmA starts.
+    tokens; MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; the weight of C-CmA is
+    ramped up.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -242,7 +244,7 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     image_embeds = model.vision(batch["images"])  # (B, N, D)
     text_embeds = model.text(corrupted_ids, attention_mask)  # (B, L, D)
 
-    # ITC: integrated features against momentum keys of [CLS] alone
+    # ITC: features with local tokens (MAA) against momentum keys of [CLS] alone
     image_feat, text_feat = model.image_feature(image_embeds), model.text_feature(text_embeds, attention_mask)  # (B, E)
     itc, sim_i2t, sim_t2i = compute_itc(run, batch, image_feat, text_feat, image_feat_m, text_feat_m)
 
@@ -379,7 +381,7 @@ def compute_mlm(run: Run, fused: Tensor, mlm_labels: Tensor, fused_m: Tensor | N
 def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> tuple[Tensor, Tensor]:
     """Compute replaced-token detection (Fashion-FINE) on fused tokens (B, L, D). -> loss, recall of the replaced words
 
-    readable (B, L) bool: the words to classify · replaced (B, L) bool: the words that were replaced
+    readable (B, L) bool: the tokens to classify, which are not [MASK] · replaced (B, L) bool: the replaced tokens
     """
     tokens, labels = gather_masked(readable, fused, replaced.long())
     logits = run.model.detector(tokens)  # (M, 2)
@@ -393,8 +395,9 @@ ORACLE_RATIO = 0.5  # our choice: oracle masks mask this share of the words that
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the masks of a batch by --patch-mask and --word-mask: random, synchronized or oracle.
 
-    Synchronized (oracle) patches follow the synchronized (oracle) words, even where --word-mask masks other words.
-    A share of the pairs, --random-mask-prob, keeps random masks; all pairs do so for --mask-warmup steps.
+    With --patch-mask sync, the patches follow the words that --word-mask sync would mask, whatever --word-mask is;
+    oracle likewise. A share of the pairs, --random-mask-prob, keeps random masks. For --mask-warmup steps random masks
+    stand in for synchronized ones.
     -> patch mask (B, P), word mask (B, L)
     """
     config, generator = run.config, run.generator
@@ -432,7 +435,9 @@ def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Ten
 
     A caption without any of the `words` (B, L) leaves its image unchanged.
 
-    M by Grad-CAM of the model in training, from its `fused` tokens and their attentions, one a layer. -> (B, N, D)"""
+    M by Grad-CAM of the model in training, from its `fused` tokens and their attentions, one map per layer.
+    -> image_embeds (B, N, D)
+    """
     maps = itm_grad_cam(run.model, attentions, fused)
     any_word = words.any(dim=1, keepdim=True)
     word = torch.multinomial((words | ~any_word).float(), 1, generator=run.generator).squeeze(1)
@@ -504,7 +509,7 @@ def fit(
     """Train from run.step on: schedule → forward → backward → clip → step → EMA → log → validate → save.
 
     compute_losses: a recipe, or a task's losses · validate_run: metrics on held-out images
-    select: of these the one whose highest value is kept as best.pt · patience: stop after so many validations without
+    select: the metric by which the best step is kept as best.pt · patience: stop after so many validations without
     a better one, 0: never · stop_at: save and stop after this step
     -> the final line of metrics.jsonl, None when stopped early. Raises NonFiniteLoss, DataError.
     """
@@ -629,7 +634,7 @@ def main(argv: list[str] | None = None) -> None:
         config, given = parse_config(argv)
         train(config, given)
     except (ConfigError, DataError, NonFiniteLoss, OSError) as error:
-        sys.stderr = sys.__stderr__  # of a process that is otherwise silent
+        sys.stderr = sys.__stderr__  # processes other than the first are silent, but their errors must show
         sys.exit(f"train.py: {in_one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped")
