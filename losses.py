@@ -113,15 +113,15 @@ def mlm_loss(logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alp
     L = (1 − α)·CE(label) + α·CE(softmax(logits_m)), mean over the labelled rows
     logits, logits_m (M, V), labels (M,).
     """
-    loss = cross_entropy(logits, labels)
     if logits_m is None or alpha == 0:
-        return loss
-    targets = logits_m.float().softmax(dim=-1)
+        return cross_entropy(logits, labels)
     log_p = F.log_softmax(logits.float(), dim=-1)
-    soft = -(targets * log_p).sum(dim=-1)
+    hard = F.nll_loss(log_p, labels, ignore_index=-100, reduction="none")  # (M,)
+    targets = logits_m.float().softmax(dim=-1)
+    soft = -(targets * log_p).sum(dim=-1)  # (M,)
     labelled = labels != -100
-    count = labelled.sum().clamp(min=1)
-    return (1 - alpha) * loss + alpha * (soft * labelled).sum() / count
+    total = (((1 - alpha) * hard + alpha * soft) * labelled).sum()
+    return total / labelled.sum().clamp(min=1)
 
 
 def mim_loss(pixels: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
@@ -157,5 +157,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of the labelled rows (label ≥ 0) whose highest logit is the label's. logits (M, C), labels (M,)."""
     labelled = labels >= 0
-    right = (logits.argmax(dim=-1) == labels) & labelled
+    highest = logits.max(dim=-1).indices  # argmax is six times as slow in bf16 on a CPU
+    right = (highest == labels) & labelled
     return right.sum() / labelled.sum().clamp(min=1)
