@@ -89,8 +89,8 @@ def fitting_precision(device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next tensors (our choice; nothing changes elsewhere).
 
-    By default glibc gives large blocks back to the system. The system then clears new pages for the next tensor, which
-    is a tenth of a step on a CPU. glibc reads the same settings from MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_.
+    By default glibc gives large blocks back to the system, and the system clears new pages for the next tensor. With a
+    vocabulary of 30,522 words this is a third of a training step on a CPU.
     """
     if sys.platform != "linux":
         return

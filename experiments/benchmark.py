@@ -9,6 +9,7 @@ Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --p
 import sys
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -92,15 +93,20 @@ def time_steps(config: TrainConfig, repeats: int) -> None:
 
 
 def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
-    """Count what passes each part of the model, and of the momentum model (…_m), per pair of a step."""
+    """Count what passes each part of the model, and of the momentum model (…_m), per pair of a step.
+
+    No pair keeps random masks here, since a pair that does passes the momentum model less often.
+    """
+    run.config = replace(run.config, random_mask_prob=0.0)
     counts = Counter()
     for model, suffix in ((run.model, ""), (run.momentum.model, "_m")):
         for part in PARTS:
 
-            def count(_module, args, key=part + suffix):
-                counts[key] += len(args[0]) / len(items)
+            def count(_module, _inputs, output, key=part + suffix):
+                tokens = output[0] if isinstance(output, tuple) else output  # fusion may also put out its attention
+                counts[key] += len(tokens) / len(items)
 
-            getattr(model, part).register_forward_pre_hook(count)
+            getattr(model, part).register_forward_hook(count)
     take_step(run, items)
     return dict(counts)
 
