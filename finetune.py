@@ -113,10 +113,9 @@ def retrieval_losses(run: Run, batch: dict) -> tuple[Values, Values]:
     wrong_caption, wrong_image, itm_labels = sample_itm_negatives(run, batch, sim_i2t, sim_t2i)
     image_kv = model.fusion.project_image_kv(image_embeds)
     own = torch.arange(len(ids), device=run.device)
-    pair_text_embeds = torch.cat([text_embeds.index_select(0, wrong_caption), text_embeds, text_embeds])
-    pair_attention_mask = torch.cat([attention_mask[wrong_caption], attention_mask, attention_mask])
+    pair_text_index = torch.cat([wrong_caption, own, own])
     pair_image_index = torch.cat([own, wrong_image, own])
-    fused_cls = model.fusion(pair_text_embeds, pair_attention_mask, image_kv, pair_image_index, cls_only=True)
+    fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)  # fused_cls (3B, 1, D)
     return {"itc": run.config.itc_weight * itc, "itm": itm}, {"itm_batch_accuracy": itm_accuracy}
 

@@ -1,6 +1,8 @@
 """A run: its models, optimiser and place in the schedule."""
 
 import contextlib
+import ctypes
+import sys
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -84,6 +86,21 @@ def fitting_precision(device: torch.device) -> str:
     return "bf16" if fast and torch.backends.mkldnn.is_available() else "fp32"
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next tensors (our choice; nothing changes elsewhere).
+
+    By default glibc gives large blocks back to the system, and the system clears new pages for the next tensor. With a
+    vocabulary of 30,522 words this is a third of a training step on a CPU.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        libc.mallopt(trim_threshold, -1)  # never give the end of the heap back
+        libc.mallopt(mmap_max, 0)  # and take every block from the heap
+
+
 def build_optimizer(model: VisionLanguageModel, config: LoopConfig) -> torch.optim.AdamW:
     """Build AdamW with weight decay on matrices alone: not on biases, norms, embeddings, tokens or the temperature."""
     decayed, others = [], []
@@ -103,6 +120,8 @@ def build_run(
     """Build a new run: a model with random weights, its momentum model, an empty queue and the optimiser."""
     torch.manual_seed(config.seed)
     device = device or torch.device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.precision == "auto":
         config = replace(config, precision=fitting_precision(device))
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.get_vocab_size()))

@@ -9,6 +9,7 @@ Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --p
 import sys
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -98,18 +99,21 @@ def time_steps(config: TrainConfig, repeats: int) -> None:
 
 
 def count_passes(run: Run, items: list[dict]) -> dict[str, float]:
-    """Count the inputs of each part of the model in a step, per pair of the batch.
+    """Count the pairs, images or captions that pass each part of the model in a step, per pair of the batch.
 
+    No pair keeps random masks here, since such a pair passes the momentum model less often.
     -> part -> inputs per pair; parts of the momentum model end with _m
     """
+    run.config = replace(run.config, random_mask_prob=0.0)
     counts = Counter()
 
-    def count_inputs(module, inputs, key):
-        counts[key] += len(inputs[0]) / len(items)
+    def count_outputs(module, inputs, output, key):
+        tokens = output[0] if isinstance(output, tuple) else output  # fusion may also return its attention
+        counts[key] += len(tokens) / len(items)
 
     for model, suffix in ((run.model, ""), (run.momentum.model, "_m")):
         for part in PARTS:
-            getattr(model, part).register_forward_pre_hook(partial(count_inputs, key=part + suffix))
+            getattr(model, part).register_forward_hook(partial(count_outputs, key=part + suffix))
     take_step(run, items)
     return dict(counts)
 

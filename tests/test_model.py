@@ -150,6 +150,18 @@ def test_attention_is_the_same_with_and_without_probabilities():
     assert (probabilities.permute(0, 3, 1, 2)[~mask] == 0).all()
 
 
+def test_attention_in_bf16_on_a_cpu_is_that_of_float32_but_for_rounding():
+    attention = randomise(Attention(32, 4))
+    x, mask = torch.randn(2, 5, 32, requires_grad=True), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    for attention_mask in (None, mask):
+        exact, _ = attention(x, attention_mask=attention_mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, _ = attention(x, attention_mask=attention_mask)
+        torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+        gradients = [torch.autograd.grad(out.float().sum(), x)[0] for out in (rounded, exact)]
+        torch.testing.assert_close(*gradients, atol=0.05, rtol=0.05)
+
+
 @torch.no_grad()
 def test_vit_encodes_exactly_the_patches_to_keep():
     vit, images = make_model().vision, torch.randn(2, 3, 32, 32)
