@@ -286,13 +286,13 @@ def build_tokenizer(
     captions: list[str],
     vocab_size: int,
     max_length: int,
-    vocab: str | Path | None = None,
+    vocab: str | Path | Tokenizer | None = None,
     prompts: bool = False,
 ) -> Tokenizer:
     """Build a WordPiece tokenizer as BERT's, which adds [CLS] and [SEP], truncates and pads.
 
-    vocab: a `vocab.txt` or `tokenizer.json` of a BERT that lower-cases, or a folder with one; otherwise a vocabulary of
-        up to vocab_size tokens is trained on the captions
+    vocab: a `vocab.txt` or `tokenizer.json` of a BERT that lower-cases, a folder with one, or the tokenizer of a run;
+        otherwise a vocabulary of up to vocab_size tokens is trained on the captions
     max_length: tokens after which a text is truncated; texts are padded to the longest one of a batch
     prompts: add the category symbols as the last tokens, and every word of the prompts as one token
     Raises OSError where `vocab` cannot be read, DataError where it is no such file.
@@ -303,10 +303,14 @@ def build_tokenizer(
         special_tokens += [f"[{symbol}]" for symbol in SYMBOLS]
         all_prompts = " ".join([CAPTION_PREFIX, DIFFERENCE_PREFIX, "sub", *ATTRIBUTES])
         prompt_words = list(dict.fromkeys(all_prompts.split()))
-    words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, prompt_words)
-    without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-    accented = sum(without_accents.normalize_str(word) != word for word in words)  # of BERT's uncased vocabulary 0
-    tokenizer = _bert_tokenizer(words, strip_accents=vocab is not None and accented <= len(words) / 50)  # our choice
+    if isinstance(vocab, Tokenizer):
+        tokenizer = vocab
+    else:
+        words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, prompt_words)
+        without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+        accented = sum(without_accents.normalize_str(word) != word for word in words)  # of BERT's uncased vocabulary 0
+        strip_accents = vocab is not None and accented <= len(words) / 50  # our choice
+        tokenizer = _bert_tokenizer(words, strip_accents)
     tokenizer.add_special_tokens(special_tokens)
     cls_id = tokenizer.token_to_id("[CLS]")
     sep_id = tokenizer.token_to_id("[SEP]")

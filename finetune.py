@@ -45,6 +45,7 @@ from engine.batches import (
 from engine.checkpoints import begin, load_checkpoint, load_weights, read_tokenizer, restore
 from engine.finetune_config import FinetuneConfig, check_flags, labels_of, open_data, parse_config
 from engine.flags import ConfigError, in_one_line
+from engine.log import write_text
 from engine.run import Run, autocast, build_run, build_sampler
 from evaluation.pictures import ExampleQuery, RetrievedImage, draw_confusion, draw_retrieved, picture_labels
 from evaluation.scores import (
@@ -291,7 +292,7 @@ def write_ranks(dataset: Triplets, ranked: list[RankedTriplets], path: Path) -> 
                     "ranking": names,
                 }
             )
-    path.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(lines, indent=1) + "\n")
     print(f"the targets are not published; the best images of {len(lines):,} queries are in {path}")
 
 
@@ -342,7 +343,9 @@ def train_recognition(config: FinetuneConfig, source: dict, dataset: PairDataset
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise DataError(f"all images have the same {config.task}, {classes[0]!r}; recognition needs at least two")
-    config = replace(config, classes=classes, model=replace(config.model, classes=len(classes)))
+    most_frequent = classes.index(Counter(labels).most_common(1)[0][0])
+    model = replace(config.model, classes=len(classes))
+    config = replace(config, classes=classes, most_frequent=most_frequent, model=model)
     train_labels = class_ids(config, train_set).to(config.device)
 
     def compute_losses(run: Run, batch: dict) -> tuple[Values, Values]:
@@ -400,7 +403,7 @@ def predict(run: Run, dataset: PairDataset) -> tuple[Tensor, Tensor, Tensor]:
 def evaluate_recognition(run: Run, dataset: PairDataset) -> Evaluation:
     """Measure accuracy and macro-F1; for statements also the accuracy by the kind of attribute that decides them.
 
-    Chance is the value of always predicting the most frequent class. Writes confusion.png and classes.tsv.
+    Chance is the value of always predicting the most frequent class of training. Writes confusion.png and classes.tsv.
     Raises DataError where no image can be read.
     """
     config = run.config
@@ -412,23 +415,22 @@ def evaluate_recognition(run: Run, dataset: PairDataset) -> Evaluation:
         kinds = np.array(dataset.subcategories)[rows.numpy()]
         for kind in sorted(set(kinds) - {""}):
             metrics[f"accuracy_{kind}"] = (labels == preds)[kinds == kind].float().mean().item()
-    most_frequent = int(labels.bincount().argmax())
-    chance = recognition_scores(labels, torch.full_like(labels, most_frequent))
+    chance = recognition_scores(labels, torch.full_like(labels, config.most_frequent))
 
     out = Path(config.out)
     draw_confusion(labels, preds, names, out / "confusion.png")
     picture_names = picture_labels(names)
     counts = labels.bincount(minlength=len(names))
-    with open(out / "classes.tsv", "w", encoding="utf-8") as file:
-        file.write(f"class\t{dataset.row_noun}\tprecision\trecall\tf1\tlabel in confusion.png\n")
-        for number, scores in sorted(scores_by_class(labels, preds).items()):
-            numbers = f"{counts[number]}\t{scores.precision:.4f}\t{scores.recall:.4f}\t{scores.f1:.4f}"
-            file.write(f"{names[number]}\t{numbers}\t{picture_names[number]}\n")
+    table = f"class\t{dataset.row_noun}\tprecision\trecall\tf1\tlabel in confusion.png\n"
+    for number, scores in sorted(scores_by_class(labels, preds).items()):
+        numbers = f"{counts[number]}\t{scores.precision:.4f}\t{scores.recall:.4f}\t{scores.f1:.4f}"
+        table += f"{names[number]}\t{numbers}\t{picture_names[number]}\n"
+    write_text(out / "classes.tsv", table)
     protocol = {
         "modality": config.modality,
         dataset.row_noun: len(labels),
         "classes": len(config.classes),
-        "most frequent": names[most_frequent],
+        "most frequent": names[config.most_frequent],
     }
     return Evaluation(metrics, chance, protocol)
 
@@ -566,7 +568,7 @@ def finetune(config: FinetuneConfig, given: set[str], source: dict, stop_at: int
         "precision": run.config.precision,
         "seconds": run.seconds + time.perf_counter() - start,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     print("\n".join(results_table(results)))
     print(f"see {out}/results.json")
     return results

@@ -40,7 +40,7 @@ from engine.config import (
 )
 from engine.distributed import any_process, average, gather, is_main_process, join_processes, rank, union, world_size
 from engine.flags import ConfigError, in_one_line
-from engine.log import peak_memory_mib, read_metrics, stop_signals, trim_metrics, write_metrics
+from engine.log import peak_memory_mib, read_metrics, stop_signals, trim_metrics, write_metrics, write_text
 from engine.run import Run, autocast, build_run, build_sampler
 from engine.weights import load_pretrained
 from evaluation.ground_truth import ground_truth_metrics
@@ -519,7 +519,7 @@ def fit(
     print(f"{size:.1f} M parameters, {run.total_steps} steps in {config.precision} on {where}, into {out}/")
     if is_main_process():
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
         trim_metrics(out / "metrics.jsonl", run.step)
     model = DistributedDataParallel(run.model, static_graph=True) if world_size() > 1 else run.model
     batches = endless_batches(run, dataset)
@@ -612,7 +612,7 @@ def stalled(run: Run, patience: int) -> bool:
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or the gradient became NaN or infinite; the last good checkpoint is kept."""
+    """A loss or the gradient became NaN or infinite; the last checkpoint is kept."""
 
 
 def check_finite(run: Run, losses: Values, grad_norm: Tensor) -> None:
@@ -621,10 +621,15 @@ def check_finite(run: Run, losses: Values, grad_norm: Tensor) -> None:
     if torch.stack([part.detach() for part in parts.values()]).isfinite().all():
         return
     wrong = " and ".join(name for name, part in parts.items() if not part.isfinite())
-    last = Path(run.config.out) / "last.pt"
+    out = Path(run.config.out)
+    last = out / "last.pt"
     advice = "there is no checkpoint yet; try a lower --lr"
     if last.exists():
-        advice = f"{last} is the last good state: --resume with a lower --lr"
+        lines = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+        steps_below = [line["step"] for line in lines if line["loss"] < lines[0]["loss"]]
+        below = f"last below its start at step {steps_below[-1]}" if steps_below else "never below its start"
+        saved_step = torch.load(last, mmap=True, weights_only=True)["step"]
+        advice = f"the loss was {below}; {last} is of step {saved_step}: --resume with a lower --lr"
     raise NonFiniteLoss(f"step {run.step + 1}: {wrong} not finite; {advice}")
 
 

@@ -3,7 +3,9 @@
 Letters: B batch, N image tokens, L text tokens, D width, E shared embedding, n images or pairs, m captions.
 """
 
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from data import apply_crops, augment, build_tokenizer, encode, normalise, random_crops, to_device, tokenize
+from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.config import TrainConfig
-from engine.log import ignore_interrupts
+from engine.log import ignore_interrupts, start_loading
 from engine.run import Run, autocast
 from readers.dataset import DataError, PairDataset, Unreadable
 from readers.prompts import Text
@@ -52,7 +55,7 @@ class ReadableItems(Dataset):
 def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
     """Yield this process's share of the batches from the current step on, epoch after epoch, on its device.
 
-    Raises DataError where a hundred images one after another cannot be read, or where a data loading process dies.
+    Raises DataError as `load_batches`.
     """
     loader = DataLoader(
         ReadableItems(dataset),
@@ -67,20 +70,30 @@ def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
     epoch, first_batch = divmod(run.step, len(run.sampler))
     while True:
         run.sampler.set_epoch(epoch, first_batch)
-        try:
-            for batch in loader:
-                yield to_device(batch, run.device)
-        except DataError as error:
-            # from a data loading process, the message is a traceback that ends with the message proper
-            last_line = str(error).strip().splitlines()[-1]
-            raise DataError(last_line.split("DataError: ")[-1]) from None
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise DataError(
-                "a data loading process died, perhaps for lack of memory; continue with --resume and fewer --workers"
-            ) from None
+        for batch in load_batches(run, loader):
+            yield to_device(batch, run.device)
         epoch, first_batch = epoch + 1, 0
+
+
+def load_batches(run: Run, loader: DataLoader) -> Iterator[dict]:
+    """Yield the batches of a loader once. All training and evaluation reads its batches here.
+
+    Raises DataError where a hundred images one after another cannot be read, and where a data loading process fails.
+    """
+    try:
+        yield from start_loading(loader)
+    except DataError as error:
+        # from a data loading process, the message is a traceback that ends with the message proper
+        last_line = str(error).strip().splitlines()[-1]
+        raise DataError(last_line.split("DataError: ")[-1]) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        if not loader.num_workers or str(error).startswith("Caught "):  # an error of our code
+            raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        lack = "perhaps for lack of memory, shared memory or open files (ulimit -n)"
+        is_resumable = run.sampler is not None and Path(run.config.out, "last.pt").exists()
+        advice = f"{'continue with --resume and' if is_resumable else 'start again with'} fewer --workers"
+        raise DataError(f"a data loading process failed ({reason}), {lack}; {advice}") from None
 
 
 def augmented(run: Run, batch: dict) -> dict:
@@ -105,12 +118,14 @@ def learn_vocabulary(config: TrainConfig, dataset: PairDataset) -> Tokenizer:
 
     Raises OSError and DataError where --vocab cannot be used.
     """
-    captions = []
-    if not config.vocab:
+    vocab, captions = config.vocab, []
+    if vocab and zipfile.is_zipfile(vocab):
+        vocab = read_tokenizer(load_checkpoint(vocab))
+    if not vocab:
         for row in tqdm(range(len(dataset)), "reading captions", unit=" captions", leave=False, disable=None):
             pieces = dataset.text(row)[1::2]  # what stands between the prompts
             captions.append(" ".join(pieces))
-    return build_tokenizer(captions, config.model.vocab_size, config.model.max_length, config.vocab, config.prompts)
+    return build_tokenizer(captions, config.model.vocab_size, config.model.max_length, vocab, config.prompts)
 
 
 def report_truncated_captions(dataset: PairDataset, tokenizer: Tokenizer) -> None:
@@ -191,7 +206,7 @@ def evaluation_batches(run: Run, dataset: Dataset, title: str) -> Iterator[dict]
     Images that cannot be read are left out and printed.
     dataset: a PairDataset, or a Subset of one
     title: of the progress bar
-    Raises DataError where no image can be read.
+    Raises DataError where no image can be read, and as `load_batches`.
     """
     loader = DataLoader(
         dataset,
@@ -201,7 +216,8 @@ def evaluation_batches(run: Run, dataset: Dataset, title: str) -> Iterator[dict]
         worker_init_fn=ignore_interrupts,
     )
     image_count = 0
-    for batch in tqdm(loader, title, unit=" batches", leave=False, disable=None):
+    batches = load_batches(run, loader)
+    for batch in tqdm(batches, title, len(loader), unit=" batches", leave=False, disable=None):
         for reason in set(batch["unreadable"]) - run.unreadable:
             tqdm.write(f"cannot be read: {reason}")
         run.unreadable |= set(batch["unreadable"])

@@ -4,6 +4,7 @@ A file is written completely or not at all, so after a kill at any moment there 
 data: no pickled code is run, and the checksums of the archive reveal damage.
 """
 
+import contextlib
 import os
 import shutil
 import zipfile
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from engine.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from engine.distributed import is_main_process
-from engine.flags import ConfigError, flag_of
+from engine.flags import ConfigError, check_was_read, flag_of
 from engine.run import Run
 from model import ModelConfig
 from readers.dataset import printable
@@ -79,7 +80,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint without running pickled code. -> its parts, by CHECKPOINT_KEYS
 
-    Raises ConfigError where the file does not exist, is damaged, or is no checkpoint.
+    Raises ConfigError where the file does not exist, cannot be read, is damaged, or is no checkpoint.
     """
     try:
         # torch.save writes a zip archive with a checksum for each tensor, which torch.load does not check
@@ -88,7 +89,8 @@ def load_checkpoint(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such checkpoint; check the path") from None
-    except Exception:  # zipfile and torch raise many kinds of errors for other files
+    except Exception as error:  # zipfile and torch raise many kinds of errors for other files
+        check_was_read(path, error)
         intact = False
     if not intact and is_lfs_pointer(path):
         raise ConfigError(f"{path}: {LFS_ADVICE}")
@@ -136,6 +138,7 @@ def begin(
 ) -> tuple[LoopConfig, dict | None]:
     """Return the config to run by and, with --resume, the checkpoint to continue from. A run is never overwritten.
 
+    A checkpoint among --weights is --vocab, too, unless that is given.
     config: by the flags of the command line
     given: names of the fields whose flags were given
     check: the script's check_flags
@@ -147,6 +150,11 @@ def begin(
         return resumed_config(config, given, state, check), state
     if last.exists():
         raise ConfigError(f"{config.out} holds a run already; add --resume to continue it, or choose another --out")
+    if isinstance(config, TrainConfig) and not config.vocab:
+        for file in config.weights:
+            with contextlib.suppress(ConfigError):  # published weights
+                load_checkpoint(file)
+                config = replace(config, vocab=file)
     return config, None
 
 

@@ -109,9 +109,12 @@ class TrainConfig(LoopConfig):
     mask_text: bool = option(True, "use masked captions for ITC and ITM, too, not for MLM alone")
 
     vocab: str | None = option(
-        None, "BERT's vocab.txt or tokenizer.json, or a folder with one (default: train a vocabulary on the captions)"
+        None,
+        "BERT's vocab.txt or tokenizer.json, a folder with one, or a checkpoint (default: train one on the captions)",
     )
-    weights: tuple[str, ...] = option((), "published weights to start from: ViT, BERT (needs --vocab), or ALBEF")
+    weights: tuple[str, ...] = option(
+        (), "weights to start from: ViT, BERT (needs --vocab), ALBEF, or last.pt or best.pt of a run"
+    )
     sizes_from: tuple[str, ...] = option(
         (), "folders with the config.json of a ViT or BERT, which sets the model's sizes"
     )

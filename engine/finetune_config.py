@@ -11,7 +11,7 @@ from engine.checkpoints import load_checkpoint
 from engine.config import LoopConfig, check_loop
 from engine.flags import ConfigError, OneLineParser, add_flags, check_flag_applies, flag_of, option
 from model import ModelConfig
-from readers.dataset import DataError, PairDataset
+from readers.dataset import DataError, PairDataset, printable
 from readers.prompts import CAPTION_PREFIX, DIFFERENCE_PREFIX
 
 TaskName = Literal["retrieval", "tgir", "category", "subcategory", "entailment", "search"]
@@ -66,6 +66,7 @@ class FinetuneConfig(LoopConfig):
     prompts: bool = False  # pretraining used prompts; captions then get a prefix here, as in Fashion-FINE
     data_seed: int = 0  # seed of the data and its splits, from pretraining
     classes: tuple[str, ...] = ()  # of recognition, in the order of the head
+    most_frequent: int = 0  # of the classes in training
 
 
 # Fields of the training loop that are also used where nothing is trained.
@@ -138,7 +139,8 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
         "root": saved["root"] if data == saved["data"] else None,
         "start": saved.get("task"),
         "data_seed": saved.get("data_seed", saved["seed"]),
-        "classes": tuple(saved.get("classes", ())),
+        "classes": tuple(printable(str(name)) for name in saved.get("classes", ())),
+        "most_frequent": saved["most_frequent"] if saved.get("classes") else 0,
         "modality": saved.get("modality", "both"),
     }
     if task == "retrieval":
@@ -181,6 +183,9 @@ def check_start(config: FinetuneConfig) -> None:
         )
     elif not start and config.eval_only and config.task in RECOGNITION:
         raise ConfigError(f"{flag}: has no classes yet; fine-tune it first, without --eval-only")
+    elif start in RECOGNITION and not len(config.classes) == config.model.classes > config.most_frequent >= 0:
+        sizes = f"{len(config.classes)} names of classes for a head of {config.model.classes}"
+        raise ConfigError(f"{flag}: has {sizes}; give another checkpoint")
 
 
 def check_flags(config: FinetuneConfig, given: set[str]) -> None:

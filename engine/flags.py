@@ -2,10 +2,13 @@
 
 import argparse
 import difflib
+import errno
 import math
+import sys
 import types
 import typing
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +27,15 @@ def in_one_line(error: Exception) -> str:
     return str(error)
 
 
+def check_was_read(path: str | Path, error: Exception) -> None:
+    """Check that an error in reading a file is about its contents.
+
+    Raises ConfigError where the system did not read it, for lack of rights for example.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek in a damaged archive
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
 def option(default, help: str, low: float | None = None, high: float | None = None):
     """Declare a config field with its default, its help text and its allowed range [low, high]."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -34,8 +46,18 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def replace_unencodable() -> None:
+    """Print a question mark for each letter that the terminal, or a file in place of it, cannot encode."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, and suggests the flag that was probably meant."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        replace_unencodable()  # here, since every command line has a parser
 
     def error(self, message: str):
         """Print the error in one line and exit with status 2."""

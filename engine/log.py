@@ -5,13 +5,16 @@ Every key of metrics.jsonl is explained in docs/glossary.md.
 
 import contextlib
 import json
+import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 try:
     import resource
@@ -20,15 +23,18 @@ except ImportError:  # Windows
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read the lines of a metrics.jsonl, without a line that a killed run wrote in part. -> [] if there is no file"""
+    """Read the lines of a metrics.jsonl that are objects with a step; a kill leaves others. -> [] without a file"""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    content = path.read_bytes().lstrip(b"\0")
+    for text in content.decode(json.detect_encoding(content), errors="replace").split("\n"):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text.strip("\0"))
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
@@ -44,9 +50,30 @@ def trim_metrics(path: Path, step: int) -> None:
     for line in read_metrics(path):
         if step > 0 and line["step"] <= step and not line.get("final"):
             kept.append(json.dumps(line) + "\n")
+    write_text(path, "".join(kept))
+
+
+@contextlib.contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Let an OSError of what is written here name the file, which the error of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 beside `path`, then rename it: a full disk leaves no part of it.
+
+    Raises OSError where it cannot be written; an older file is then unchanged.
+    """
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text("".join(kept))
-    os.replace(scratch, path)
+    with name_in_errors(path):
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def write_metrics(path: Path, **metrics) -> None:
@@ -54,7 +81,7 @@ def write_metrics(path: Path, **metrics) -> None:
     line = {}
     for key, value in metrics.items():
         line[key] = float(f"{value:.6g}") if isinstance(value, float) else value
-    with open(path, "a") as file:
+    with name_in_errors(path), open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -83,12 +110,37 @@ def stop_signals(second_stops: bool) -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
+def start_loading(loader: DataLoader) -> Iterator[dict]:
+    """Start the data loading processes of a loader. -> its batches; they raise RuntimeError where a process died"""
+    if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    # PyTorch's handler of SIGCHLD would raise the error in any line of the main process
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the processes ignore it
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def ignore_interrupts(_worker: int) -> None:
-    """Keep Ctrl-C and signals to the process group from a data loading process; the main process ends it."""
+    """Keep signals to the process group, or to every process of a job, from a data loading process."""
     if hasattr(os, "setsid"):
         os.setsid()
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a batch that cannot be sent ends the process; otherwise the main process would wait for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
+    if hasattr(signal, "sigwaitinfo"):  # neither on Windows nor on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait_for_parents_signal, daemon=True).start()
+
+
+def wait_for_parents_signal() -> None:
+    """End this process by SIGTERM of its parent, not of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -39,8 +39,9 @@ def read_sizes(file: Path) -> tuple[str, dict[str, int]]:
     """
     try:
         content = json.loads(file.read_bytes())
-    except OSError:
-        raise ConfigError(f"{file}: no such file; give a folder with the config.json of a BERT or a ViT") from None
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise ConfigError(f"{file}: {reason}; give a folder with the config.json of a BERT or a ViT") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON ({error}); copy it again") from None
     if not isinstance(content, dict):

@@ -12,6 +12,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine.flags import check_was_read
 from engine.sizes import check_sizes
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import DataError
@@ -75,6 +76,9 @@ KINDS = {
     "BERT": r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention\.self)\.",
     "ViT": r"((vit|deit|model)\.)?(embeddings\.)?(cls_token|patch_embed|pos_embed)",
 }
+# Keys under which training runs (DINO, MoCo v3, …) save weights, and what they put before names. The teacher is taken.
+WRAPPERS = ("model", "state_dict", "teacher", "student")
+WRAPPER_PREFIX = r"((module|_orig_mod|teacher|student|backbone|base_encoder)\.)+"
 
 
 @dataclass
@@ -144,23 +148,26 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
     files: each of another kind, which is recognised by its tensor names; a later file replaces what an earlier filled
         ViT: in the naming of Hugging Face, timm, DeiT or MAE; position embeddings are interpolated
         BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
-        whole: a checkpoint of ALBEF, or a file of experiments/export.py
-    Raises DataError if a file cannot be read, is of no kind or of another file's kind, or has no tensor that fits.
-    Raises ConfigError if its width, heads or patch size are not the model's, with the flags that would fit.
+        whole: a checkpoint of ALBEF or of ours, or a file of experiments/export.py
+    Raises DataError if a file is damaged, is of no kind or of another file's kind, or has no tensor that fits.
+    Raises ConfigError if it cannot be read, or if its width, heads or patch size are not the model's.
     """
     report = LoadReport()
     for path in files:
         state = _read_weights(Path(path))
         kinds = [kind for kind, pattern in KINDS.items() if any(re.match(pattern, name) for name in state)]
         if not kinds:
-            raise DataError(f"{path}: no tensor has a name of a ViT, BERT or ALBEF model; give another file")
+            names = ", ".join(list(state)[:3]) or "none"
+            raise DataError(f"{path}: no tensor has a name of a ViT, BERT or ALBEF model; the first are {names}")
         kind = kinds[0]
         if kind in report.kinds:
             raise DataError(f"{path}: a {kind} file like {report.kinds[kind]}; give files of different kinds")
         report.kinds[kind] = path
+        # the names of a checkpoint of ours become published ones; other names stay
+        state = {(other_names(name, model.config) or [name])[0]: tensor for name, tensor in split_qkv(state).items()}
         tensors = {_as_in_table(name, kind): tensor for name, tensor in state.items()}
         report.hints += check_sizes(Path(path), kind, tensors, model.config)
-        renamed = _rename(split_qkv(state), kind, model, report)
+        renamed = _rename(state, kind, model, report)
         _fit_positions(renamed, model.config)
         loaded = _copy_fitting(renamed, model, report)
         if not loaded:
@@ -172,8 +179,9 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file. Raises DataError where there are none."""
+    """Read the tensors of a file, in fp32. Raises ConfigError where it cannot be read, DataError without tensors."""
     try:
+        open(path, "rb").close()  # safetensors says that a file does not exist where it may not be read
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
@@ -181,18 +189,24 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such weights file; check the path") from None
-    except Exception:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise many kinds
+        check_was_read(path, error)
         if is_lfs_pointer(path):
             raise DataError(f"{path}: {LFS_ADVICE}") from None
         raise DataError(
             f"{path}: damaged, or not plain tensors (pickled code is never run); copy it again or convert it"
         ) from None
-    for wrapper in ("model", "state_dict"):
+    for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not named tensors; give a state dict")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    tensors = {}
+    for name, tensor in state.items():
+        inner = re.sub(f"^{WRAPPER_PREFIX}", "", str(name))
+        if isinstance(tensor, Tensor) and (inner not in tensors or "teacher." in name):
+            tensors[inner] = tensor.float()  # float8 has no arithmetic
+    return tensors
 
 
 def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, report: LoadReport) -> dict[str, Tensor]:
@@ -250,8 +264,14 @@ def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report
     loaded = set()
     for name, tensor in renamed.items():
         target = parameters[name]
-        if name in ("text.word_embeddings.weight", "mlm_bias") and len(tensor) == len(target) - len(SYMBOLS):
-            target = target[: -len(SYMBOLS)]  # the symbols are the last words of our vocabulary
+        if name in ("text.word_embeddings.weight", "mlm_bias") and tensor.ndim:
+            words = len(target)
+            if len(tensor) < words:
+                words = max(0, words - len(SYMBOLS))  # the symbols are the last words of our vocabulary
+            target = target[:words]
+            if len(tensor) > words and len(tensor) % 8 == 0:  # padded; another number is another vocabulary's
+                report.hints.append(f"{name}: the first {words} of {len(tensor)} rows, for the words of --vocab")
+                tensor = tensor[:words]
         if tensor.shape == target.shape:
             target.copy_(tensor)
             loaded.add(name)

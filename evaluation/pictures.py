@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import encode, normalise, to_device
+from engine.log import name_in_errors
 from engine.run import Run, autocast
 from evaluation.ground_truth import synchronized_masks
 from masking import itm_grad_cam, random_patch_mask, random_word_mask, soft_mask
@@ -89,7 +90,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with name_in_errors(path):
+        figure.savefig(path, dpi=110)
 
 
 INK, PAPER, GREY = (30, 30, 34), (255, 255, 255), (150, 150, 156)
@@ -145,7 +147,8 @@ def draw_masks(run: Run, dataset: PairDataset, rows: list[int], path: Path) -> N
             caption_bottom = draw_caption(pen, caption_font, run.tokenizer, caption, word_mask[i], corner)
             bottom = max(bottom, caption_bottom)
         top = bottom + 10
-    page.crop((0, 0, page.width, top)).save(path)
+    with name_in_errors(path):
+        page.crop((0, 0, page.width, top)).save(path)
 
 
 def example_masks(run: Run, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
@@ -268,7 +271,8 @@ def draw_confusion(labels: Tensor, preds: Tensor, names: list[str], path: Path) 
     for row, column in counts.nonzero().tolist():
         colour = "white" if shares[row, column] > 0.5 else "k"
         axis.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=5, color=colour)
-    figure.savefig(path, dpi=130)
+    with name_in_errors(path):
+        figure.savefig(path, dpi=130)
 
 
 class RetrievedImage(NamedTuple):
@@ -314,4 +318,5 @@ def draw_retrieved(dataset: PairDataset, queries: list[ExampleQuery], path: Path
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(image.note, fontsize=8)
             axis.spines[:].set(color="tab:green" if image.is_positive else "white", linewidth=3)
-    figure.savefig(path, dpi=100)
+    with name_in_errors(path):
+        figure.savefig(path, dpi=100)

@@ -21,7 +21,7 @@ from engine.batches import (
 )
 from engine.checkpoints import load_weights, read_tokenizer
 from engine.finetune_config import SEARCH_RESULTS, FinetuneConfig, caption_prefix, open_data
-from engine.flags import ConfigError
+from engine.flags import ConfigError, check_was_read
 from engine.run import Run, autocast, build_run
 from evaluation.pictures import ExampleQuery, RetrievedImage, draw_retrieved
 from readers.dataset import DataError, PairDataset, pad_to_square, printable
@@ -167,7 +167,8 @@ def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         fits = saved["key"] == key
-    except Exception:  # torch raises many kinds of errors for other files
+    except Exception as error:  # torch raises many kinds of errors for other files
+        check_was_read(f"--index {path}", error)
         raise ConfigError(f"--index {path}: damaged, or not an index; delete it, and it is written anew") from None
     if not fits:
         raise ConfigError(f"--index {path}: of another checkpoint or data set; delete it, or give another file")

@@ -8,7 +8,6 @@ Each slider of the page has five stops, and their masks and negatives are comput
 Letters: B images, L text tokens, P patches, S side of an image.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import normalise
-from engine.flags import ConfigError
+from engine.flags import ConfigError, OneLineParser
 from engine.run import Run
 from evaluation.ground_truth import TokenLabels, synchronized_masks, token_labels
 from evaluation.pictures import first_images, momentum_grad_cam
@@ -197,7 +196,7 @@ def fill_page(page_data: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exits with one line where the checkpoint or its data cannot be used."""
-    parser = argparse.ArgumentParser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, help="last.pt of a pretraining run, any recipe")
     parser.add_argument("--root", help="folder of the data set (default: the folder in training)")
     args = parser.parse_args(argv)

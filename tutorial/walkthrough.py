@@ -24,7 +24,7 @@ from torch import Tensor
 from data import informative_pieces, normalise
 from engine.batches import learn_vocabulary
 from engine.config import ema_decay, itm_hard_share, parse_config
-from engine.flags import ConfigError
+from engine.flags import ConfigError, replace_unencodable
 from engine.run import build_run
 from evaluation.ground_truth import mask_metrics, momentum_features, split_block_into_batches, token_labels
 from experiments.figures import open_run
@@ -45,6 +45,7 @@ from readers.dataset import DataError
 from readers.synthetic import Synthetic
 from train import compute_itc, encode_momentum, syncmask
 
+replace_unencodable()
 CHECKPOINT = ""  # last.pt of a run on synthetic images; "": random weights
 if "--checkpoint" in sys.argv:
     CHECKPOINT = sys.argv[-1]

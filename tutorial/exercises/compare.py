@@ -4,10 +4,12 @@ python tutorial/exercises/compare.py runs/A runs/B                      # all me
 python tutorial/exercises/compare.py runs/A runs/B image_gain_fine      # these metrics alone
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engine.flags import OneLineParser
+from engine.log import final_metrics
 
 
 def read_final_metrics(folder: Path) -> dict[str, float]:
@@ -15,15 +17,16 @@ def read_final_metrics(folder: Path) -> dict[str, float]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         sys.exit(f"compare.py: {path}: no such file; give the folder of a run, its --out")
-    metrics = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    if not metrics.pop("final", False):
+    metrics = final_metrics(folder)
+    if not metrics:
         sys.exit(f"compare.py: {path}: the run is not finished; continue it with train.py --resume --out {folder}")
+    del metrics["final"]
     return metrics
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: print a Markdown table with the metrics of both runs, and B minus A."""
-    parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
+    parser = OneLineParser("compare.py", description=__doc__.split("\n")[0])
     parser.add_argument("run_a", type=Path, help="folder of the first run")
     parser.add_argument("run_b", type=Path, help="folder of the second run")
     parser.add_argument("metrics", nargs="*", help="metrics to print (default: all that both runs have)")

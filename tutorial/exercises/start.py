@@ -5,7 +5,6 @@ python -m pytest tutorial/exercises -k ex3      # checks what you wrote there
 python tutorial/exercises/start.py 3 --hint     # the idea; --hint 2: pseudo-code; --hint 3: the solution's place
 """
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -14,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from engine.flags import OneLineParser, in_one_line
 from tutorial.exercises.catalogue import EXERCISES, stub_path
 
 HEAD = '''"""Exercise {number} of tutorial/exercises/README.md.
@@ -52,7 +52,7 @@ def build_stub(number: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exits with a message where the stub exists already."""
-    parser = argparse.ArgumentParser("start.py", description=__doc__.split("\n")[0])
+    parser = OneLineParser("start.py", description=__doc__.split("\n")[0])
     parser.add_argument("number", type=int, choices=EXERCISES, metavar="N", help=f"exercise, 1 to {len(EXERCISES)}")
     levels = "show a hint: 1 the idea (default), 2 pseudo-code, 3 the solution's place"
     parser.add_argument("--hint", type=int, nargs="?", const=1, choices=(1, 2, 3), help=levels)
@@ -64,8 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     path = stub_path(args.number)
     if path.exists():
         sys.exit(f"start.py: {path} exists already; delete it to begin anew")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(build_stub(args.number), encoding="utf-8")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(build_stub(args.number), encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"start.py: {in_one_line(error)}; work in a copy of the project that you may write to")
     exercise = EXERCISES[args.number]
     print(f"{path}: write {', '.join(exercise.write)}; then python -m pytest tutorial/exercises -k ex{args.number}")
     print(f"Do not open {exercise.module}.py: the solution is there.")
