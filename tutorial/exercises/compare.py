@@ -20,8 +20,7 @@ def read_final_metrics(folder: Path) -> dict[str, float]:
     metrics = final_metrics(folder)
     if not metrics:
         sys.exit(f"compare.py: {path}: the run is not finished; continue it with train.py --resume --out {folder}")
-    del metrics["final"]
-    return metrics
+    return {key: value for key, value in metrics.items() if key != "final"}
 
 
 def main(argv: list[str] | None = None) -> None:

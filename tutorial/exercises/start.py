@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.flags import OneLineParser, in_one_line
+from engine.log import write_text
 from tutorial.exercises.catalogue import EXERCISES, stub_path
 
 HEAD = '''"""Exercise {number} of tutorial/exercises/README.md.
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"start.py: {path} exists already; delete it to begin anew")
     try:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(build_stub(args.number), encoding="utf-8")
+        write_text(path, build_stub(args.number))
     except OSError as error:
         sys.exit(f"start.py: {in_one_line(error)}; work in a copy of the project that you may write to")
     exercise = EXERCISES[args.number]
