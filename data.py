@@ -316,7 +316,7 @@ def build_tokenizer(
     sep_id = tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
     tokenizer.enable_truncation(max_length)
-    # Lengths are multiples of 8: on a CPU, ever new lengths cost more than the padding (experiments/results.md).
+    # Lengths are multiples of 8: on a CPU, ever new lengths cost more than the padding.
     step = math.gcd(8, max_length)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]", pad_to_multiple_of=step)
     return tokenizer

@@ -124,7 +124,7 @@ SCHEDULES = {
     # Our choices for so few steps: no soft targets, which slow MLM down; no ITM negatives drawn by similarity, many of
     # which are false and undo what random ones have taught; a momentum model that follows closely; more weight for ITC.
     "tiny": dict(
-        steps=680,
+        steps=1360,
         lr=1e-3,
         min_lr=1e-5,
         warmup=50,
@@ -138,7 +138,7 @@ SCHEDULES = {
         mim_weight=0.5,
         itc_weight=2.0,
         crop_scale=0.8,
-        val_every=340,
+        val_every=680,
     ),
     "small": dict(
         epochs=20,
