@@ -158,5 +158,5 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the share of labelled rows (label ≥ 0) that are classified rightly. logits (M, C), labels (M,)."""
     labelled = labels >= 0
     highest = logits.max(dim=-1).indices  # argmax is six times as slow in bf16 on a CPU
-    right = (highest == labels) & labelled
-    return right.sum() / labelled.sum().clamp(min=1)
+    correct = (highest == labels) & labelled
+    return correct.sum() / labelled.sum().clamp(min=1)

@@ -515,8 +515,8 @@ def fit(
     """
     config, out = run.config, Path(run.config.out)
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
-    where = f"{run.device}, {world_size()} processes" if world_size() > 1 else run.device
-    print(f"{size:.1f} M parameters, {run.total_steps} steps in {config.precision} on {where}, into {out}/")
+    machine = f"{run.device}, {world_size()} processes" if world_size() > 1 else run.device
+    print(f"{size:.1f} M parameters, {run.total_steps} steps in {config.precision} on {machine}, into {out}/")
     if is_main_process():
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")

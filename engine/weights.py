@@ -228,9 +228,9 @@ def _rename(state: dict[str, Tensor], kind: str, model: VisionLanguageModel, rep
 def _as_in_table(name: str, kind: str) -> str:
     """Return the name in VIT_NAMES or BERT_NAMES of a tensor in a file of some kind."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # TensorFlow
-    for theirs, ours in PREFIXES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+    for file_prefix, table_prefix in PREFIXES.items():
+        if name.startswith(file_prefix):
+            return table_prefix + name.removeprefix(file_prefix)
     if name.startswith(("vit.", "bert.", "cls.")):
         return name
     return NO_PREFIX[kind] + name
