@@ -677,9 +677,7 @@ def test_labels_without_a_font_are_numbered_and_listed(tmp_path, monkeypatch, no
     classes = tuple(LABELS)
     labels = torch.arange(len(LABELS) + 1)
     dataset = SimpleNamespace(row_noun="images")
-    config = SimpleNamespace(
-        classes=classes, most_frequent=0, task="category", out=str(tmp_path), modality="both"
-    )
+    config = SimpleNamespace(classes=classes, most_frequent=0, task="category", out=str(tmp_path), modality="both")
     monkeypatch.setattr(finetune, "predict", lambda *_: (labels, labels, labels))
     monkeypatch.setattr(pictures, "fontManager", SimpleNamespace(ttflist=[]))
     finetune.evaluate_recognition(SimpleNamespace(config=config), dataset)
