@@ -37,6 +37,7 @@ from engine.config import (
     itm_hard_share,
     learning_rate,
     parse_config,
+    scored_share,
 )
 from engine.distributed import any_process, average, gather, is_main_process, join_processes, rank, union, world_size
 from engine.flags import ConfigError, in_one_line
@@ -420,7 +421,7 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor) -> tuple[Tensor,
         if config.mask_source == "clean":
             attention, scores = score_clean_words(momentum, part, image_kv_m)
         else:
-            scored = random_word_mask(part["maskable"], config.score_ratio, generator)
+            scored = random_word_mask(part["maskable"], scored_share(config), generator)
             attention, scores = score_masked_words(momentum, part, image_kv_m, scored, run.mask_id)
         masks["sync"] = sync_mask(attention, scores, part["maskable"], config.mim_ratio, config.mlm_ratio)
     if config.patch_mask in masks:

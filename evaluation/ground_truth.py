@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from data import word_regions
 from engine.batches import evaluation_batches, images_of_first_products
-from engine.config import TrainConfig, grouping_of
+from engine.config import TrainConfig, grouping_of, scored_share
 from engine.run import Run, autocast
 from evaluation.choice import choice_metrics
 from evaluation.validation import draw_other_products
@@ -156,8 +156,7 @@ def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tup
         if config.mask_source == "clean":
             attention, scores = score_clean_words(momentum, batch, image_kv_m)
         else:
-            score_ratio = max(config.score_ratio, config.mlm_ratio)  # other recipes may mask more than they score
-            scored = random_word_mask(maskable, score_ratio, generator)
+            scored = random_word_mask(maskable, scored_share(config), generator)
             others = (maskable > 0) & ~scored
             attention, scores = score_masked_words(momentum, batch, image_kv_m, scored, run.mask_id)
             attention_others, _ = score_masked_words(momentum, batch, image_kv_m, others, run.mask_id)

@@ -149,6 +149,7 @@ def read_parquet(paths: list[Path], columns: set[str]) -> Table:
         raise DataError("--parquet needs the package pyarrow; install it: pip install pyarrow") from None
 
     def read_rows() -> Iterator[tuple[str, dict]]:
+        """Read the rows of all files in order. Raises DataError for a damaged file."""
         for path, file in files.items():
             number = 0
             try:

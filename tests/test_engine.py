@@ -15,7 +15,7 @@ from transformers import BertModel
 import data
 import train
 from engine import config as run_config
-from engine.config import ema_decay, itm_hard_share, learning_rate, parse_config
+from engine.config import ema_decay, itm_hard_share, learning_rate, parse_config, scored_share
 from engine.finetune_config import FinetuneConfig
 from engine.flags import ConfigError
 from engine.run import autocast, build_optimizer
@@ -292,3 +292,9 @@ def test_weight_decay_is_on_matrices_only():
     for parameter in decayed["params"]:
         name = names[id(parameter)]
         assert name.endswith("weight") and not any(part in name for part in ("norm", "word_embeddings"))
+
+
+def test_as_many_words_are_scored_as_are_masked_whatever_flag_is_given_alone():
+    for flags, share in (([], 0.7), (["--mlm-ratio", "0.9"], 0.9), (["--score-ratio", "0.2"], 0.5)):
+        config, _ = parse_config(flags)
+        assert scored_share(config) == share

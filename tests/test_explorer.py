@@ -54,8 +54,7 @@ def explored(tmp_path_factory):
 def make_sync_masks(explored, source="masked", ratio=0.5):
     """Attention and synchronized masks, as training makes them."""
     config = explored.run.config
-    score_ratio = max(config.score_ratio, ratio)
-    config = replace(config, mask_source=source, score_ratio=score_ratio, mim_ratio=ratio, mlm_ratio=ratio)
+    config = replace(config, mask_source=source, mim_ratio=ratio, mlm_ratio=ratio)
     run = replace(explored.run, config=config)
     return synchronized_masks(run, explored.batch, torch.Generator().manual_seed(config.seed))
 

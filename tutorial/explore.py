@@ -117,8 +117,7 @@ def make_sync_masks(run: Run, batch: dict, ratio: float, source: str) -> tuple[T
 
     At least this share of the words is scored, too. Returns attention (B, L, P), patch mask (B, P), word mask (B, L).
     """
-    score_ratio = max(run.config.score_ratio, ratio)
-    config = replace(run.config, mask_source=source, score_ratio=score_ratio, mim_ratio=ratio, mlm_ratio=ratio)
+    config = replace(run.config, mask_source=source, mim_ratio=ratio, mlm_ratio=ratio)
     generator = torch.Generator().manual_seed(config.seed)
     return synchronized_masks(replace(run, config=config), batch, generator)
 

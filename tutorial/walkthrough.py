@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import informative_pieces, normalise
 from engine.batches import learn_vocabulary
-from engine.config import ema_decay, itm_hard_share, parse_config
+from engine.config import ema_decay, itm_hard_share, parse_config, scored_share
 from engine.flags import ConfigError, replace_unencodable
 from engine.run import build_run
 from evaluation.ground_truth import mask_metrics, momentum_features, split_block_into_batches, token_labels
@@ -199,10 +199,10 @@ show("loss", mlm, f"uniform: ln {vocab_size} = {math.log(vocab_size):.3f}")
 # score_w = log p(w | own image, c) − log p(w | another image, c),  c the caption in which all scored words are masked
 print("7 word scores")
 image_kv_m = momentum.fusion.project_image_kv(image_embeds_m)
-scored = random_word_mask(maskable, config.score_ratio, generator.manual_seed(0))  # (B, L)
+scored = random_word_mask(maskable, scored_share(config), generator.manual_seed(0))  # (B, L)
 attention, scores = score_masked_words(momentum, batch, image_kv_m, scored, run.mask_id)
 is_candidate = is_attribute & (maskable > 0)  # (B, L): attribute words that may be masked
-show("scored", scored, f"{config.score_ratio:.0%} of the words; caption 0: {len(maskable[0, scored[0]].unique())}")
+show("scored", scored, f"{scored_share(config):.0%} of the words; caption 0: {len(maskable[0, scored[0]].unique())}")
 show("scores", scores, "nats")
 show("attributes shown", scores[scored & is_candidate & is_shown].mean(), "mean")
 show("attributes not shown", scores[scored & is_candidate & ~is_shown].mean(), "mean")

@@ -12,6 +12,7 @@ settings.load_profile("exercises")
 
 @pytest.mark.parametrize("number", [pytest.param(number, id=f"ex{number}") for number in EXERCISES])
 def test_mine(number):
+    """Check the functions of one exercise, where its stub has been begun."""
     if not stub_path(number).exists():
         pytest.skip(f"not begun; python tutorial/exercises/start.py {number} writes the stub")
     message = None
