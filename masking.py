@@ -197,14 +197,18 @@ def sync_mask(
     """Mask the words with the highest scores, and the patches that these words attend to most (SyncMask, Song et al.
     2024). How words (`score_masked_words`) and patches get their scores is our choice.
 
-    attention (B, L, P), scores (B, L): of the words · maskable (B, L): words that may be masked
+    score_p = Σ_w softmax(score)_w A[w, p], over the tokens w of the masked words
+    The attention of a word about which the image says much counts most: where the score is log p − log p of another
+    image, exp(score) is a likelihood ratio.
+
+    attention A (B, L, P), scores (B, L): of the words · maskable (B, L): words that may be masked
     patch_ratio, word_ratio: shares to mask
     -> patch mask (B, P), word mask (B, L), with the exact counts of the random masks
     """
     word_mask = mask_words(scores, maskable, word_ratio)
-    # our choice: s_p = mean over masked tokens w of A[w, p]
-    count = word_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    patch_scores = (attention * word_mask[..., None]).sum(dim=1) / count  # (B, P)
+    lowest = torch.finfo(scores.dtype).min  # not −∞, whose softmax is NaN where no word is masked
+    weights = scores.masked_fill(~word_mask, lowest).softmax(dim=1)  # (B, L)
+    patch_scores = (weights[..., None] * attention).sum(dim=1)  # (B, P)
     return mask_patches(patch_scores, patch_ratio), word_mask
 
 

@@ -124,7 +124,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
 
     The recipe masks the words that the image helps most to predict, and the patches to which these words attend most:
     score_w = log p(w | own image, c) − log p(w | another image, c)
-    score_p = mean over the tokens w of the masked words of A[w, p]
+    score_p = Σ over the tokens w of the masked words of softmax(score)_w A[w, p]
     w is a token (for score_w the first piece of a word), c the caption in which this word and others are masked, A the
     momentum encoder's cross-attention for c. Our choices: these scores; the MIM decoder reads the unmasked caption.
     """

@@ -51,9 +51,10 @@ TABLE = """
 7 ¦ maskable, word_ratio ¦ maskable, patch_ratio ¦ mask exactly word_counts(maskable, 0.67) words
 7 ¦ maskable, word_ratio ¦ maskable, 0.9 * word_ratio ¦ mask exactly word_counts(maskable, 0.2) words
 7 ¦ mask_words(scores, maskable, ¦ mask_words(scores.round(), maskable, ¦ rank words by `scores`
-7 ¦ attention * word_mask[..., None] ¦ attention * (maskable > 0)[..., None] ¦ the wrong patches are masked
-7 ¦ attention * word_mask[..., None] ¦ attention ¦ without other words, [CLS] and [SEP]
-7 ¦ attention * word_mask[..., None] ¦ attention * (word_mask & first_pieces(maskable))[..., None] ¦ each piece of a word counts
+7 ¦ masked_fill(~word_mask, lowest) ¦ masked_fill(maskable == 0, lowest) ¦ the wrong patches are masked
+7 ¦ scores.masked_fill(~word_mask, lowest) ¦ scores ¦ without other words, [CLS] and [SEP]
+7 ¦ masked_fill(~word_mask, lowest) ¦ masked_fill(~(word_mask & first_pieces(maskable)), lowest) ¦ each piece of a word
+7 ¦ scores.masked_fill(~word_mask, lowest).softmax(dim=1) ¦ word_mask.float() ¦ by the softmax of their scores
 7 ¦ mask_patches(patch_scores, patch_ratio) ¦ mask_patches(patch_scores, 1.1 * patch_ratio) ¦ mask exactly patch_count(9, 0.8) patches
 8 ¦ gradient.clamp(min=0) ¦ gradient ¦ the ReLU of Grad-CAM
 8 ¦ (attention * gradient ¦ (gradient ¦ multiply by the attention itself
@@ -140,7 +141,7 @@ def test_linked_names_are_in_the_code():
 def run_check(capsys, number):
     """Run `python -m pytest tutorial/exercises -k exN`. Returns the exit code and the output."""
     sys.modules.pop("test_mine", None)
-    code = pytest.main([str(HERE), "-p", "no:cacheprovider", "-k", f"ex{number}"])
+    code = pytest.main([str(HERE), "-p", "no:cacheprovider", "-rN", "-k", f"ex{number}"])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
 

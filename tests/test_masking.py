@@ -159,6 +159,20 @@ def test_sync_mask_by_hand():
     assert masks()[1] == [0, 0, 0, 1, 0, 0]
 
 
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.integers(0, 2**31))
+def test_patches_are_scored_by_the_attention_of_masked_words_weighted_by_their_scores(texts, seed):
+    """Against a loop; a caption without a word gets a patch mask, too."""
+    words = maskable_words(*tokens_of(texts), CONTINUES, TELLING)
+    attention = torch.rand(*words.shape, 9, generator=seeded(seed)).double()
+    scores = torch.randn(words.shape, generator=seeded(seed)).double()
+    patch_mask, word_mask = sync_mask(attention, scores, words, 0.5, 0.5)
+    for b in range(len(words)):
+        masked = word_mask[b].nonzero().flatten().tolist()
+        patch_scores = sum(scores[b, w].exp() * attention[b, w] for w in masked) if masked else attention[b].sum(0)
+        assert patch_mask[b].sum() == 4
+        assert patch_scores[patch_mask[b]].min() >= patch_scores[~patch_mask[b]].max()
+
+
 def test_words_are_scored_by_their_own_image_and_by_another():
     """Against one pass for each of some words, with the same other words masked."""
     state, dataset = built("--fusion-layers", "2")

@@ -210,7 +210,7 @@ show("attributes not shown", scores[scored & is_candidate & ~is_shown].mean(), "
 # %% 8. sync_mask
 # SyncMask masks the words and the patches that image and caption have in common.
 # words: half of all words, the scored ones with the highest score_w
-# patches: half of all patches, with the highest score_p = mean over masked w of A[w, p]
+# patches: half of all patches, with the highest score_p = Σ over masked w of softmax(score)_w A[w, p]
 print("8 sync_mask")
 if config.mask_source == "clean":  # a run with --mask-source clean
     attention, scores = score_clean_words(momentum, batch, image_kv_m)

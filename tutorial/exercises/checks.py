@@ -198,27 +198,27 @@ def check_6(pick_negatives) -> None:
 
 
 def check_7(sync_mask) -> None:
-    """Check that words go by their scores, patches by the attention of the masked tokens, and that counts are exact."""
+    """Check that words go by their scores, patches by the weighted attention of the masked tokens, and exact counts."""
     maskable = torch.tensor([[0, 2, 2, 2, 5, 6, 0]])  # [CLS], a word of three pieces, two words, [SEP]
     scores = torch.tensor([[99.0, 3, 3, 3, 1, 2, 99]])
     best = [0.0, 0.1, 0.6, 0.0]
-    other = [1.0, 1.0, 0.0, 0.0]
+    other = [9.0, 9.0, 0.0, 0.0]
     special = [9.0, 9.0, 0.0, 9.0]
     attention = torch.tensor([[special, best, best, best, other, other, special]])
     patch_mask, word_mask = sync_mask(attention, scores, maskable, 0.25, 0.34)
     check_word_mask(word_mask, maskable, 0.34)
     require(not word_mask[0, 4], "the word with the lowest score is masked; mask the words with the highest scores")
-    rule = "mask those with the highest mean attention of the masked tokens, without other words, [CLS] and [SEP]"
+    rule = "mask those to which the masked tokens attend most, without other words, [CLS] and [SEP]"
     check_patch_mask(patch_mask, 4, 0.25)
     require(patch_mask[0, 2], f"the wrong patches are masked; {rule}")
 
-    piece = [0.4, 0.0, 0.0, 0.0]
+    piece = [0.2, 0.0, 0.0, 0.0]
     other = [0.0, 0.9, 0.0, 0.0]
     attention = torch.tensor([[special, piece, piece, piece, other, other, special]])
     patch_mask, word_mask = sync_mask(attention, scores, maskable, 0.25, 0.67)
     check_word_mask(word_mask, maskable, 0.67)
     check_patch_mask(patch_mask, 4, 0.25)
-    require(patch_mask[0, 0], "the mean must be over all masked tokens; each piece of a word counts")
+    require(patch_mask[0, 0], "weigh the masked tokens, each piece of a word, by the softmax of their scores")
 
     attention = torch.rand(*MASKABLE.shape, 9, generator=seeded())
     scores = torch.rand(MASKABLE.shape, generator=seeded(1))
