@@ -1,10 +1,11 @@
-"""Checkpoints, last.pt and best.pt: their contents, resuming a run, and loading weights for a task.
+"""Checkpoints, last.pt and best.pt: their contents, resuming a run, and loading weights for a task or from an export.
 
 A file is written completely or not at all, so after a kill at any moment there is a complete checkpoint. It is read as
 data: no pickled code is run, and the checksums of the archive reveal damage.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import zipfile
@@ -19,7 +20,8 @@ from engine.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from engine.distributed import is_main_process
 from engine.flags import ConfigError, check_was_read, flag_of
 from engine.run import Run
-from model import ModelConfig
+from engine.weights import load_pretrained
+from model import ModelConfig, VisionLanguageModel
 from readers.dataset import printable
 from readers.files import LFS_ADVICE, is_lfs_pointer
 
@@ -27,6 +29,8 @@ from readers.files import LFS_ADVICE, is_lfs_pointer
 RUN_FIELDS = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
 CHECKPOINT_KEYS = {*RUN_FIELDS, "model", "momentum", "optimizer", "sampler", "unreadable", "config", "tokenizer"}
 HEADS = ("class_head", "adapter", "phrases", "detector")  # parts of the model that not every run has
+DEFAULT_RUN = Path("runs/synthetic-syncmask-tiny/last.pt")  # of train.py without flags
+TRAINED_MODEL = Path(__file__).parent.parent / "tutorial/pretrained/syncmask"  # comes with this code
 
 
 def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
@@ -77,11 +81,19 @@ def save_checkpoint(run: Run, path: Path) -> None:
     write_atomically(state, path, keep_older=path.name == "last.pt")
 
 
+def default_checkpoint() -> Path:
+    """Return the checkpoint of one's own default run if there is one, else the model that comes with this code."""
+    return DEFAULT_RUN if DEFAULT_RUN.exists() else TRAINED_MODEL
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint without running pickled code. -> its parts, by CHECKPOINT_KEYS
 
-    Raises ConfigError where the file does not exist, cannot be read, is damaged, or is no checkpoint.
+    path: a file, or a folder that experiments/export.py has written (see `load_export`)
+    Raises ConfigError where it does not exist, cannot be read, is damaged, or is no checkpoint.
     """
+    if Path(path).is_dir():
+        return load_export(Path(path))
     try:
         # torch.save writes a zip archive with a checksum for each tensor, which torch.load does not check
         with zipfile.ZipFile(path) as archive:
@@ -101,6 +113,40 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
         raise ConfigError(f"{path}: not a checkpoint, or one of another version of this code; train the model anew")
     return state
+
+
+def load_export(folder: Path) -> dict:
+    """Read a folder of experiments/export.py. -> the parts of a checkpoint that evaluation and fine-tuning use
+
+    The weights are the momentum encoder's, too, since the export leaves out the momentum encoder.
+    Raises ConfigError where the folder is no export, or is damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        model = VisionLanguageModel(ModelConfig(**config["config"]["model"]))
+        informative = []
+        for token_ids in config["informative"]:
+            flags = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+            flags[token_ids] = True
+            informative.append(flags)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise ConfigError(
+            f"{folder}: not a complete folder of experiments/export.py ({reason}); give last.pt or best.pt of a run"
+        ) from None
+    report = load_pretrained(model, [folder / "model.safetensors"])
+    if report.missing or report.skipped:
+        raise ConfigError(f"{folder}: model.safetensors does not fit config.json ({report}); export the model anew")
+    weights = model.state_dict()
+    return {
+        "model": weights,
+        "momentum": weights,
+        "config": config["config"],
+        "tokenizer": tokenizer,
+        "informative": informative,
+        "step": config["step"],
+    }
 
 
 def read_tokenizer(state: dict) -> Tokenizer:

@@ -1,13 +1,12 @@
 """The configuration of fine-tuning, evaluation and search, and the command line."""
 
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data import build_dataset, build_statements, build_triplets
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import default_checkpoint, load_checkpoint
 from engine.config import LoopConfig, check_loop
 from engine.flags import ConfigError, OneLineParser, add_flags, check_flag_applies, flag_of, option
 from model import ModelConfig
@@ -42,7 +41,11 @@ class FinetuneConfig(LoopConfig):
     """The settings of a fine-tuning, an evaluation or a search. Every field with a help text is a flag."""
 
     task: TaskName | None = option(None, "task to train and evaluate, or search")
-    checkpoint: str = option("runs/synthetic-syncmask-tiny/last.pt", "checkpoint of train.py or of a fine-tuning")
+    checkpoint: str | None = option(
+        None,
+        "last.pt or best.pt of a run, or a folder of experiments/export.py "
+        "(default: of `python train.py`, else the trained model in tutorial/pretrained)",
+    )
     data: Literal["synthetic", "fashiongen", "jsonl", "fashioniq", "flickr30k", "coco", "snlive"] | None = option(
         None, "data set (default: the checkpoint's)"
     )
@@ -102,15 +105,15 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
         raise ConfigError("--task is missing; choose retrieval, tgir, category, subcategory, entailment or search")
     if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
         raise ConfigError("--resume continues a training; drop it, since --eval-only and --task search do not train")
-    path = given.get("checkpoint", FinetuneConfig.checkpoint)
+    path = given.get("checkpoint") or str(default_checkpoint())
     if given.get("resume") and "out" in given:  # the config of a run includes its checkpoint's
         path = f"{given['out']}/last.pt"
-    elif not Path(path).exists():
-        raise ConfigError(f"--checkpoint {path}: no such file; `python train.py` writes the default one")
+    elif "checkpoint" not in given:
+        print(f"checkpoint: {path}")
     checkpoint = load_checkpoint(path)
     source = {part: checkpoint[part] for part in ("model", "tokenizer", "config", "step")}  # the rest is large
     try:
-        config = layer_config(given, source["config"])
+        config = layer_config({"checkpoint": path, **given}, source["config"])
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path}: saved by another version of this code ({error}); train the model anew") from None
     if not config.resume:  # a resumed run is checked once its config is read from the checkpoint

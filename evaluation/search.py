@@ -156,8 +156,10 @@ def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
     if not run.config.index:
         return image_features(run, dataset)
     path = Path(run.config.index)
-    with open(run.config.checkpoint, "rb") as checkpoint:
-        digest = hashlib.file_digest(checkpoint, "sha256").hexdigest()
+    checkpoint = Path(run.config.checkpoint)
+    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     names = [dataset.name_of(row) for row in range(len(dataset))]
     key = [digest, names, dataset.captions]
     if not path.exists():

@@ -2,7 +2,8 @@
 
 python experiments/export.py --checkpoint runs/…/last.pt --file exported/model.safetensors
 
-The command also writes config.json and vocab.txt beside the file. `transformers` reads the folder:
+The command also writes config.json, vocab.txt, tokenizer.json, metrics.jsonl and a model card, README.md, beside the
+file. finetune.py, the explorer and the walkthrough take the folder as their --checkpoint. `transformers` reads it, too:
 
     vit.*     our ViT           ViTModel.from_pretrained(folder, add_pooling_layer=False)
     bert.*    text encoder      BertModel.from_pretrained(folder, add_pooling_layer=False): the lower layers of one BERT
@@ -16,6 +17,7 @@ position embeddings include them. Poolers are not written.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch import Tensor
 from data import IMAGENET_MEAN, IMAGENET_STD
 from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.flags import ConfigError, OneLineParser, in_one_line
+from engine.log import final_metrics
 from engine.weights import TOKEN_TYPES, other_names, split_qkv
 from model import ModelConfig, VisionLanguageModel
 
@@ -89,15 +92,42 @@ def hugging_face_config(config: ModelConfig, pad_id: int) -> dict:
         "text_config": text,  # after the other BERT, since transformers reads the last one
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
-        "model": asdict(config),
+        "model": asdict(config),  # for --sizes-from
     }
 
 
-def export(checkpoint: str, file: Path) -> None:
-    """Write the weights, config.json and vocab.txt, and print their names.
+def model_card(state: dict, metrics: dict, note: str) -> str:
+    """Write a model card in Markdown: what the model is, how it was trained, and its last metrics.
+
+    state: the checkpoint
+    metrics: the final line of metrics.jsonl, {} without one
+    note: a sentence on the training that the checkpoint does not hold, its machine for example
+    """
+    config = state["config"]
+    data = "drawn images of garments" if config["data"] == "synthetic" else config["data"]
+    lines = [
+        f"# {config['recipe']}, {config['preset']}",
+        "",
+        f"Trained for {state['step']:,} steps on {data}, seed {config['seed']}, {config['precision']}. {note}".strip(),
+        "",
+        "`config.json` holds all settings, `metrics.jsonl` the training curves. The last metrics, shares from 0 to 1:",
+        "",
+        "| metric | value |",
+        "|---|---|",
+    ]
+    for key, value in metrics.items():
+        if isinstance(value, float) and key not in ("seconds", "peak_memory_mib"):
+            lines.append(f"| `{key}` | {value:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> None:
+    """Write the weights, config.json, vocabulary, metrics and model card, and print their names.
 
     checkpoint: last.pt or best.pt of a run
     file: of the weights; the others are written beside it
+    half: write the weights in fp16, half as large
+    note: a sentence for the model card
     Raises ConfigError for a file that is no checkpoint, or a folder that is used already.
     Raises OSError where nothing can be written.
     """
@@ -108,14 +138,22 @@ def export(checkpoint: str, file: Path) -> None:
     config_file = file.with_name("config.json")
     if config_file.exists():
         raise ConfigError(f"{config_file} exists already; give a --file in another folder")
-    tensors, own_parts = rename(model)
+    tensors, own_parts = rename(model.half() if half else model)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     config = hugging_face_config(model.config, tokenizer.token_to_id("[PAD]"))
+    config |= {"config": state["config"], "step": state["step"]}
+    config["informative"] = [flags.nonzero().flatten().tolist() for flags in state["informative"]]  # token ids
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt"})
     config_file.write_text(json.dumps(config, indent=1) + "\n")
     file.with_name("vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    print(f"{file}: {len(tensors)} tensors; config.json and vocab.txt are beside it")
+    tokenizer.save(str(file.with_name("tokenizer.json")))
+    metrics_file = Path(checkpoint).with_name("metrics.jsonl")
+    if metrics_file.exists():
+        shutil.copyfile(metrics_file, file.with_name("metrics.jsonl"))
+    card = model_card(state, final_metrics(metrics_file.parent) or {}, note)
+    file.with_name("README.md").write_text(card, encoding="utf-8")
+    print(f"{file}: {len(tensors)} tensors; config.json, vocabulary, metrics and README.md are beside it")
     print(f"parts without a counterpart, under our names: {', '.join(own_parts)}")
 
 
@@ -124,9 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser("export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a run")
     parser.add_argument("--file", type=Path, required=True, help="file to write, model.safetensors in a new folder")
+    parser.add_argument("--half", action="store_true", help="write the weights in fp16, half as large")
+    parser.add_argument("--note", default="", help="a sentence for the model card, on the machine for example")
     args = parser.parse_args(argv)
     try:
-        export(args.checkpoint, args.file)
+        export(args.checkpoint, args.file, args.half, args.note)
     except (ConfigError, OSError) as error:
         sys.exit(f"export.py: {in_one_line(error)}")
 

@@ -1,7 +1,7 @@
 """`transformers` reads an export with the same outputs, and train.py reads it bit for bit."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from test_model import SMALL, close, make_model
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFast, ViTModel
 
+import finetune
 import train
 from data import build_tokenizer
 from engine.checkpoints import CHECKPOINT_KEYS
+from engine.config import TrainConfig
 from engine.weights import load_pretrained
 from experiments import export
 from model import ModelConfig, VisionLanguageModel
@@ -29,8 +31,13 @@ def write(folder, config):
     tokenizer = build_tokenizer(WORDS, config.vocab_size, config.max_length)
     config = replace(config, vocab_size=tokenizer.get_vocab_size())
     model = make_model(config, seed=0)
-    state = dict.fromkeys(CHECKPOINT_KEYS) | {"tokenizer": tokenizer.to_str(), "config": {"model": vars(config)}}
-    state["model"] = dict(model.state_dict())
+    state = dict.fromkeys(CHECKPOINT_KEYS) | {
+        "model": dict(model.state_dict()),
+        "tokenizer": tokenizer.to_str(),
+        "config": asdict(TrainConfig(model=config)),
+        "informative": torch.zeros(2, config.vocab_size, dtype=torch.bool).unbind(),
+        "step": 0,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state, folder / "last.pt")
     return model
@@ -119,3 +126,23 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"out/config.json exists already"):
         exported(tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_an_export_is_a_checkpoint(tmp_path):
+    """Evaluation of an exported folder, also in fp16, agrees with evaluation of the run."""
+    run(tmp_path / "run", "--steps", "2")
+    out, metrics = exported(tmp_path / "run"), {}
+    export.main([f"--checkpoint={tmp_path}/run/last.pt", f"--file={tmp_path}/half/model.safetensors", "--half"])
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * (out / "model.safetensors").stat().st_size
+    for name, path in {"run": tmp_path / "run" / "last.pt", "whole": out, "half": tmp_path / "half"}.items():
+        flags = f"--task retrieval --eval-only --precision fp32 --checkpoint {path} --out {tmp_path}/of-{name}"
+        finetune.main(flags.split())
+        metrics[name] = json.loads((tmp_path / f"of-{name}" / "results.json").read_text())["metrics"]
+    assert metrics["whole"] == metrics["run"] and metrics["half"].keys() == metrics["run"].keys()
+    card = (out / "README.md").read_text()
+    assert "Trained for 2 steps on drawn images of garments, seed 0" in card and "| `val_i2t_r1` | " in card
+
+    (out / "tokenizer.json").unlink()
+    flags = f"--task retrieval --eval-only --checkpoint {out} --out {tmp_path}/no"
+    with pytest.raises(SystemExit, match="not a complete folder of experiments/export.py"):
+        finetune.main(flags.split())

@@ -1,6 +1,6 @@
 """Write a page that shows where a trained model attends, what it would mask, and which negatives it would choose.
 
-python tutorial/explore.py --checkpoint runs/…/last.pt      # writes runs/…/explore.html, which opens offline
+python tutorial/explore.py      # writes runs/…/explore.html of the default run, which opens offline
 
 Python computes all values in fp32, by the functions of training and validation. The page (explorer.html) draws them.
 Each slider of the page has five stops, and their masks and negatives are computed beforehand.
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import normalise
+from engine.checkpoints import default_checkpoint
 from engine.flags import ConfigError, OneLineParser
 from engine.run import Run
 from evaluation.ground_truth import TokenLabels, synchronized_masks, token_labels
@@ -196,10 +197,17 @@ def fill_page(page_data: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exits with one line where the checkpoint or its data cannot be used."""
     parser = OneLineParser("explore.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="last.pt of a pretraining run, any recipe")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=default_checkpoint(),
+        help="last.pt of a pretraining run of any recipe, or a folder of experiments/export.py (default %(default)s)",
+    )
+    parser.add_argument("--file", type=Path, help="page to write (default explore.html in the checkpoint's folder)")
     parser.add_argument("--root", help="folder of the data set (default: the folder in training)")
     args = parser.parse_args(argv)
-    path = args.checkpoint.parent / "explore.html"
+    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    path = args.file or folder / "explore.html"
     try:
         run, dataset = open_run(args.checkpoint, args.root, "cpu")
         page_data = compute_page_data(run, dataset)
