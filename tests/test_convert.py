@@ -36,8 +36,8 @@ def jpeg(number, kind="JPEG"):
     return file.getvalue()
 
 
-def records(folder, split="train"):
-    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+def records(folder):
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def convert(folder, *flags):
@@ -82,7 +82,7 @@ def test_kaggles_product_images(tmp_path, capsys):
         "line 7: image images/12345.jpg is missing",
     ]
     printed = capsys.readouterr().out
-    assert "3 images of 3 products, 3 in train.jsonl, 3 left out (line 5: 11 values" in printed
+    assert "out/train.jsonl: 3 images of 3 products, 3 left out (line 5: 11 values" in printed
     assert f"next: python train.py --data jsonl --root {tmp_path}/out" in printed
 
 
@@ -95,6 +95,17 @@ def test_images_are_linked_or_copied_and_never_decoded(tmp_path):
         data.main(["convert", "--csv", str(tmp_path / "a.csv"), *SIMPLE, "--out", str(tmp_path / out), *flags])
         target = tmp_path / out / "photos/1.jpg"
         assert target.samefile(source) == linked and target.read_bytes() == b"not an image"
+
+
+def test_a_symbolic_link_is_followed(tmp_path):
+    """Downloads of Hugging Face are links relative to their folder, which lead nowhere from another one."""
+    (tmp_path / "a.csv").write_text("image,caption\nlinks/1.jpg,red\nlinks/2.jpg,blue\n")
+    (tmp_path / "links").mkdir()
+    for number in (1, 2):
+        draw(tmp_path / f"blobs/{number}.png")
+        (tmp_path / f"links/{number}.jpg").symlink_to(f"../blobs/{number}.png")
+    convert(tmp_path, "--csv", tmp_path / "a.csv", *SIMPLE)
+    assert not (tmp_path / "out/links/1.jpg").is_symlink()
 
 
 def test_where_no_link_is_possible_images_are_copied(tmp_path, monkeypatch):
@@ -125,8 +136,8 @@ def test_deepfashion_multimodals_captions_and_views(tmp_path):
             captions[f"{product}_{view}.jpg"] = f"The upper clothing of {product} has long sleeves."
             draw(tmp_path / f"images/{product}_{view}.jpg", len(captions))
     (tmp_path / "captions.json").write_text(json.dumps(captions))
-    flags = ["--image", "images/{key}", "--caption", "{value}", "--product", r"{key~id_\d{8}-\d+}"]
-    flags += ["--category", "{key~^(\\w+)-}", "--subcategory", "{key~-(.+?)-}"]
+    flags = ["--image", "images/{key}", "--caption", "{value}", "--product", r"{key:~id_\d{8}-\d+}"]
+    flags += ["--category", "{key:~^(\\w+)-}", "--subcategory", "{key:~-(.+?)-}"]
     found, dataset = convert(tmp_path, "--json", tmp_path / "captions.json", *flags)
     products = [record["product_id"] for record in found]
     assert products == ["id_00000080-01"] * 3 + ["id_00000001-02"] * 3
@@ -146,7 +157,7 @@ def test_hms_articles_in_nested_folders(tmp_path):
     draw(tmp_path / "images/010/0108775015.jpg", 1)
     draw(tmp_path / "images/011/0110065001.jpg", 2)
     draw(tmp_path / "images/010/0108775044.jpg", 3)
-    flags = ["--image", "images/{article_id[:3]}/{article_id}.jpg", "--caption", "{prod_name}. {detail_desc}"]
+    flags = ["--image", "images/{article_id:.3}/{article_id}.jpg", "--caption", "{prod_name}. {detail_desc}"]
     flags += ["--product", "{product_code}", "--category", "{product_group_name}"]
     found, _ = convert(tmp_path, "--csv", tmp_path / "articles.csv", *flags)
     assert [record["image"][7:] for record in found] == [
@@ -158,7 +169,7 @@ def test_hms_articles_in_nested_folders(tmp_path):
     assert found[1]["caption"] == "OP T-shirt (Idro)."
     # a program that read the numbers has dropped their zeros
     (tmp_path / "articles.csv").write_text((header + rows).replace("\n0", "\n"))
-    flags[1] = "images/0{article_id[:2]}/0{article_id}.jpg"
+    flags[1] = "images/0{article_id:.2}/{article_id:0>10}.jpg"
     (tmp_path / "out/train.jsonl").unlink()
     assert len(convert(tmp_path, "--csv", tmp_path / "articles.csv", *flags)[0]) == 3
 
@@ -207,17 +218,15 @@ def test_marqos_parquet_sets(tmp_path):
         rows[5][4] = None
         table = pyarrow.table({name: [row[i] for row in rows] for i, name in enumerate(names)})
         parquet.write_table(table, tmp_path / f"data-0000{part}.parquet", row_group_size=16)
-    flags = ["--image", "{image}", "--caption", "{description}", "--product", "{item_ID~^\\d+}", "--colour", "{color}"]
-    found, dataset = convert(tmp_path, "--parquet", *sorted(tmp_path.glob("*.parquet")), *flags, "--val-share", 0.2)
-    val = records(tmp_path / "out", "val")
-    assert len(found) + len(val) == 80 - 6 and len({record["product_id"] for record in val}) == 7  # of 38 products
-    assert not {record["product_id"] for record in found} & {record["product_id"] for record in val}
+    flags = ["--image", "{image}", "--caption", "{description}", "--product", "{item_ID:~^\\d+}", "--colour", "{color}"]
+    found, dataset = convert(tmp_path, "--parquet", *sorted(tmp_path.glob("*.parquet")), *flags)
+    assert len(found) == 80 - 6 and len({record["product_id"] for record in found}) == 38
     assert found[0]["caption"] == "Skinny jeans. Five pockets." and found[0]["colour"] == ""
-    assert {record["image"][-4:] for record in found} == {".jpg", ".png"}
+    assert {record["image"].split(".")[1] for record in found} == {"jpeg", "png"}
     left_out = (tmp_path / "out/left_out.txt").read_text().splitlines()
     assert left_out[:3] == [
         "data-00000.parquet row 4: the image is empty",
-        "data-00000.parquet row 5: the column of --image holds no JPEG, PNG, WebP, GIF, BMP or TIFF",
+        "data-00000.parquet row 5: the image is none of JPEG, PNG, WEBP, BMP, GIF, TIFF",
         "data-00000.parquet row 6: the caption is empty",
     ]
     assert left_out[3].startswith("data-00001.parquet row 4")
@@ -270,7 +279,7 @@ def test_json_lists_lines_and_lists_of_images(tmp_path):
         (tmp_path / "out/train.jsonl").unlink()
 
 
-CAPTIONS = ["Robe d'été", 'The "best" coat', "a; b, c\td | e", "two\nlines"]
+CAPTIONS = ["Robe d'été", "«Spaß»", 'The "best" coat', "a; b, c\td | e", "two\nlines"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -296,13 +305,16 @@ def test_separators_encodings_and_ends_of_lines(tmp_path, encoding, separator, e
             "a.csv line 2: the row ends in line 3 (unexpected end of data); close the quote",
         ),
         (b'image,caption\n1.jpg,"red\n1.jpg,12" shoe\n', "a.csv line 2: the row ends in line 3"),
-        (b"image,caption\n1.jpg,\xe9t\xc3\xa9\n", "a.csv line 2: a damaged character; save the file as UTF-8"),
-        (b"image,caption\n1.jpg,\x81\xe9\n", "a.csv line 2: neither UTF-8 nor latin-1"),
-        ("image,caption\n1.jpg,red\n".encode("utf-16-le"), "a.csv: holds zero bytes, so it is no text file"),
-        (b"", "a.csv has no column image; its columns are"),
+        (b"image,caption\n1.jpg,\xe9t\xc3\xa9\n", "a.csv line 2: not UTF-8 text"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a.csv: a Git LFS pointer"),
+        (b"image,caption\n1.jpg,\x81\xe9\n", "a.csv line 2: not UTF-8 text"),
+        (b"PK\x03\x04\x14\0\x08\xff\n", "a.csv line 1: not UTF-8 text"),
+        (b"", "a.csv: no usable row (it has none); check the file"),
         (b"image,caption\n", "a.csv: no usable row (it has none); check the file"),
-        (b"image,Caption,x\n1.jpg,red,\n", "--caption: "),
-        (b"image,caption,image\n1.jpg,red,2.jpg\n", "--image: "),
+        (
+            b"image,Caption,x\n1.jpg,red,\n",
+            "a.csv line 2: there is no column caption; the columns are image, Caption, x",
+        ),
         (b"image,caption\nhttps://a.b/1.jpg,red\n", "https://a.b/1.jpg is a web address; download the images"),
         (b"image,caption\n2.jpg,red\n", "a.csv: no usable row (line 2: image 2.jpg is missing"),
     ],
@@ -312,6 +324,19 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, m
     (tmp_path / "a.csv").write_bytes(content)
     assert message in refused("--csv", tmp_path / "a.csv", *SIMPLE, "--out", tmp_path / "out")
     assert not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_values_without_a_visible_letter_are_empty(tmp_path):
+    draw(tmp_path / "1.jpg")
+    rows = "1.jpg,A1,<p>Red &amp; blue</p>\n1.jpg,A2,<br>&nbsp;\n1.jpg,-,x\n1.jpg,A3,green\n"
+    (tmp_path / "a.csv").write_text("image,id,caption\n" + rows)
+    found, _ = convert(tmp_path, "--csv", tmp_path / "a.csv", *SIMPLE, "--product", "{id:~A(.)}")
+    assert found == [
+        {"image": "1.jpg", "caption": "Red & blue", "product_id": "1"},
+        {"image": "1.jpg", "caption": "green", "product_id": "3"},
+    ]
+    left_out = (tmp_path / "out/left_out.txt").read_text()
+    assert left_out == "line 3: the caption is empty\nline 4: the product is empty\n"
 
 
 def test_a_row_with_a_misplaced_quote_is_left_out(tmp_path):
@@ -325,12 +350,12 @@ def test_a_row_with_a_misplaced_quote_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[1, 2]", "expected a list of objects"),
+        (b"[1, 2]", "a.json item 1: expected a JSON object"),
         (b"[{", "a.json: not JSON"),
         (b'{"image": "1.jpg"}\n{', "a.json line 2: not JSON"),
         (
             b'[{"image": "1.jpg", "caption": {"en": "red"}}]',
-            "item 1: a column of the templates holds bytes or an object",
+            "column caption holds bytes or an object where text is expected",
         ),
     ],
 )
@@ -343,11 +368,13 @@ def test_json_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, mess
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--caption", "name"], "--caption name: names no column; write a column in braces, such as {name}"),
-        (["--caption", "{caption} {x"], "--caption {caption} {x: a brace lacks its partner"),
-        (["--product", "{image~(}"], "--product {image~(}: ( is not a regular expression"),
-        (["--val-share", "1.5"], "--val-share 1.5: must be between 0 and 1"),
-        (["--val-share", "0.9"], "--val-share 0.9: leaves no product for training"),
+        (["--caption", "name"], "template name: names no column; write a column in braces, such as {name}"),
+        (
+            ["--caption", "{caption} {x"],
+            "template {caption} {x: expected '}' before end of string; write a column in braces",
+        ),
+        (["--product", "{image:~(}"], "template {image:~(}: missing ), unterminated subpattern"),
+        (["--product", "{image:.x}"], "template {image:.x}: Format specifier missing precision"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused_in_one_line(tmp_path, flags, message):
@@ -359,7 +386,7 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(tmp_path, flags, mess
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
     assert "nowhere.csv: No such file" in refused("--csv", tmp_path / "nowhere.csv", *SIMPLE)
-    assert "a.parquet: no such file; check --parquet" in refused("--parquet", tmp_path / "a.parquet", *SIMPLE)
+    assert "a.parquet: not a whole Parquet file ([Errno 2]" in refused("--parquet", tmp_path / "a.parquet", *SIMPLE)
     (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1")
     assert "a.parquet: not a whole Parquet file" in refused("--parquet", tmp_path / "a.parquet", *SIMPLE)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

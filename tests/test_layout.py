@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = """
 . model masking losses sampler
 readers prompts dataset files wardrobe camera synthetic fashiongen jsonl karpathy triplets statements
-readers tables convert
+readers convert
 engine flags
 . data
 engine sizes config distributed run checkpoints log batches weights finetune_config
