@@ -14,7 +14,7 @@ readers prompts dataset files wardrobe camera synthetic fashiongen jsonl karpath
 readers convert
 engine flags
 . data
-engine sizes config distributed run checkpoints log batches weights finetune_config
+engine sizes weights config distributed run checkpoints log batches finetune_config
 evaluation scores validation choice ground_truth pictures search
 . train finetune
 """
