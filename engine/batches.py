@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import apply_crops, augment, build_tokenizer, encode, normalise, random_crops, to_device, tokenize
 from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.config import TrainConfig
-from engine.log import ignore_interrupts, start_loading
+from engine.log import ignore_signals, start_loading
 from engine.run import Run, autocast
 from readers.dataset import DataError, PairDataset, Unreadable
 from readers.prompts import Text
@@ -64,7 +64,7 @@ def endless_batches(run: Run, dataset: PairDataset) -> Iterator[dict]:
         num_workers=run.config.workers,
         pin_memory=run.device.type == "cuda",
         persistent_workers=run.config.workers > 0,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # otherwise a new iterator would change the generator that dropout uses
     )
     epoch, first_batch = divmod(run.step, len(run.sampler))
@@ -213,7 +213,7 @@ def evaluation_batches(run: Run, dataset: Dataset, title: str) -> Iterator[dict]
         run.config.batch_size,
         collate_fn=run.collate,
         num_workers=run.config.workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
     )
     image_count = 0
     batches = load_batches(run, loader)

@@ -34,7 +34,7 @@ TRAINED_MODEL = Path(__file__).parent.parent / "tutorial/pretrained/syncmask"  #
 
 
 def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
-    """Write a checkpoint to a file beside `path`, then rename it.
+    """Write a checkpoint, or other tensors, to a file beside `path`, then rename it.
 
     keep_older: the previous checkpoint stays, last.pt as last-2.pt
     Raises OSError where the file cannot be written; the previous checkpoint is then unchanged.
@@ -55,7 +55,8 @@ def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = str(error.__context__ or error).splitlines()[0]
-        raise OSError(None, f"cannot be written ({reason}); a previous checkpoint is unchanged", str(path)) from None
+        unchanged = "; a previous checkpoint is unchanged" if path.exists() else ""
+        raise OSError(None, f"cannot be written ({reason}){unchanged}", str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
 

@@ -39,7 +39,7 @@ def join_processes(device: str) -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     if not is_main_process():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
         sys.excepthook = print_error
     return own_device
 

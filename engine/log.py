@@ -3,14 +3,15 @@
 Every key of metrics.jsonl is explained in docs/glossary.md.
 """
 
+import atexit
 import contextlib
 import json
-import multiprocessing.queues
+import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -27,10 +28,10 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    content = path.read_bytes().lstrip(b"\0")
-    for text in content.decode(json.detect_encoding(content), errors="replace").split("\n"):
+    content = path.read_bytes().replace(b"\0", b"")  # a power cut leaves zero bytes, and UTF-16 has them
+    for text in content.decode(errors="replace").split("\n"):
         try:
-            line = json.loads(text.strip("\0"))
+            line = json.loads(text.strip("\ufeff\ufffd"))  # byte order marks
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
@@ -116,7 +117,7 @@ def start_loading(loader: DataLoader) -> Iterator[dict]:
         return iter(loader)
     # PyTorch's handler of SIGCHLD would raise the error in any line of the main process
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the processes ignore it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until `ignore_signals`
     try:
         return iter(loader)
     finally:
@@ -124,23 +125,23 @@ def start_loading(loader: DataLoader) -> Iterator[dict]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """Keep signals to the process group, or to every process of a job, from a data loading process."""
-    if hasattr(os, "setsid"):
-        os.setsid()
+def ignore_signals(_worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a data loading process: the main process finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # a batch that cannot be sent ends the process; otherwise the main process would wait for ever
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
-    if hasattr(signal, "sigwaitinfo"):  # neither on Windows nor on a Mac
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=wait_for_parents_signal, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = end_process
 
 
-def wait_for_parents_signal() -> None:
-    """End this process by SIGTERM of its parent, not of others."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def end_process(*_error) -> None:
+    """End a process that cannot send a batch. Otherwise the main process would wait for this batch for ever."""
+    os._exit(1)
+
+
+@atexit.register
+def end_loading() -> None:
+    """End the data loading processes where an error ends the main process; Python would send SIGTERM and wait."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -1,6 +1,5 @@
 """Sizes of published models, from their config.json or from the shapes of their tensors."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,8 @@ from torch import Tensor
 
 from engine.flags import ConfigError, flag_of
 from model import ModelConfig
+from readers.dataset import DataError
+from readers.files import read_json
 
 # kind of a weights file -> the keys of its config.json, and the field of ModelConfig that each of them sets
 TRANSFORMER_KEYS = {"hidden_size": "width", "num_attention_heads": "heads"}
@@ -35,15 +36,13 @@ def read_sizes(file: Path) -> tuple[str, dict[str, int]]:
     """Read the sizes in a config.json of a BERT or ViT, as Hugging Face writes it, or of our own export.
 
     -> kind of the model, "BERT", "ViT" or "whole"; field of ModelConfig -> size, with `bert_layers` of a BERT
-    Raises ConfigError where there is no such file, or its model has another architecture.
+    Raises ConfigError where there is no such file, or its model has another architecture, and DataError as `read_json`.
     """
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
     except OSError as error:
         reason = error.strerror.lower()
         raise ConfigError(f"{file}: {reason}; give a folder with the config.json of a BERT or a ViT") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a config of a model; give the config.json of a BERT or a ViT")
     if isinstance(content.get("model"), dict):
@@ -71,7 +70,7 @@ def sizes_from_folders(folders: list[str], preset: ModelConfig) -> dict[str, int
 
     folders: each with a config.json, of a BERT, of a ViT, or of our own export
     preset: its layers decide how the layers of a BERT are divided
-    Raises ConfigError as `read_sizes`, and where two of the models contradict each other.
+    Raises ConfigError and DataError as `read_sizes`, and where two of the models contradict each other.
     """
     sizes: dict[str, int] = {}
     for folder in folders:
@@ -127,7 +126,7 @@ def check_sizes(file: Path, kind: str, tensors: dict[str, Tensor], config: Model
     sizes = sizes_of_tensors(tensors)
     try:
         kind_beside, sizes_beside = read_sizes(file.with_name("config.json"))
-    except ConfigError:  # most files have none
+    except DataError:  # most files have none
         kind_beside, sizes_beside = "", {}
     if kind_beside == kind and sizes_beside["width"] == sizes.get("width"):
         sizes["heads"] = sizes_beside["heads"]

@@ -134,7 +134,7 @@ def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split each tensor `qkv` of a model, or of a file of timm's, into views `query`, `key` and `value`."""
     split = {}
     for name, tensor in state.items():
-        if ".qkv." in name:
+        if ".qkv." in name and tensor.ndim and len(tensor) % 3 == 0:  # not the scale of one in float8
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 split[name.replace("qkv", part)] = third
         else:
@@ -157,7 +157,7 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         state = _read_weights(Path(path))
         kinds = [kind for kind, pattern in KINDS.items() if any(re.match(pattern, name) for name in state)]
         if not kinds:
-            names = ", ".join(list(state)[:3]) or "none"
+            names = ", ".join(list(state)[:3])
             raise DataError(f"{path}: no tensor has a name of a ViT, BERT or ALBEF model; the first are {names}")
         kind = kinds[0]
         if kind in report.kinds:
@@ -196,7 +196,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise DataError(
             f"{path}: damaged, or not plain tensors (pickled code is never run); copy it again or convert it"
         ) from None
-    for wrapper in WRAPPERS:
+    for wrapper in 2 * WRAPPERS:  # one may be in another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
@@ -206,6 +206,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         inner = re.sub(f"^{WRAPPER_PREFIX}", "", str(name))
         if isinstance(tensor, Tensor) and (inner not in tensors or "teacher." in name):
             tensors[inner] = tensor.float()  # float8 has no arithmetic
+    if not tensors:
+        names = ", ".join(map(str, list(state)[:3])) or "none"
+        raise DataError(f"{path}: holds no tensors, the first keys are {names}; give a state dict")
     return tensors
 
 
@@ -267,7 +270,7 @@ def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report
         if name in ("text.word_embeddings.weight", "mlm_bias") and tensor.ndim:
             words = len(target)
             if len(tensor) < words:
-                words = max(0, words - len(SYMBOLS))  # the symbols are the last words of our vocabulary
+                words -= len(SYMBOLS)  # the last words of our vocabulary
             target = target[:words]
             if len(tensor) > words and len(tensor) % 8 == 0:  # padded; another number is another vocabulary's
                 report.hints.append(f"{name}: the first {words} of {len(tensor)} rows, for the words of --vocab")

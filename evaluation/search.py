@@ -19,7 +19,7 @@ from engine.batches import (
     score_pairs_with_itm,
     text_features,
 )
-from engine.checkpoints import load_weights, read_tokenizer
+from engine.checkpoints import load_weights, read_tokenizer, write_atomically
 from engine.finetune_config import SEARCH_RESULTS, FinetuneConfig, caption_prefix, open_data
 from engine.flags import ConfigError, check_was_read
 from engine.run import Run, autocast, build_run
@@ -151,7 +151,7 @@ def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
 
     -> rows of the images that can be read (n,), features (n, E)
     Raises ConfigError for an index that is damaged, or does not belong to this checkpoint and data set.
-    Raises DataError where no image can be read.
+    Raises DataError where no image can be read, and OSError where the index cannot be written.
     """
     if not run.config.index:
         return image_features(run, dataset)
@@ -164,7 +164,7 @@ def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
     key = [digest, names, dataset.captions]
     if not path.exists():
         rows, image_feat = image_features(run, dataset)
-        torch.save({"key": key, "rows": torch.from_numpy(rows), "features": image_feat.cpu()}, path)
+        write_atomically({"key": key, "rows": torch.from_numpy(rows), "features": image_feat.cpu()}, path)
         return rows, image_feat
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)

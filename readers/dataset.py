@@ -24,6 +24,9 @@ ReportedSplit = Literal["train", "val", "test"]
 # for str.translate: tabs and line ends become blanks, other control characters are deleted
 CONTROL_CHARACTERS = {code: " " if chr(code).isspace() else "" for code in [*range(32), *range(127, 160)]}
 CONTROL_CHARACTERS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # halves of a character, which no output encodes
+# so are soft hyphens, byte order marks and marks of direction; a joiner stays, as in emoji, Persian and Hindi
+CONTROL_CHARACTERS |= dict.fromkeys([0xAD, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF], "")
+CONTROL_CHARACTERS[0x200B] = " "  # the zero-width space, which parts words
 
 
 def printable(text: str) -> str:
@@ -32,8 +35,8 @@ def printable(text: str) -> str:
 
 
 HTML_ENTITY = re.compile(r"&#?\w+;")
-HTML_TAG = re.compile(r"<[!/?a-z][^<>]*>", re.IGNORECASE)
-BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols in Unicode, but drawn as blanks
+HTML_TAG = re.compile(r"<!--.*?-->|<!\[CDATA\[|\]\]>|<[!/?a-z][^<>]*>", re.IGNORECASE | re.DOTALL)
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0\ufffc"  # letters and symbols in Unicode, but drawn as blanks
 
 
 def clean_text(value: object) -> str | None:

@@ -65,33 +65,38 @@ def _read_columns(path: Path, names: tuple[str, ...]) -> dict[str, list[str]]:
                 if rows != image_count:
                     raise DataError(f"{path}: key {key}: {rows} rows, but {image_count} images; copy it again")
                 columns[name] = [clean_text(_decode(value)) for value in file[key][...].reshape(-1).tolist()]
-                unusable = ("", None) if name == "productID" else (None,)
                 for row, text in enumerate(columns[name]):
-                    if text in unusable:
+                    if text is None or (name == "productID" and not text):
                         reason = f"row {row} is empty, or neither text nor a whole number"
                         raise DataError(f"{path}: key {key}: {reason}; give FashionGen's own file")
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]}; give FashionGen's own file") from None
     except (OSError, RuntimeError, TypeError) as error:
-        reason = f"not a whole HDF5 file ({error}); copy it again"
-        if "unable to lock" in str(error):
-            reason = "locked by another process; wait for it, or set HDF5_USE_FILE_LOCKING=FALSE to read without a lock"
-        elif is_lfs_pointer(path):
-            reason = LFS_ADVICE
-        elif isinstance(error, PermissionError):
-            reason = "no right to read it; change its permissions"
-        raise DataError(f"{path}: {reason}") from None
+        raise DataError(f"{path}: {_explain(path, error)}") from None
     return columns
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Say why h5py cannot read a file, and what to do."""
+    if "unable to lock" in str(error):
+        return "locked by another process; wait for it, or set HDF5_USE_FILE_LOCKING=FALSE to read without a lock"
+    if isinstance(error, PermissionError):
+        return "no right to read it; change its permissions"
+    if is_lfs_pointer(path):
+        return LFS_ADVICE
+    return f"not a whole HDF5 file ({error}); copy it again"
 
 
 def _decode(value: object) -> object:
     """Decode bytes: UTF-8, or else cp1252, which FashionGen's own files are in. Other values stay."""
     if not isinstance(value, bytes):
         return value
-    try:
-        return value.decode()
-    except UnicodeDecodeError:  # letters of cp1252 beyond ASCII are hardly ever valid UTF-8
+    text = value.decode(errors="replace")
+    damaged = text.count("\ufffd")
+    letters = sum(not letter.isascii() for letter in text) - damaged
+    if damaged > letters:  # letters of cp1252 beyond ASCII are hardly ever valid UTF-8
         return value.decode("cp1252", errors="replace")
+    return text
 
 
 def _spell_out_season(season: str) -> str:

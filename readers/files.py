@@ -1,7 +1,7 @@
 """What is read from files: text, JSON and images."""
 
 import json
-import re
+import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,17 +50,21 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     -> for each object: where it is, "PATH line NUMBER" or "PATH item NUMBER", for messages; the object
     """
     text = read_text(path)
-    is_list = re.match(r"\s*\[", text)
-    for number, record in enumerate(_parse(text, str(path)) if is_list else text.split("\n"), 1):
-        location = f"{path} {'item' if is_list else 'line'} {number}"
-        if not is_list:
-            line = record.strip("\ufeff \t")  # files with byte order marks may have been joined
-            if not line:
-                continue
-            record = _parse(line, location)
-        if not isinstance(record, dict):
-            raise DataError(f"{location}: expected a JSON object in braces; correct it or delete it")
-        yield location, record
+    if text.lstrip().startswith("["):
+        for number, record in enumerate(_parse(text, str(path)), 1):
+            yield _check_object(f"{path} item {number}", record)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip("\ufeff \t")  # files with byte order marks may have been joined
+        if line:
+            location = f"{path} line {number}"
+            yield _check_object(location, _parse(line, location))
+
+
+def _check_object(location: str, record: object) -> tuple[str, dict]:
+    if not isinstance(record, dict):
+        raise DataError(f"{location}: expected a JSON object in braces; correct it or delete it")
+    return location, record
 
 
 def _parse(text: str, location: str) -> object:
@@ -95,13 +99,16 @@ def find_image(folder: Path, name: str) -> Path | None:
 
     -> None where there is none, or where the system refuses the name
     """
-    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
-        try:
-            if (folder / form).is_file():
-                return folder / form
-        except (OSError, ValueError):  # longer than names can be, or not encodable
-            continue
-    return None
+    if os.path.isfile(folder / name):  # False also for a name that is too long, or that cannot be encoded
+        return folder / name
+    path = folder
+    for part in Path(name).parts:
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        present = [form for form in forms if os.path.exists(path / form)]
+        if not present:
+            return None
+        path = path / present[0]
+    return path if path.is_file() else None
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # decoding others may start another program

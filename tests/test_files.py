@@ -23,6 +23,7 @@ import data
 import finetune
 from data import build_dataset, build_statements, build_tokenizer, build_triplets
 from engine.checkpoints import load_checkpoint
+from engine.sizes import read_sizes
 from engine.weights import load_pretrained
 from evaluation import pictures
 from evaluation.search import check_query_words
@@ -43,6 +44,8 @@ INVISIBLE = [
     "&nbsp;",
     "<br/>",
     "\x07",
+    "\ufffc",
+    "<![CDATA[ ]]>",
 ]
 
 
@@ -98,7 +101,17 @@ def hdf5(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first, second", [("7 ", "7"), ("\t7\n", 7), ("\u00a07", "7"), (7.0, "7"), (7.0, 7), (1e15, 10**15)]
+    "first, second",
+    [
+        ("7 ", "7"),
+        ("\t7\n", 7),
+        ("\u00a07", "7"),
+        ("\u200e7\u200b", "7"),
+        ("\ufeff7", 7),
+        (7.0, "7"),
+        (7.0, 7),
+        (1e15, 10**15),
+    ],
 )
 def test_product_ids_are_compared_without_blanks_and_as_whole_numbers(tmp_path, first, second):
     write_shop(tmp_path, [{"product_id": first}, {"product_id": second}, {"product_id": "8"}])
@@ -180,6 +193,8 @@ def test_products_in_both_files_are_reported(tmp_path):
         (["Robe d’été – “soie”".encode("cp1252")], h5py.string_dtype("utf-8")),
         (["Robe d’été\x0b–\x0c“soie”".encode("cp1252")], h5py.string_dtype("ascii")),
         ([b"Robe d\x92\xe9t\xe9\x81\x96 \x93soie\x94"], "S40"),
+        (["Robe d’été – “soie” à".encode()], "S30"),  # cut within the last letter
+        ([b"\xff" + "Robe d’été – “soie”".encode()], h5py.string_dtype("utf-8")),
     ],
 )
 def test_text_in_hdf5(hdf5, values, dtype):
@@ -197,7 +212,8 @@ HTML = {
     "<p class='x'>Red</p><p>dress</p>": "Red dress",
     "Silk&nbsp;&ndash;&#160;caf&eacute;<BR/>new": "Silk – café new",
     "&lt;b&gt;Red&lt;/b&gt; dress": "Red dress",
-    "red<!-- old -->dress": "red dress",
+    "red<!-- old > new -->dress": "red dress",
+    "<![CDATA[Red <b>dress</b>]]>": "Red dress",
     "size <5 and > 3, I <3 it": "size <5 and > 3, I <3 it",
     "H&M jeans; R&D": "H&M jeans; R&D",
 }
@@ -458,6 +474,7 @@ def test_git_lfs_pointers_in_place_of_any_file(tmp_path):
         "captions/cap.shirt.val.json": lambda path: build_triplets("fashioniq", tmp_path, "val", 16),
         "image_splits/split.dress.val.json": lambda path: build_triplets("fashioniq", tmp_path, "val", 16),
         "vocab.txt": lambda path: build_tokenizer([], 0, 16, vocab=path),
+        "config.json": lambda path: read_sizes(path),
         "last.pt": load_checkpoint,
         "vit.safetensors": lambda path: load_pretrained(torch.nn.Linear(1, 1), [path]),
         "vit.pth": lambda path: load_pretrained(torch.nn.Linear(1, 1), [path]),
@@ -507,6 +524,7 @@ NAMES = [
     "so\u00adft.png",
     "é.png",
     "e\u0301.png",
+    "e\u0301/é.png",
     "バッグ/ハ.png",
     "~ $x.png",
 ]

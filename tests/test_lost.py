@@ -25,7 +25,7 @@ from engine.batches import load_batches
 from engine.checkpoints import load_checkpoint
 from engine.finetune_config import parse_config
 from engine.flags import ConfigError
-from engine.log import final_metrics, ignore_interrupts, read_metrics, trim_metrics
+from engine.log import final_metrics, ignore_signals, read_metrics, trim_metrics
 from engine.weights import load_pretrained
 from evaluation.search import search
 from evaluation.validation import predict_batch
@@ -92,7 +92,7 @@ def test_sigterm_to_every_process_saves_and_exits(tmp_path, monkeypatch, capsys,
 
 
 def act_as_loader_process(pipe, queue):
-    ignore_interrupts(0)
+    ignore_signals(0)
     pipe.send("ready")
     queue.put(pipe.recv() or (lambda: "cannot be sent"))
     time.sleep(60)
@@ -110,15 +110,29 @@ def loader_process():
     process.kill()
 
 
-def test_a_loader_process_is_ended_by_its_parent_alone(loader_process):
+def test_a_loader_process_ignores_signals(loader_process):
     process, _ = loader_process
     for name in ("TERM", "INT", "TERM"):
         subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
     process.join(0.2)
     assert process.is_alive()
-    process.terminate()  # as Python does at exit
-    process.join(10)
-    assert process.exitcode == 0
+
+
+def test_loader_processes_end_with_an_error_of_the_main_process():
+    program = """
+import sys
+sys.path[:0] = [".", "tests"]
+from engine.batches import endless_batches
+from engine.run import build_sampler
+from small import built
+state, dataset = built("--workers 2")
+state.sampler = build_sampler(state, dataset)
+batches = endless_batches(state, dataset)
+next(batches)
+raise ZeroDivisionError
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError\n")
 
 
 def test_a_loader_process_ends_where_it_cannot_send_a_batch(loader_process):
@@ -189,6 +203,7 @@ TORN = {
     "zero bytes": LINE.encode() + b"\0" * 512,
     "zero bytes before": b"\0" * 512 + LINE.encode(),
     "no UTF-8": LINE.encode() + b"\xff\xfe\x80{\n",
+    "no UTF-8 before": b"\xff\xfe\0\0\x80{\n" + LINE.encode(),
     "no objects": LINE.encode() + b'7\n[1]\nnull\n"step"\n{"loss": 1}\n{"step": "x"}\n' + b"[" * 100_000,
     "byte order mark": LINE.encode("utf-8-sig"),
     "PowerShell": LINE.replace("\n", "\r\n").encode("utf-16"),
@@ -215,6 +230,16 @@ def test_a_full_disk_leaves_no_part_of_a_result_and_is_named(tmp_path, monkeypat
         Path(path).touch()
         raise OSError(28, "No space left on device")
 
+    def fill_index(_tensors, file):
+        file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", fill_index)
+        search_flags = f"--task search --query 7 --checkpoint {pretrained} --index {tmp_path}/features.pt"
+        with pytest.raises(SystemExit, match=f"finetune.py: {tmp_path}/features.pt: cannot be written .*failed.$"):
+            finetune.main(search_flags.split())
+    assert not list(tmp_path.iterdir())
     for target, file in (
         ("matplotlib.figure.Figure.savefig", "examples.png"),
         ("pathlib.Path.write_text", "results.json"),
@@ -369,10 +394,14 @@ def wrapped(vit, kind):
         "flat, teacher first": prefix("teacher.backbone.", vit) | prefix("student.backbone.", other),
         "MoCo": {"state_dict": prefix("module.base_encoder.", vit) | prefix("module.momentum_encoder.", other)},
         "compiled": {"model": prefix("_orig_mod.module.", vit)},
+        "twice": {"state_dict": {"model": prefix("module.", vit)}},
+        "scaled": vit | {"blocks.0.attn.qkv.weight_scale": torch.tensor(1.0)},
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["DINO", "student", "flat", "flat, teacher first", "MoCo", "compiled"])
+@pytest.mark.parametrize(
+    "kind", ["DINO", "student", "flat", "flat, teacher first", "MoCo", "compiled", "twice", "scaled"]
+)
 def test_a_vit_is_unwrapped(tmp_path, kind):
     source, model = make_model(seed=1), make_model()
     torch.save(wrapped(timm_names(source.vision), kind), tmp_path / "vit.pth")
@@ -385,6 +414,9 @@ def test_weights_of_another_model_are_refused_with_their_first_names(tmp_path):
     torch.save({f"stem.{number}": torch.zeros(2) for number in range(9)}, tmp_path / "cnn.pth")
     with pytest.raises(DataError, match="cnn.pth: no tensor has .* the first are stem.0, stem.1, stem.2$"):
         load_pretrained(make_model(), [tmp_path / "cnn.pth"])
+    torch.save({"net": {"cls_token": torch.zeros(2)}, "epoch": 3}, tmp_path / "net.pth")
+    with pytest.raises(DataError, match="net.pth: holds no tensors, the first keys are net, epoch; give a state dict"):
+        load_pretrained(make_model(), [tmp_path / "net.pth"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])

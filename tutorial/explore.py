@@ -22,7 +22,8 @@ from torch import Tensor
 
 from data import normalise
 from engine.checkpoints import default_checkpoint
-from engine.flags import ConfigError, OneLineParser
+from engine.flags import ConfigError, OneLineParser, in_one_line
+from engine.log import write_text
 from engine.run import Run
 from evaluation.ground_truth import TokenLabels, synchronized_masks, token_labels
 from evaluation.pictures import first_images, momentum_grad_cam
@@ -211,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run, dataset = open_run(args.checkpoint, args.root, "cpu")
         page_data = compute_page_data(run, dataset)
-        path.write_text(fill_page(page_data), encoding="utf-8")
+        write_text(path, fill_page(page_data))
     except (ConfigError, DataError, OSError) as error:
-        sys.exit(f"explore.py: {error}")
+        sys.exit(f"explore.py: {in_one_line(error)}")
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, {len(page_data['images'])} images; open it in a browser")
 
 

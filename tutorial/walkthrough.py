@@ -24,7 +24,7 @@ from torch import Tensor
 from data import informative_pieces, normalise
 from engine.batches import learn_vocabulary
 from engine.config import ema_decay, itm_hard_share, parse_config, scored_share
-from engine.flags import ConfigError, replace_unencodable
+from engine.flags import ConfigError, in_one_line, replace_unencodable
 from engine.run import build_run
 from evaluation.ground_truth import mask_metrics, momentum_features, split_block_into_batches, token_labels
 from experiments.figures import open_run
@@ -67,7 +67,7 @@ if CHECKPOINT:
     try:
         run, dataset = open_run(Path(CHECKPOINT), None, "cpu")
     except (ConfigError, DataError, OSError) as error:
-        sys.exit(f"walkthrough.py: {error}")
+        sys.exit(f"walkthrough.py: {in_one_line(error)}")
     if not isinstance(dataset, Synthetic):
         reason = f"{CHECKPOINT} was trained on {run.config.data}, whose ground truth is not known"
         sys.exit(f"walkthrough.py: {reason}; give --checkpoint of a run on synthetic images")
