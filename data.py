@@ -305,12 +305,14 @@ def build_tokenizer(
         prompt_words = list(dict.fromkeys(all_prompts.split()))
     if isinstance(vocab, Tokenizer):
         tokenizer = vocab
-    else:
-        words = _read_vocabulary(vocab) if vocab else _train_vocabulary(captions, vocab_size, prompt_words)
+    elif vocab:
+        words = _read_vocabulary(vocab)
         without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
         accented = sum(without_accents.normalize_str(word) != word for word in words)  # of BERT's uncased vocabulary 0
-        strip_accents = vocab is not None and accented <= len(words) / 50  # our choice
-        tokenizer = _bert_tokenizer(words, strip_accents)
+        tokenizer = _bert_tokenizer(words, strip_accents=accented <= len(words) / 50)  # our choice
+    else:
+        words = _train_vocabulary(captions, vocab_size, prompt_words)
+        tokenizer = _bert_tokenizer(words, strip_accents=False)
     tokenizer.add_special_tokens(special_tokens)
     cls_id = tokenizer.token_to_id("[CLS]")
     sep_id = tokenizer.token_to_id("[SEP]")

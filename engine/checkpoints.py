@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 
 from engine.config import FREE_ON_RESUME, LoopConfig, TrainConfig
 from engine.distributed import is_main_process
-from engine.flags import ConfigError, check_was_read, flag_of
+from engine.flags import ConfigError, flag_of
 from engine.run import Run
 from engine.weights import load_pretrained
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import printable
-from readers.files import LFS_ADVICE, is_lfs_pointer
+from readers.files import explain_failure
 
 # fields of Run that are saved unchanged
 RUN_FIELDS = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
@@ -98,19 +98,14 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         # torch.save writes a zip archive with a checksum for each tensor, which torch.load does not check
         with zipfile.ZipFile(path) as archive:
-            intact = archive.testzip() is None
-        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # zipfile and torch raise many kinds of errors for other files
-        check_was_read(path, error)
-        intact = False
-    if not intact and is_lfs_pointer(path):
-        raise ConfigError(f"{path}: {LFS_ADVICE}")
-    if not intact:
-        raise ConfigError(
-            f"{path}: damaged, or not a checkpoint of train.py; use an earlier one (last-2.pt), or copy it again"
-        )
+        damage = "damaged, or not a checkpoint of train.py; use an earlier one (last-2.pt), or copy it again"
+        raise ConfigError(f"{path}: {explain_failure(path, error, damage)}") from None
     if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
         raise ConfigError(f"{path}: not a checkpoint, or one of another version of this code; train the model anew")
     return state

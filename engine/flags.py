@@ -2,13 +2,11 @@
 
 import argparse
 import difflib
-import errno
 import math
 import sys
 import types
 import typing
 from dataclasses import field, fields
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,15 +23,6 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     return str(error)
-
-
-def check_was_read(path: str | Path, error: Exception) -> None:
-    """Check that an error in reading a file is about its contents.
-
-    Raises ConfigError where the system did not read it, for lack of rights for example.
-    """
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek in a damaged archive
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
 def option(default, help: str, low: float | None = None, high: float | None = None):

@@ -12,11 +12,10 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.flags import check_was_read
 from engine.sizes import check_sizes
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import DataError
-from readers.files import LFS_ADVICE, is_lfs_pointer
+from readers.files import explain_failure
 from readers.prompts import SYMBOLS
 
 # Each line holds our name of a module or parameter, then the other names; # is the number of a layer.
@@ -149,8 +148,8 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
         ViT: in the naming of Hugging Face, timm, DeiT or MAE; position embeddings are interpolated
         BERT: in Hugging Face's naming; its first layers fill the text encoder, the next the fusion encoder
         whole: a checkpoint of ALBEF or of ours, or a file of experiments/export.py
-    Raises DataError if a file is damaged, is of no kind or of another file's kind, or has no tensor that fits.
-    Raises ConfigError if it cannot be read, or if its width, heads or patch size are not the model's.
+    Raises DataError if a file cannot be read, is of no kind or of another file's kind, or has no tensor that fits.
+    Raises ConfigError if its width, heads or patch size are not the model's, with the flags that would fit.
     """
     report = LoadReport()
     for path in files:
@@ -179,7 +178,7 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file, in fp32. Raises ConfigError where it cannot be read, DataError without tensors."""
+    """Read the tensors of a file, in fp32. Raises DataError where it cannot be read, or where there are none."""
     try:
         open(path, "rb").close()  # safetensors says that a file does not exist where it may not be read
         if path.suffix == ".safetensors":
@@ -190,12 +189,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such weights file; check the path") from None
     except Exception as error:  # damaged files raise many kinds
-        check_was_read(path, error)
-        if is_lfs_pointer(path):
-            raise DataError(f"{path}: {LFS_ADVICE}") from None
-        raise DataError(
-            f"{path}: damaged, or not plain tensors (pickled code is never run); copy it again or convert it"
-        ) from None
+        damage = "damaged, or not plain tensors (pickled code is never run); copy it again or convert it"
+        raise DataError(f"{path}: {explain_failure(path, error, damage)}") from None
     for wrapper in 2 * WRAPPERS:  # one may be in another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

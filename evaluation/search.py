@@ -21,11 +21,11 @@ from engine.batches import (
 )
 from engine.checkpoints import load_weights, read_tokenizer, write_atomically
 from engine.finetune_config import SEARCH_RESULTS, FinetuneConfig, caption_prefix, open_data
-from engine.flags import ConfigError, check_was_read
+from engine.flags import ConfigError
 from engine.run import Run, autocast, build_run
 from evaluation.pictures import ExampleQuery, RetrievedImage, draw_retrieved
 from readers.dataset import DataError, PairDataset, pad_to_square, printable
-from readers.files import open_image
+from readers.files import explain_failure, open_image
 
 
 def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
@@ -170,8 +170,8 @@ def search_index(run: Run, dataset: PairDataset) -> tuple[np.ndarray, Tensor]:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         fits = saved["key"] == key
     except Exception as error:  # torch raises many kinds of errors for other files
-        check_was_read(f"--index {path}", error)
-        raise ConfigError(f"--index {path}: damaged, or not an index; delete it, and it is written anew") from None
+        damage = "damaged, or not an index; delete it, and it is written anew"
+        raise ConfigError(f"--index {path}: {explain_failure(path, error, damage)}") from None
     if not fits:
         raise ConfigError(f"--index {path}: of another checkpoint or data set; delete it, or give another file")
     return saved["rows"].cpu().numpy(), saved["features"]

@@ -9,7 +9,7 @@ import h5py
 from PIL import Image
 
 from readers.dataset import DataError, PairDataset, Split, clean_text, note_shared_products
-from readers.files import LFS_ADVICE, is_lfs_pointer
+from readers.files import explain_failure
 
 FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
 # `input_…`, as texts; the optional ones are for prompts
@@ -72,19 +72,11 @@ def _read_columns(path: Path, names: tuple[str, ...]) -> dict[str, list[str]]:
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]}; give FashionGen's own file") from None
     except (OSError, RuntimeError, TypeError) as error:
-        raise DataError(f"{path}: {_explain(path, error)}") from None
+        reason = explain_failure(path, error, f"not a whole HDF5 file ({error}); copy it again")
+        if "unable to lock" in str(error):
+            reason = "locked by another process; wait for it, or set HDF5_USE_FILE_LOCKING=FALSE to read without a lock"
+        raise DataError(f"{path}: {reason}") from None
     return columns
-
-
-def _explain(path: Path, error: Exception) -> str:
-    """Say why h5py cannot read a file, and what to do."""
-    if "unable to lock" in str(error):
-        return "locked by another process; wait for it, or set HDF5_USE_FILE_LOCKING=FALSE to read without a lock"
-    if isinstance(error, PermissionError):
-        return "no right to read it; change its permissions"
-    if is_lfs_pointer(path):
-        return LFS_ADVICE
-    return f"not a whole HDF5 file ({error}); copy it again"
 
 
 def _decode(value: object) -> object:

@@ -1,5 +1,6 @@
 """What is read from files: text, JSON and images."""
 
+import errno
 import json
 import os
 import unicodedata
@@ -10,17 +11,20 @@ from PIL import Image, ImageOps
 
 from readers.dataset import DataError
 
-LFS_START = b"version https://git-lfs.github.com/spec/"
+LFS_START = b"version https://git-lfs.github.com/spec/"  # of what stands for a file where Git LFS is not installed
 LFS_ADVICE = "a Git LFS pointer instead of the file; get the file by git lfs pull"
 
 
-def is_lfs_pointer(path: str | Path) -> bool:
-    """Return whether a file is a Git LFS pointer: what stands in its place where Git LFS was not installed."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(LFS_START)) == LFS_START
-    except OSError:
-        return False
+def explain_failure(path: str | Path, error: Exception, damage: str) -> str:
+    """Return why a file, other than text, cannot be read, and what to do.
+
+    damage: what to return where the file was read, but its contents are not as expected
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek in a damaged archive
+        return f"cannot be read ({os.strerror(error.errno)}); check the path and its permissions"
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(LFS_START)) == LFS_START
+    return LFS_ADVICE if is_pointer else damage
 
 
 def read_text(path: Path) -> str:
@@ -136,10 +140,8 @@ def open_image(path: Path, size: int) -> Image.Image:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # decoders raise many kinds for damaged files
-        if is_lfs_pointer(path):
-            raise OSError(LFS_ADVICE) from None
         reason = " ".join(str(error).split())
-        raise OSError(f"cannot be decoded: {reason}") from None
+        raise OSError(explain_failure(path, error, f"cannot be decoded: {reason}")) from None
 
 
 class ImageFiles:

@@ -1,5 +1,6 @@
 """Your own photos: one JSON object a line."""
 
+import contextlib
 import hashlib
 import unicodedata
 from pathlib import Path
@@ -41,18 +42,12 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDat
     )
     dataset.problems = problems
     if has_val and split == "val":
-        train_products = _read_product_ids(folder / "train.jsonl")
         products = [record["product_id"] for record in records]
-        dataset.notes = note_shared_products(products, train_products, "train.jsonl")
+        with contextlib.suppress(OSError, DataError):  # of the training file, which training reports
+            lines = read_json_lines(folder / "train.jsonl")
+            train_products = {clean_text(record.get("product_id")) for _, record in lines}
+            dataset.notes = note_shared_products(products, train_products, "train.jsonl")
     return dataset
-
-
-def _read_product_ids(path: Path) -> set[str]:
-    """Read the product ids of a training file; none where it cannot be read, which training reports."""
-    try:
-        return {clean_text(record.get("product_id")) for _, record in read_json_lines(path)}
-    except (OSError, DataError):
-        return set()
 
 
 def _read_records(path: Path) -> tuple[list[dict], list[str]]:

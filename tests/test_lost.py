@@ -260,7 +260,7 @@ def test_a_file_without_the_right_to_read_is_not_damaged(tmp_path, pretrained):
             lambda: load_pretrained(make_model(), [secret]),
             lambda: load_pretrained(make_model(), [secret.with_suffix(".safetensors")]),
         ):
-            with pytest.raises(ConfigError, match="secret.*: cannot be read .Permission denied.; check .* permissions"):
+            with pytest.raises(DataError, match="secret.*: cannot be read .Permission denied.; check .* permissions"):
                 read()
     with pytest.raises(ConfigError, match="cannot be read .Is a directory"):
         command(f"{index} {tmp_path}")

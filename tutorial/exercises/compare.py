@@ -8,16 +8,19 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from engine.flags import OneLineParser
+from engine.flags import OneLineParser, in_one_line
 from engine.log import final_metrics
 
 
 def read_final_metrics(folder: Path) -> dict[str, float]:
-    """Read the last line of a run's metrics.jsonl. Exits with a message where the file or this line is missing."""
+    """Read the last line of a run's metrics.jsonl. Exits with a message where there is none."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         sys.exit(f"compare.py: {path}: no such file; give the folder of a run, its --out")
-    metrics = final_metrics(folder)
+    try:
+        metrics = final_metrics(folder)
+    except OSError as error:
+        sys.exit(f"compare.py: {in_one_line(error)}")
     if not metrics:
         sys.exit(f"compare.py: {path}: the run is not finished; continue it with train.py --resume --out {folder}")
     return {key: value for key, value in metrics.items() if key != "final"}
