@@ -92,8 +92,8 @@ def load_batches(run: Run, loader: DataLoader) -> Iterator[dict]:
         reason = str(error).split("\n")[0] or type(error).__name__
         lack = "perhaps for lack of memory, shared memory or open files (ulimit -n)"
         is_resumable = run.sampler is not None and Path(run.config.out, "last.pt").exists()
-        advice = f"{'continue with --resume and' if is_resumable else 'start again with'} fewer --workers"
-        raise DataError(f"a data loading process failed ({reason}), {lack}; {advice}") from None
+        advice = "continue with --resume and" if is_resumable else "start again with"
+        raise DataError(f"a data loading process failed ({reason}), {lack}; {advice} fewer --workers") from None
 
 
 def augmented(run: Run, batch: dict) -> dict:
@@ -118,9 +118,10 @@ def learn_vocabulary(config: TrainConfig, dataset: PairDataset) -> Tokenizer:
 
     Raises OSError and DataError where --vocab cannot be used.
     """
-    vocab, captions = config.vocab, []
+    vocab = config.vocab
     if vocab and zipfile.is_zipfile(vocab):
         vocab = read_tokenizer(load_checkpoint(vocab))
+    captions = []
     if not vocab:
         for row in tqdm(range(len(dataset)), "reading captions", unit=" captions", leave=False, disable=None):
             pieces = dataset.text(row)[1::2]  # what stands between the prompts
