@@ -306,10 +306,7 @@ def build_tokenizer(
     if isinstance(vocab, Tokenizer):
         tokenizer = vocab
     elif vocab:
-        words = _read_vocabulary(vocab)
-        without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
-        accented = sum(without_accents.normalize_str(word) != word for word in words)  # of BERT's uncased vocabulary 0
-        tokenizer = _bert_tokenizer(words, strip_accents=accented <= len(words) / 50)  # our choice
+        tokenizer = _bert_tokenizer(*_read_vocabulary(vocab))
     else:
         words = _train_vocabulary(captions, vocab_size, prompt_words)
         tokenizer = _bert_tokenizer(words, strip_accents=False)
@@ -324,7 +321,7 @@ def build_tokenizer(
     return tokenizer
 
 
-def _bert_tokenizer(words: list[str], strip_accents: bool = True) -> Tokenizer:
+def _bert_tokenizer(words: list[str], strip_accents: bool) -> Tokenizer:
     """Build a tokenizer that splits texts as BERT's does.
 
     words: its vocabulary, in order of id
@@ -340,9 +337,10 @@ def _bert_tokenizer(words: list[str], strip_accents: bool = True) -> Tokenizer:
 VOCABULARY_ADVICE = "give the vocab.txt or tokenizer.json of a WordPiece tokenizer that lower-cases, as BERT's"
 
 
-def _read_vocabulary(path: str | Path) -> list[str]:
+def _read_vocabulary(path: str | Path) -> tuple[list[str], bool]:
     """Read the words of a `vocab.txt`, of a `tokenizer.json`, or of a folder with one of them, in order of id.
 
+    -> words; whether their tokenizer strips accents, which a `vocab.txt` does not say (our choice: few words have one)
     Raises OSError where the file cannot be read.
     Raises DataError for another file, and for a tokenizer that does not split texts as BERT's lower-casing one.
     """
@@ -353,7 +351,13 @@ def _read_vocabulary(path: str | Path) -> list[str]:
             raise DataError(f"{path}: holds neither tokenizer.json nor vocab.txt; {VOCABULARY_ADVICE}")
         path = files[0]
     content = read_text(path)
-    words = _words_of_tokenizer(path, content) if path.suffix == ".json" else content.rstrip("\n").split("\n")
+    if path.suffix == ".json":
+        words, strips_accents = _words_of_tokenizer(path, content)
+    else:
+        words = content.rstrip("\n").split("\n")
+        without_accents = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+        accented = sum(without_accents.normalize_str(word) != word for word in words)  # of BERT's uncased vocabulary 0
+        strips_accents = accented <= len(words) / 50
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise DataError(f"{path}: not a BERT vocabulary, it lacks {', '.join(missing)}; {VOCABULARY_ADVICE}")
@@ -365,11 +369,11 @@ def _read_vocabulary(path: str | Path) -> list[str]:
     capitalized = [word for word in words if word != word.lower() and not word.startswith("[")]
     if len(capitalized) > len(words) / 10:
         raise DataError(f"{path}: a cased vocabulary, with words such as {capitalized[0]!r}; {VOCABULARY_ADVICE}")
-    return words
+    return words, strips_accents
 
 
-def _words_of_tokenizer(path: Path, content: str) -> list[str]:
-    """Return the words of a `tokenizer.json`, in order of id.
+def _words_of_tokenizer(path: Path, content: str) -> tuple[list[str], bool]:
+    """Return the words of a `tokenizer.json`, in order of id, and whether it strips accents.
 
     Raises DataError for a tokenizer of another kind than BERT's lower-casing WordPiece.
     """
@@ -386,10 +390,11 @@ def _words_of_tokenizer(path: Path, content: str) -> list[str]:
         raise DataError(f"{path}: its ids have gaps, or its pieces do not begin with ##; {VOCABULARY_ADVICE}")
     probe = "Robe d'Été, 日本!"
     splits = _split(tokenizer, probe)
-    if splits != _split(_bert_tokenizer(words), probe):
+    strips_accents = "ete" in splits
+    if splits != _split(_bert_tokenizer(words, strips_accents), probe):
         name = "a cased WordPiece tokenizer" if "Robe" in splits else "not BERT's tokenizer"
         raise DataError(f"{path}: {name}, it splits {probe!r} into {splits}; {VOCABULARY_ADVICE}")
-    return words
+    return words, strips_accents
 
 
 def _split(tokenizer: Tokenizer, text: str) -> list[str]:

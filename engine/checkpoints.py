@@ -5,7 +5,6 @@ data: no pickled code is run, and the checksums of the archive reveal damage.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import zipfile
@@ -23,7 +22,7 @@ from engine.run import Run
 from engine.weights import load_pretrained
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import printable
-from readers.files import explain_failure
+from readers.files import explain_failure, read_json, read_text
 
 # fields of Run that are saved unchanged
 RUN_FIELDS = ("step", "seconds", "validation", "best_step", "best_score", "data", "queue", "informative")
@@ -118,14 +117,14 @@ def load_export(folder: Path) -> dict:
     Raises ConfigError where the folder is no export, or is damaged.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
         model = VisionLanguageModel(ModelConfig(**config["config"]["model"]))
         informative = []
         for token_ids in config["informative"]:
             flags = torch.zeros(model.config.vocab_size, dtype=torch.bool)
             flags[token_ids] = True
             informative.append(flags)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
+        tokenizer = Tokenizer.from_str(read_text(folder / "tokenizer.json")).to_str()
     except Exception as error:  # tokenizers raises plain Exception
         reason = printable(" ".join(str(error).split()))[:200]
         raise ConfigError(

@@ -307,8 +307,10 @@ def test_a_vocabulary_of_captions_is_read_back_with_its_accents(tmp_path, text):
     trained = build_tokenizer([text, f"{text} neu"], 200, 16)
     words = sorted(trained.get_vocab(), key=trained.token_to_id)
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    read = build_tokenizer([], 0, 16, vocab=tmp_path / "vocab.txt")
-    assert read.encode(text).ids == trained.encode(text).ids
+    trained.save(str(tmp_path / "tokenizer.json"))
+    for name in ("vocab.txt", "tokenizer.json"):
+        read = build_tokenizer([], 0, 16, vocab=tmp_path / name)
+        assert read.encode(text).ids == trained.encode(text).ids
 
 
 QUERIES = [
