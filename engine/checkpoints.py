@@ -92,7 +92,7 @@ def load_checkpoint(path: str | Path) -> dict:
     path: a file, or a folder that experiments/export.py has written (see `load_export`)
     Raises ConfigError where it does not exist, cannot be read, is damaged, or is no checkpoint.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return load_export(Path(path))
     try:
         # torch.save writes a zip archive with a checksum for each tensor, which torch.load does not check
