@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from readers.dataset import DataError, clean_text, printable
-from readers.files import FORMATS, find_image, read_json, read_json_lines, read_text
+from readers.files import FORMATS, explain_failure, find_image, read_json, read_json_lines, read_text
 from readers.prompts import ATTRIBUTES
 
 # ---------------------------------------------------------------- tables
@@ -129,7 +129,8 @@ def read_parquet(paths: list[Path]) -> Iterator[tuple[str, dict]]:
                     yield f"{path.name} row {number}", row
         except (ArrowException, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{path}: not a whole Parquet file ({reason}); check --parquet, or copy it again") from None
+            damage = f"not a whole Parquet file ({reason}); check --parquet, or copy it again"
+            raise DataError(f"{path}: {explain_failure(path, error, damage)}") from None
 
 
 # ---------------------------------------------------------------- templates
@@ -185,12 +186,12 @@ def apply_format(value: str, form: str) -> str:
 def as_text(value: object, column: str) -> str:
     """Write a value of a table in one line; None and NaN are empty, the items of a list are joined by blanks.
 
-    Raises DataError for bytes and objects.
+    Raises DataError for bytes, objects and lists of lists.
     """
-    if isinstance(value, bytes | dict):
-        raise DataError(f"column {column} holds bytes or an object where text is expected; give another column")
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return " ".join(as_text(item, column) for item in value)
+    if isinstance(value, bytes | dict | list):
+        raise DataError(f"column {column} holds bytes or an object where text is expected; give another column")
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
