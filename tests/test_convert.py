@@ -386,9 +386,12 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(tmp_path, flags, mess
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
     assert "nowhere.csv: No such file" in refused("--csv", tmp_path / "nowhere.csv", *SIMPLE)
-    assert "a.parquet: cannot be read (No such file or directory)" in refused("--parquet", tmp_path / "a.parquet", *SIMPLE)
-    (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1")
-    assert "a.parquet: not a whole Parquet file" in refused("--parquet", tmp_path / "a.parquet", *SIMPLE)
+    file = tmp_path / "a.parquet"
+    assert "a.parquet: cannot be read (No such file or directory)" in refused("--parquet", file, *SIMPLE)
+    file.write_text("PAR1")
+    assert "a.parquet: not a whole Parquet file" in refused("--parquet", file, *SIMPLE)
+    file.write_text("version https://git-lfs.github.com/spec/v1")
+    assert "a.parquet: a Git LFS pointer" in refused("--parquet", file, *SIMPLE)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "--parquet needs the package pyarrow" in refused("--parquet", tmp_path / "a.parquet", *SIMPLE)
     for flags, message in ((["--csv", "x", "--imge", "{x}"], "did you mean --image?"), ([], "one of the arguments")):
