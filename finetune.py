@@ -6,7 +6,8 @@
     python finetune.py --task entailment                       recognition of statements: true, false or undecided
     python finetune.py --task search --query "long sleeve dress in red" [--image photo.jpg]
 
-A task starts from --checkpoint (default: the one that `python train.py` writes), which sets data, sizes and vocabulary.
+A task starts from --checkpoint, which sets data, sizes and vocabulary. The default is the run of `python train.py` if
+there is one, else the model in tutorial/pretrained.
 `--eval-only` evaluates a checkpoint without training; `--from-scratch` trains from random weights, as a baseline.
 
 A task is a function that trains and one that evaluates, see TASKS. Files in --out:
@@ -215,8 +216,8 @@ def rerank(run: Run, images: PairDataset, captions: list[Text], rankings: list[R
 def train_tgir(config: FinetuneConfig, source: dict, dataset: Triplets, stop_at: int | None) -> Run | None:
     """Train by ITC of queries with targets; select the step by R@10 and R@50 on held-out triplets.
 
-    The gallery are the images of the held-out triplets. No reference image is in both parts, and no family of
-    synthetic products.
+    The gallery holds the images of the held-out triplets. Training and held-out triplets share no reference image, and
+    no family of synthetic products.
     Arguments, result and errors as in `train_and_select`.
     """
     train_set, held_out = hold_out(config, dataset, dataset.families)

@@ -81,7 +81,7 @@ def pick_negatives(
     """Pick one negative in the batch for each row of `sim` (B, K): its column (B,), or −1 where all are forbidden.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
-    semihard: the most similar one that is less similar than the own pair, the diagonal, by at least `margin`; if none
+    semihard: the most similar one that is less similar than the own pair, the diagonal, by more than `margin`; if none
     is, the least similar one (our choice; `sampler.chain` follows the same rule). FaceNet's semi-hard negatives are
     less similar than the own pair by *less* than the margin; here the margin keeps away from false negatives.
     """
@@ -128,7 +128,7 @@ def mim_loss(pixels: Tensor, images: Tensor, ids_masked: Tensor) -> Tensor:
     """Compute masked image modelling: the squared error on masked patches (MAE, He et al. 2022, §3). -> scalar.
 
     L = mean over masked patches p and their pixels of (x̂_p − (x_p − mean x_p) / std x_p)²
-    our choice: std over the patch; MAE's code takes the sample's, which is 0.3 % more for 192 numbers
+    our choice: std without Bessel's correction; MAE's code applies it, so its std is 0.3 % larger for 192 numbers
     pixels (B, M, 3p²) predicted of the patches `ids_masked` (B, M), images (B, 3, H, W)
     """
     side = round((pixels.shape[2] / 3) ** 0.5)

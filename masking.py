@@ -131,7 +131,7 @@ def score_masked_words(
 
     score_w = log p(w | own image, c) − log p(w | another image, c)
     w is the first piece of a word, c the caption in which this word and others are masked.
-    The attention is read in this pass too: a word that can be read needs not attend to the image, a masked word must.
+    The attention is read in this pass, too, since only a masked word has to attend to the image.
 
     batch: token_ids, attention_mask (B, L) · image_kv_m: by `FusionEncoder.project_image_kv` of the momentum encoder
     masked (B, L) bool: the words to score
@@ -262,8 +262,8 @@ def oracle_mask(
 ) -> tuple[Tensor, Tensor]:
     """Make ideal synchronized masks from the ground truth of what an image shows.
 
-    They mask a share of the words that the image shows, and the patches that show them. Where these patches are too
-    few, patches follow that show any other word, then the rest.
+    They mask a share of the words that the image shows, and the patches that show them. If these patches are too few,
+    patches of other words are added, then random ones.
     regions (B, L, P) bool: where the image shows what a token names · maskable (B, L): what may be masked
     -> patch mask (B, P), exact counts; word mask (B, L), `word_ratio` of the visible words
     """

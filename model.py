@@ -4,7 +4,7 @@ Two encoders turn an image and its caption into tokens; in the fusion encoder ev
 token. This file imports no other file of the project: training is elsewhere.
 
 Legend of the dimension letters in shape comments
-    B batch · N image tokens (CLS + patches) · P patches · K patches that are not masked · M masked patches
+    B batch · N image tokens (CLS + patches) · P patches · P′ patches that are not masked · M masked patches
     L text tokens · D width · h heads · E shared embedding of the contrastive space · V vocabulary · p patch size
 
 Sources: ViT (Dosovitskiy et al. 2021), BERT (Devlin et al. 2019), ALBEF (Li et al. 2021, §3.1), local tokens and
@@ -191,7 +191,7 @@ class VisionLayer(nn.Module):
     ) -> Tensor:
         """x (B, N, D), text_embeds (B, L, D), attention_mask (B, L) bool -> (B, N, D).
 
-        first: compute the output of so many tokens alone, at less cost -> (B, first, D)
+        first: number of leading tokens whose output is computed, at less cost -> (B, first, D)
         """
         normed = self.norm1(x)
         if first is None:
@@ -232,7 +232,7 @@ class TextLayer(nn.Module):
         -> x (B, L, D), cross-attention probabilities (B, h, L, N) with `return_attention`, else None.
 
         text_index (n,): which caption each of n images is paired with, so image_kv (n, N, 2D) -> (n, L, D)
-        first: compute the output of so many tokens alone, at less cost -> (B, first, D)
+        first: number of leading tokens whose output is computed, at less cost -> (B, first, D)
         """
         kv = None if first is None else self.attention.project_kv(x)
         x = x[:, :first]
@@ -270,13 +270,13 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W), normalised -> image_embeds (B, N, D), CLS first.
 
-        ids_keep (B, K): indices of the patches to encode; the others are not seen, as in MAE; then N = 1 + K
+        ids_keep (B, P′): indices of the patches to encode, without the others, as in MAE; then N = 1 + P′
         """
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
         positions = self.position_embed[:, 1:]
         if ids_keep is not None:
-            patches = patches.take_along_dim(ids_keep[..., None], dim=1)  # (B, K, 3p²)
-            positions = F.embedding(ids_keep, positions[0])  # (B, K, D)
+            patches = patches.take_along_dim(ids_keep[..., None], dim=1)  # (B, P′, 3p²)
+            positions = F.embedding(ids_keep, positions[0])  # (B, P′, D)
         # the convolution as a matrix product, whose backward pass is faster
         x = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias) + positions
         cls = (self.cls_token + self.position_embed[:, :1]).expand(len(x), -1, -1)
@@ -336,8 +336,7 @@ class FusionEncoder(nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """text_embeds (B, L, D), attention_mask (B, L), image_kv by `project_image_kv` -> fused (B, L, D).
 
-        image_index, text_index (n,): the image and the caption of each pair, if not the images, or the captions, in
-            their order -> fused (n, L, D)
+        image_index, text_index (n,): the image and the caption of each pair; None keeps their order -> fused (n, L, D)
         cls_only: the last layer computes [CLS] alone, at less cost -> fused (B, 1, D)
         return_attention: -> fused, and for each layer the cross-attention probabilities (B, h, L, N), which are part
             of the graph, so that Grad-CAM can take their gradient
@@ -417,7 +416,7 @@ class VisionLanguageModel(nn.Module):
         """Compute the feature by which images are retrieved. image_embeds (B, N, D) -> (B, E), unit length.
 
         It is `project_image`, or with `local_tokens` Fashion-FINE's integrated feature,
-        norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))) with l of the patches.
+        norm((1 − r)·norm(proj(cls)) + r·norm(proj(l))), where l is the patches pooled by `LocalAdapter`.
         """
         cls_feat = self.project_image(image_embeds)
         if not self.config.local_tokens:
@@ -428,8 +427,8 @@ class VisionLanguageModel(nn.Module):
     def text_feature(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Compute the feature by which captions are retrieved. text_embeds (B, L, D), attention_mask (B, L) -> (B, E).
 
-        As `image_feature`, with l of the tokens from position 2 on, with or without a category symbol at position 1
-        (as in the authors' code).
+        As `image_feature`, but l pools the tokens from position 2 on, even without a category symbol at position 1 (as
+        in the authors' code).
         """
         cls_feat = self.project_text(text_embeds)
         if not self.config.local_tokens:
@@ -489,13 +488,13 @@ class PatchDecoder(nn.Module):
     ) -> Tensor:
         """Predict the pixels of the masked patches. -> normalised pixels (B, M, 3p²)
 
-        visible_embeds (B, 1 + K, D): CLS and the patches `ids_keep` (B, K) by the ViT
+        visible_embeds (B, 1 + P′, D): CLS and the patches `ids_keep` (B, P′) by the ViT
         ids_masked (B, M): indices of the masked patches
         text_embeds (B, L, D), attention_mask (B, L)
         """
         masked = self.mask_token + F.embedding(ids_masked, self.position_embed[0])
         kept = visible_embeds[:, 1:] + F.embedding(ids_keep, self.position_embed[0])
-        x = torch.cat([masked, visible_embeds[:, :1], kept], dim=1)  # (B, M + 1 + K, D)
+        x = torch.cat([masked, visible_embeds[:, :1], kept], dim=1)  # (B, M + 1 + P′, D)
         x = self.layers[0](x, text_embeds, attention_mask.bool(), first=ids_masked.shape[1])
         return self.pixels(self.norm(x))
 

@@ -179,11 +179,11 @@ def begin(
 ) -> tuple[LoopConfig, dict | None]:
     """Return the config to run by and, with --resume, the checkpoint to continue from. A run is never overwritten.
 
-    A checkpoint among --weights is --vocab, too, unless that is given.
+    Without --vocab, a checkpoint among --weights also gives the vocabulary.
     config: by the flags of the command line
     given: names of the fields whose flags were given
     check: the script's check_flags
-    Raises ConfigError where the output folder has a run already, or none to resume, or another one than the flags say.
+    Raises ConfigError where the output folder already has a run, has none to resume, or one that the flags contradict.
     """
     last = Path(config.out) / "last.pt"
     if config.resume:

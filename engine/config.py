@@ -57,7 +57,7 @@ class LoopConfig:
         0, "steps with random ITM negatives only; the share then grows for as many steps", low=0
     )
     margin: float = option(
-        0.0, "semihard: a negative's cosine is lower than the positive pair's by at least this", low=0, high=2
+        0.0, "semihard: a negative's cosine is lower than the positive pair's by more than this", low=0, high=2
     )
     crop_scale: float = option(0.5, "smallest area of a random crop, as a share of the image", low=0.01, high=1)
     distort: float = option(0.0, "strength of random rotation, shear, blur and noise", low=0, high=1)

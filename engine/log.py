@@ -24,7 +24,7 @@ except ImportError:  # Windows
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read the lines of a metrics.jsonl that are objects with a step; a kill leaves others. -> [] without a file"""
+    """Read the objects with a step in a metrics.jsonl, without the damaged lines of a kill. -> [] without a file"""
     if not path.exists():
         return []
     lines = []
@@ -56,7 +56,7 @@ def trim_metrics(path: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Let an OSError of what is written here name the file, which the error of a full disk does not."""
+    """Add the path to an OSError that is raised in the block; the error of a full disk has none."""
     try:
         yield
     except OSError as error:

@@ -13,7 +13,7 @@ file. finetune.py, the explorer and the walkthrough take the folder as their --c
 Parts without a counterpart keep our names, and the command prints them. Token types are written as zeros, since our
 position embeddings include them. Poolers are not written.
 
-`python train.py --weights exported/model.safetensors --vocab exported/vocab.txt` starts from exactly these weights.
+`python train.py --weights exported/model.safetensors --vocab exported` starts from exactly these weights and tokens.
 """
 
 import json

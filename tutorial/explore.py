@@ -1,6 +1,6 @@
 """Write a page that shows where a trained model attends, what it would mask, and which negatives it would choose.
 
-python tutorial/explore.py      # writes runs/…/explore.html of the default run, which opens offline
+python tutorial/explore.py      # writes explore.html beside the checkpoint; the page opens offline
 
 Python computes all values in fp32, by the functions of training and validation. The page (explorer.html) draws them.
 Each slider of the page has five stops, and their masks and negatives are computed beforehand.
