@@ -44,24 +44,9 @@ def test_flags_are_flags(capsys):
         with pytest.raises(SystemExit):
             __import__(script).main(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    known |= {
-        "--checkpoint",
-        "--file",
-        "--rows",
-        "--num-products",
-        "--photos",
-        "--split",
-        "--items",
-        "--again",
-    }
-    known |= {
-        "--grid",
-        "--only",
-        "--seeds",
-        "--repeats",
-        "--hint",
-        "--root",
-    }  # of scripts in experiments/ and tutorial/
+    for folder in ("experiments", "tutorial"):
+        for script in (ROOT / folder).rglob("*.py"):
+            known |= set(re.findall(r'add_argument\("(--[\w-]+)"', re.sub(r"\(\s+", "(", script.read_text())))
     for page in PAGES:
         text = re.sub(r"\(.*?#.*?\)", "", page.read_text())  # anchors of links
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - known
