@@ -141,7 +141,7 @@ def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> N
     tensors, own_parts = rename(model.half() if half else model)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     config = hugging_face_config(model.config, tokenizer.token_to_id("[PAD]"))
-    config |= {"config": state["config"], "step": state["step"]}
+    config |= {"config": state["config"] | {"out": None}, "step": state["step"]}  # the folder of the run may be private
     config["informative"] = [flags.nonzero().flatten().tolist() for flags in state["informative"]]  # token ids
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt"})
