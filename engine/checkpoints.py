@@ -21,7 +21,7 @@ from engine.flags import ConfigError, flag_of
 from engine.run import Run
 from engine.weights import load_pretrained
 from model import ModelConfig, VisionLanguageModel
-from readers.dataset import printable
+from readers.dataset import DataError, printable
 from readers.files import explain_failure, read_json, read_text
 
 # fields of Run that are saved unchanged
@@ -54,7 +54,7 @@ def write_atomically(state: dict, path: Path, keep_older: bool = False) -> None:
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = str(error.__context__ or error).splitlines()[0]
-        unchanged = "; a previous checkpoint is unchanged" if path.exists() else ""
+        unchanged = "; the previous file is unchanged" if path.exists() else ""
         raise OSError(None, f"cannot be written ({reason}){unchanged}", str(path)) from None
     finally:
         scratch.unlink(missing_ok=True)
@@ -130,7 +130,10 @@ def load_export(folder: Path) -> dict:
         raise ConfigError(
             f"{folder}: not a complete folder of experiments/export.py ({reason}); give last.pt or best.pt of a run"
         ) from None
-    report = load_pretrained(model, [folder / "model.safetensors"])
+    try:
+        report = load_pretrained(model, [folder / "model.safetensors"])
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     if report.missing or report.skipped:
         raise ConfigError(f"{folder}: model.safetensors does not fit config.json ({report}); export the model anew")
     weights = model.state_dict()

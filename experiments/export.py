@@ -30,9 +30,11 @@ from torch import Tensor
 from data import IMAGENET_MEAN, IMAGENET_STD
 from engine.checkpoints import load_checkpoint, read_tokenizer
 from engine.flags import ConfigError, OneLineParser, in_one_line
-from engine.log import final_metrics
+from engine.log import read_metrics
 from engine.weights import TOKEN_TYPES, other_names, split_qkv
 from model import ModelConfig, VisionLanguageModel
+
+PRIVATE = {"out", "vocab", "weights", "sizes_from", "checkpoint", "image", "index"}  # settings with paths of a machine
 
 
 def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
@@ -100,13 +102,13 @@ def model_card(state: dict, metrics: dict, note: str) -> str:
     """Write a model card in Markdown: what the model is, how it was trained, and its last metrics.
 
     state: the checkpoint
-    metrics: the final line of metrics.jsonl, {} without one
+    metrics: the line of metrics.jsonl of the checkpoint's step, {} without one
     note: a sentence on the training that the checkpoint does not hold, its machine for example
     """
     config = state["config"]
     data = "drawn images of garments" if config["data"] == "synthetic" else config["data"]
     lines = [
-        f"# {config['recipe']}, {config['preset']}",
+        f"# {config.get('recipe') or config['task']}, {config['preset']}",
         "",
         f"Trained for {state['step']:,} steps on {data}, seed {config['seed']}, {config['precision']}. {note}".strip(),
         "",
@@ -124,13 +126,15 @@ def model_card(state: dict, metrics: dict, note: str) -> str:
 def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> None:
     """Write the weights, config.json, vocabulary, metrics and model card, and print their names.
 
-    checkpoint: last.pt or best.pt of a run
-    file: of the weights; the others are written beside it
+    checkpoint: last.pt or best.pt of a run, or an exported folder
+    file: of the weights, called model.safetensors; the others are written beside it
     half: write the weights in fp16, half as large
     note: a sentence for the model card
-    Raises ConfigError for a file that is no checkpoint, or a folder that is used already.
+    Raises ConfigError for a file that is no checkpoint, another name, or a folder that is used already.
     Raises OSError where nothing can be written.
     """
+    if file.name != "model.safetensors":
+        raise ConfigError(f"--file {file}: must be called model.safetensors, in a folder of your choice")
     state = load_checkpoint(checkpoint)
     model = VisionLanguageModel(ModelConfig(**state["config"]["model"]))
     model.load_state_dict(state["model"])
@@ -141,17 +145,21 @@ def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> N
     tensors, own_parts = rename(model.half() if half else model)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     config = hugging_face_config(model.config, tokenizer.token_to_id("[PAD]"))
-    config |= {"config": state["config"] | {"out": None}, "step": state["step"]}  # the folder of the run may be private
-    config["informative"] = [flags.nonzero().flatten().tolist() for flags in state["informative"]]  # token ids
+    saved = state["config"] | dict.fromkeys(PRIVATE & state["config"].keys())
+    config |= {"config": saved, "step": state["step"]}
+    informative = state.get("informative") or ()  # fine-tuning has none
+    config["informative"] = [flags.nonzero().flatten().tolist() for flags in informative]  # token ids
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt"})
     config_file.write_text(json.dumps(config, indent=1) + "\n")
     file.with_name("vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     tokenizer.save(str(file.with_name("tokenizer.json")))
-    metrics_file = Path(checkpoint).with_name("metrics.jsonl")
+    run_folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    metrics_file = run_folder / "metrics.jsonl"
     if metrics_file.exists():
         shutil.copyfile(metrics_file, file.with_name("metrics.jsonl"))
-    card = model_card(state, final_metrics(metrics_file.parent) or {}, note)
+    of_this_step = [line for line in read_metrics(metrics_file) if line["step"] == state["step"]]
+    card = model_card(state, of_this_step[-1] if of_this_step else {}, note)
     file.with_name("README.md").write_text(card, encoding="utf-8")
     print(f"{file}: {len(tensors)} tensors; config.json, vocabulary, metrics and README.md are beside it")
     print(f"parts without a counterpart, under our names: {', '.join(own_parts)}")
@@ -160,7 +168,7 @@ def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> N
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Errors end the process with one line."""
     parser = OneLineParser("export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a run")
+    parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a run, or an exported folder")
     parser.add_argument("--file", type=Path, required=True, help="file to write, model.safetensors in a new folder")
     parser.add_argument("--half", action="store_true", help="write the weights in fp16, half as large")
     parser.add_argument("--note", default="", help="a sentence for the model card, on the machine for example")

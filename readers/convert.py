@@ -152,7 +152,7 @@ class Template:
                 apply_format("x", form or "")
         except (ValueError, re.error) as error:
             raise DataError(f"template {text}: {error}; {advice}") from None
-        if not self.columns:
+        if not self.columns or any(column == "" for _, column, _, _ in self.parts):
             raise DataError(f"template {text}: names no column; {advice}")
 
     def fill(self, row: dict, is_pattern: bool = False) -> str:
@@ -245,7 +245,7 @@ class ImageFolder:
         path_in_folder = re.sub(r"^(\.\./)+", "", os.path.relpath(source, self.table_folder))
         target = self.folder / path_in_folder
         if target.exists():
-            if not filecmp.cmp(source, target):
+            if not filecmp.cmp(source, target, shallow=False):
                 raise DataError(f"{target}: exists already and is not {source}; delete it, or give another --out")
             return path_in_folder
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +335,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", help=f"{name} of the product, optional", metavar="TEMPLATE")
     default = Path("data/jsonl")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=default, help=f"to write (default {default})")
-    parser.add_argument("--copy", action="store_true", help="copy image files instead of linking them")
+    parser.add_argument("--copy", action="store_true", help="copy image files instead of making hard links")
 
 
 def convert_command(flags: argparse.Namespace) -> str:

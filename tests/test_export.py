@@ -142,6 +142,16 @@ def test_an_export_is_a_checkpoint(tmp_path):
     card = (out / "README.md").read_text()
     assert "Trained for 2 steps on drawn images of garments, seed 0" in card and "| `val_i2t_r1` | " in card
 
+    flags = f"--task retrieval --steps 1 --checkpoint {tmp_path}/half --num-products 20 --out {tmp_path}/tuned"
+    finetune.main(flags.split())
+    export.main([f"--checkpoint={tmp_path}/tuned/best.pt", f"--file={tmp_path}/of-tuned/model.safetensors"])
+    assert (tmp_path / "of-tuned" / "README.md").read_text().startswith("# retrieval, tiny")
+    assert str(tmp_path) not in (tmp_path / "of-tuned" / "config.json").read_text()
+    flags = f"--task retrieval --eval-only --checkpoint {tmp_path}/of-tuned --out {tmp_path}/again"
+    finetune.main(flags.split())
+    with pytest.raises(SystemExit, match="must be called model.safetensors"):
+        export.main([f"--checkpoint={tmp_path}/half", f"--file={tmp_path}/new/weights.safetensors"])
+
     (out / "tokenizer.json").unlink()
     flags = f"--task retrieval --eval-only --checkpoint {out} --out {tmp_path}/no"
     with pytest.raises(SystemExit, match="not a complete folder of experiments/export.py"):

@@ -61,7 +61,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fa
     with pytest.raises(OSError) as error:
         write_atomically({}, path, keep_older=True)
     message = message_of(error)
-    assert "a previous checkpoint is unchanged" in message and str(path) in message
+    assert "the previous file is unchanged" in message and str(path) in message
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and path.read_bytes() == b"whole"
 
 

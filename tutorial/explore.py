@@ -1,6 +1,6 @@
 """Write a page that shows where a trained model attends, what it would mask, and which negatives it would choose.
 
-python tutorial/explore.py      # writes explore.html beside the checkpoint; the page opens offline
+python tutorial/explore.py      # writes explore.html, which opens offline
 
 Python computes all values in fp32, by the functions of training and validation. The page (explorer.html) draws them.
 Each slider of the page has five stops, and their masks and negatives are computed beforehand.
@@ -204,10 +204,12 @@ def main(argv: list[str] | None = None) -> None:
         default=default_checkpoint(),
         help="last.pt of a pretraining run of any recipe, or a folder of experiments/export.py (default %(default)s)",
     )
-    parser.add_argument("--file", type=Path, help="page to write (default explore.html in the checkpoint's folder)")
+    parser.add_argument(
+        "--file", type=Path, help="page to write (default explore.html beside last.pt, or here for a folder)"
+    )
     parser.add_argument("--root", help="folder of the data set (default: the folder in training)")
     args = parser.parse_args(argv)
-    folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+    folder = Path() if args.checkpoint.is_dir() else args.checkpoint.parent
     path = args.file or folder / "explore.html"
     try:
         run, dataset = open_run(args.checkpoint, args.root, "cpu")

@@ -1,7 +1,8 @@
 """Follow one image and its caption through the code, one stop a cell. docs/walkthrough.md explains each stop.
 
 python tutorial/walkthrough.py                                  # random weights, seconds on a CPU
-python tutorial/walkthrough.py --checkpoint runs/…/last.pt      # a run trained on synthetic images, with its weights
+python tutorial/walkthrough.py --checkpoint tutorial/pretrained/syncmask    # a trained model, or last.pt of a run on
+                                                                            # synthetic images
 
 VS Code, PyCharm and Jupyter (with jupytext) run the script cell by cell.
 
@@ -46,7 +47,7 @@ from readers.synthetic import Synthetic
 from train import compute_itc, encode_momentum, syncmask
 
 replace_unencodable()
-CHECKPOINT = ""  # last.pt of a run on synthetic images; "": random weights
+CHECKPOINT = ""  # last.pt of a run on synthetic images, or an exported folder; "": random weights
 if "--checkpoint" in sys.argv:
     CHECKPOINT = sys.argv[-1]
 PRODUCTS = 96
