@@ -145,7 +145,9 @@ def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> N
     tensors, own_parts = rename(model.half() if half else model)
     words = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     config = hugging_face_config(model.config, tokenizer.token_to_id("[PAD]"))
-    saved = state["config"] | dict.fromkeys(PRIVATE & state["config"].keys())
+    saved = dict(state["config"])
+    for name in PRIVATE & saved.keys():
+        saved[name] = () if isinstance(saved[name], tuple | list) else None
     config |= {"config": saved, "step": state["step"]}
     informative = state.get("informative") or ()  # fine-tuning has none
     config["informative"] = [flags.nonzero().flatten().tolist() for flags in informative]  # token ids

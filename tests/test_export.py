@@ -20,6 +20,7 @@ from experiments import export
 from model import ModelConfig, VisionLanguageModel
 from readers.dataset import DataError
 from tests.small import FAST, checkpoint, run
+from tutorial import explore
 
 WORDS = ["a red dress with a round neck and long sleeves", "a blue shirt with white stripes, short sleeves"] * 3
 MORE = dict(local_tokens=True, alignment=True, detector=True, classes=7)
@@ -132,7 +133,17 @@ def test_an_export_is_a_checkpoint(tmp_path):
     """Evaluation of an exported folder, also in fp16, agrees with evaluation of the run."""
     run(tmp_path / "run", "--steps", "2")
     out, metrics = exported(tmp_path / "run"), {}
-    export.main([f"--checkpoint={tmp_path}/run/last.pt", f"--file={tmp_path}/half/model.safetensors", "--half"])
+    export.main(
+        [
+            f"--checkpoint={tmp_path}/run/last.pt",
+            f"--file={tmp_path}/half/model.safetensors",
+            "--half",
+            "--note=A laptop.",
+        ]
+    )
+    assert "A laptop." in (tmp_path / "half" / "README.md").read_text()
+    explore.main(["--checkpoint", str(tmp_path / "half"), "--file", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").stat().st_size > 10_000
     assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * (out / "model.safetensors").stat().st_size
     for name, path in {"run": tmp_path / "run" / "last.pt", "whole": out, "half": tmp_path / "half"}.items():
         flags = f"--task retrieval --eval-only --precision fp32 --checkpoint {path} --out {tmp_path}/of-{name}"
