@@ -1,9 +1,11 @@
-"""Pictures of a data set and of the masks of a trained model.
+"""Pictures of a data set, of the masks of a trained model, and of the metrics of several runs.
 
 python experiments/figures.py sheet --data synthetic               products with their images and caption
 python experiments/figures.py masks --checkpoint runs/…/last.pt    random, synchronized and soft masks of a model
+python experiments/figures.py curves --runs runs/A runs/B          held-out metrics of several runs over the steps
 """
 
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -15,10 +17,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DataName, build_dataset
 from engine.checkpoints import config_from_dict, load_checkpoint, read_tokenizer
 from engine.flags import ConfigError, OneLineParser, in_one_line
+from engine.log import read_metrics
 from engine.run import Run, build_run
 from evaluation.pictures import draw_masks, first_images
 from readers.dataset import DataError, PairDataset
 from readers.prompts import CAPTION_PREFIX
+
+COMPARED = {  # key of metrics.jsonl -> title of its panel
+    "image_gain_fine": "image gain, fine attributes",
+    "image_gain_coarse": "image gain, coarse attributes",
+    "val_image_gain": "image gain, all words",
+    "val_i2t_r1": "R@1, image to caption",
+    "val_t2i_r1": "R@1, caption to image",
+}
 
 
 def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
@@ -35,6 +46,34 @@ def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
         caption = textwrap.fill(dataset.captions[rows[0]], 38)
         row_axes[-1].text(0, 0.5, caption, va="center", fontsize=8, transform=row_axes[-1].transAxes)
     figure.savefig(path, dpi=70)
+
+
+def draw_comparison(runs: list[Path], path: Path) -> None:
+    """Draw held-out metrics over the steps, a panel for each metric that all runs have, a line for each run.
+
+    runs: folders of runs
+    Raises ConfigError where a folder has no metrics of a validation.
+    """
+    lines = {}  # folder -> lines of its validations
+    for run in runs:
+        lines[run] = [line for line in read_metrics(run / "metrics.jsonl") if "val_i2t_r1" in line]
+        if not lines[run]:
+            raise ConfigError(f"{run}: no metrics.jsonl with a validation; --runs takes folders that train.py wrote")
+    keys = [key for key in COMPARED if all(key in line for run in runs for line in lines[run])]
+    grid_rows = math.ceil(len(keys) / 3)
+    figure = Figure(figsize=(11, 3 * grid_rows), layout="constrained")
+    axes = figure.subplots(grid_rows, 3, squeeze=False).flat
+    for axis in axes[len(keys) :]:
+        axis.axis("off")
+    for axis, key in zip(axes, keys, strict=False):
+        for run in runs:
+            steps = [line["step"] for line in lines[run]]
+            axis.plot(steps, [100 * line[key] for line in lines[run]], label=run.name, marker=".")
+        unit = "points" if "gain" in key else "%"
+        axis.set(title=f"{COMPARED[key]}, {unit}", xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=90)
 
 
 def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, PairDataset]:
@@ -57,20 +96,26 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Pair
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Errors end the process with one line."""
     parser = OneLineParser("figures.py", description=__doc__.split("\n")[0])
-    parser.add_argument("figure", choices=["sheet", "masks"], help="products of a data set, or masks of a model")
-    parser.add_argument("--file", type=Path, help="picture to write (default sheet.png or masks.png)")
+    kinds = "products of a data set, masks of a model, or metrics of runs"
+    parser.add_argument("figure", choices=["sheet", "masks", "curves"], help=kinds)
+    parser.add_argument("--file", type=Path, help="picture to write (default: the name of the figure, .png)")
     parser.add_argument("--data", choices=get_args(DataName), default="synthetic", help="for sheet (default synthetic)")
     parser.add_argument("--root", help="folder of the data set (default data/<data>, or the checkpoint's)")
     parser.add_argument("--num-products", type=int, default=6, help="number of products to draw (default 6)")
     parser.add_argument("--checkpoint", type=Path, help="for masks: last.pt of a run")
+    parser.add_argument("--runs", type=Path, nargs="+", help="for curves: folders of runs")
     args = parser.parse_args(argv)
     if args.figure == "masks" and not args.checkpoint:
         parser.error("masks needs a trained run; give --checkpoint runs/…/last.pt")
+    if args.figure == "curves" and not args.runs:
+        parser.error("curves needs trained runs; give --runs runs/… runs/…")
     file = args.file or Path(f"{args.figure}.png")
     try:
         if args.figure == "sheet":
             dataset = build_dataset(args.data, args.root, "train", image_size=128, products=args.num_products)
             draw_sheet(dataset, args.num_products, file)
+        elif args.figure == "curves":
+            draw_comparison(args.runs, file)
         else:
             run, dataset = open_run(args.checkpoint, args.root, "cpu")
             draw_masks(run, dataset, first_images(dataset, args.num_products), file)

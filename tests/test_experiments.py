@@ -1,5 +1,6 @@
 """Pictures are drawn, experiments continue where they stopped, and a step has the passes that results.md lists."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_masks_of_a_checkpoint(tmp_path):
     assert np.array(Image.open(tmp_path / "m.png")).std() > 10
     with pytest.raises(SystemExit, match="nowhere.pt: no such checkpoint"):
         figures.main(["masks", "--checkpoint", "nowhere.pt"])
+
+
+def test_curves_of_several_runs(tmp_path):
+    for name, shares in {"one": [0.1, 0.2], "two": [0.1, 0.3]}.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "val_i2t_r1": share, "val_t2i_r1": share} for step, share in enumerate(shares)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    runs = [str(tmp_path / "one"), str(tmp_path / "two")]
+    figures.main(["curves", "--runs", *runs, "--file", str(tmp_path / "c.png")])
+    assert Image.open(tmp_path / "c.png").height == 3 * 90  # one row of panels: no image gain
+    with pytest.raises(SystemExit, match="nowhere: no metrics.jsonl with a validation"):
+        figures.main(["curves", "--runs", "nowhere"])
 
 
 @pytest.mark.usefixtures("quick")
