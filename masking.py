@@ -28,7 +28,7 @@ def maskable_words(token_ids: Tensor, is_caption: Tensor, continues: Tensor, inf
     Our choice: words are chosen whole, since one piece gives the others away; and only words with an informative piece.
     token_ids (B, L) · is_caption (B, L) bool: tokens of the caption itself
     continues (V,) bool: pieces of the vocabulary that continue a word
-    informative (V,) bool: pieces that are no punctuation and not in most captions
+    informative (V,) bool: pieces with a letter or digit that are not in too many captions (`data.informative_pieces`)
     """
     place = torch.arange(1, token_ids.shape[1] + 1, device=token_ids.device).expand_as(token_ids)
     first_place = place.masked_fill(continues[token_ids], 0).cummax(dim=1).values  # of the token's word, (B, L)
@@ -87,7 +87,7 @@ def gather_masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def random_word_mask(maskable: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Mask a uniformly random share of the words of each row, counts as `word_counts`. (B, L) -> (B, L)"""
+    """Mask words of each row, drawn uniformly, as many as `word_counts` says. (B, L) -> (B, L)"""
     scores = torch.rand(maskable.shape, device=maskable.device, generator=generator)
     return mask_words(scores, maskable, ratio)
 
@@ -99,7 +99,7 @@ def random_patch_mask(
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Mask a uniformly random share of the patches of each image, counts as `patch_count`. -> (rows, patches)"""
+    """Mask patches of each image, drawn uniformly, as many as `patch_count` says. -> (rows, patches)"""
     scores = torch.rand(rows, patches, device=device, generator=generator)
     return mask_patches(scores, ratio)
 
@@ -115,8 +115,7 @@ def split_patches(patch_mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return kept_first[:, :kept], kept_first[:, kept:]
 
 
-# Synchronized masks: words are scored by how much the image helps to predict them, patches by the attention of the
-# masked words
+# Synchronized masks: a score ranks the words, and the attention of the chosen words ranks the patches
 
 
 @torch.no_grad()
@@ -130,7 +129,8 @@ def score_masked_words(
     """Score words while they are masked, by how much the image helps to predict them (our choice).
 
     score_w = log p(w | own image, c) − log p(w | another image, c)
-    w is the first piece of a word, c the caption in which this word and others are masked.
+    w is a token of a masked word, c the caption in which this word and others are masked. A word is ranked by the score
+    of its first token (`mask_words`).
     The attention is read in this pass, too, since only a masked word has to attend to the image.
 
     batch: token_ids, attention_mask (B, L) · image_kv_m: by `FusionEncoder.project_image_kv` of the momentum encoder
@@ -154,7 +154,7 @@ def score_masked_words(
 
 @torch.no_grad()
 def score_clean_words(momentum: VisionLanguageModel, batch: dict, image_kv_m: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Score words by how concentrated their attention is in the unmasked pair, the plainest reading of SyncMask.
+    """Score words by how concentrated their attention is in the unmasked pair: the plainest reading of SyncMask.
 
     batch, image_kv_m: as `score_masked_words` -> attention (B, L, P), scores (B, L)
     """
@@ -198,8 +198,8 @@ def sync_mask(
     2024). How words (`score_masked_words`) and patches get their scores is our choice.
 
     score_p = Σ_w softmax(score)_w A[w, p], over the tokens w of the masked words
-    The attention of a word about which the image says much counts most: where the score is log p − log p of another
-    image, exp(score) is a likelihood ratio.
+    So the attention of the best words counts most. With `score_masked_words`, exp(score) is a likelihood ratio: own
+    image against another image.
 
     attention A (B, L, P), scores (B, L): of the words · maskable (B, L): words that may be masked
     patch_ratio, word_ratio: shares to mask
@@ -218,7 +218,7 @@ def sync_mask(
 def grad_cam(attention: Tensor, score: Tensor) -> Tensor:
     """Compute Grad-CAM of a score with respect to cross-attention (ALBEF's grounding): A · max(0, ∂s/∂A).
 
-    attention (B, h, L, N) in the graph of the score, a scalar; the graph is kept -> (B, h, L, N), detached
+    score: a scalar, computed from attention (B, h, L, N); its graph is kept -> (B, h, L, N), detached
     """
     (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
     return (attention * gradient.clamp(min=0)).detach()
@@ -309,11 +309,10 @@ def replace_words(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Corrupt words for replaced-token detection (after FashionSAP, Han et al. 2023), as `corrupt_words` does, but:
 
-    of the masked tokens that are replaced, half become their antonym instead of a random word;
-    each `maskable` (B, L) token that is not masked becomes its synonym with probability 0.15, if it has one; this is no
-    replacement to detect.
-    Our choice: synonyms anywhere, not in the value of one prompt alone; a token without an antonym keeps the random
-    word.
+    of the masked tokens that are replaced, half become their antonym instead of a random word (our choice: without an
+    antonym, the random word stays);
+    each `maskable` (B, L) token that is not masked becomes its synonym with probability 0.15, if it has one (our
+    choice: anywhere, not in one attribute's value alone). It does not count as replaced.
 
     swaps (2, V): the antonym and the synonym of each token id, −1 where there is none
     -> corrupted ids (B, L), MLM labels (B, L) with −100 where not masked, replaced (B, L) bool

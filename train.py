@@ -1,4 +1,4 @@
-"""Pretraining. Each method is one function here, its recipe, with its settings in RECIPE_DEFAULTS of engine/config.py.
+"""Pretraining. Each method is one function here, its recipe. Its settings are in RECIPE_DEFAULTS of engine/config.py.
 
     python train.py                                            tiny model, synthetic images, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
@@ -8,7 +8,8 @@
 What a run leaves in --out: config.json, metrics.jsonl (its keys: docs/glossary.md), curves.png, masks.png, last.pt.
 
 Letters: B batch, N image tokens (CLS, then P patches), L text tokens, D width, E shared embedding, K contrastive keys,
-M masked tokens or patches, P′ visible patches. ids are token ids; ids_keep and ids_masked are patch indices, as in MAE.
+V vocabulary, M masked tokens or patches, P′ visible patches, p side of a patch in pixels. ids are token ids; ids_keep
+and ids_masked are patch indices, as in MAE.
 The suffix _m marks what the momentum encoder computes.
 """
 
@@ -119,14 +120,12 @@ def albef(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
-    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM with synchronized masks; grouped batches and semi-hard
-    negatives (both by `negatives="semihard"` in RECIPE_DEFAULTS). -> losses, metrics
+    """SyncMask (Song et al. 2024): ITC + ITM + MLM + MIM with synchronized masks; semi-hard negatives from batches of
+    similar pairs (grouped batches, GRIT-VLP; both by `negatives="semihard"` in RECIPE_DEFAULTS). -> losses, metrics
 
-    The recipe masks the words that the image helps most to predict, and the patches to which these words attend most:
-    score_w = log p(w | own image, c) − log p(w | another image, c)
-    score_p = Σ over the tokens w of the masked words of softmax(score)_w A[w, p]
-    w is a token (for score_w the first piece of a word), c the caption in which this word and others are masked, A the
-    momentum encoder's cross-attention for c. Our choices: these scores; the MIM decoder reads the unmasked caption.
+    The recipe masks the words that the image helps most to predict (`masking.score_masked_words`), and the patches to
+    which these words attend most (`masking.sync_mask`). Our choices: these scores; the MIM decoder reads the unmasked
+    caption.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -198,11 +197,11 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     pair_image_index = torch.cat([own, wrong_image])
     fused_cls = model.fusion(text_embeds, attention_mask, image_kv, pair_image_index, pair_text_index, cls_only=True)
     if config.soft_mask:
-        # one more positive: the image without what one of the words is about
+        # one more positive: the image with the patches of one word suppressed
         fused, attentions = model.fusion(text_embeds, attention_mask, image_kv, return_attention=True)
         words = batch["maskable"] > 0
         if config.mask_text:
-            words = words & ~word_mask  # a masked word is about nothing
+            words = words & ~word_mask  # the attention of [MASK] is not this word's
         soft_embeds = apply_soft_mask(run, words, fused, attentions, image_embeds)
         soft_kv = model.fusion.project_image_kv(soft_embeds)
         soft_cls = model.fusion(text_embeds, attention_mask, soft_kv, cls_only=True)
@@ -227,10 +226,11 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     """Fashion-FINE (Jin et al. 2024): focal ITC (HNM-F) on features with local tokens (MAA) + ITM + C-CmA + MLM + RTD.
     -> losses, metrics
 
-    C-CmA aligns category symbol and phrases with the image; RTD detects replaced tokens. As in the authors' code, all
-    objectives read one caption, some of whose words are masked and some replaced. Only online features have local
-    tokens; MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; the weight of C-CmA is
-    ramped up.
+    Local tokens are patches or words, pooled and mixed into the [CLS] feature; the momentum encoder's features have
+    none. C-CmA aligns the category symbol, a token such as [shoes] before the caption, and phrases with the image. RTD
+    detects replaced tokens. As in the authors' code, all objectives read one caption, some of whose words are masked
+    and some replaced, and MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; the
+    weight of C-CmA is ramped up.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -309,7 +309,8 @@ def compute_itc(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ITC (ALBEF eq. 1, 2, 6): features (B, E) against momentum features of the batch and of the queue.
 
-    The new keys then go into the queue, and to the sampler, which groups the next epoch by them.
+    The new keys then go into the queue. With hard or semi-hard negatives they also go to the sampler, which groups the
+    next epoch by them.
     -> loss; sim_i2t, sim_t2i (B, B): logits of this process's images and captions
     """
     config, temp = run.config, run.model.temp
@@ -396,9 +397,9 @@ ORACLE_RATIO = 0.5  # our choice: oracle masks mask this share of the words that
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the masks of a batch by --patch-mask and --word-mask: random, synchronized or oracle.
 
-    With --patch-mask sync, the patches follow the words that --word-mask sync would mask, whatever --word-mask is;
-    oracle likewise. A share of the pairs, --random-mask-prob, keeps random masks. For --mask-warmup steps random masks
-    stand in for synchronized ones.
+    Where the two modes differ, synchronized or oracle patches still follow the words that their own mode would mask. A
+    share of the pairs, --random-mask-prob, keeps random masks. For --mask-warmup steps random masks stand in for
+    synchronized ones.
     -> patch mask (B, P), word mask (B, L)
     """
     config, generator = run.config, run.generator
@@ -432,11 +433,10 @@ def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor) -> tuple[Tensor,
 
 
 def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Tensor], image_embeds: Tensor) -> Tensor:
-    """Suppress the patches of one random token of a word: ṽ_p = (1 − M_p) · v_p; CLS stays.
+    """Draw one of the tokens that `words` (B, L) marks, and suppress its patches: ṽ_p = (1 − M_p) · v_p; CLS stays.
 
-    A caption without any of the `words` (B, L) leaves its image unchanged.
-
-    M by Grad-CAM of the model in training, from its `fused` tokens and their attentions, one map per layer.
+    M_p is the token's soft mask (B, P). It is the Grad-CAM of the model in training, from its `fused` tokens and their
+    attentions, one map per layer. A caption without such a token leaves its image unchanged.
     -> image_embeds (B, N, D)
     """
     maps = itm_grad_cam(run.model, attentions, fused)
@@ -451,16 +451,16 @@ def apply_soft_mask(run: Run, words: Tensor, fused: Tensor, attentions: list[Ten
 
 
 def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | None = None) -> dict | None:
-    """Train by `config`, or resume the run in --out. -> the final line of metrics, None when stopped early
+    """Train by `config`, or resume the run in --out. -> the final line of metrics; None after a signal or stop_at
 
     given: names of the fields whose flags were given · stop_at: save and stop after this step
     Under torchrun every process calls this. Raises ConfigError, DataError, NonFiniteLoss.
     """
     device = join_processes(config.device)
     config, state = begin(config, given, check_flags)
-    sizes = (config.model.image_size, config.seed, config.num_products)
-    train_set = build_dataset(config.data, config.root, "train", *sizes)
-    val_set = build_dataset(config.data, config.root, "val", *sizes)
+    settings = (config.model.image_size, config.seed, config.num_products)
+    train_set = build_dataset(config.data, config.root, "train", *settings)
+    val_set = build_dataset(config.data, config.root, "val", *settings)
     train_set.prompts = config.prompts
     if config.prompts:  # held-out captions as in the downstream tasks: prompts would give labels away
         val_set.caption_prefix = CAPTION_PREFIX
@@ -482,7 +482,7 @@ def train(config: TrainConfig, given: set[str] = frozenset(), stop_at: int | Non
         print(report)
         run.momentum.update(run.model, decay=0)
 
-    chance = {}  # of the recalls
+    chance = {}  # the recalls of a random ranking
 
     def validate_run(run: Run) -> dict[str, float]:
         metrics, by_chance = validate(run, val_set)
@@ -512,7 +512,7 @@ def fit(
     compute_losses: a recipe, or a task's losses · validate_run: metrics on held-out images
     select: the metric by which the best step is kept as best.pt · patience: stop after so many validations without
     a better one, 0: never · stop_at: save and stop after this step
-    -> the final line of metrics.jsonl, None when stopped early. Raises NonFiniteLoss, DataError.
+    -> the final line of metrics.jsonl; None after a signal or stop_at. Raises NonFiniteLoss, DataError.
     """
     config, out = run.config, Path(run.config.out)
     size = sum(parameter.numel() for parameter in run.model.parameters()) / 1e6
@@ -525,7 +525,7 @@ def fit(
     model = DistributedDataParallel(run.model, static_graph=True) if world_size() > 1 else run.model
     batches = endless_batches(run, dataset)
     images, seconds, stopping = 0, 0.0, False  # images and seconds since the last line of metrics
-    named = set(run.unreadable)  # images that cannot be read, and were printed
+    reported = set(run.unreadable)  # unreadable images that were printed already
     bar = tqdm(total=run.total_steps, initial=run.step, unit=" steps", dynamic_ncols=True, smoothing=0.1)
     with bar, stop_signals(second_stops=world_size() == 1) as signals:
         while run.step < run.total_steps and not stopping and not stalled(run, patience):
@@ -561,9 +561,9 @@ def fit(
             if done or stopping or run.step % config.log_every == 0:
                 means = average(losses | metrics | {"loss": loss, "grad_norm": grad_norm})
                 run.unreadable = union(run.unreadable)
-                for reason in sorted(run.unreadable - named):
+                for reason in sorted(run.unreadable - reported):
                     bar.write(f"cannot be read: {reason}")
-                named = set(run.unreadable)
+                reported = set(run.unreadable)
                 bar.set_postfix({name: f"{means[name]:.2f}" for name in losses})
                 if is_main_process():
                     write_metrics(

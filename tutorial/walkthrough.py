@@ -208,11 +208,11 @@ show("scores", scores, "nats")
 show("attributes shown", scores[scored & is_candidate & is_shown].mean(), "mean")
 show("attributes not shown", scores[scored & is_candidate & ~is_shown].mean(), "mean")
 
-# %% 8. sync_mask
+# %% 8. Synchronized masks
 # SyncMask masks the words and the patches that image and caption have in common.
 # words: half of all words, the scored ones with the highest score_w
 # patches: half of all patches, with the highest score_p = Σ over masked w of softmax(score)_w A[w, p]
-print("8 sync_mask")
+print("8 synchronized masks")
 if config.mask_source == "clean":  # a run with --mask-source clean
     attention, scores = score_clean_words(momentum, batch, image_kv_m)
 patch_mask, word_mask = sync_mask(attention, scores, maskable, config.mim_ratio, config.mlm_ratio)
@@ -239,10 +239,10 @@ show("visible_embeds", visible_embeds, "with CLS")
 show("pixels", pixels, "x̂")
 show("loss", mim, "1 if x̂ = 0")
 
-# %% 10. syncmask
+# %% 10. One training step
 # One training step sums four losses. choose_masks calls sync_mask for four fifths of the pairs.
 # L = 2·L_itc + L_itm + L_mlm + 0.5·L_mim
-print("10 syncmask")
+print("10 one training step")
 generator.manual_seed(0)
 losses, step_metrics = syncmask(run, batch)
 show("itc", losses["itc"], f"{config.itc_weight:g}·L_itc")
