@@ -63,7 +63,7 @@ class Collate:
         caption_ids      int64 (B,)
         token_ids        int64 (B, L)
         attention_mask   int64 (B, L)        1 = attend, 0 = padding
-        is_caption       bool (B, L)         tokens of a caption or value; not of prefixes, prompts or special tokens
+        is_caption       bool (B, L)         tokens of a caption or an attribute's value, not of prompts
         maskable         int64 (B, L)        number of the token's word, 0 where it is never masked
 
     and with ground truth:
@@ -83,7 +83,7 @@ class Collate:
         attribute_kinds    0       3      0    6     6     10     0
 
     tokenizer: by `build_tokenizer`
-    informative: by `informative_pieces`; without it every token is a word of its own, and every word is maskable
+    informative: by `informative_pieces`; without it each token of a caption or value is a maskable word of its own
     """
 
     tokenizer: Tokenizer
@@ -113,7 +113,7 @@ class Collate:
             continues, informative = self.informative
         else:
             informative = torch.ones(self.tokenizer.get_vocab_size(), dtype=torch.bool)
-            continues = ~informative
+            continues = torch.zeros_like(informative)
         batch["maskable"] = maskable_words(batch["token_ids"], batch["is_caption"], continues, informative)
         if "ground_truth" in readable[0]:
             batch |= _collate_ground_truth(encodings, [item["ground_truth"] for item in readable])
@@ -145,7 +145,7 @@ def _collate_ground_truth(encodings: list[Encoding], ground_truths: list[GroundT
 def word_regions(batch: dict, grid: int) -> Tensor:
     """Compute which patches show what each token names, for a batch with ground truth. -> bool (B, L, P)
 
-    Our choice: a region is visible from MIN_REGION of the image on. A patch p shows a region where
+    Our choice: a region is visible if it covers at least MIN_REGION of the image. A patch p shows a region where
     coverage_p ≥ min(1/4, max_q coverage_q / 2),   coverage_p = share of the patch that the region covers
 
     grid: patches a side; S is a multiple of it
@@ -294,8 +294,8 @@ def build_tokenizer(
     vocab: a `vocab.txt` or `tokenizer.json` of a BERT that lower-cases, a folder with one, or the tokenizer of a run;
         otherwise a vocabulary of up to vocab_size tokens is trained on the captions
     max_length: tokens after which a text is truncated; texts are padded to the longest one of a batch
-    prompts: add the category symbols as the last tokens, and every word of the prompts as one token
-    Raises OSError where `vocab` cannot be read, DataError where it is no such file.
+    prompts: add the category symbols as the last tokens. A trained vocabulary also holds each word of the prompts.
+    Raises OSError where `vocab` cannot be read, DataError where it is not the vocabulary of a lower-casing BERT.
     """
     special_tokens = list(SPECIAL_TOKENS)
     prompt_words = []
@@ -315,7 +315,7 @@ def build_tokenizer(
     sep_id = tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
     tokenizer.enable_truncation(max_length)
-    # Lengths are multiples of 8: on a CPU, ever new lengths cost more than the padding.
+    # Few different lengths are faster on a CPU. The step divides max_length, so padding never exceeds it.
     step = math.gcd(8, max_length)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]", pad_to_multiple_of=step)
     return tokenizer
@@ -325,7 +325,7 @@ def _bert_tokenizer(words: list[str], strip_accents: bool) -> Tokenizer:
     """Build a tokenizer that splits texts as BERT's does.
 
     words: its vocabulary, in order of id
-    strip_accents: as for BERT's uncased vocabulary; in other scripts such marks are vowels and consonants
+    strip_accents: as BERT's uncased vocabulary needs. A trained vocabulary keeps accents: some scripts spell with them
     """
     tokenizer = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     bert_normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=strip_accents)
@@ -436,7 +436,8 @@ def informative_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tenso
     """Find the pieces of the vocabulary that `masking.maskable_words` needs.
 
     continues: pieces that continue a word, such as ##per
-    informative: pieces with a letter or digit that occur in at most the share MAX_DOC_FREQ of the distinct captions
+    informative: pieces with a letter or digit, except [UNK], that occur in at most MAX_DOC_FREQ of the distinct
+        captions
     -> continues, informative, bool (V,) each
     """
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
@@ -447,12 +448,12 @@ def informative_pieces(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tenso
         for encoding in tokenizer.encode_batch(part, add_special_tokens=False):
             doc_counts[list(set(encoding.ids))] += 1
     continues = torch.tensor([piece.startswith("##") for piece in pieces])
-    is_word = torch.tensor([any(letter.isalnum() for letter in piece) for piece in pieces])
+    is_word = torch.tensor([piece != "[UNK]" and any(letter.isalnum() for letter in piece) for piece in pieces])
     is_infrequent = doc_counts <= MAX_DOC_FREQ * len(distinct_captions)
     return continues, is_word & is_infrequent
 
 
-# Our choice: a short list. FashionSAP looks words up in WordNet.
+# `masking.replace_words` swaps words by these lists. Our choice: they are short; FashionSAP looks words up in WordNet.
 ANTONYMS = (
     "long short, black white, light dark, wide slim, loose fitted, high low, front back, top bottom, upper lower, "
     "inner outer, left right, full half, round square, thick thin, soft hard, warm cool, matte glossy, single double, "
@@ -468,8 +469,8 @@ SYNONYMS = (
 def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
     """Find for each token id the id of its partner in a list of pairs, such as ANTONYMS. -> int64 (V,), −1 without one
 
-    Only words that are one token count, also where a longer word begins with this token. Of several pairs with a word
-    the first counts.
+    Only words that are one token have a partner. The first piece of a longer word has one too, if it is such a word. Of
+    several pairs with a word the first counts.
     """
     partner = torch.full((tokenizer.get_vocab_size(),), -1)
     for pair in pairs.split(", "):
@@ -525,7 +526,10 @@ def build_triplets(
     seed: int = 0,
     products: int = 4000,
 ) -> Triplets:
-    """Open a split of `synthetic` triplets or of `fashioniq`. Arguments and errors are as of `build_dataset`."""
+    """Open a split of `synthetic` triplets or of `fashioniq`. Arguments and errors are as of `build_dataset`.
+
+    Synthetic validation has 2 · VAL_PRODUCTS products.
+    """
     if name == "synthetic":
         return synthetic_triplets(split, products if split == "train" else 2 * VAL_PRODUCTS, image_size, seed)
     return fashioniq(_folder(name, root), split, image_size)
@@ -558,7 +562,7 @@ def _folder(name: str, root: str | Path | None) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line, `python data.py convert`. Errors end the process with one line."""
-    parser = OneLineParser("data.py", description="Make a folder for --data jsonl of a table.", allow_abbrev=False)
+    parser = OneLineParser("data.py", description="Convert a table to a folder for --data jsonl.", allow_abbrev=False)
     parser.add_argument("command", choices=["convert"])
     add_flags(parser)
     flags = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Downstream tasks of a pretrained model with their evaluation protocols, and search.
 
-    python finetune.py --task retrieval                        image ↔ caption: ITC + ITM, full and sampled protocol
+    python finetune.py --task retrieval                        image ↔ caption: ITC + ITM
     python finetune.py --task tgir                             reference image + "is red and has long sleeves" → image
     python finetune.py --task category | subcategory           recognition from image and caption, or --modality image
     python finetune.py --task entailment                       recognition of statements: true, false or undecided
@@ -16,6 +16,7 @@ A task is a function that trains and one that evaluates, see TASKS. Files in --o
     best.pt                                                    the step that did best on held-out products
     results.json                                               the metrics of that step on --split
     examples.png, or confusion.png and classes.tsv             examples of retrieval, or scores of recognition by class
+    ranks.json                                                 of FashionIQ's test split: the best images of a query
 
 Letters: B batch, N image tokens, L text tokens, D width, E shared embedding, n images, m captions, Q queries,
 C candidates of a query.
@@ -61,7 +62,7 @@ from evaluation.scores import (
     triplet_recalls,
 )
 from evaluation.search import search
-from losses import accuracy, cross_entropy, itc_loss, itc_targets, positive_pairs
+from losses import accuracy, cross_entropy, itc_loss, positive_pairs
 from readers.dataset import DataError, PairDataset
 from readers.prompts import Text
 from readers.triplets import Triplets
@@ -75,7 +76,7 @@ class Evaluation(NamedTuple):
     """The result of evaluating a task."""
 
     metrics: Metrics
-    chance: Metrics  # by chance, under the same keys where it is known
+    chance: Metrics  # of a random order, or of always predicting the most frequent class; not for every key
     protocol: dict  # how they were measured
 
 
@@ -83,7 +84,7 @@ class Evaluation(NamedTuple):
 
 
 def train_retrieval(config: FinetuneConfig, source: dict, dataset: PairDataset, stop_at: int | None) -> Run | None:
-    """Train by ITC + ITM; select the step by the full protocol on held-out products.
+    """Train by ITC + ITM; select the step by the recalls on held-out products, with all candidates (full protocol).
 
     Arguments, result and errors as in `train_and_select`.
     """
@@ -123,9 +124,10 @@ def retrieval_losses(run: Run, batch: dict) -> tuple[Values, Values]:
 
 
 def evaluate_retrieval(run: Run, dataset: PairDataset) -> Evaluation:
-    """Measure recalls by the full protocol and, where an image has one caption, by the sampled one.
+    """Measure recalls among all candidates (full protocol). Where an image has one caption, measure them also among up
+    to 101 candidates (sampled protocol).
 
-    With --rerank also those after re-ranking by the ITM head. Writes examples.png.
+    With --rerank, recalls are also measured after the ITM head has re-ranked the best candidates. Writes examples.png.
     """
     config = run.config
     pairs = encode_pairs(run, dataset)
@@ -217,7 +219,7 @@ def train_tgir(config: FinetuneConfig, source: dict, dataset: Triplets, stop_at:
     """Train by ITC of queries with targets; select the step by R@10 and R@50 on held-out triplets.
 
     The gallery holds the images of the held-out triplets. Training and held-out triplets share no reference image, and
-    no family of synthetic products.
+    no family of synthetic products: a product, its siblings and an unrelated product.
     Arguments, result and errors as in `train_and_select`.
     """
     train_set, held_out = hold_out(config, dataset, dataset.families)
@@ -244,7 +246,7 @@ def tgir_losses(run: Run, batch: dict) -> tuple[Values, Values]:
     with torch.autocast(run.device.type, enabled=False):
         sim = query_feat @ target_feat.T / run.model.temp  # (B, B)
         positives = positive_pairs(batch["product_ids"], batch["caption_ids"])
-        itc_labels = itc_targets(positives, sim.detach(), alpha=0.0)
+        itc_labels = positives / positives.sum(dim=1, keepdim=True)  # uniform over the positives of a row
         itc = itc_loss(sim, sim.T, itc_labels, itc_labels)
     return {"itc": itc}, {"accuracy": accuracy(sim, torch.arange(len(sim), device=run.device))}
 
@@ -254,7 +256,7 @@ def evaluate_tgir(run: Run, dataset: Triplets) -> Evaluation:
 
     Our choice: before fine-tuning for fused queries, a query is the sum of both features.
     """
-    is_fused = not run.config.eval_only or run.config.start == "tgir"
+    is_fused = not run.config.eval_only or run.config.checkpoint_task == "tgir"
     ranked = rank_galleries(run, dataset, is_fused)
     protocol = {"query": "fused" if is_fused else "sum of features"}
     for triplets in ranked:
@@ -309,7 +311,7 @@ def rank_galleries(run: Run, dataset: Triplets, fused: bool) -> list[RankedTripl
     image_rows = np.unique(np.concatenate(gallery_rows))
     readable, image_feat = image_features(run, dataset.image_set.subset(image_rows))
     image_feat = image_feat.cpu()
-    feat_number = np.full(len(dataset.image_set), -1)  # of an image in image_feat; −1 where it cannot be read
+    feat_number = np.full(len(dataset.image_set), -1)  # row of image_set -> row of image_feat, −1: unreadable
     feat_number[image_rows[readable]] = np.arange(len(readable))
 
     query_feats, query_rows = [], []
@@ -413,7 +415,7 @@ def evaluate_recognition(run: Run, dataset: PairDataset) -> Evaluation:
     metrics = recognition_scores(labels, preds)
     metrics["unseen_share"] = (labels == len(config.classes)).float().mean().item()
     if config.task == "entailment":
-        kinds = np.array(dataset.subcategories)[rows.numpy()]
+        kinds = np.array(dataset.subcategories)[rows.numpy()]  # kind of the attribute that decides a statement
         for kind in sorted(set(kinds) - {""}):
             metrics[f"accuracy_{kind}"] = (labels == preds)[kinds == kind].float().mean().item()
     chance = recognition_scores(labels, torch.full_like(labels, config.most_frequent))
@@ -494,7 +496,7 @@ def train_and_select(
 ) -> Run | None:
     """Train from a checkpoint by train.fit, or resume; then load the step with the highest value of a metric.
 
-    source: the checkpoint, or with --resume the run's
+    source: the checkpoint to start from; with --resume, last.pt of the run
     compute_losses: losses and metrics of a batch
     validate: metrics on the held-out set
     select: the metric

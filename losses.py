@@ -35,8 +35,8 @@ def itc_loss(
     """Compute the image-text contrastive loss, focal where gamma > 0. All tensors (B, K) -> scalar.
 
     L = −½ Σ_directions mean_b Σ_j (1 − p_bj)^γ · y_bj · log p_bj
-    γ = 0 is ALBEF's eq. 6; γ > 0 follows text-driven soft masks (our choice: with the soft targets) and
-    Fashion-FINE's hard negative mining.
+    γ = 0 is ALBEF's eq. 6, up to a constant. γ > 0 is the focal loss of Park & Han (2023; our choice: with the soft
+    targets) and of Fashion-FINE's hard negative mining.
     """
 
     def one_way(sim: Tensor, targets: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def pick_negatives(
     generator: torch.Generator | None = None,
     margin: float | Tensor = 0.0,
 ) -> Tensor:
-    """Pick one negative in the batch for each row of `sim` (B, K): its column (B,), or −1 where all are forbidden.
+    """Pick one negative in the batch for each row of `sim` (B, B): its column (B,), or −1 where all are positive.
 
     random: uniform · similar: drawn ∝ exp(sim) (ALBEF §3.2) · hard: the most similar one (GRIT-VLP)
     semihard: the most similar one that is less similar than the own pair, the diagonal, by more than `margin`; if none

@@ -22,6 +22,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 EMBED_DIM = 256  # width E of the contrastive space
+# Fashion-FINE (Jin et al. 2024): shares in a feature, see `mix`
+IMAGE_LOCAL = 0.05  # pooled patches, mixed with CLS
+TEXT_LOCAL = 0.25  # pooled words, mixed with [CLS]
+PHRASE_SHARE = 0.05  # phrases, mixed with the category symbol
 INIT_STD = 0.02  # BERT and ViT initialise with normal(0.02)
 
 
@@ -47,7 +51,7 @@ class ModelConfig:
     max_length: int = setting(64, "longest caption, tokens", low=3)  # [CLS], a word, [SEP]
     dropout: float = setting(0.0, "dropout in text and fusion layers (BERT: 0.1)", low=0, high=0.5)
     vocab_size: int = setting(2048, "WordPiece tokens at most; --vocab brings its own number", low=6, high=10**7)
-    classes: int = 0  # of the recognition head; 0: no such head. No flag: the labels are counted
+    classes: int = 0  # of the recognition head, counted from the labels; 0 means no head. It has no flag
 
     def __post_init__(self):
         for spec in fields(self):
@@ -112,11 +116,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)  # queries, keys and values, as in timm
         self.output = nn.Linear(width, width)
 
-    def project_q(self, x: Tensor) -> Tensor:
-        """Compute the queries of tokens (B, L, D). -> q (B, L, D)"""
-        width = x.shape[-1]
-        return F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width])
-
     def project_kv(self, context: Tensor) -> Tensor:
         """Compute the keys and values of a context (B, N, D), side by side. -> kv (B, N, 2D)"""
         width = context.shape[-1]
@@ -129,7 +128,7 @@ class Attention(nn.Module):
         attention_mask: Tensor | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from x (B, L, D) to the context of `kv` by `project_kv`, or to x itself.
+        """Attend from x (B, L, D) to a context, by its keys and values `kv` of `project_kv`, or to x itself.
 
         attention_mask (B, N): bool, True where a key may be attended to
         -> output (B, L, D); attention probabilities (B, h, L, N) with `return_attention`, else None
@@ -137,7 +136,8 @@ class Attention(nn.Module):
         if kv is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
-            q = self.project_q(x)
+            width = x.shape[-1]
+            q = F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width])
             k, v = kv.chunk(2, dim=-1)
         q = rearrange(q, "b l (h d) -> b h l d", h=self.heads)
         k = rearrange(k, "b n (h d) -> b h n d", h=self.heads)
@@ -148,11 +148,11 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
 
         attention = None
-        if return_attention or fused_is_slow(q):
+        if return_attention or sdpa_is_slow(q):
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q kᵀ / √d
-            scores = scores.float()  # or masks made of the attention would depend on rounding
+            scores = scores.float()  # the softmax of bf16 would round close attention values to ties
             if mask is not None:
-                scores = scores + torch.where(mask, 0.0, float("-inf"))
+                scores = scores.masked_fill(~mask, -torch.inf)
             attention = scores.softmax(dim=-1)
             out = F.dropout(attention, dropout).to(v.dtype) @ v
         else:
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         return out, attention if return_attention else None
 
 
-def fused_is_slow(q: Tensor) -> bool:
+def sdpa_is_slow(q: Tensor) -> bool:
     """Return whether PyTorch's fused attention is slower than plain products, as it is on a CPU in bf16.
 
     Its forward pass takes up to 2 times as long, its backward pass 2 to 10 times (lengths from 40 to 577).
@@ -194,11 +194,8 @@ class VisionLayer(nn.Module):
         first: number of leading tokens whose output is computed, at less cost -> (B, first, D)
         """
         normed = self.norm1(x)
-        if first is None:
-            x = x + self.attention(normed)[0]
-        else:
-            kv = self.attention.project_kv(normed)
-            x = x[:, :first] + self.attention(normed[:, :first], kv)[0]
+        kv = None if first is None else self.attention.project_kv(normed)
+        x = x[:, :first] + self.attention(normed[:, :first], kv)[0]
         if text_embeds is not None:
             kv = self.cross_attention.project_kv(text_embeds)
             x = x + self.cross_attention(self.cross_norm(x), kv, attention_mask)[0]
@@ -296,7 +293,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
         positions = sincos_pos_embed(config.max_length, config.width)
-        self.position_embeddings = nn.Parameter((2 / config.width) ** 0.5 * positions)  # unit length, as words have
+        # unit length, as `initialise` gives to words
+        self.position_embeddings = nn.Parameter((2 / config.width) ** 0.5 * positions)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.text_layers))
@@ -486,7 +484,7 @@ class PatchDecoder(nn.Module):
         text_embeds: Tensor,
         attention_mask: Tensor,
     ) -> Tensor:
-        """Predict the pixels of the masked patches. -> normalised pixels (B, M, 3p²)
+        """Predict the pixels of the masked patches. -> pixels (B, M, 3p²), normalised in each patch as by `mim_loss`
 
         visible_embeds (B, 1 + P′, D): CLS and the patches `ids_keep` (B, P′) by the ViT
         ids_masked (B, M): indices of the masked patches
@@ -497,12 +495,6 @@ class PatchDecoder(nn.Module):
         x = torch.cat([masked, visible_embeds[:, :1], kept], dim=1)  # (B, M + 1 + P′, D)
         x = self.layers[0](x, text_embeds, attention_mask.bool(), first=ids_masked.shape[1])
         return self.pixels(self.norm(x))
-
-
-# shares in Fashion-FINE's features (Jin et al. 2024)
-IMAGE_LOCAL = 0.05  # of the patches, beside CLS
-TEXT_LOCAL = 0.25  # of the words, beside [CLS]
-PHRASE_SHARE = 0.05  # of the phrases, beside the category symbol
 
 
 class LocalAdapter(nn.Module):
@@ -527,8 +519,8 @@ class LocalAdapter(nn.Module):
 
 
 class Phrases(nn.Module):
-    """Phrase feature of a caption (Fashion-FINE): convolutions over 1, 2 and 3 words, dilated by 2; the strongest of
-    the three, and the mean over the words. Padding is zero and left out of the mean (our choice).
+    """Phrase feature of a caption (Fashion-FINE). Three convolutions combine 1, 2 and 3 words, two positions apart. The
+    largest of the three outputs is averaged over the words. Our choice: padding is zero and left out of the mean.
 
     mean_i max_k tanh(conv_k(x))_i
     """
@@ -568,31 +560,30 @@ def initialise(model: VisionLanguageModel) -> None:
 
     Our choice. With BERT's normal(0.02) everywhere, which suits width 768, the contrastive loss of a model of width 128
     does not fall for hundreds of steps.
-    - Encoders and fusion: Xavier-uniform, as the original ViT and MAE. The image then helps to predict masked words
-      from the start.
-    - Queries and keys of the fusion encoder, adapter, MLM head, detector: normal(0.02), as BERT. Attention then starts
-      uniform over the patches.
     - Words: normal(1/√D). The logits of the tied MLM head then start with unit variance.
+    - Adapter, MLM head, detector, and the queries and keys of the fusion encoder: normal(0.02), as BERT. Attention then
+      starts almost uniform over the patches.
+    - All else: Xavier-uniform, as the original ViT and MAE. The image then helps to predict masked words at once.
     """
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             continue
         if name.endswith("qkv"):
             queries, keys, values = module.weight.chunk(3)  # each counts as a matrix of its own
-            draw_weights(queries, narrow=name.startswith("fusion"))
-            draw_weights(keys, narrow=name.startswith("fusion"))
+            draw_weights(queries, bert=name.startswith("fusion"))
+            draw_weights(keys, bert=name.startswith("fusion"))
             draw_weights(values)
         else:
             matrix = module.weight.flatten(1)  # the patch embedding counts as one matrix
-            draw_weights(matrix, narrow=name.startswith(("mlm_head", "adapter", "detector")))
+            draw_weights(matrix, bert=name.startswith(("mlm_head", "adapter", "detector")))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.text.word_embeddings.weight, std=model.config.width**-0.5)
 
 
-def draw_weights(matrix: Tensor, narrow: bool = False) -> None:
-    """Fill a matrix in place: Xavier-uniform, or normal(0.02) where `narrow`."""
-    if narrow:
+def draw_weights(matrix: Tensor, bert: bool = False) -> None:
+    """Fill a matrix in place: Xavier-uniform, or normal(0.02), as BERT, where `bert`."""
+    if bert:
         nn.init.normal_(matrix, std=INIT_STD)
     else:
         nn.init.xavier_uniform_(matrix)
@@ -601,9 +592,10 @@ def draw_weights(matrix: Tensor, narrow: bool = False) -> None:
 def sincos_pos_embed(count: int, width: int) -> Tensor:
     """Sines and cosines of positions in a row (Vaswani et al. 2017, §3.5). -> (count, D)
 
-    Our choice: learnt position embeddings start from them, and the longest wave turns by about 1 over the row. With the
-    10,000 of Vaswani et al. instead of `count`, most waves hardly change over 8 patches or 64 words. From noise, as in
-    BERT, MLM learns no language for hundreds of steps, until words find their neighbours.
+    Our choice: learnt position embeddings start from them, and the longest wave turns by about one radian over
+    the row. With the 10,000 of Vaswani et al. instead of `count`, most waves hardly change over 8 patches or 64 words.
+    From random embeddings, as in BERT, attention finds neighbouring words, and MLM improves, only after hundreds of
+    steps.
     """
     frequencies = count ** (-torch.arange(width // 2) / (width // 2))
     angles = torch.arange(count)[:, None] * frequencies

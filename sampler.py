@@ -5,7 +5,7 @@ is full, it is shuffled and cut into search blocks, and a greedy chain orders th
 items follow each other. Consecutive items of the chains become the batches of the *next* epoch.
 
 An item is a row of the data set: an image and its caption. An id is a product or a caption. Two items of a batch that
-share an id would be false negatives of each other, so batches should not repeat an id.
+share an id are positives, so neither can be the other's negative. Batches should therefore not repeat an id.
 
 Letters: N items, B batch, E feature width, M items in a search block, G kinds of ids (products and captions).
 """
@@ -35,12 +35,14 @@ def chain(
 
         image of an item → the most similar caption of an unused item → the most similar image of an unused item → …
 
+    The anchor is the last item of the chain.
     hard      the most similar unused item (GRIT-VLP)
     semihard  the most similar unused item that is less similar than the anchor's own pair, by more than `margin`.
               It is less often a false negative than the hard one. FaceNet's semi-hard negatives lie inside the margin,
               not beyond it. SyncMask's exact rule is not published where we could read it (our choice).
 
-    An item waits while it shares an id with one of the last batch_size − 1 items, so a batch may be cut anywhere.
+    An item that shares an id with one of the last batch_size − 1 items is taken only if no other item is left. So a
+    batch may be cut anywhere.
 
     sim float32 (M, M): cosine of image i and caption j, own pairs on the diagonal · ids int (G, M)
     -> order int64 (M,)
@@ -138,11 +140,10 @@ class GroupedBatchSampler:
     margin: a semihard negative is less similar than the anchor's own pair by more than this
     search_size: M, items in a search block
     process: rank and number of the processes. All processes compose the same batches, and each iterates over an equal
-    share of every batch. Up to world_size − 1 items are left over in an epoch; they come first in the next epoch.
+    share of every batch. Up to world_size − 1 items are left over in an epoch; the next epoch has them for certain.
 
-    The training loop gives the position inside an epoch; the sampler does not count. Loader workers fetch batches
-    ahead of training, so the training loop alone has the number of batches that were used. It calls `collect` after
-    each batch, and `set_epoch` to move on.
+    Loader workers fetch batches ahead of training, so the training loop counts the batches that were used. It calls
+    `collect` after each batch, and `set_epoch` to move on.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class GroupedBatchSampler:
         if self.mode == "random":
             return
         self._pool.append([indices, image_feat.half(), text_feat.half()])
-        if sum(len(batch_indices) for batch_indices, _, _ in self._pool) >= self.search_size * POOL_BLOCKS:
+        if sum(len(batch[0]) for batch in self._pool) >= self.search_size * POOL_BLOCKS:
             self._chain_pool()
 
     def _begin_epoch(self, chained: np.ndarray) -> None:

@@ -64,7 +64,7 @@ class FinetuneConfig(LoopConfig):
     freeze: bool = option(False, "train the recognition head alone; with --modality image a linear probe")
     index: str | None = option(None, "file of image features for search; written if it does not exist")
     # read from the checkpoint, or counted; not flags
-    start: str | None = None  # task that the checkpoint was fine-tuned for; None after pretraining alone
+    checkpoint_task: str | None = None  # task that the checkpoint was fine-tuned for; None after pretraining alone
     preset: str = "tiny"
     prompts: bool = False  # pretraining used prompts; captions then get a prefix here, as in Fashion-FINE
     data_seed: int = 0  # seed of the data and its splits, from pretraining
@@ -140,7 +140,7 @@ def layer_config(given: dict, saved: dict) -> FinetuneConfig:
         "model": replace(model, local_tokens=uses_local_tokens, alignment=False, detector=False),
         "data": data,
         "root": saved["root"] if data == saved["data"] else None,
-        "start": saved.get("task"),
+        "checkpoint_task": saved.get("task"),
         "data_seed": saved.get("data_seed", saved["seed"]),
         "classes": tuple(printable(str(name)) for name in saved.get("classes", ())),
         "most_frequent": saved["most_frequent"] if saved.get("classes") else 0,
@@ -174,7 +174,7 @@ def check_start(config: FinetuneConfig) -> None:
 
     Raises ConfigError where it cannot.
     """
-    start, flag = config.start, f"--checkpoint {config.checkpoint}"
+    start, flag = config.checkpoint_task, f"--checkpoint {config.checkpoint}"
     if config.task == "search":
         if start in RECOGNITION:
             raise ConfigError(f"{flag}: was fine-tuned for {start}, not for search; give a pretraining checkpoint")
@@ -248,4 +248,4 @@ def caption_prefix(config: FinetuneConfig) -> str:
     """Return the words before each caption, "" where pretraining used no prompts."""
     if not config.prompts:
         return ""
-    return DIFFERENCE_PREFIX if "tgir" in (config.task, config.start) else CAPTION_PREFIX
+    return DIFFERENCE_PREFIX if "tgir" in (config.task, config.checkpoint_task) else CAPTION_PREFIX

@@ -49,7 +49,7 @@ def search(config: FinetuneConfig, source: dict) -> list[tuple[int, float]]:
     run.model.eval()
 
     rows, image_feat = search_index(run, dataset)
-    is_fused = config.start == "tgir"
+    is_fused = config.checkpoint_task == "tgir"
     query_feat = query_feature(run, caption_prefix(config), config.query, query_image, is_fused)
     count = min(len(rows), max(SEARCH_RESULTS, config.rerank))
     scores, best = (image_feat @ query_feat).topk(count)

@@ -77,7 +77,7 @@ class Span(NamedTuple):
     start: int
     end: int
     key: str  # the attribute, a key of `Product.attributes`; "invisible" for what no image shows
-    kind: str  # one of `wardrobe.KINDS`
+    kind: str  # one of `wardrobe.ATTRIBUTE_KINDS`
 
 
 @dataclass

@@ -159,7 +159,7 @@ def test_informative_pieces_by_hand(tmp_path, monkeypatch):
     """Six captions, two of them equal: "at" is in all, "red" in three of the five distinct ones, "v" in one, often."""
     words = ["at", "red", "v", "zip", "##per", "##s", ".", "-", "front", "##%"]
     tokenizer = build_tokenizer([], 0, 32, vocab=vocabulary(tmp_path, words))
-    captions = ["Red zipper at front.", "Red zips at front.", "Red v-v v-v at front.", "Zip at front.", "Zip at."]
+    captions = ["Red zipper at front.", "Red zips at front.", "Red Ω v-v v-v at front.", "Zip at front.", "Zip at."]
     captions.insert(2, captions[0])
 
     def pieces_at(max_doc_freq):
@@ -171,6 +171,7 @@ def test_informative_pieces_by_hand(tmp_path, monkeypatch):
 
     continues, informative = pieces_at(0.6)
     assert continues.shape == informative.shape == (len(words) + 5,)
+    assert not informative[tokenizer.token_to_id("[UNK]")]
     assert names(continues) == ["##per", "##s", "##%"] and names(informative) == ["red", "v", "##per", "##s"]
     assert names(pieces_at(0.8)[1]) == ["red", "v", "zip", "##per", "##s", "front"]  # 4 of 5: no more than the share
     assert "at" in names(pieces_at(1.0)[1]) and "." not in names(pieces_at(1.0)[1])
