@@ -84,8 +84,7 @@ def load_batches(run: Run, loader: DataLoader) -> Iterator[dict]:
         yield from start_loading(loader)
     except DataError as error:
         # from a data loading process, the message is a traceback that ends with the message proper
-        last_line = str(error).strip().splitlines()[-1]
-        raise DataError(last_line.split("DataError: ")[-1]) from None
+        raise DataError(str(error).split("DataError: ")[-1].strip()) from None
     except (RuntimeError, OSError, EOFError) as error:
         if not loader.num_workers or str(error).startswith("Caught "):  # an error of our code
             raise
@@ -97,7 +96,7 @@ def load_batches(run: Run, loader: DataLoader) -> Iterator[dict]:
 
 
 def augmented(run: Run, batch: dict) -> dict:
-    """Crop, flip and normalise the images of a batch at random, and the region masks of its ground truth with them.
+    """Crop, flip, distort and normalise the images of a batch at random. The region masks are cropped alike.
 
     batch: on the device, with uint8 images (B, 3, S, S)
     -> a new batch with float images
@@ -124,8 +123,8 @@ def learn_vocabulary(config: TrainConfig, dataset: PairDataset) -> Tokenizer:
     captions = []
     if not vocab:
         for row in tqdm(range(len(dataset)), "reading captions", unit=" captions", leave=False, disable=None):
-            pieces = dataset.text(row)[1::2]  # what stands between the prompts
-            captions.append(" ".join(pieces))
+            segments = dataset.text(row)[1::2]  # the caption, and the values of prompts
+            captions.append(" ".join(segments))
     return build_tokenizer(captions, config.model.vocab_size, config.model.max_length, vocab, config.prompts)
 
 
@@ -149,7 +148,7 @@ def images_of_first_products(dataset: PairDataset, count: int) -> Subset:
 
 
 def distinct_image_rows(dataset: PairDataset) -> np.ndarray:
-    """Select the rows that have each image once. -> (n,)"""
+    """Select one row for each image. -> (n,)"""
     if not dataset.several_captions:
         return np.arange(len(dataset))
     _, first_rows = np.unique(dataset.product_ids, return_index=True)

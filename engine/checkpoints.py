@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_export(folder: Path) -> dict:
     """Read a folder of experiments/export.py. -> the parts of a checkpoint that evaluation and fine-tuning use
 
-    The weights are the momentum encoder's, too, since the export leaves out the momentum encoder.
+    The momentum encoder gets the weights of the model, since an export has no others.
     Raises ConfigError where the folder is no export, or is damaged.
     """
     try:

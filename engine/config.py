@@ -79,7 +79,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """The settings of a pretraining run. Every field is a flag, and so is every field of `ModelConfig`."""
+    """The settings of a pretraining run. Every field with a help text is a flag, and so is it in `ModelConfig`."""
 
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
@@ -95,7 +95,7 @@ class TrainConfig(LoopConfig):
     word_mask: MaskMode = option("sync", "how MLM chooses words: random, synchronized, from the ground truth")
     mask_source: MaskSource = option(
         "masked",
-        "sync masks score words while they are masked; clean: by the attention of the unmasked pair",
+        "how sync masks score words; masked: while they are masked; clean: by the attention of the unmasked pair",
     )
     score_ratio: float = option(
         0.5,
@@ -113,7 +113,7 @@ class TrainConfig(LoopConfig):
         "BERT's vocab.txt or tokenizer.json, a folder with one, or a checkpoint (default: train one on the captions)",
     )
     weights: tuple[str, ...] = option(
-        (), "weights to start from: ViT, BERT (needs --vocab), ALBEF, or last.pt or best.pt of a run"
+        (), "weights to start from: a ViT; a BERT or ALBEF, which need --vocab; or last.pt or best.pt of a run"
     )
     sizes_from: tuple[str, ...] = option(
         (), "folders with the config.json of a ViT or BERT, which sets the model's sizes"
@@ -123,6 +123,7 @@ class TrainConfig(LoopConfig):
 SCHEDULES = {
     # Our choices for so few steps: no soft targets, which slow MLM down; no ITM negatives drawn by similarity, many of
     # which are false and undo what random ones have taught; a momentum model that follows closely; more weight for ITC.
+    # itm_hard_ratio and itm_hard_warmup act where a recipe or a flag chooses other negatives than random ones.
     "tiny": dict(
         steps=1360,
         lr=1e-3,
@@ -154,8 +155,8 @@ SCHEDULES = {
     "base": dict(epochs=30, queue_size=65536, workers=8, itm_hard_warmup=1000, mask_warmup=2000, val_every=2000),
 }
 # Defaults of a recipe, which replace those of its preset; "recipe preset" holds for one preset alone. All values of
-# syncmask are our choices; its masks were chosen by the ground truth of synthetic images. Grouped batches replace
-# the queue, as in GRIT-VLP.
+# syncmask are our choices; its mask settings were tuned on the ground truth of synthetic images. Grouped batches
+# replace the queue, as in GRIT-VLP.
 RECIPE_DEFAULTS = {
     "syncmask": dict(
         mlm_ratio=0.3,
@@ -174,7 +175,7 @@ RECIPE_DEFAULTS = {
     "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
 }
-# Fields that only one recipe uses.
+# Fields with which only one recipe trains.
 RECIPE_FLAGS = {
     "syncmask": (
         "mim_weight",
@@ -189,8 +190,8 @@ RECIPE_FLAGS = {
     "fashionfine": ("local_tokens", "alignment", "detector"),
 }
 DEFAULT_PRESET = {"synthetic": "tiny", "jsonl": "small", "fashiongen": "base"}
-# Fields that a resumed run may change, since they do not change its result. The exception is --lr: a run that diverged
-# can continue from an earlier checkpoint with a lower one. (The number of processes changes the random numbers.)
+# Fields that a resumed run may change. Two of them change its result: a GPU draws other random numbers, and a run that
+# diverged can continue from an earlier checkpoint with a lower --lr.
 FREE_ON_RESUME = {"out", "root", "resume", "device", "workers", "log_every", "lr"}
 MAX_GRAD_NORM = 1.0
 
@@ -293,7 +294,7 @@ def check_flags(config: TrainConfig, given: set[str]) -> None:
             f"--max-length {config.model.max_length}: must be at least 16 with --prompts, to leave room for the caption"
         )
     if config.model.alignment and not config.prompts:
-        raise ConfigError("--alignment needs --prompts, which add the category symbol; add --no-alignment, too")
+        raise ConfigError("--alignment needs the category symbol of --prompts; add --prompts or --no-alignment")
 
 
 def learning_rate(step: int, config: LoopConfig, total_steps: int) -> float:
@@ -311,9 +312,9 @@ def grouping_of(config: LoopConfig) -> SamplerMode:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """Compute the momentum model's decay in a step s: min(decay, (1 + s) / (10 + s)), so it follows closely at first.
+    """Compute the momentum model's decay in a step t: min(decay, (1 + t) / (10 + t)), so it follows closely at first.
 
-    Our choice.
+    Our choice, after TensorFlow's ExponentialMovingAverage.
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -321,6 +322,7 @@ def ema_decay(step: int, decay: float) -> float:
 def itm_hard_share(step: int, config: LoopConfig) -> float:
     """Compute the share of ITM negatives in a step that --negatives chooses; the others are random.
 
+    The share is 0 until step itm_hard_warmup. It reaches itm_hard_ratio at twice that step.
     Our choice, a curriculum: with hard negatives from the start ITM stays at chance, and with hard negatives alone it
     forgets the easy ones.
     """

@@ -24,10 +24,10 @@ TASK_DATA = {  # all other tasks: IMAGE_SETS
     "entailment": ("synthetic", "snlive"),
     "search": (*IMAGE_SETS, *MULTI_CAPTION_SETS, "fashioniq"),
 }
-TEST_SPLIT_SETS = (*MULTI_CAPTION_SETS, "fashioniq", "snlive")  # the targets of fashioniq's are not published
+TEST_SPLIT_SETS = (*MULTI_CAPTION_SETS, "fashioniq", "snlive")  # fashioniq's has no published targets
 # pretraining settings that retrieval keeps
 RETRIEVAL_SETTINGS = ("queue_size", "negatives", "itm_hard_ratio", "margin", "focal_gamma", "itc_weight")
-TASK_FLAGS = {  # fields that some tasks use and not all others do
+TASK_FLAGS = {  # fields that only some tasks use
     "retrieval": (*RETRIEVAL_SETTINGS, "ema_decay", "alpha", "itm_hard_warmup", "rerank"),
     "category": ("modality", "freeze"),
     "subcategory": ("modality", "freeze"),
@@ -106,7 +106,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[FinetuneConfig, set[str
     if given.get("resume") and (given.get("eval_only") or given["task"] == "search"):
         raise ConfigError("--resume continues a training; drop it, since --eval-only and --task search do not train")
     path = given.get("checkpoint") or str(default_checkpoint())
-    if given.get("resume") and "out" in given:  # the config of a run includes its checkpoint's
+    if given.get("resume") and "out" in given:  # last.pt holds all settings that came from the first checkpoint
         path = f"{given['out']}/last.pt"
     elif "checkpoint" not in given:
         print(f"checkpoint: {path}")
@@ -229,12 +229,12 @@ def open_data(config: FinetuneConfig, split: str) -> PairDataset:
     if config.task == "search" and config.data == "fashioniq":
         dataset = dataset.image_set
     elif config.task in ("category", "subcategory"):
-        problems = dataset.problems
+        whole = dataset
         labelled_rows = np.flatnonzero([bool(label) for label in labels_of(config, dataset)])
         if not len(labelled_rows):
             raise DataError(f"no image of the {split} split has a {config.task}; add labels, or choose another --task")
         dataset = dataset.subset(labelled_rows)
-        dataset.problems = problems
+        dataset.problems, dataset.notes = whole.problems, whole.notes
     dataset.caption_prefix = caption_prefix(config)
     return dataset
 

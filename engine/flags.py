@@ -61,7 +61,7 @@ class OneLineParser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, config_class: type, overrides: dict[str, dict]) -> None:
     """Add a flag for each field of a config dataclass that has a help text. A flag that is not given sets nothing.
 
-    parser: in place
+    parser: gets the flags
     config_class: its fields are declared by `option`
     overrides: name of a preset or recipe -> the defaults that it changes; for the help texts alone
     """
@@ -119,7 +119,7 @@ def check_flag_applies(kind: str, selected: str, given: set[str], applicable: di
     kind: "recipe" or "task"
     selected: the recipe or task of this run
     given: names of the fields whose flags were given
-    applicable: recipe or task -> names of fields that it uses and not all others do
+    applicable: recipe or task -> names of the fields that it and only some others use
     Raises ConfigError where a given flag has no effect on this recipe or task.
     """
     for name in sorted(given):

@@ -24,7 +24,7 @@ except ImportError:  # Windows
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read the objects with a step in a metrics.jsonl, without the damaged lines of a kill. -> [] without a file"""
+    """Read the lines of a metrics.jsonl. Lines that a kill left incomplete are skipped. -> [] without a file"""
     if not path.exists():
         return []
     lines = []
@@ -46,7 +46,7 @@ def final_metrics(out: Path) -> dict | None:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Remove the lines after a step, since the resumed run writes them again; at step 0 remove all lines."""
+    """Remove the lines after a step, and the final line: the resumed run writes them again. At step 0 remove all."""
     kept = []
     for line in read_metrics(path):
         if step > 0 and line["step"] <= step and not line.get("final"):
@@ -115,9 +115,10 @@ def start_loading(loader: DataLoader) -> Iterator[dict]:
     """Start the data loading processes of a loader. -> its batches; they raise RuntimeError where a process died"""
     if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):  # Windows
         return iter(loader)
-    # PyTorch's handler of SIGCHLD would raise the error in any line of the main process
+    # PyTorch's handler of SIGCHLD would raise the error in any line of the main process; new processes start with
+    # SIGTERM blocked, until `ignore_signals` runs in them
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until `ignore_signals`
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return iter(loader)
     finally:

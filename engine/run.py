@@ -31,8 +31,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     device: torch.device
     epoch_steps: int  # in one pass over the images
-    data: int  # fingerprint of the training images
-    informative: tuple[Tensor, Tensor] | None = None  # of a run that masks words, see data.informative_pieces
+    data: int  # checksum of the captions, attributes and product ids of the training split
+    informative: tuple[Tensor, Tensor] | None = None  # continues, informative: see data.informative_pieces
     sampler: GroupedBatchSampler | None = None  # of a run that trains
     generator: torch.Generator | None = None  # of the step under way
 

@@ -29,13 +29,14 @@ OWN_FIELDS = (
     "fusion_layers",
     "max_length",
 )
-MUST_FIT = {"width", "heads", "patch_size"}  # with another number of layers, those that are there still fit
+MUST_FIT = {"width", "heads", "patch_size"}  # a file with another number of layers still fills those that both have
 
 
 def read_sizes(file: Path) -> tuple[str, dict[str, int]]:
     """Read the sizes in a config.json of a BERT or ViT, as Hugging Face writes it, or of our own export.
 
-    -> kind of the model, "BERT", "ViT" or "whole"; field of ModelConfig -> size, with `bert_layers` of a BERT
+    -> kind of the model, "BERT", "ViT" or "whole" (all encoders)
+    -> field of ModelConfig -> size, with `bert_layers` of a BERT
     Raises ConfigError where there is no such file, or its model has another architecture, and DataError as `read_json`.
     """
     try:
@@ -61,7 +62,7 @@ def read_sizes(file: Path) -> tuple[str, dict[str, int]]:
             raise ConfigError(f"{file}: key {key} is missing, or is no whole number; give another config.json")
         sizes[name] = content[key]
     if content.get("intermediate_size", 4 * sizes["width"]) != 4 * sizes["width"]:
-        raise ConfigError(f"{file}: intermediate_size is not 4 times hidden_size, as in this model; no flag fits it")
+        raise ConfigError(f"{file}: intermediate_size must be 4 times hidden_size; this model has no other ratio")
     return kind, sizes
 
 
@@ -78,15 +79,15 @@ def sizes_from_folders(folders: list[str], preset: ModelConfig) -> dict[str, int
         for name, size in found.items():
             if sizes.setdefault(name, size) != size:
                 reason = f"{flag_of(name)} {size} for {folder}, but {sizes[name]} for another"
-                raise ConfigError(f"--sizes-from: {reason}; all encoders have the same, so give one of them")
+                raise ConfigError(f"--sizes-from: {reason}; all encoders have one width and heads; drop one folder")
     return divide_bert(sizes, preset)
 
 
 def divide_bert(sizes: dict[str, int], preset: ModelConfig) -> dict[str, int]:
-    """Replace `bert_layers` by text_layers and fusion_layers. Our choice, where ALBEF takes half for each:
+    """Replace `bert_layers` by text_layers and fusion_layers (our choice).
 
-    A BERT that has as many layers as the preset's text encoder, or fewer, is the text encoder. The fusion encoder then
-    keeps the preset's layers, which start at random.
+    A BERT with as many layers as the preset's two encoders together fills both. A BERT no deeper than the preset's text
+    encoder fills the text encoder; the fusion encoder then starts at random. Any other BERT is halved, as in ALBEF.
     """
     divided = dict(sizes)
     layers = divided.pop("bert_layers", None)
@@ -117,7 +118,7 @@ def sizes_of_tensors(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def check_sizes(file: Path, kind: str, tensors: dict[str, Tensor], config: ModelConfig) -> list[str]:
-    """Check that the weights of a file have the sizes of the model. Heads are in a config.json beside the file alone.
+    """Check that the weights of a file have the sizes of the model. Only a config.json beside the file gives the heads.
 
     kind, tensors: as `load_pretrained` recognises and names them
     -> hints: flags with which more of the layers would be loaded

@@ -75,7 +75,8 @@ KINDS = {
     "BERT": r"(bert\.)?(embeddings\.word_embeddings|encoder\.layer\.\d+\.attention\.self)\.",
     "ViT": r"((vit|deit|model)\.)?(embeddings\.)?(cls_token|patch_embed|pos_embed)",
 }
-# Keys under which training runs (DINO, MoCo v3, …) save weights, and what they put before names. The teacher is taken.
+# Keys under which training runs (DINO, MoCo v3, …) save weights, and what they put before names. Of teacher and
+# student the teacher is read.
 WRAPPERS = ("model", "state_dict", "teacher", "student")
 WRAPPER_PREFIX = r"((module|_orig_mod|teacher|student|backbone|base_encoder)\.)+"
 
@@ -133,7 +134,7 @@ def split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split each tensor `qkv` of a model, or of a file of timm's, into views `query`, `key` and `value`."""
     split = {}
     for name, tensor in state.items():
-        if ".qkv." in name and tensor.ndim and len(tensor) % 3 == 0:  # not the scale of one in float8
+        if ".qkv." in name and tensor.ndim and len(tensor) % 3 == 0:  # a file in float8 also has scalar scales
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 split[name.replace("qkv", part)] = third
         else:
@@ -180,7 +181,7 @@ def load_pretrained(model: VisionLanguageModel, files: list[str | Path]) -> Load
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file, in fp32. Raises DataError where it cannot be read, or where there are none."""
     try:
-        open(path, "rb").close()  # safetensors says that a file does not exist where it may not be read
+        open(path, "rb").close()  # safetensors reports a file without read permission as missing
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
@@ -267,13 +268,13 @@ def _copy_fitting(renamed: dict[str, Tensor], model: VisionLanguageModel, report
             if len(tensor) < words:
                 words -= len(SYMBOLS)  # the last words of our vocabulary
             target = target[:words]
-            if len(tensor) > words and len(tensor) % 8 == 0:  # padded; another number is another vocabulary's
+            if len(tensor) > words and len(tensor) % 8 == 0:  # padded; not another vocabulary
                 report.hints.append(f"{name}: the first {words} of {len(tensor)} rows, for the words of --vocab")
                 tensor = tensor[:words]
         if tensor.shape == target.shape:
             target.copy_(tensor)
             loaded.add(name)
-        else:  # listed first
+        else:  # before what is skipped for other reasons
             reason = f"shape {tuple(tensor.shape)}, this model has {tuple(parameters[name].shape)}"
             report.skipped = {name: reason} | report.skipped
     return loaded

@@ -20,13 +20,14 @@ def choice_metrics(run: Run, dataset: Synthetic, products: int) -> dict[str, flo
     """Measure how often an image's own caption scores higher than a foil, by cosine and by the ITM head.
 
     Chance is 0.5, and a tie counts as wrong.
-    products: the images of so many products, the first ones, choose
+    products: number of products, from the first on, whose images are tested
     -> choice_coarse and choice_fine, by the kind of the wrong value; choice_coarse_itm and choice_fine_itm; {} where no
     image shows an attribute
     Raises DataError where an image cannot be read.
     """
-    images = dataset.subset(np.flatnonzero(dataset.product_ids < products))
-    kinds, image_numbers, foils = draw_foils(dataset, images.image_index)
+    rows = np.flatnonzero(dataset.product_ids < products)
+    images = dataset.subset(rows)
+    kinds, image_numbers, foils = draw_foils(dataset, rows.tolist())
     if not kinds:
         return {}
     captions = [images.text(row) for row in range(len(images))]
@@ -74,7 +75,7 @@ def draw_foils(dataset: Synthetic, rows: list[int]) -> tuple[list[str], list[int
 def mean_over_kinds(kinds: list[str], hits: Tensor) -> dict[str, float]:
     """Average the hits (n,) within each kind of attribute, then over the coarse and over the fine kinds.
 
-    -> choice_coarse, choice_fine; without one that has no hits
+    -> choice_coarse, choice_fine; a group without foils has no key
     """
     hits_by_kind = defaultdict(list)
     for kind, hit in zip(kinds, hits.tolist(), strict=True):

@@ -32,7 +32,7 @@ from readers.synthetic import Synthetic
 from readers.wardrobe import COARSE
 from sampler import SEARCH_SIZE, SamplerMode, chain
 
-CHOICE_PRODUCTS = 120  # held-out products whose images choose between captions
+CHOICE_PRODUCTS = 120  # held-out products whose images are tested on foils
 MASK_PASSES = 3  # passes of `image_gain`, each of which masks one part of the words
 NEGATIVE_BLOCKS = 4  # search blocks in which false negatives are counted
 
@@ -52,7 +52,7 @@ def token_labels(batch: dict, grid: int) -> TokenLabels:
     batch: of a data set with `with_ground_truth`
     grid: patches along a side of the image
     """
-    kinds = batch["attribute_kinds"]
+    kinds = batch["attribute_kinds"]  # from 1 on, the coarse ones first
     regions = word_regions(batch, grid)
     return TokenLabels(attribute=kinds > 0, fine=kinds > len(COARSE), visible=regions.any(dim=2), regions=regions)
 
@@ -148,7 +148,7 @@ def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tup
     """Make synchronized masks by the settings of the run, from the momentum encoder.
 
     batch: from `evaluation_batches`, with normalised images
-    -> attention (B, L, P) of tokens to patches, of each word while it is masked; patch mask (B, P), word mask (B, L)
+    -> attention (B, L, P) of tokens to patches; patch mask (B, P), word mask (B, L)
     """
     config, momentum, maskable = run.config, run.momentum.model, batch["maskable"]
     with autocast(run):
@@ -157,6 +157,7 @@ def synchronized_masks(run: Run, batch: dict, generator: torch.Generator) -> tup
             attention, scores = score_clean_words(momentum, batch, image_kv_m)
         else:
             scored = random_word_mask(maskable, scored_share(config), generator)
+            # a second pass masks the other words, so that attention is of each word while it is masked
             others = (maskable > 0) & ~scored
             attention, scores = score_masked_words(momentum, batch, image_kv_m, scored, run.mask_id)
             attention_others, _ = score_masked_words(momentum, batch, image_kv_m, others, run.mask_id)
@@ -169,7 +170,7 @@ def negative_metrics(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Measure the share of ITM negatives that are false, over some search blocks of training images.
 
     The random negatives that `itm_hard_ratio` mixes in do not count.
-    -> false_negative_rate by the settings of the run; with _random and _hard for random and for hard batches and
+    -> false_negative_rate by the settings of the run; the suffixes _random and _hard mark random, and hard, batches and
     negatives
     Raises DataError where no image can be read.
     """
@@ -188,8 +189,8 @@ def negative_metrics(run: Run, dataset: Synthetic) -> dict[str, float]:
         for start in range(0, len(rows), SEARCH_SIZE):
             block_rows = rows[start : start + SEARCH_SIZE]
             sim = image_feat[start : start + SEARCH_SIZE] @ text_feat[start : start + SEARCH_SIZE].T  # (M, M)
-            groups = np.stack([dataset.product_ids[block_rows], dataset.caption_ids[block_rows]])
-            for items in split_block_into_batches(sim, groups, grouping, config):
+            ids = np.stack([dataset.product_ids[block_rows], dataset.caption_ids[block_rows]])
+            for items in split_block_into_batches(sim, ids, grouping, config):
                 batch_sim = sim[items][:, items]
                 is_false += judge_negatives(run, dataset, block_rows[items], batch_sim, negatives, generator)
         metrics[f"false_negative_rate{suffix}"] = float(np.mean(is_false)) if is_false else 0.0
@@ -216,19 +217,19 @@ def momentum_features(run: Run, dataset: PairDataset, rows: np.ndarray) -> tuple
 
 
 def split_block_into_batches(
-    sim: Tensor, groups: np.ndarray, grouping: SamplerMode, config: TrainConfig
+    sim: Tensor, ids: np.ndarray, grouping: SamplerMode, config: TrainConfig
 ) -> list[np.ndarray]:
     """Split a search block into batches, as the sampler does.
 
     sim: cosines of images and captions (M, M)
-    groups: product and caption ids (2, M)
+    ids: of products and captions (2, M)
     grouping: how similar items come together
     config: for the batch size and the margin
     -> the item numbers of each batch
     """
     order = np.arange(len(sim))
     if grouping != "random":
-        order = chain(sim.numpy(), groups, 0, config.batch_size, grouping, config.margin)
+        order = chain(sim.numpy(), ids, 0, config.batch_size, grouping, config.margin)
     return np.split(order, range(config.batch_size, len(order), config.batch_size))
 
 

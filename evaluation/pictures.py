@@ -28,15 +28,15 @@ from masking import itm_grad_cam, random_patch_mask, random_word_mask, soft_mask
 from readers.dataset import PairDataset, pad_to_square
 from readers.prompts import Text
 
-# The panels of curves.png: title -> keys of metrics.jsonl. Beside a key stands its value for random masks, key_random,
-# where the run has one. The values of "held-out" panels are shares.
+# The panels of curves.png: title -> keys of metrics.jsonl. Each key is drawn with key_random, its value for random
+# masks, where the run has it. The values of "held-out" panels are shares.
 PANELS = {
     "loss": ["itc", "itm", "mlm", "mim", "rtd", "align", "class"],
     "held-out recall": ["val_i2t_r1", "val_i2t_r5", "val_i2t_r10", "val_t2i_r1", "val_t2i_r5", "val_t2i_r10"],
     "held-out recall by image and text": ["val_r1", "val_r10", "val_r50"],
     "held-out accuracy": ["val_itm_accuracy", "val_mlm_accuracy", "choice_fine", "choice_fine_itm"],
     "held-out": ["val_accuracy", "val_macro_f1"],
-    "image gain, held out": ["val_image_gain", "image_gain_coarse", "image_gain_fine"],
+    "image gain": ["val_image_gain", "image_gain_coarse", "image_gain_fine"],
     "held-out masks against the ground truth": ["patch_precision", "word_precision", "pointing_game"],
 }
 
@@ -48,7 +48,7 @@ DEJAVU = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.tt
 @cache
 def find_font(text: str) -> str | None:
     """Find a font file that has all letters of a text: DejaVu Sans, or else one of the system. -> None without one"""
-    # the others would draw boxes, or bitmaps that matplotlib cannot scale
+    # fonts of last resort draw boxes, emoji fonts bitmaps that matplotlib cannot scale
     system_fonts = [font.fname for font in fontManager.ttflist if not re.search("Resort|Emoji", font.name)]
     for path in (DEJAVU, *system_fonts):
         with contextlib.suppress(OSError, RuntimeError):  # a font that was removed, or is damaged
@@ -87,7 +87,11 @@ def draw_curves(lines: list[dict], path: Path) -> None:
                 style = {"linestyle": ":", "color": axis.lines[-1].get_color()}
             marker = "." if len(steps) < 20 else None
             axis.plot(steps, values, label=key.removeprefix("val_"), marker=marker, **style)
-        axis.set(title=title, xlabel="step", ylim=(0, 1.02) if "held-out" in title else (0, None))
+        axis.set(title=title, xlabel="step")
+        if "held-out" in title:
+            axis.set_ylim(0, 1.02)
+        elif title == "loss":
+            axis.set_ylim(0, None)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     with name_in_errors(path):
@@ -152,7 +156,7 @@ def draw_masks(run: Run, dataset: PairDataset, rows: list[int], path: Path) -> N
 
 
 def example_masks(run: Run, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    """Make a mask of each kind. A model with a single fusion layer has no soft mask.
+    """Make a mask of each kind. A single fusion layer has no soft mask: in the last layer only [CLS] matters to ITM.
 
     batch: on the device, with normalised images
     -> title -> patch mask (B, P), word mask (B, L)
@@ -226,20 +230,20 @@ def draw_caption(
     left, y = corner
     x = left
     previous_end = None
-    for piece, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, word_mask.tolist(), strict=False):
-        if piece is None:  # [CLS], [SEP]
+    for segment, (start, stop), masked in zip(encoding.word_ids, encoding.offsets, word_mask.tolist(), strict=False):
+        if segment is None:  # [CLS], [SEP]
             continue
-        if previous_end is not None and previous_end != (piece, start):  # a new word
+        if previous_end is not None and previous_end != (segment, start):  # a new word
             x += 5
             if x > left + 280:  # pixels
                 x, y = left, y + LINE_HEIGHT
-        token = caption[piece][start:stop]
+        token = caption[segment][start:stop]
         size = font.getlength(token)
         if masked:
             pen.rectangle((x - 1, y, x + size + 1, y + LINE_HEIGHT - 3), INK)
         pen.text((x, y), token, PAPER if masked else INK, font)
         x += size + 1
-        previous_end = (piece, stop)
+        previous_end = (segment, stop)
     if encoding.overflowing:
         pen.text((x + 5, y), "…", INK, font)
     return y + LINE_HEIGHT

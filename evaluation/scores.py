@@ -54,7 +54,7 @@ class Ranking:
         return replace(self, protocol=f"rerank_{self.protocol}", ranks=ranks)
 
     def chance(self) -> Metrics:
-        """Compute the recalls of a random order: R@k = 1 − C(candidates − positives, k) / C(candidates, k)."""
+        """Compute the recalls of a random order: R@k = 1 − binom(candidates − positives, k) / binom(candidates, k)."""
         recalls = {}
         for k in (1, 5, 10):
             misses = [math.comb(self.num_candidates - count, k) for count in self.num_positives.tolist()]

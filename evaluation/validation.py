@@ -30,7 +30,7 @@ METRIC_TITLES = {  # key of metrics.jsonl -> title in the closing table; docs/gl
     "patch_precision": "mask precision, patches",
     "word_precision": "mask precision, words",
     "pointing_game": "pointing game, fine attributes",
-    "false_negative_rate": "false negatives among those chosen",
+    "false_negative_rate": "false ITM negatives",
 }
 
 
@@ -44,8 +44,7 @@ def metrics_table(metrics: dict[str, float], chance: dict[str, float]) -> list[s
     for key, title in METRIC_TITLES.items():
         if key not in metrics:
             continue
-        unit = "points" if "gain" in key else "%"
-        line = f"  {title:40}{100 * metrics[key]:7.1f} {unit:7}"
+        line = f"  {title:40}{100 * metrics[key]:7.1f} {unit_of(key):7}"
         chance_value = chance_of(key, metrics, chance)
         if chance_value is not None:
             line += f"{100 * chance_value:8.1f}"
@@ -55,8 +54,13 @@ def metrics_table(metrics: dict[str, float], chance: dict[str, float]) -> list[s
     return lines
 
 
+def unit_of(key: str) -> str:
+    """Return the unit of 100 times a metric. Gains are differences of percentages."""
+    return "points" if "gain" in key else "%"
+
+
 def chance_of(key: str, metrics: dict[str, float], chance: dict[str, float]) -> float | None:
-    """Return the value of a metric by chance, or with random masks; None where neither is known."""
+    """Return the value of a metric by chance, or with random masks or negatives; None where it is not known."""
     if "gain" in key:
         return 0.0
     if key.startswith("choice") or key == "val_itm_accuracy":

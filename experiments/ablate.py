@@ -1,6 +1,6 @@
 """Compare conditions over seeds: mean ± standard deviation, and differences to the first condition, paired by seed.
 
-python experiments/ablate.py --grid ceiling --seeds 3 --steps 1360      random, synchronized and oracle masks
+python experiments/ablate.py --grid masks --seeds 3   --steps 1360      random, synchronized and oracle masks
 python experiments/ablate.py --grid recipes                             the four recipes
 python experiments/ablate.py --grid negatives                           random, hard and semi-hard batches and negatives
 
@@ -17,10 +17,11 @@ import numpy as np
 
 from engine.flags import ConfigError, OneLineParser, in_one_line
 from engine.log import final_metrics
+from evaluation.validation import METRIC_TITLES, unit_of
 
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 GRIDS = {  # grid -> condition -> flags of train.py
-    "ceiling": {
+    "masks": {
         "random": ["--patch-mask", "random", "--word-mask", "random"],
         "synchronized": ["--patch-mask", "sync", "--word-mask", "sync"],
         "oracle": ["--patch-mask", "oracle", "--word-mask", "oracle"],
@@ -39,20 +40,6 @@ GRIDS = {  # grid -> condition -> flags of train.py
         "semihard": ["--negatives", "semihard"],
     },
 }
-COLUMNS = {  # key of the final line of metrics.jsonl, a share -> title of its column, in percent or points
-    "val_i2t_r1": "R@1, image to caption, %",
-    "val_t2i_r1": "R@1, caption to image, %",
-    "val_itm_accuracy": "ITM accuracy, %",
-    "val_mlm_accuracy": "MLM accuracy, %",
-    "val_image_gain": "image gain, points",
-    "image_gain_coarse": "image gain, coarse, points",
-    "image_gain_fine": "image gain, fine, points",
-    "choice_fine": "own caption chosen, fine, by cosine, %",
-    "choice_fine_itm": "own caption chosen, fine, by ITM, %",
-    "word_precision": "mask precision, words, %",
-    "patch_precision": "mask precision, patches, %",
-    "false_negative_rate": "false negatives, %",
-}
 
 
 def run_condition(out: Path, flags: list[str]) -> dict:
@@ -63,22 +50,32 @@ def run_condition(out: Path, flags: list[str]) -> dict:
     Raises ConfigError where the folder holds a run with other flags, or where the run does not finish.
     """
     flags_file = out / "flags.txt"
-    if flags_file.exists() and flags_file.read_text() != " ".join(flags):
+    if (out / "metrics.jsonl").exists() and flags_file.read_text() != " ".join(flags):
         raise ConfigError(f"{out} holds a run with other flags; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     flags_file.write_text(" ".join(flags))
     if not final_metrics(out):
         if (out / "last.pt").exists():
             flags = ["--resume"]
-        subprocess.run([sys.executable, str(TRAIN_SCRIPT), "--out", str(out), *flags])
+        run_to_its_end([sys.executable, str(TRAIN_SCRIPT), "--out", str(out), *flags])
     metrics = final_metrics(out)
     if not metrics:
         raise ConfigError(f"{out}: the run did not finish; run the same command again to continue it")
     return metrics
 
 
+def run_to_its_end(command: list[str]) -> None:
+    """Run a command. Ctrl-C reaches it as well: wait until it has saved, then raise KeyboardInterrupt."""
+    process = subprocess.Popen(command)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+
+
 def mean_and_deviation(values: np.ndarray) -> str:
-    """Format the mean ± standard deviation over seeds, or the value alone if there is one seed. values (seeds,)"""
+    """Format the mean ± standard deviation (ddof 1) over seeds, or the value of a single seed. values (seeds,)"""
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
@@ -87,9 +84,9 @@ def mean_and_deviation(values: np.ndarray) -> str:
 def comparison_table(metrics: dict[str, list[dict]]) -> str:
     """Format a Markdown table of the conditions, and of their differences to the first condition, paired by seed.
 
-    metrics: condition -> final metrics, one entry per seed; columns are the keys that all of them have
+    metrics: condition -> final metrics, one entry per seed; columns are the METRIC_TITLES that all of them have
     """
-    keys = list(COLUMNS)
+    keys = list(METRIC_TITLES)
     for runs in metrics.values():
         for final in runs:
             keys = [key for key in keys if key in final]
@@ -98,7 +95,8 @@ def comparison_table(metrics: dict[str, list[dict]]) -> str:
         values[condition] = 100 * np.array([[final[key] for final in runs] for key in keys])
     baseline, *others = values
 
-    rows = [["condition"] + [COLUMNS[key] for key in keys], ["---"] * (1 + len(keys))]
+    titles = [f"{METRIC_TITLES[key]}, {unit_of(key)}" for key in keys]
+    rows = [["condition", *titles], ["---"] * (1 + len(keys))]
     for condition in values:
         rows.append([condition] + [mean_and_deviation(by_seed) for by_seed in values[condition]])
     for condition in others:
@@ -115,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--grid", choices=GRIDS, default="ceiling", help="conditions to compare (default ceiling)")
+    parser.add_argument("--grid", choices=GRIDS, default="masks", help="conditions to compare (default masks)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="conditions of the grid to run (default all)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted from 0 (default 3)")
     parser.add_argument(
@@ -134,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
                 runs.append(run_condition(out, [*conditions[name], *flags, "--seed", str(seed)]))
     except (ConfigError, OSError) as error:
         sys.exit(f"ablate.py: {in_one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("ablate.py: stopped; the same command continues")
     print(comparison_table(metrics))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import build_dataset, to_device
+from data import build_dataset, informative_pieces, to_device
 from engine.batches import augmented, learn_vocabulary
 from engine.config import MAX_GRAD_NORM, TrainConfig, parse_config
 from engine.flags import ConfigError, OneLineParser, in_one_line
@@ -31,7 +31,7 @@ PARTS = ("vision", "text", "fusion", "decoder")
 
 
 def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
-    """Build a run after its warm-ups, and the items of one batch of synthetic products.
+    """Build a run whose step lies beyond all warm-ups, and the items of one batch of synthetic products.
 
     Raises ConfigError or DataError for flags that do not fit.
     """
@@ -44,6 +44,7 @@ def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
     unused = config.model.vocab_size - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"[unused{i}]" for i in range(unused)])
     run = build_run(config, dataset, tokenizer)
+    run.informative = informative_pieces(tokenizer, dataset.captions)
     run.step = 10**9  # after all warm-ups
     run.generator = torch.Generator(run.device).manual_seed(config.seed)
     rows = np.random.default_rng(config.seed).permutation(len(dataset))[: config.batch_size]

@@ -34,7 +34,8 @@ from engine.log import read_metrics
 from engine.weights import TOKEN_TYPES, other_names, split_qkv
 from model import ModelConfig, VisionLanguageModel
 
-PRIVATE = {"out", "vocab", "weights", "sizes_from", "checkpoint", "image", "index"}  # settings with paths of a machine
+# Settings with paths of a machine, which are not exported. The folder of the data, root, is: evaluation needs it.
+PRIVATE = {"out", "vocab", "weights", "sizes_from", "checkpoint", "image", "index"}
 
 
 def rename(model: VisionLanguageModel) -> tuple[dict[str, Tensor], list[str]]:
@@ -130,7 +131,7 @@ def export(checkpoint: str, file: Path, half: bool = False, note: str = "") -> N
     file: of the weights, called model.safetensors; the others are written beside it
     half: write the weights in fp16, half as large
     note: a sentence for the model card
-    Raises ConfigError for a file that is no checkpoint, another name, or a folder that is used already.
+    Raises ConfigError for a checkpoint that cannot be read, another file name, or a folder that is in use.
     Raises OSError where nothing can be written.
     """
     if file.name != "model.safetensors":

@@ -20,16 +20,11 @@ from engine.flags import ConfigError, OneLineParser, in_one_line
 from engine.log import read_metrics
 from engine.run import Run, build_run
 from evaluation.pictures import draw_masks, first_images
+from evaluation.validation import METRIC_TITLES, unit_of
 from readers.dataset import DataError, PairDataset
 from readers.prompts import CAPTION_PREFIX
 
-COMPARED = {  # key of metrics.jsonl -> title of its panel
-    "image_gain_fine": "image gain, fine attributes",
-    "image_gain_coarse": "image gain, coarse attributes",
-    "val_image_gain": "image gain, all words",
-    "val_i2t_r1": "R@1, image to caption",
-    "val_t2i_r1": "R@1, caption to image",
-}
+COMPARED = ("image_gain_fine", "image_gain_coarse", "val_image_gain", "val_i2t_r1", "val_t2i_r1")
 
 
 def draw_sheet(dataset: PairDataset, products: int, path: Path) -> None:
@@ -69,8 +64,8 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
         for run in runs:
             steps = [line["step"] for line in lines[run]]
             axis.plot(steps, [100 * line[key] for line in lines[run]], label=run.name, marker=".")
-        unit = "points" if "gain" in key else "%"
-        axis.set(title=f"{COMPARED[key]}, {unit}", xlabel="step")
+        axis.set_title(f"{METRIC_TITLES[key]}, {unit_of(key)}", fontsize=10)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=90)
@@ -83,7 +78,7 @@ def open_run(checkpoint: Path, root: str | None, device: str) -> tuple[Run, Pair
     Raises ConfigError for a checkpoint, and DataError for data, that cannot be used.
     """
     state = load_checkpoint(checkpoint)
-    config = config_from_dict(state["config"] | {"device": device, "compile": False, "resume": True})
+    config = config_from_dict(state["config"] | {"device": device, "compile": False})
     dataset = build_dataset(config.data, root or config.root, "val", config.model.image_size, config.seed)
     dataset.caption_prefix = CAPTION_PREFIX if config.prompts else ""
     run = build_run(config, dataset, read_tokenizer(state))

@@ -9,6 +9,7 @@ A template is a text with columns of the table in braces, and perhaps a format o
 """
 
 import argparse
+import contextlib
 import csv
 import filecmp
 import fnmatch
@@ -46,7 +47,7 @@ def read_csv(path: Path, problems: list[str]) -> Iterator[tuple[str, dict]]:
     Raises OSError where the file cannot be read, DataError where it is not text or a quote is not closed.
     """
     text = _decode(path)
-    first_line = text.partition("\n")[0]
+    first_line = text.lstrip().partition("\n")[0]
     separator = max(",;\t|", key=first_line.count)
     # unless it is strict, a quote that is never closed swallows all further rows without an error
     reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, strict=True)
@@ -91,15 +92,14 @@ def _decode(path: Path) -> str:
 
 
 def read_json_table(path: Path) -> list[tuple[str, dict]]:
-    """Read a list of objects, an object a line, or an object of objects or texts.
+    """Read a list of objects, an object per line, or an object of objects or texts.
 
     The members of an object become rows with a column `key`; texts stand in a column `value`.
     Raises OSError where the file cannot be read, DataError where it is malformed.
     """
-    try:
-        content = read_json(path)
-    except DataError:  # an object a line, or damaged, which `read_json_lines` reports
-        content = None
+    content = None
+    with contextlib.suppress(DataError):  # an object per line, or damaged, which `read_json_lines` reports
+        content = None if path.suffix == ".jsonl" else read_json(path)
     if isinstance(content, dict):
         rows = []
         for key, value in content.items():

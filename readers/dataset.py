@@ -1,4 +1,4 @@
-"""The base of every data set: image-caption pairs, one a row.
+"""The base of every data set: image-caption pairs, one in each row.
 
 Letters: N rows, S side of an image in pixels.
 """
@@ -23,8 +23,8 @@ ReportedSplit = Literal["train", "val", "test"]
 
 # for str.translate: tabs and line ends become blanks, other control characters are deleted
 CONTROL_CHARACTERS = {code: " " if chr(code).isspace() else "" for code in [*range(32), *range(127, 160)]}
-CONTROL_CHARACTERS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # halves of a character, which no output encodes
-# so are soft hyphens, byte order marks and marks of direction; a joiner stays, as in emoji, Persian and Hindi
+CONTROL_CHARACTERS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")  # surrogates, which UTF-8 cannot encode
+# Soft hyphens, byte order marks and marks of direction are deleted. Zero-width joiners stay, as in emoji and Hindi.
 CONTROL_CHARACTERS |= dict.fromkeys([0xAD, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF], "")
 CONTROL_CHARACTERS[0x200B] = " "  # the zero-width space, which parts words
 
@@ -47,7 +47,7 @@ def clean_text(value: object) -> str | None:
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | int) or isinstance(value, bool):
         return None
     text = str(value)
     for _ in range(2):  # exports of shops are often escaped twice
@@ -76,7 +76,7 @@ class Span(NamedTuple):
 
     start: int
     end: int
-    key: str  # the attribute, a key of `Product.attributes`; "invisible" for what no image shows
+    key: str  # the attribute, a key of `Product.attributes`; "invisible" for fabric, fit, wash, lining and season
     kind: str  # one of `wardrobe.ATTRIBUTE_KINDS`
 
 
@@ -94,14 +94,14 @@ class GroundTruth:
 
 
 class PairDataset(Dataset):
-    """A data set of image-caption pairs, one a row. Every reader returns one.
+    """A data set of image-caption pairs, one in each row. Every reader returns one.
 
-    Several rows show one product: several images that share a caption, or, with `several_captions`, one image that has
-    several captions.
+    Several rows show one product: several images, which usually share a caption, or, with `several_captions`, one image
+    that has several captions.
 
     captions: N texts
     product_ids, caption_ids: int64 (N,), equal where two rows have the same product, or the same caption
-    images, image_index: the image of a row is `images[image_index[row]]`; readers of files decode it at that moment
+    images, image_index: the image of a row is `images[image_index[row]]`; files are decoded when the row is read
     attributes: name -> N values, "" where unknown; `categories` and `subcategories` are two of them
     image_names: the name of each image in messages; without names it is called by its number
     problems: a message for each image or line that was left out at opening
@@ -239,7 +239,7 @@ def pad_to_square(image: Image.Image, size: int) -> Image.Image:
     if image.size == (size, size):
         return image
     longest = max(image.size)
-    # at least a pixel, which ImageOps.pad does not leave of a very flat image
+    # ImageOps.pad would leave no pixel of a very flat image
     width, height = (max(1, round(side / longest * size)) for side in image.size)
     square = Image.new("RGB", (size, size), "white")
     corner = (round((size - width) / 2), round((size - height) / 2))

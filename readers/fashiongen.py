@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from readers.dataset import DataError, PairDataset, Split, clean_text, note_shar
 from readers.files import explain_failure
 
 FILES = {"train": "fashiongen_256_256_train.h5", "val": "fashiongen_256_256_validation.h5"}
-# `input_…`, as texts; the optional ones are for prompts
+# keys, without their prefix `input_`; prompts use the optional ones
 COLUMNS = ("productID", "description", "category", "subcategory")
 OPTIONAL_COLUMNS = ("composition", "gender", "name", "season")
 
 
 def fashiongen(folder: Path, split: Split, image_size: int) -> PairDataset:
-    """Open FashionGen (Rostamzadeh et al. 2018) as distributed: one HDF5 file a split, one row an image.
+    """Open FashionGen (Rostamzadeh et al. 2018) as distributed: one HDF5 file per split, one row per image.
 
     Rows without a caption are left out and reported. Products that are in both files are reported.
     Raises DataError where the file is missing, damaged or locked, lacks a key, or has columns of unequal length.
@@ -45,7 +46,8 @@ def fashiongen(folder: Path, split: Split, image_size: int) -> PairDataset:
     )
     dataset.problems = [f"row {row}: empty input_description" for row, caption in enumerate(captions) if not caption]
     if split == "val":
-        with contextlib.suppress(DataError):  # of the training file, which training reports
+        # errors in the training file are reported when training opens it
+        with contextlib.suppress(DataError):
             train_products = _read_columns(folder / FILES["train"], ("productID",))["productID"]
             dataset.notes = note_shared_products(products, train_products, FILES["train"])
     return dataset
@@ -93,7 +95,7 @@ def _decode(value: object) -> object:
 
 def _spell_out_season(season: str) -> str:
     """Replace FashionGen's abbreviations by words: SS2018, FW2018."""
-    return season.replace("SS", "spring summer ").replace("FW", "fall winter ")
+    return re.sub("^FW", "fall winter ", re.sub("^SS", "spring summer ", season))
 
 
 class Hdf5Images:

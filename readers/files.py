@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from readers.dataset import DataError
 
-LFS_START = b"version https://git-lfs.github.com/spec/"  # of what stands for a file where Git LFS is not installed
+LFS_START = b"version https://git-lfs.github.com/spec/"  # first bytes of a Git LFS pointer
 LFS_ADVICE = "a Git LFS pointer instead of the file; get the file by git lfs pull"
 
 

@@ -43,7 +43,8 @@ def jsonl(folder: Path, split: Split, image_size: int, seed: int = 0) -> PairDat
     dataset.problems = problems
     if has_val and split == "val":
         products = [record["product_id"] for record in records]
-        with contextlib.suppress(OSError, DataError):  # of the training file, which training reports
+        # errors in the training file are reported when training opens it
+        with contextlib.suppress(OSError, DataError):
             lines = read_json_lines(folder / "train.jsonl")
             train_products = {clean_text(record.get("product_id")) for _, record in lines}
             dataset.notes = note_shared_products(products, train_products, "train.jsonl")

@@ -47,7 +47,7 @@ def karpathy(folder: Path, name: CaptionedName, split: ReportedSplit, image_size
         fields = "filename, split, and sentences with a text raw"
         raise DataError(f"{path}: expected images with {fields}; give the file as distributed") from None
     if not captions:
-        reason = "; ".join(problems[:3]) or "the file lists none"
+        reason = "; ".join(problems[:3]) or ("all captions are empty" if empty_captions else "the file lists none")
         raise DataError(f"{path}: no usable image of the {split} split; {reason}")
     dataset = PairDataset(
         captions,

@@ -11,7 +11,7 @@ import numpy as np
 Text = tuple[str, ...]
 
 CAPTION_PREFIX = "the image description is"
-DIFFERENCE_PREFIX = "the difference between two images are"  # of queries in text-guided retrieval
+DIFFERENCE_PREFIX = "the difference between two images are"  # Fashion-FINE's words, for text-guided retrieval
 VISIBLE_ATTRIBUTES = ("colour", "pattern", "sleeve", "neck")
 ATTRIBUTES = ("category", "subcategory", "name", "composition", "gender", "season", *VISIBLE_ATTRIBUTES)
 

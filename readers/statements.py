@@ -21,7 +21,7 @@ def snlive(folder: Path, split: ReportedSplit, image_size: int) -> PairDataset:
     """Open SNLI-VE (Xie et al. 2019) as distributed. A row is a statement; its category is its label.
 
     Files: `snli_ve_{train,dev,test}.jsonl`, of whose lines `Flickr30K_ID`, `sentence2` and `gold_label` are read, and
-    `images/{Flickr30K_ID}.jpg`, or another image file as of `list_images`.
+    `images/{Flickr30K_ID}.jpg`, or another image file that `list_images` finds.
     Statements without a gold label (`-`), without words or without their image are left out and counted.
 
     Raises OSError where the file cannot be read, DataError where it is malformed or has no usable statement.
@@ -128,8 +128,8 @@ def draw_statements(images: Synthetic, rows: list[int], rng: np.random.Generator
     """Draw six statements about two images of a product, each of which shows an attribute that the other does not.
 
     Each image gets one statement of each label; the neutral one is about the attribute that only the other shows.
-    So each image has every label equally often, and a clause, true or false, is neutral half of the time. Neither
-    the image alone nor the statement alone predicts the label.
+    So each image has every label equally often, and so has each attribute. Neither the image alone nor the statement
+    alone predicts the label.
 
     rows: the images of the product -> no statements where no two images suit
     """

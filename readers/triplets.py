@@ -19,7 +19,7 @@ class Triplets(PairDataset):
     image_set: a data set whose rows are all images, references and targets alike
     references, targets: int64 (T,), rows of `image_set`; a target that is not published is −1
     captions: the texts · product_ids: equal where the targets are
-    families: int64 (T,), equal where triplets may share images
+    families: int64 (T,), held out together: equal references (FashionIQ), or equal families of synthetic products
     subsets: the subset of each triplet, such as FashionIQ's dress, shirt and toptee; metrics are averaged over subsets
     galleries: subset -> protocol -> rows of the images to search: "original", all images of the split; "union", the
     images that occur in the subset's triplets, where targets are published
@@ -111,7 +111,7 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     """Open FashionIQ (Wu et al. 2021) as distributed. The test split has no targets.
 
     Files: `captions/cap.{dress,shirt,toptee}.{split}.json`, `image_splits/split.{dress,shirt,toptee}.{split}.json`,
-    `images/{id}.jpg`, or another image file as of `list_images`. Our choice: both captions of a pair are joined by
+    `images/{id}.jpg`, or another image file that `list_images` finds. Our choice: both captions of a pair are joined by
     "and", in their order.
 
     Images that are missing are left out and reported, pairs without their images or without a caption are counted.
@@ -139,6 +139,8 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     with_images = [query for query in queries if query.reference in row_of and query.target in row_of]
     usable = [query for query in with_images if query.text]
     if not usable:
+        if with_images:
+            raise DataError(f"{folder}/captions: all {split} captions are empty; give the files as distributed")
         files_needed = f"{all_names[0] if all_names else 'ID'}.jpg or .png and the others"
         raise DataError(f"{folder}/images: no {split} pair has both of its images; put {files_needed} there")
     original_galleries = {}

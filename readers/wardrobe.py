@@ -1,7 +1,8 @@
 """The synthetic wardrobe: which garments there are, what a product can look like, and what its caption says.
 
-A style comes in several colours, so that a colour does not identify a product. A caption names more than one image
-shows. Attributes vary independently: no word of a caption can be predicted from its other words.
+A style comes in several colours, so that a colour does not identify a product. A caption names more attributes than any
+single image shows. Colour, pattern, and the look and noun of a detail are drawn independently. The garment limits
+sleeves, neck, closure and places.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

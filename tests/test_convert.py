@@ -58,6 +58,20 @@ def refused(*flags):
     return message
 
 
+def test_a_table_of_one_line_and_a_table_that_begins_with_a_blank_line(tmp_path):
+    draw(tmp_path / "a.png")
+    row = {"image": "a.png", "caption": "red dress", "no": 7}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    flags = [*SIMPLE, "--product", "{no}"]
+    (tmp_path / "blank.csv").write_text("\nimage;caption;no\na.png;red, long dress;7\n")
+    captions = []
+    for table in ("--json one.jsonl", "--csv blank.csv"):
+        flag, name = table.split()
+        data.main(["convert", flag, str(tmp_path / name), *flags, "--out", str(tmp_path / flag)])
+        captions += [record["caption"] for record in records(tmp_path / flag)]
+    assert captions == ["red dress", "red, long dress"]
+
+
 def test_kaggles_product_images(tmp_path, capsys):
     (tmp_path / "styles.csv").write_text(KAGGLE)
     for number in (15970, 39386, 59263, 21379, 53759):

@@ -200,7 +200,7 @@ def test_a_vocabulary_and_weights_can_be_given(tmp_path, capsys):
             ["--data", "jsonl", "--root", "x", "--word-mask", "oracle"],
             "--data jsonl has no ground truth; use random or sync",
         ),
-        (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs --prompts"),
+        (["--recipe", "fashionfine", "--no-prompts"], "--alignment needs the category symbol of --prompts"),
         (["--data", "jsonl", "--root", "/nowhere"], "/nowhere: no such folder"),
         (["--image-size", "60"], "not a multiple of patch_size"),
         (["--lr", "inf"], "--lr inf: must be a finite number"),

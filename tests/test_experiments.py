@@ -1,7 +1,6 @@
 """Pictures are drawn, experiments continue where they stopped, and a step has the passes that results.md lists."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +54,8 @@ def test_an_ablation_continues_where_it_stopped(tmp_path, capsys, monkeypatch):
         started.append(command)
         config, given = parse_config(command[2:])
         train.train(config, given, stop_at=1 if len(started) == 1 else None)
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", stand_in)
+    monkeypatch.setattr(ablate, "run_to_its_end", stand_in)
     flags = ["--grid", "negatives", "--seeds", "2", "--out", str(tmp_path), *SMALL]
     with pytest.raises(SystemExit, match="the run did not finish; run the same command again"):
         ablate.main(flags)

@@ -221,7 +221,13 @@ def test_prompts_of_files(fashiongen, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     line = {"image": "a.png", "caption": "A coat", "category": "Coats"}
     more = {"title": "Coat 5", "season": "Fall", "gender": None, "usage": "Casual", "colour": 7, "neck": "  "}
-    others = {"name": "Coat 6", "composition": ["wool"], "season": float("nan"), "subcategory": {"no": "label"}}
+    others = {
+        "name": "Coat 6",
+        "composition": ["wool"],
+        "gender": True,
+        "season": float("nan"),
+        "subcategory": {"no": "label"},
+    }
     write_jsonl(tmp_path, [line | {"product_id": 1} | more, line | {"product_id": 2} | others])
     write_jsonl(tmp_path, [line | {"product_id": 3}], "val.jsonl")
     opened = open_jsonl(tmp_path)
@@ -317,6 +323,15 @@ def test_bad_fashioniq_files_are_refused_in_one_line(tmp_path, content, complain
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="no such folder; give the folder of the fashioniq files with --root"):
         open_fashioniq(tmp_path / "nowhere")
+
+
+def test_fashioniq_without_words_is_refused(tmp_path):
+    write_fashioniq(tmp_path, "val", dict.fromkeys(PUBLISHED, (4, 9, 8)))
+    for path in (tmp_path / "captions").iterdir():
+        pairs = [pair | {"captions": ["", " "]} for pair in json.loads(path.read_text())]
+        path.write_text(json.dumps(pairs))
+    with pytest.raises(DataError, match="captions: all val captions are empty"):
+        open_fashioniq(tmp_path)
 
 
 def test_image_files_that_are_not_decoded(tmp_path):

@@ -149,7 +149,7 @@ def test_flags_come_before_sizes_from_and_an_export_sets_its_own_sizes(tmp_path)
         ({"a": 1}, "of a model of type None"),
         ([], "not a config of a model"),
         (bert_sizes("x"), "key num_hidden_layers is missing, or is no whole number"),
-        (bert_sizes(12, hidden_size=312, intermediate_size=1200), "intermediate_size is not 4 times hidden_size"),
+        (bert_sizes(12, hidden_size=312, intermediate_size=1200), "intermediate_size must be 4 times hidden_size"),
         (bert_sizes(12, hidden_size=10**9), "width 1000000000 is not between"),
         (bert_sizes(12, num_attention_heads=7), "width 768 is not a multiple of heads 7"),
         (None, "config.json: no such file"),
