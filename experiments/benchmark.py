@@ -2,6 +2,7 @@
 
 python experiments/benchmark.py step --recipe syncmask   time by phase, peak memory
 python experiments/benchmark.py passes                   inputs of each part of the model per pair of a batch
+python experiments/benchmark.py operations               floating-point operations per pair of a batch
 
 Both take the flags of train.py: --preset, --recipe, --batch-size, --device, --precision, --compile, …
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import build_dataset, informative_pieces, to_device
@@ -28,6 +30,11 @@ from readers.dataset import DataError
 from train import RECIPES
 
 PARTS = ("vision", "text", "fusion", "decoder")
+MEASURES = {  # what to measure -> help
+    "step": "step: time by phase, and memory",
+    "passes": "passes: inputs of each part of the model",
+    "operations": "operations: floating-point operations",
+}
 
 
 def open_run(config: TrainConfig) -> tuple[Run, list[dict]]:
@@ -136,19 +143,37 @@ def print_passes(flags: list[str]) -> None:
         print(f"| {recipe} | " + " | ".join(cells) + " |")
 
 
+def print_operations(flags: list[str]) -> None:
+    """Print a Markdown table of the operations of a step, forward and backward, per pair of the batch.
+
+    A multiply-add of a matrix product counts as two operations; other operations are not counted.
+    flags: of train.py
+    Raises ConfigError or DataError for flags that do not fit.
+    """
+    print("| recipe | preset | GFLOP per pair |\n|---|---|---|")
+    for recipe in RECIPES:
+        config, _ = parse_config([*flags, "--recipe", recipe])
+        run, items = open_run(config)
+        with FlopCounterMode(display=False) as operations:
+            take_step(run, items)
+        print(f"| {recipe} | {config.preset} | {operations.get_total_flops() / len(items) / 1e9:.3g} |")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Errors end the process with one line."""
     description = "Measure the cost of a training step on this machine. Other flags are those of train.py."
     parser = OneLineParser("benchmark.py", description=description)
-    parser.add_argument("measure", choices=["step", "passes"], help="time and memory, or inputs of each part")
+    parser.add_argument("measure", choices=MEASURES, help="; ".join(MEASURES.values()))
     parser.add_argument("--repeats", type=int, default=10, help="number of steps to time (default 10)")
     args, flags = parser.parse_known_args(argv)
     try:
         if args.measure == "step":
             config, _ = parse_config(flags)
             time_steps(config, args.repeats)
-        else:
+        elif args.measure == "passes":
             print_passes(flags)
+        else:
+            print_operations(flags)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"benchmark.py: {in_one_line(error)}")
 

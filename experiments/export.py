@@ -113,7 +113,8 @@ def model_card(state: dict, metrics: dict, note: str) -> str:
         "",
         f"Trained for {state['step']:,} steps on {data}, seed {config['seed']}, {config['precision']}. {note}".strip(),
         "",
-        "`config.json` holds all settings, `metrics.jsonl` the training curves. The last metrics, shares from 0 to 1 (keys: `docs/glossary.md`):",
+        "`config.json` holds all settings, `metrics.jsonl` the training curves. The last metrics, shares from 0 to 1 "
+        "(keys: `docs/glossary.md`):",
         "",
         "| metric | value |",
         "|---|---|",

@@ -110,5 +110,8 @@ def test_the_benchmark_prints_what_a_step_costs(capsys):
     benchmark.main(["passes", *SMALL, "--fusion-layers", "2"])
     table = capsys.readouterr().out.splitlines()
     assert set(table) <= set((ROOT / "experiments/results.md").read_text().splitlines()) and len(table) == 6
+    benchmark.main(["operations", *SMALL, "--fusion-layers", "2"])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 6 and all(float(row.split(" | ")[2].strip(" |")) > 0 for row in table[2:])
     with pytest.raises(SystemExit, match="benchmark.py: image_size 0"):
         benchmark.main(["step", "--image-size", "0"])
