@@ -1,4 +1,5 @@
-"""Pretraining. Each method is one function here, its recipe. Its settings are in RECIPE_DEFAULTS of engine/config.py.
+"""Pretraining. Each method is one function here, its recipe. RECIPE_DEFAULTS in engine/config.py has its settings that
+differ from the preset.
 
     python train.py                                            tiny model, synthetic images, a laptop
     python train.py --data fashiongen --root DIR               base model, FashionGen's files, a GPU
@@ -169,7 +170,7 @@ def syncmask(run: Run, batch: dict) -> tuple[Values, Values]:
 
 def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
     """Text-driven soft masks (Park & Han 2023): focal ITC + ITM with a soft-masked image as one more positive + MLM, on
-    masked captions and distorted images (RECIPE_DEFAULTS). -> losses, metrics
+    masked captions and distorted images. -> losses, metrics
 
     Our choice: with --mask-text, ITC, ITM and MLM read one encoding of the masked caption.
     """
@@ -209,7 +210,7 @@ def softmask(run: Run, batch: dict) -> tuple[Values, Values]:
         itm_labels = torch.cat([itm_labels, torch.ones_like(own)])
     else:
         fused = model.fusion(text_embeds, attention_mask, image_kv)
-    fused_cls = torch.cat([fused_cls, fused[:, :1]])
+    fused_cls = torch.cat([fused_cls, fused[:, :1]])  # soft-masked and own pairs are all positives, in any order
     itm, itm_accuracy = compute_itm(run, fused_cls, itm_labels)
 
     # MLM: from the fused tokens of ITM if the caption was masked there
@@ -227,10 +228,10 @@ def fashionfine(run: Run, batch: dict) -> tuple[Values, Values]:
     -> losses, metrics
 
     Local tokens are patches or words, pooled and mixed into the [CLS] feature; the momentum encoder's features have
-    none. C-CmA aligns the category symbol, a token such as [shoes] before the caption, and phrases with the image. RTD
-    detects replaced tokens. As in the authors' code, all objectives read one caption, some of whose words are masked
-    and some replaced, and MLM has no soft targets. Our choices: the momentum encoder reads the clean caption; the
-    weight of C-CmA is ramped up.
+    none. C-CmA aligns one more text feature with the image, a mixture of the category symbol, such as [shoes], and of
+    phrases. RTD detects replaced tokens. As in the authors' code, all objectives read one caption, some of whose words
+    are masked and some replaced, and MLM has no soft targets. Our choices: the momentum encoder reads the clean
+    caption; the weight of C-CmA is ramped up.
     """
     config, model, ids, attention_mask = run.config, run.model, batch["token_ids"], batch["attention_mask"]
     image_embeds_m, image_feat_m, text_feat_m = encode_momentum(run, batch)
@@ -386,7 +387,7 @@ def compute_rtd(run: Run, fused: Tensor, readable: Tensor, replaced: Tensor) -> 
     readable (B, L) bool: the tokens to classify, which are not [MASK] · replaced (B, L) bool: the replaced tokens
     """
     tokens, labels = gather_masked(readable, fused, replaced.long())
-    logits = run.model.detector(tokens)  # (M, 2)
+    logits = run.model.detector(tokens)  # (n, 2), n readable tokens
     of_replaced = labels.masked_fill(labels == 0, -100)
     return cross_entropy(logits, labels), accuracy(logits, of_replaced)
 
@@ -397,9 +398,9 @@ ORACLE_RATIO = 0.5  # our choice: oracle masks mask this share of the words that
 def choose_masks(run: Run, batch: dict, image_embeds_m: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the masks of a batch by --patch-mask and --word-mask: random, synchronized or oracle.
 
-    Where the two modes differ, synchronized or oracle patches still follow the words that their own mode would mask. A
-    share of the pairs, --random-mask-prob, keeps random masks. For --mask-warmup steps random masks stand in for
-    synchronized ones.
+    Each mode chooses words and patches together. If the flags differ, the patches of --patch-mask sync follow the words
+    that sync would mask, although MLM masks others. A share of the pairs, --random-mask-prob, keeps random masks. For
+    --mask-warmup steps random masks stand in for synchronized ones.
     -> patch mask (B, P), word mask (B, L)
     """
     config, generator = run.config, run.generator
