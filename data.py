@@ -469,8 +469,8 @@ SYNONYMS = (
 def word_pairs(tokenizer: Tokenizer, pairs: str) -> Tensor:
     """Find for each token id the id of its partner in a list of pairs, such as ANTONYMS. -> int64 (V,), −1 without one
 
-    Only words that are one token have a partner. The first piece of a longer word has one too, if it is such a word. Of
-    several pairs with a word the first counts.
+    Only words that are one token have a partner. The token also has it where it begins a longer word. Of several pairs
+    with a word the first counts.
     """
     partner = torch.full((tokenizer.get_vocab_size(),), -1)
     for pair in pairs.split(", "):

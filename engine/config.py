@@ -79,7 +79,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """The settings of a pretraining run. Every field with a help text is a flag, and so is it in `ModelConfig`."""
+    """The settings of a pretraining run. Every field with a help text is a flag, here and in `ModelConfig`."""
 
     data: DataName = option("synthetic", "data set")
     root: str | None = option(None, "folder of the data set (default data/<data>)")
@@ -175,7 +175,7 @@ RECIPE_DEFAULTS = {
     "fashionfine base": dict(epochs=10, lr=6e-5),
     "albef": {},
 }
-# Fields with which only one recipe trains.
+# Fields that only one recipe uses in training.
 RECIPE_FLAGS = {
     "syncmask": (
         "mim_weight",

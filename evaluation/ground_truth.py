@@ -170,8 +170,8 @@ def negative_metrics(run: Run, dataset: Synthetic) -> dict[str, float]:
     """Measure the share of ITM negatives that are false, over some search blocks of training images.
 
     The random negatives that `itm_hard_ratio` mixes in do not count.
-    -> false_negative_rate by the settings of the run; the suffixes _random and _hard mark random, and hard, batches and
-    negatives
+    -> false_negative_rate by the settings of the run; keys with _random are for random batches and negatives, keys with
+    _hard for hard ones
     Raises DataError where no image can be read.
     """
     config = run.config

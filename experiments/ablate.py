@@ -1,6 +1,6 @@
 """Compare conditions over seeds: mean ± standard deviation, and differences to the first condition, paired by seed.
 
-python experiments/ablate.py --grid masks --seeds 3   --steps 1360      random, synchronized and oracle masks
+python experiments/ablate.py --grid masks --seeds 3 --steps 1360        random, synchronized and oracle masks
 python experiments/ablate.py --grid recipes                             the four recipes
 python experiments/ablate.py --grid negatives                           random, hard and semi-hard batches and negatives
 
@@ -50,7 +50,8 @@ def run_condition(out: Path, flags: list[str]) -> dict:
     Raises ConfigError where the folder holds a run with other flags, or where the run does not finish.
     """
     flags_file = out / "flags.txt"
-    if (out / "metrics.jsonl").exists() and flags_file.read_text() != " ".join(flags):
+    used_flags = flags_file.read_text() if flags_file.exists() else None
+    if (out / "metrics.jsonl").exists() and used_flags != " ".join(flags):
         raise ConfigError(f"{out} holds a run with other flags; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     flags_file.write_text(" ".join(flags))

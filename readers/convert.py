@@ -47,7 +47,7 @@ def read_csv(path: Path, problems: list[str]) -> Iterator[tuple[str, dict]]:
     Raises OSError where the file cannot be read, DataError where it is not text or a quote is not closed.
     """
     text = _decode(path)
-    first_line = text.lstrip().partition("\n")[0]
+    first_line = text.lstrip("\n ").partition("\n")[0]
     separator = max(",;\t|", key=first_line.count)
     # unless it is strict, a quote that is never closed swallows all further rows without an error
     reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, strict=True)

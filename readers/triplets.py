@@ -115,7 +115,8 @@ def fashioniq(folder: Path, split: ReportedSplit, image_size: int) -> Triplets:
     "and", in their order.
 
     Images that are missing are left out and reported, pairs without their images or without a caption are counted.
-    Raises OSError where a file cannot be read, DataError where it is malformed or no pair has its images.
+    Raises OSError where a file cannot be read, DataError where it is malformed, no pair has its images, or all
+    captions are empty.
     """
     queries: list[_Query] = []
     split_names = {}  # subset -> names of all images of the split

@@ -184,9 +184,9 @@ def check_6(pick_negatives) -> None:
     """Check that the negative is the most similar one below the own pair by the margin."""
 
     def pick_semihard(own: float, margin: float) -> int:
-        sim = torch.tensor([[own, 0.9, 0.75, 0.5, 0.1]])
-        positives = torch.tensor([[True, False, False, False, False]])
-        return pick_negatives(sim, positives, mode="semihard", margin=margin).item()
+        sim = torch.tensor([[own, 0.9, 0.75, 0.5, 0.1]]).expand(5, 5)
+        positives = torch.eye(5).bool()
+        return pick_negatives(sim, positives, mode="semihard", margin=margin)[0].item()
 
     column = pick_semihard(own=0.8, margin=0.0)
     require(column > 1, "the pick is the own pair or more similar; it must be less similar than the own pair")
